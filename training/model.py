@@ -1,0 +1,128 @@
+"""One view of a text-to-image model: a denoiser, a text encoder and an autoencoder.
+
+Core code sees only these three protocols. `diffusers_model.py` implements them for diffusers modules, `nodes/bridge.py`
+for ComfyUI's MODEL, CLIP and VAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser listens to.
+
+    context: (B, L, D) token states. pooled: (B, P) or None. mask: (B, L) bool, True where a token is attended;
+    None means every token is (a pad inside `context` that the mask keeps is attended like any other token).
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def to(self, *args, **kwargs) -> Conditioning:
+        """Moves or casts context and pooled; the mask keeps its dtype and follows the device."""
+        context = self.context.to(*args, **kwargs)
+        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
+        mask = None if self.mask is None else self.mask.to(context.device)
+        return Conditioning(context, pooled, mask)
+
+    @staticmethod
+    def cat(items: Iterable[Conditioning]) -> Conditioning:
+        """Stacks along the batch; shorter contexts are padded with zeros that the mask hides, so each stays exact."""
+        items = list(items)
+        longest = max(item.context.shape[1] for item in items)
+        padded = any(item.context.shape[1] < longest or item.mask is not None for item in items)
+        context = torch.cat([nn.functional.pad(i.context, (0, 0, 0, longest - i.context.shape[1])) for i in items])
+        mask = torch.cat([_padded_mask(item, longest) for item in items]) if padded else None
+        pooled = None if items[0].pooled is None else torch.cat([item.pooled for item in items])
+        return Conditioning(context, pooled, mask)
+
+
+def _padded_mask(item: Conditioning, length: int) -> Tensor:
+    mask = item.mask
+    if mask is None:
+        mask = torch.ones(item.context.shape[:2], dtype=torch.bool, device=item.context.device)
+    return nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)
+
+
+class Denoiser(Protocol):
+    """D(x; sigma, c) of Karras et al. 2022 (arXiv 2206.00364). Noisy latents live in the sampler's own space:
+    x = latent + sigma * noise for eps and v models, (1 - sigma) * latent + sigma * noise for flow models."""
+
+    network: nn.Module
+    sigmas: Tensor
+    """(T,) training noise levels, ascending; `sigmas[t]` belongs to timestep t."""
+    prediction_type: str
+    """"eps", "v" or "flow"."""
+    fingerprint: str
+    latent_channels: int
+    context_width: int
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Raw network output, (B, C, h, w); sigma is (B,)."""
+        ...
+
+    def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What `predict` should return, in the network's own parameterisation."""
+        ...
+
+    def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
+        """The clean latent that a raw output stands for."""
+        ...
+
+    def canonical_name(self, name: str) -> str:
+        """A parameter's name in the original (LDM) layout, `input_blocks.1.1...`; run folders and files use it."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Prompt in, conditioning out: `encode(tokens) == project(backbone(tokens))`, all of it differentiable."""
+
+    fingerprint: str
+    """Changes whenever `backbone` would return something else; caches are keyed by it."""
+    width: int
+    token_embedding: nn.Embedding
+    projection: nn.Module | None
+    """The trainable part between backbone and denoiser, or None."""
+
+    def tokenize(self, texts: list[str]) -> Any: ...
+
+    def backbone(self, tokens: Any) -> Conditioning:
+        """Token states before the projection."""
+        ...
+
+    def project(self, states: Conditioning) -> Conditioning: ...
+
+    def encode(self, tokens: Any) -> Conditioning: ...
+
+
+class Autoencoder(Protocol):
+    """Pixels to latents and back. Images are (B, 3, H, W) in 0..1, latents already in the denoiser's scale."""
+
+    fingerprint: str
+    downscale: int
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """The model that everything in the core works on."""
+
+    denoiser: Denoiser
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
