@@ -1,0 +1,183 @@
+"""The original (LDM) checkpoint layout of Stable Diffusion, by name and by shape.
+
+`*_names` map LDM parameter prefixes to diffusers ones for a given diffusers config; `to_diffusers` and `to_ldm` rename
+whole state dicts. `unet_config` reads the diffusers config back from an LDM state dict's shapes. LDM names are the
+project's canonical names: run folders and saved files use them, whichever implementation trained.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer."
+
+_UNET_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def _children(ldm: str, diffusers: str, table: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ldm}.{a}": f"{diffusers}.{b}" for a, b in table.items()}
+
+
+def unet_names(config: Mapping) -> dict[str, str]:
+    """LDM module prefix -> diffusers module prefix for a UNet2DConditionModel config."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        "middle_block.1": "mid_block.attentions.0",
+    }
+    names |= _children("middle_block.0", "mid_block.resnets.0", _UNET_RESNET)
+    names |= _children("middle_block.2", "mid_block.resnets.1", _UNET_RESNET)
+    levels = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    for i, kind in enumerate(config["down_block_types"]):
+        for j in range(layers):
+            block = f"input_blocks.{1 + i * (layers + 1) + j}"
+            names |= _children(f"{block}.0", f"down_blocks.{i}.resnets.{j}", _UNET_RESNET)
+            if "CrossAttn" in kind:
+                names[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}"
+        if i < levels - 1:
+            names[f"input_blocks.{(i + 1) * (layers + 1)}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
+    for i, kind in enumerate(config["up_block_types"]):
+        for j in range(layers + 1):
+            block = f"output_blocks.{i * (layers + 1) + j}"
+            names |= _children(f"{block}.0", f"up_blocks.{i}.resnets.{j}", _UNET_RESNET)
+            if "CrossAttn" in kind:
+                names[f"{block}.1"] = f"up_blocks.{i}.attentions.{j}"
+        if i < levels - 1:
+            upsample = f"output_blocks.{i * (layers + 1) + layers}.{2 if 'CrossAttn' in kind else 1}.conv"
+            names[upsample] = f"up_blocks.{i}.upsamplers.0.conv"
+    return names
+
+
+def vae_names(config: Mapping) -> dict[str, str]:
+    """LDM module prefix -> diffusers module prefix for an AutoencoderKL config."""
+    levels = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    names = {name: name for name in ("quant_conv", "post_quant_conv")}
+    for side, blocks, per_level in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
+        names |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out"}
+        names[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        names |= _children(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _VAE_ATTENTION)
+        for j in (0, 1):
+            names |= _children(f"{side}.mid.block_{j + 1}", f"{side}.mid_block.resnets.{j}", _VAE_RESNET)
+        for i in range(levels):
+            ldm = f"{side}.{blocks}.{i if side == 'encoder' else levels - 1 - i}"
+            ours = f"{side}.{blocks}_blocks.{i}"
+            for j in range(per_level):
+                names |= _children(f"{ldm}.block.{j}", f"{ours}.resnets.{j}", _VAE_RESNET)
+            if i < levels - 1:
+                sample = "downsample" if side == "encoder" else "upsample"
+                names[f"{ldm}.{sample}.conv"] = f"{ours}.{sample}rs.0.conv"
+    return names
+
+
+def rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replaces the longest known module prefix of a parameter name; ValueError when none fits."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:cut])
+        if prefix in prefixes:
+            return ".".join([prefixes[prefix], *parts[cut:]])
+    raise ValueError(
+        f"parameter name is {name!r}; expected a name of this model's layout. The file is of another model."
+    )
+
+
+def to_diffusers(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Renames an LDM state dict; 1x1 convolutions of the VAE's attention become linear layers."""
+    return {rename(k, names): _linear_if_attention(rename(k, names), v) for k, v in state.items()}
+
+
+def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`."""
+    inverse = {b: a for a, b in names.items()}
+    return {rename(k, inverse): _conv_if_attention(rename(k, inverse), v) for k, v in state.items()}
+
+
+def _linear_if_attention(name: str, tensor: Tensor) -> Tensor:
+    in_attention = re.search(r"mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight$", name)
+    return tensor[:, :, 0, 0] if in_attention and tensor.ndim == 4 else tensor
+
+
+def _conv_if_attention(name: str, tensor: Tensor) -> Tensor:
+    in_attention = re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight$", name)
+    return tensor[:, :, None, None] if in_attention and tensor.ndim == 2 else tensor
+
+
+def unet_config(shapes: Mapping[str, torch.Size], num_heads: int | None = None) -> dict:
+    """The UNet2DConditionModel config of an LDM UNet (prefix stripped), from shapes alone.
+
+    Head counts are not in the shapes: 8 heads for a 768-wide context (SD1.x), 64 channels a head for wider ones (SD2,
+    SDXL), unless `num_heads` is given. Raises ValueError when the tensors are not a UNet with cross-attention.
+    """
+    if "input_blocks.0.0.weight" not in shapes or not any(k.endswith("attn2.to_k.weight") for k in shapes):
+        raise ValueError(
+            "checkpoint holds no UNet with cross-attention (input_blocks, attn2.to_k); expected an SD1.x, SD2 or SDXL "
+            "file in the original layout. Convert it, or give a diffusers folder."
+        )
+    context = next(shape[1] for k, shape in shapes.items() if k.endswith("attn2.to_k.weight"))
+    levels = _levels(shapes)
+    channels = [level["channels"] for level in levels]
+    heads = num_heads or (8 if context == 768 else [c // 64 for c in channels])
+    linear = next(len(shape) == 2 for k, shape in shapes.items() if k.endswith(".1.proj_in.weight"))
+    down = ["CrossAttnDownBlock2D" if level["depth"] else "DownBlock2D" for level in levels]
+    config = {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": levels[0]["layers"],
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "transformer_layers_per_block": [max(level["depth"], 1) for level in levels],
+        "cross_attention_dim": context,
+        "attention_head_dim": heads,
+        "use_linear_projection": linear,
+    }
+    if "label_emb.0.0.weight" in shapes:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        }
+    return config
+
+
+def _levels(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
+    """One {channels, layers, depth} per resolution, walking the input blocks; depth 0 means no attention."""
+    levels = [{"channels": 0, "layers": 0, "depth": 0}]
+    block = 1
+    while any(f"input_blocks.{block}.0.{part}.weight" in shapes for part in ("op", "in_layers.2")):
+        if f"input_blocks.{block}.0.op.weight" in shapes:
+            levels.append({"channels": 0, "layers": 0, "depth": 0})
+        else:
+            level = levels[-1]
+            level["channels"] = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][0]
+            level["layers"] += 1
+            pattern = re.compile(rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
+            level["depth"] = 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)
+        block += 1
+    return levels
