@@ -7,6 +7,7 @@ for ComfyUI's MODEL, CLIP and VAE.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class Denoiser(Protocol):
     fingerprint: str
     latent_channels: int
     context_width: int
+    device: torch.device
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
 
@@ -80,6 +82,10 @@ class Denoiser(Protocol):
 
     def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         """The clean latent that a raw output stands for."""
+        ...
+
+    def checkpointing(self, enabled: bool) -> AbstractContextManager:
+        """While entered (and enabled), blocks recompute their activations in the backward pass to save memory."""
         ...
 
     def canonical_name(self, name: str) -> str:

@@ -1,0 +1,183 @@
+"""Settings of a run: frozen dataclasses that nodes, the command line and `config.json` share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention", "whole UNet")
+RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError when a field typed `Literal[...]` holds something else."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = get_args(hint)
+        if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in choices:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(str, choices))}.")
+
+
+def check_range(config: Any, **limits: tuple[float, float]) -> None:
+    """Raises ValueError when a named field lies outside its (lowest, highest) limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; expected {low} to {high}.")
+
+
+def check_run_name(name: str) -> None:
+    """Raises ValueError unless `name` is a plain folder name on every system: no separators, no `..`, no reserved word."""
+    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
+    if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
+        raise ValueError(
+            f"run name is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
+            "Leave out path separators and '..'."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How to train: optimiser, schedule, loss, noise. Defaults are those most trainers ship for Stable Diffusion."""
+
+    optimizer: Literal["AdamW", "Adafactor", "SGD"] = "AdamW"
+    """AdamW (Loshchilov & Hutter 2017), Adafactor (little memory), or SGD with momentum 0.9."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after warm-up: kept, or lowered to zero at the last step in a line or half a cosine."""
+    warmup_steps: int = 10
+    """Steps in which the learning rate rises from zero, linearly."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    gradient_accumulation: int = 1
+    """Batches summed up before an optimiser step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (autocast). Trained weights and optimiser states are always fp32."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the trained weights, used for samples and the result; 0 = off."""
+    loss: Literal["mse", "huber", "l1"] = "mse"
+    """Distance between prediction and target; huber has its knee at 0.1."""
+    loss_weighting: Literal["none", "min-SNR", "debiased"] = "min-SNR"
+    """Weight by noise level: min-SNR (arXiv 2303.09556) or debiased estimation (arXiv 2310.08442)."""
+    snr_gamma: float = 5.0
+    """Cap of the signal-to-noise ratio for min-SNR."""
+    timestep_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    """Which noise levels are drawn: all alike, or mostly the middle ones (arXiv 2403.03206)."""
+    min_timestep: int = 0
+    """Lowest training timestep drawn (0 is nearly clean)."""
+    max_timestep: int = 999
+    """Highest training timestep drawn (999 is pure noise)."""
+    noise_offset: float = 0.0
+    """Strength of a per-channel offset added to the noise; lets a model learn very dark and very bright pictures."""
+    input_perturbation: float = 0.0
+    """Extra noise on the network's input only (arXiv 2301.11706)."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by an empty one, so that classifier-free guidance keeps working."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    validation_fraction: float = 0.0
+    """Share of the images held out from training to measure the validation loss."""
+    validate_every: int = 100
+    """Optimiser steps between two validation losses."""
+    save_every: int = 100
+    """Optimiser steps between two saved states; a killed run goes on from the last one."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(
+            self,
+            warmup_steps=(0, 10**7),
+            weight_decay=(0, 10),
+            max_grad_norm=(0, 10**6),
+            gradient_accumulation=(1, 10**5),
+            ema_decay=(0, 0.999999),
+            snr_gamma=(0.01, 1000),
+            min_timestep=(0, 999),
+            max_timestep=(0, 999),
+            noise_offset=(0, 1),
+            input_perturbation=(0, 1),
+            caption_dropout=(0, 1),
+            validation_fraction=(0, 0.5),
+            validate_every=(1, 10**7),
+            save_every=(1, 10**7),
+        )
+        if self.min_timestep > self.max_timestep:
+            raise ValueError(
+                f"min_timestep is {self.min_timestep}, above max_timestep {self.max_timestep}; expected the lower first."
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "custom": {},
+    "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},
+}
+"""Named groups of settings; a preset other than "custom" wins over the values it names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePrompts:
+    """Prompts drawn while training, always from the same noise, so that pictures can be compared over time."""
+
+    prompts: tuple[str, ...] = ()
+    """One picture each; an empty tuple draws none."""
+    every: int = 100
+    """Optimiser steps between two sets of samples; step 0 and the last step are always drawn."""
+    steps: int = 20
+    """Sampler steps (deterministic DDIM, arXiv 2010.02502)."""
+    cfg: float = 5.0
+    """Classifier-free guidance scale (arXiv 2207.12598)."""
+    seed: int = 0
+    """Seed of the starting noise."""
+    width: int = 512
+    """Picture width in pixels, a multiple of 8."""
+    height: int = 512
+    """Picture height in pixels, a multiple of 8."""
+
+    def __post_init__(self) -> None:
+        check_range(self, every=(1, 10**7), steps=(1, 1000), cfg=(0, 100), width=(8, 8192), height=(8, 8192))
+        if self.width % 8 or self.height % 8:
+            raise ValueError(f"sample size is {self.width}x{self.height}; expected multiples of 8.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainModelConfig:
+    """Retrain parts of a UNet (and the projection behind a text encoder) on captioned images."""
+
+    run_name: str
+    """Folder name of the run."""
+    train: Literal[LAYERS] = "cross-attention"  # type: ignore[valid-type]
+    """Which layers of the UNet train."""
+    train_projection: bool = True
+    """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
+    steps: int = 500
+    """Optimiser steps in all."""
+    batch_size: int = 1
+    """Images per batch."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    seed: int = 0
+    """Names every random draw of the run."""
+    settings: TrainingSettings = TrainingSettings()
+    samples: SamplePrompts = SamplePrompts()
+    resume: Literal["auto", "restart"] = "auto"
+    """auto: go on with the run of this name if its settings are equal; restart: move the old folder aside."""
+
+    def __post_init__(self) -> None:
+        check_run_name(self.run_name)
+        check_choices(self)
+        check_range(self, steps=(1, 10**8), batch_size=(1, 10**5), learning_rate=(0, 10), seed=(0, 2**64 - 1))
+
+
+RESUMABLE = {"steps", "samples", "resume"}
+"""Fields that may differ when a run goes on."""
+RESUMABLE_SETTINGS = {"validate_every", "save_every"}
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The part of a config that must be equal for a run to go on, as plain JSON values."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in RESUMABLE}
+    if "settings" in values:
+        values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
+    return values
