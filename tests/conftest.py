@@ -1,0 +1,132 @@
+"""Finds ComfyUI for the tests that need it, keeps its checkout clean, and says once why they were skipped if it is not."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# One thread per test process: results are repeatable, and parallel runs do not wait on each other's OpenMP barriers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = tuple(ROOT / "tests" / name for name in ("nodes", "browser"))  # every test in them needs ComfyUI
+
+comfyui_path: Path | None = None
+base_directory: Path | None = None
+skip_reason = ""
+
+
+def load_run_py():
+    """run.py as a module: it is a script beside the package, so it has no import name of its own."""
+    spec = importlib.util.spec_from_file_location("retune_run_py", ROOT / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def missing_requirements(requirements: Path) -> list[str]:
+    """Names in ComfyUI's requirements.txt, up to its non-essential ones, that this interpreter lacks."""
+    essential = requirements.read_text(encoding="utf-8").split("#non essential")[0]
+    names = [match[0] for line in essential.splitlines() if (match := re.match(r"[\w.-]+", line))]
+    installed = {re.sub(r"[-_.]+", "-", d.name).lower() for d in importlib.metadata.distributions() if d.name}
+    return [name for name in names if re.sub(r"[-_.]+", "-", name).lower() not in installed]
+
+
+def why_no_comfyui() -> str:
+    """Empty when ComfyUI can be imported, else the reason it cannot. Sets `comfyui_path`."""
+    global comfyui_path
+    try:
+        found = load_run_py().find_comfyui()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    if found is None:
+        return "no ComfyUI found; install it with `comfy install` or set COMFYUI_PATH"
+    missing = missing_requirements(found / "requirements.txt")
+    if missing:
+        return f"this Python lacks {', '.join(missing)} of {found / 'requirements.txt'}; `python run.py test` installs them"
+    comfyui_path = found
+    return ""
+
+
+def pytest_configure(config):
+    global skip_reason, base_directory
+    skip_reason = why_no_comfyui()
+    if skip_reason:
+        return
+    base_directory = Path(tempfile.mkdtemp(prefix="retune-comfyui-"))
+    for name in ("input", "output", "temp", "user", "custom_nodes", "models"):
+        (base_directory / name).mkdir()
+    sys.path.insert(0, str(comfyui_path))  # first: our own nodes/ would shadow ComfyUI's nodes.py
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = str(base_directory)
+
+
+def pytest_unconfigure(config):
+    if base_directory is not None:
+        shutil.rmtree(base_directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The ComfyUI checkout, importable; its input, output, models and user folders are temporary ones."""
+    if skip_reason:
+        pytest.skip(skip_reason)
+    import folder_paths
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("checkpoints", "clip", "vae", "diffusion_models", "loras"):  # as ComfyUI's main.py does
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.get_output_directory(), name))
+    return comfyui_path
+
+
+class SkippedTest(pytest.Item):
+    """Stands for a test whose file cannot be imported without ComfyUI."""
+
+    def runtest(self):
+        pytest.skip(skip_reason)
+
+    def reportinfo(self):
+        return self.path, 0, self.name
+
+
+class SkippedFile(pytest.File):
+    def collect(self):
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        names = (node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        return [SkippedTest.from_parent(self, name=name) for name in names if name.startswith("test_")]
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if skip_reason and any(folder in module_path.parents for folder in FOLDERS):
+        return SkippedFile.from_parent(parent, path=module_path)
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        uses_fixture = "comfyui" in getattr(item, "fixturenames", ())
+        if uses_fixture or any(folder in item.path.parents for folder in FOLDERS):
+            item.add_marker(pytest.mark.comfyui)
+        if skip_reason and item.get_closest_marker("comfyui"):
+            item.add_marker(pytest.mark.skip(reason=skip_reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "comfyui" in report.keywords]
+    if skip_reason and skipped:
+        terminalreporter.write_line(f"{len(skipped)} ComfyUI tests skipped: {skip_reason}")
