@@ -1,4 +1,4 @@
-"""Finds ComfyUI for the tests that need it, keeps its checkout clean, and says once why they were skipped if it is not."""
+"""Finds ComfyUI for the tests that need it, keeps its checkout clean, and says once why they were skipped."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def why_no_comfyui() -> str:
         return "no ComfyUI found; install it with `comfy install` or set COMFYUI_PATH"
     missing = missing_requirements(found / "requirements.txt")
     if missing:
-        return f"this Python lacks {', '.join(missing)} of {found / 'requirements.txt'}; `python run.py test` installs them"
+        names = ", ".join(missing)
+        return f"this Python lacks {names}, which {found} requires; `python run.py test` installs them"
     comfyui_path = found
     return ""
 
@@ -78,6 +79,17 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if base_directory is not None:
         shutil.rmtree(base_directory, ignore_errors=True)
+
+
+@pytest.fixture
+def comfyui_server(tmp_path):
+    """A running ComfyUI (see `retune.training.comfyui_server`) with this package in it and its files in `tmp_path`."""
+    if skip_reason:
+        pytest.skip(skip_reason)
+    from retune.training.comfyui_server import server
+
+    with server(comfyui_path, tmp_path) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +131,7 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        uses_fixture = "comfyui" in getattr(item, "fixturenames", ())
+        uses_fixture = {"comfyui", "comfyui_server"} & set(getattr(item, "fixturenames", ()))
         if uses_fixture or any(folder in item.path.parents for folder in FOLDERS):
             item.add_marker(pytest.mark.comfyui)
         if skip_reason and item.get_closest_marker("comfyui"):
