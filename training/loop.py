@@ -1,0 +1,301 @@
+"""The one training loop. What trains, what is minimised and what is written come from outside; nothing else does.
+
+    for every optimiser step:
+        put the masters in effect; sum the loss and its gradient over the accumulated batches
+        clip, step the optimiser, update the average
+        log a row; now and then validate, draw samples, save the state
+
+A run is a function of its config: killed anywhere and started again it goes on from the last state, rewrites the rows
+after it and ends with the same files, bit for bit (at the same number of threads).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_state, restore_optimizer, save_state
+from .config import SamplePrompts, TrainingSettings
+from .data.images import save_png
+from .distributed import World, world
+from .objectives import Objective
+from .optim import build_optimizer, learning_rate_factor
+from .run_folder import RunFolder, check_free_disk, read_tensors, write_tensors
+from .trainable import SelectedWeights
+
+log = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """Endless data order, a pure function of the batch's number (from 1)."""
+
+    def batch(self, number: int) -> list: ...
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a progress display needs after an optimiser step."""
+
+    run: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds_per_step: float
+
+
+class Callbacks:
+    """How a run talks to its surroundings. Any method may raise to cancel; the state is saved, then it goes on up."""
+
+    def on_text(self, text: str) -> None:
+        """A phase in words: loading, caching, sampling."""
+
+    def before_step(self, step: int) -> None:
+        """Make sure that models are where they should be."""
+
+    def on_step(self, info: StepInfo) -> None:
+        """An optimiser step is done."""
+
+    def on_samples(self, step: int, images: list[Tensor]) -> None:
+        """Samples were drawn and written, (3, H, W) each."""
+
+
+class TrainingDiverged(ValueError):
+    """The loss or its gradient is not finite any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    steps: int
+    batch_size: int
+    learning_rate: float
+    settings: TrainingSettings
+    samples: SamplePrompts
+
+
+class Loop:
+    """One run. `draw_samples(values)` returns a picture per sample prompt; `validation` is a list of held-out slots."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        trainable: SelectedWeights,
+        objective: Objective,
+        batches: Batches,
+        config: LoopConfig,
+        *,
+        draw_samples: Callable[[], list[Tensor]] | None = None,
+        validation: list | None = None,
+        callbacks: Callbacks | None = None,
+        device: torch.device | None = None,
+    ):
+        self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
+        self.config, self.settings = config, config.settings
+        self.draw_samples, self.validation = draw_samples, validation or []
+        self.callbacks = callbacks or Callbacks()
+        self.device = device or torch.device("cpu")
+        self.world: World = world()
+        self.optimizer = build_optimizer(trainable.parameters.values(), config.learning_rate, config.settings)
+        self.ema = self._fresh_average()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        self.step, self.saved_step, self.seconds_per_step = 0, -1, 0.0
+        self.best = math.inf
+        if self.settings.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
+
+    def run(self) -> dict[str, Tensor]:
+        """Trains to the end and returns the result's values: the average when there is one, else the masters.
+
+        Raises TrainingDiverged on a non-finite loss or gradient, with the last good state saved.
+        """
+        check_free_disk(self.folder.path, 8 * 4 * len(self.trainable) + 2**26)
+        self._resume()
+        consistent = True
+        try:
+            self._after_step()
+            while self.step < self.config.steps:
+                self.callbacks.before_step(self.step + 1)
+                began = time.perf_counter()
+                row = self._gradients(self.step + 1)
+                consistent = False
+                self._update(row)
+                consistent = True
+                self._time(time.perf_counter() - began)
+                self.callbacks.on_step(self._info(row))
+                self._after_step()
+        except BaseException as error:
+            if consistent and self.step != self.saved_step:
+                self._save()
+            if self.world.is_main:
+                state = "failed" if isinstance(error, Exception) else "interrupted"
+                self.folder.set_status(state, self.step, message=str(error) or type(error).__name__)
+            raise
+        self._save()
+        return self.values()
+
+    def values(self) -> Mapping[str, Tensor]:
+        """What samples, validation and the result use."""
+        return self.ema or self.trainable.values()
+
+    def _gradients(self, step: int) -> dict[str, Any]:
+        """Sums loss and gradient over the accumulated batches; returns the step's row for metrics.jsonl."""
+        self.optimizer.zero_grad(set_to_none=True)
+        accumulation, loss, parts = self.settings.gradient_accumulation, 0.0, {}
+        numbered = []
+        for micro in range(accumulation):
+            slots = self.batches.batch((step - 1) * accumulation + micro + 1)
+            numbered.append([(micro * self.config.batch_size + i, slot) for i, slot in enumerate(slots)])
+        total = sum(len(batch) for batch in numbered)
+        for batch in numbered:
+            share = self.world.share(batch)
+            if not share:
+                raise ValueError(
+                    f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected at least one each."
+                )
+            with self.trainable.attach(), self._autocast():
+                result = self.objective(share, step)
+                part = result.per_sample.sum() / total
+                self.scaler.scale(part).backward()
+            loss += part.item()
+            for key, value in result.parts.items():
+                parts[key] = parts.get(key, 0.0) + value * len(share) / total
+        loss = self._sum_over_processes(loss)
+        if not math.isfinite(loss):
+            raise self._diverged("loss", loss)
+        rate = self.config.learning_rate * learning_rate_factor(step, self.config.steps, self.settings)
+        return {"step": step, "loss": loss, "learning_rate": rate, **parts}
+
+    def _update(self, row: dict[str, Any]) -> None:
+        """Clips, steps the optimiser and the average, logs the row."""
+        parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._diverged("gradient norm", norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._average()
+        self.step = row["step"]
+        if self.world.is_main:
+            self.folder.add_row(row | {"grad_norm": norm})
+
+    def _diverged(self, what: str, value: float) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what} is {value} at step {self.step + 1}; expected a finite number. The state after step {self.step} is "
+            "kept. Try a lower learning rate, a longer warm-up, precision fp32 or a smaller max_grad_norm."
+        )
+
+    def _fresh_average(self) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in self.trainable.values().items()} if self.settings.ema_decay else {}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Exponential moving average with the usual warm-up: decay = min(decay, (1 + n) / (10 + n))."""
+        number = self.step + 1
+        decay = min(self.settings.ema_decay, (1 + number) / (10 + number))
+        for name, value in self.ema.items():
+            value.lerp_(self.trainable.parameters[name].to(value), 1 - decay)
+
+    def _after_step(self) -> None:
+        """Validation, samples and state when they are due; each is skipped when a resumed run has done it already."""
+        if not self.world.is_main:
+            self.world.barrier()
+            return
+        done = {row["event"] for row in self.folder.rows() if row.get("event") and row["step"] == self.step}
+        last = self.step == self.config.steps
+        if self.validation and (self.step % self.settings.validate_every == 0 or last) and "validation" not in done:
+            self._validate()
+        prompts = self.config.samples
+        due = bool(prompts.prompts) and (self.step % prompts.every == 0 or last)
+        if self.draw_samples and due and "sample" not in done:
+            self._sample()
+        if self.step and self.step % self.settings.save_every == 0 and not last:
+            self._save()
+            self.folder.set_status("running", self.step)
+        self.world.barrier()
+
+    def _validate(self) -> None:
+        self.callbacks.on_text(f"validating at step {self.step}")
+        with self.trainable.attach(self.values()), self._autocast():
+            loss = self.objective.validation(self.validation)
+        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss})
+        if loss < self.best:
+            self.best = loss
+            write_tensors(self.folder.best, self.values(), {"step": str(self.step), "validation_loss": repr(loss)})
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        self.callbacks.on_text(f"drawing samples at step {self.step}")
+        with self.trainable.attach(self.values()), self._autocast():
+            images = self.draw_samples()
+        files = []
+        for index, image in enumerate(images):
+            files.append(f"{self.step:06d}_{index:02d}.png")
+            save_png(image, self.folder.samples / files[-1])
+        self.folder.add_row({"event": "sample", "step": self.step, "files": files})
+        self.callbacks.on_samples(self.step, images)
+
+    def _save(self) -> None:
+        if self.world.is_main:
+            extra = {"best": self.best if math.isfinite(self.best) else None, "scaler": self.scaler.state_dict()}
+            save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
+            self.saved_step = self.step
+
+    def _resume(self) -> None:
+        """Goes back to the last state, or to the very beginning when there is none."""
+        state = load_state(self.folder)
+        if state is None:
+            self.folder.truncate_metrics(0)
+        else:
+            if state.step > self.config.steps:
+                raise ValueError(
+                    f"steps is {self.config.steps}; run {self.folder.name!r} has done {state.step}. "
+                    "Ask for at least as many, or choose resume = restart."
+                )
+            self.trainable.load(state.masters)
+            self.ema = {k: state.ema[k].to(v) for k, v in self.ema.items()}
+            restore_optimizer(self.optimizer, state.optimizer)
+            self.best = state.extra["best"] if state.extra["best"] is not None else math.inf
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state.extra["scaler"])
+            self.step = self.saved_step = state.step
+            self.folder.truncate_metrics(state.metrics_size)
+            self.callbacks.on_text(f"going on from step {state.step}")
+        self.folder.set_status("running", self.step)
+
+    def _autocast(self):
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _sum_over_processes(self, loss: float) -> float:
+        if self.world.size == 1:
+            return loss
+        total = torch.tensor(loss, device=self.device, dtype=torch.float64)
+        self.world.sum_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [total])
+        return total.item()
+
+    def _time(self, seconds: float) -> None:
+        self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+
+    def _info(self, row: dict[str, Any]) -> StepInfo:
+        return StepInfo(
+            self.folder.name, self.step, self.config.steps, row["loss"], row["learning_rate"], self.seconds_per_step
+        )
+
+
+def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
+    return read_tensors(folder.best) if Path(folder.best).exists() else None

@@ -1,0 +1,185 @@
+"""A run is a folder: config, metrics, samples, state and result, each written whole or not at all.
+
+<run>/config.json       what was asked for, and on what machine
+<run>/status.json       running, interrupted, failed or finished; step; message
+<run>/metrics.jsonl     one row per optimiser step, and rows with `event`; no clock times, so equal runs are equal files
+<run>/samples/          pictures, `<step>_<index>.png`
+<run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors (masters)
+<run>/<artifact>        the result
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from .config import check_run_name
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file to a temporary name beside it, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file to a temporary name, then renames; a full disk is named as such."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(ready, temporary, dict(metadata or {}))
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full:
+            raise
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise ValueError(
+            f"free disk space under {path.parent} is too small for {path.name} ({size / 2**20:.0f} MB). "
+            "Make room, then queue the same run again: it goes on from its last state."
+        ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def check_free_disk(folder: Path, needed: int) -> None:
+    """Raises ValueError when fewer than `needed` bytes are free where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"free disk space under {folder} is {free / 2**20:.0f} MB; expected at least {needed / 2**20:.0f} MB "
+            "for this run's state and result. Make room or use another output folder."
+        )
+
+
+class RunFolder:
+    """One run's files. Open it with `RunFolder.open`, which also keeps other processes out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.samples = path / "samples"
+        self.latest = path / "state" / "latest.safetensors"
+        self.best = path / "state" / "best.safetensors"
+        self._metrics = path / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @classmethod
+    @contextmanager
+    def open(cls, root: Path, name: str, *, resume: str) -> Iterator[RunFolder]:
+        """The folder root/name, locked until exit. resume="restart" moves an old one aside first.
+
+        Raises ValueError for a name that is no plain folder name or a run that another process is busy with.
+        """
+        check_run_name(name)
+        locks = root / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(locks / f"{name}.lock", timeout=0):
+                if resume == "restart":
+                    move_aside(root / name)
+                folder = cls(root / name)
+                folder.samples.mkdir(parents=True, exist_ok=True)
+                yield folder
+        except Timeout as error:
+            raise ValueError(
+                f"run {name!r} is in use by another process. Wait for it, stop it, or choose another run name."
+            ) from error
+
+    def config(self) -> dict[str, Any] | None:
+        """What config.json holds, or None in a new folder."""
+        path = self.path / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "new", "step": 0}
+
+    def set_status(self, state: str, step: int, **more: Any) -> None:
+        write_json(self.path / "status.json", {"state": state, "step": step, **more})
+
+    def claim(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
+        """Records what this run is, or checks that a run going on is the same; details may change between calls.
+
+        Raises ValueError that names the first difference and suggests another run name.
+        """
+        identity = json.loads(json.dumps(identity))
+        old = self.config()
+        if old is not None and old["identity"] != identity:
+            where, before, now = _difference(old["identity"], identity)
+            raise ValueError(
+                f"{where} is {now!r}; run {self.name!r} was made with {before!r}. Use another run name such as "
+                f"{next_name(self.path)!r}, set it back to go on, or choose resume = restart."
+            )
+        write_json(self.path / "config.json", {"version": 1, "identity": identity, **details})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl."""
+        if not self._metrics.exists():
+            return []
+        return [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines() if line]
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        with open(self._metrics, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics_size(self) -> int:
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+    def truncate_metrics(self, size: int) -> None:
+        """Forgets the rows written after a state was saved."""
+        if self._metrics.exists():
+            with open(self._metrics, "r+b") as file:
+                file.truncate(size)
+
+
+def next_name(path: Path) -> str:
+    """The first of `name 2`, `name 3`, ... that does not exist beside a run folder."""
+    number = 2
+    while path.with_name(f"{path.name} {number}").exists():
+        number += 1
+    return f"{path.name} {number}"
+
+
+def move_aside(path: Path) -> None:
+    """Renames an existing run folder to the first free `name (old N)`."""
+    if path.exists():
+        number = 1
+        while path.with_name(f"{path.name} (old {number})").exists():
+            number += 1
+        path.rename(path.with_name(f"{path.name} (old {number})"))
+
+
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any]:
+    """The first path at which two JSON values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    return where, old, new

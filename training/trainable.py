@@ -1,0 +1,90 @@
+"""What trains: fp32 master weights that are put in effect on a network for a step and taken off again.
+
+The network's own parameters are never written, so a base model is bit-identical after any run. Masters are swapped
+into `module._parameters` (as torch.func.functional_call does), which keeps the module tree, works with backward and
+with activation checkpointing as long as both happen inside `attach()`, and lets fp16 modules train in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of a live network, addressed by its owner so that a replaced Parameter object is found again."""
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.owner._parameters[self.attribute]
+
+
+def targets(module: nn.Module, prefix: str = "") -> dict[str, Target]:
+    """Every parameter of a module tree as prefix + dotted name -> Target."""
+    found = {}
+    for path, owner in module.named_modules():
+        for attribute, value in owner._parameters.items():
+            if value is not None:
+                found[prefix + (f"{path}.{attribute}" if path else attribute)] = Target(owner, attribute)
+    return found
+
+
+class SelectedWeights:
+    """Trainable: chosen parameters of one or more networks, as fp32 masters under canonical names."""
+
+    def __init__(self, selected: Mapping[str, Target], networks: list[nn.Module]):
+        """selected: canonical name -> Target. networks: roots that are frozen while attached."""
+        if not selected:
+            raise ValueError("selection of weights to train is empty; expected at least one. Choose other layers.")
+        self._targets = dict(selected)
+        self._networks = networks
+        self.parameters = {
+            name: nn.Parameter(target.tensor.detach().clone().float()) for name, target in selected.items()
+        }
+
+    def __len__(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """The masters as plain tensors, without copying."""
+        return {name: parameter.data for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrites the masters; names and shapes must match exactly."""
+        if values.keys() != self.parameters.keys():
+            different = sorted(values.keys() ^ self.parameters.keys())
+            raise ValueError(f"saved weights differ from the selection in {different[:3]}; expected the same names.")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    @contextmanager
+    def attach(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Puts the masters (or other `values` of the same names, such as an average) in effect on the networks.
+
+        Cast to each parameter's own dtype and device, differentiably. Everything else is frozen meanwhile, and all of
+        it is put back on the way out, also after an exception.
+        """
+        values = self.parameters if values is None else values
+        frozen = [p for network in self._networks for p in network.parameters() if p.requires_grad]
+        originals = {name: target.tensor for name, target in self._targets.items()}
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            for name, target in self._targets.items():
+                original = originals[name]
+                target.owner._parameters[target.attribute] = values[name].to(original.device, original.dtype)
+            yield
+        finally:
+            for name, target in self._targets.items():
+                target.owner._parameters[target.attribute] = originals[name]
+            for parameter in frozen:
+                parameter.requires_grad_(True)
