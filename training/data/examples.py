@@ -1,0 +1,88 @@
+"""What a data set is: captioned images with a target size each. Pixels are read only when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .images import ImageError, decode_image, fit
+
+
+def content_key(data: bytes) -> str:
+    """32 hex digits (128 bits) of sha256: equal exactly when the content is."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def tensor_key(image: Tensor) -> str:
+    """`content_key` of a tensor's shape and float32 bytes."""
+    pixels = image.detach().to("cpu", torch.float32).contiguous()
+    return content_key(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Example:
+    """One captioned image and the size it is trained at."""
+
+    key: str
+    """Content hash of the file's bytes or of the tensor, 32 hex digits."""
+    caption: str
+    width: int
+    """Target (bucket) width in pixels."""
+    height: int
+    source: Path | Tensor = field(compare=False, repr=False)
+    """The image file, or float (3, H, W) pixels in 0..1."""
+    name: str
+    """Path relative to the folder, for people to read."""
+    repeats: int = 1
+    """How often an epoch shows this image, on top of the data set's own repeats."""
+
+    def load(self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None) -> Tensor:
+        """Pixels (3, height, width) in 0..1, resized to cover the target size and cropped, see `images.fit`.
+
+        Raises ImageError when the file is gone, broken, or is not the one the data set was made from.
+        """
+        return fit(self.pixels(), self.width, self.height, crop, generator, flip)
+
+    def pixels(self) -> Tensor:
+        """The whole image (3, H, W) in 0..1 at its own size."""
+        if isinstance(self.source, Tensor):
+            return self.source
+        try:
+            data = self.source.read_bytes()
+        except OSError as error:
+            raise ImageError(self.source, f"it could be read before but not now ({error.strerror})") from error
+        if content_key(data) != self.key:
+            raise ImageError(self.source, "it changed since the data set was loaded; load the data set again")
+        return decode_image(data, self.source)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples and how they are shown. `len` counts what one epoch shows, repeats included."""
+
+    examples: tuple[Example, ...]
+    crop: str = "center"
+    flip: bool = False
+    """Mirror a random half of what is shown."""
+    repeats: int = 1
+    report: str = field(default="", compare=False)
+    """For people: counts, sizes, captions, what was left out."""
+
+    def __len__(self) -> int:
+        return self.repeats * sum(example.repeats for example in self.examples)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over everything that training sees: content, captions, sizes, order and options."""
+        rows = [[e.key, e.caption, e.width, e.height, e.repeats] for e in self.examples]
+        return content_key(json.dumps([rows, self.crop, self.flip, self.repeats]).encode())
+
+    @property
+    def captions(self) -> list[str]:
+        """Every different caption once, in order of appearance."""
+        return list(dict.fromkeys(example.caption for example in self.examples))

@@ -1,0 +1,181 @@
+"""A folder of captioned images as a data set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .buckets import Size, bucket_for, check_multiple, make_buckets
+from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
+from .examples import Dataset, Example, content_key
+from .images import CROPS, EXTENSIONS, ImageError, check_image
+from .report import Skipped, format_report, listed
+
+log = logging.getLogger(__name__)
+
+CAPTIONS = ("txt", "metadata.jsonl", "file name", "one caption")
+ON_PROBLEM = ("skip", "stop")
+FOLDER_REPEATS = re.compile(r"([1-9]\d{0,2})_")
+IGNORED_FOLDERS = ("__MACOSX",)
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what); may raise to cancel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """How a folder becomes a data set."""
+
+    folder: Path | str
+    """Searched with all sub-folders; hidden ones are left out. A sub-folder called `10_name` (1 to 3 digits) shows its
+    images 10 times per epoch, as in kohya's layout."""
+    resolution: int = 512
+    """Images get an area of about resolution squared; a multiple of 8."""
+    captions: str = "txt"
+    """"txt" (same stem, .txt or .caption), "metadata.jsonl" (Hugging Face), "file name" or "one caption"."""
+    caption: str = ""
+    """The caption of every image for "one caption"."""
+    repeats: int = 1
+    """How often an epoch shows every image, on top of the folder names' repeats."""
+    buckets: bool = True
+    """Keep aspect ratios in buckets; otherwise cut all images to squares."""
+    crop: str = "center"
+    """"center", or "random": a new offset each time, without the latent cache."""
+    flip: bool = False
+    """Mirror a random half of what is shown."""
+    on_bad_image: str = "skip"
+    """"skip" leaves unreadable images out and counts them in the report, "stop" raises ImageError."""
+    on_missing_caption: str = "stop"
+    """"skip" leaves images without a caption out and counts them, "stop" raises ValueError naming them."""
+
+    def __post_init__(self):
+        check_multiple("resolution", self.resolution)
+        _check_choice("captions", self.captions, CAPTIONS)
+        _check_choice("crop", self.crop, CROPS)
+        _check_choice("on_bad_image", self.on_bad_image, ON_PROBLEM)
+        _check_choice("on_missing_caption", self.on_missing_caption, ON_PROBLEM)
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; expected at least 1.")
+        if self.captions == "one caption" and not self.caption.strip():
+            raise ValueError('caption is empty; expected a text. "one caption" gives it to every image.')
+
+
+def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Dataset:
+    """Reads every image of a folder once: proves that it decodes, hashes it, gives it a caption and a size.
+
+    The order is that of the relative posix paths, whatever the file system. Raises ValueError for a missing folder, no
+    images, missing captions; ImageError (a ValueError) for an unreadable image when it should stop.
+    """
+    folder = Path(config.folder).expanduser()
+    rows, skipped, notes = _captioned(folder, config)
+    buckets = _sizes(config.resolution, config.buckets)
+    examples, sizes = [], []
+    for done, (name, caption) in enumerate(rows, start=1):
+        try:
+            key, size = _inspect(folder / name)
+        except ImageError as error:
+            if config.on_bad_image == "stop":
+                raise
+            log.warning("%s: %s; skipped.", error.path, error.reason)
+            skipped.append((name, error.reason))
+        else:
+            width, height = bucket_for(*size, buckets)
+            examples.append(Example(key, caption, width, height, folder / name, name, folder_repeats(name)))
+            sizes.append(size)
+        if on_progress:
+            on_progress(done, len(rows), f"reading images: {name}")
+    if not examples:
+        raise ValueError(f"{folder} has no usable image; all were skipped: {_reasons(skipped)}.")
+    dataset = Dataset(tuple(examples), config.crop, config.flip, config.repeats)
+    report = format_report(dataset, folder.name or str(folder), sizes, skipped, notes)
+    return Dataset(dataset.examples, config.crop, config.flip, config.repeats, report)
+
+
+def find_images(folder: Path) -> list[str]:
+    """Relative posix paths of all image files below a folder, sorted; ValueError, saying what is there, if none."""
+    if not folder.is_dir():
+        state = "is a file" if folder.is_file() else "does not exist"
+        raise ValueError(f"folder {folder} {state}; expected a folder of images.")
+    files = _files(folder)
+    images = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+    if not images:
+        kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
+        found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
+        raise ValueError(f"folder {folder} holds no images; found {found}. Expected {', '.join(EXTENSIONS)} files.")
+    return images
+
+
+def folder_repeats(name: str) -> int:
+    """The number in front of the nearest sub-folder called `10_name`; 1 if there is none.
+
+    At most three digits, so that "2024_holiday" is a year.
+    """
+    matches = [FOLDER_REPEATS.match(part) for part in PurePosixPath(name).parent.parts]
+    return next((int(match[1]) for match in reversed(matches) if match), 1)
+
+
+def _files(folder: Path) -> list[str]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS]
+        found += [(Path(place) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
+    return found
+
+
+def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:
+    """(name, caption) rows, those skipped for want of a caption, and notes for the report."""
+    images = find_images(folder)
+    notes = []
+    if config.captions == "metadata.jsonl":
+        rows = read_metadata(folder)
+        unlisted = sorted(set(images) - {name for name, _ in rows})
+        notes = [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({listed(unlisted)})"] if unlisted else []
+    else:
+        rows = [(name, _caption(folder / name, config)) for name in images]
+    missing = [name for name, caption in rows if not caption]
+    if missing and config.on_missing_caption == "stop":
+        raise ValueError(
+            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({listed(missing)}); expected one each "
+            f"({_expected_caption(config.captions)}). Add them, or choose to skip images without a caption."
+        )
+    return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
+
+
+def _caption(image: Path, config: FolderConfig) -> str:
+    if config.captions == "one caption":
+        return config.caption.strip()
+    return caption_from_name(image) if config.captions == "file name" else caption_from_text_file(image) or ""
+
+
+def _expected_caption(captions: str) -> str:
+    return {
+        "txt": "text in a .txt or .caption file of the same name",
+        METADATA: f'"text" in its line of {METADATA}',
+        "file name": "words in the file name",
+    }[captions]
+
+
+def _inspect(path: Path) -> tuple[str, Size]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(path, (error.strerror or str(error)).lower()) from error
+    return content_key(data), check_image(data, path)
+
+
+def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
+    return make_buckets(resolution) if buckets else ((resolution, resolution),)
+
+
+def _reasons(skipped: list[Skipped]) -> str:
+    return listed([f"{name}: {reason}" for name, reason in skipped])
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")

@@ -1,0 +1,97 @@
+"""A data set in words: what is in it, at which sizes, and what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from .buckets import Size
+from .examples import Dataset, Example
+
+LISTED = 5
+BAR = 24
+
+Skipped = tuple[str, str]
+"""(file name, reason)."""
+
+
+def format_report(
+    dataset: Dataset, title: str, sizes: Sequence[Size], skipped: Sequence[Skipped] = (), notes: Sequence[str] = ()
+) -> str:
+    """Plain text for a console or a text node. `sizes` are the images' own sizes, in the examples' order."""
+    parts = [
+        _headline(dataset, title),
+        _bucket_table(dataset.examples),
+        _captions(dataset.examples),
+        *notes,
+        _enlarged(dataset.examples, sizes),
+        _folder_repeats(dataset.examples),
+        _duplicates(dataset.examples),
+        _skipped(skipped),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def listed(items: Sequence[str]) -> str:
+    """The first few of `items`, and how many more there are."""
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _headline(dataset: Dataset, title: str) -> str:
+    images = counted(len(dataset.examples), "image")
+    options = [f"{dataset.crop} crop"] + ["mirrored at random"] * dataset.flip
+    shown = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
+    return f"{title}: {images}{shown} ({', '.join(options)})"
+
+
+def _bucket_table(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    counts = Counter((e.width, e.height) for e in examples)
+    most = max(counts.values())
+    rows = [f"  {'size':>11}  {'images':>6}"]
+    for (width, height), count in sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0])):
+        rows.append(f"  {f'{width} x {height}':>11}  {count:>6}  {'#' * max(1, round(BAR * count / most))}")
+    return "\n".join(rows)
+
+
+def _captions(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    words = [len(e.caption.split()) for e in examples]
+    different = len({e.caption for e in examples})
+    return f"captions: {different} different; {min(words)} to {max(words)} words, median {median(words):g}"
+
+
+def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
+    pairs = zip(examples, sizes, strict=True)
+    small = [f"{e.name} ({w} x {h})" for e, (w, h) in pairs if w < e.width or h < e.height]
+    return f"enlarged: {counted(len(small), 'image')} smaller than the target size: {listed(small)}" if small else ""
+
+
+def _folder_repeats(examples: Sequence[Example]) -> str:
+    counts = Counter((e.name.rpartition("/")[0], e.repeats) for e in examples if e.repeats > 1)
+    rows = [f"{folder} {images} x {repeats}" for (folder, repeats), images in sorted(counts.items())]
+    return f"repeats by folder name: {listed(rows)}" if rows else ""
+
+
+def _duplicates(examples: Sequence[Example]) -> str:
+    names: dict[str, dict[str, None]] = {}
+    for example in examples:
+        names.setdefault(example.key, {})[example.name] = None
+    groups = [" = ".join(same) for same in names.values() if len(same) > 1]
+    return f"duplicates: {counted(len(groups), 'image')} present more than once: {listed(groups)}" if groups else ""
+
+
+def _skipped(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    rows = [f"  {name}: {reason}" for name, reason in skipped[: 4 * LISTED]]
+    more = [f"  and {len(skipped) - len(rows)} more"] if len(skipped) > len(rows) else []
+    return "\n".join([f"skipped: {counted(len(skipped), 'file')}", *rows, *more])
