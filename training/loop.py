@@ -109,6 +109,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         self.step, self.saved_step, self.seconds_per_step = 0, -1, 0.0
         self.best = math.inf
+        self.events: set[tuple[str, int]] = set()
         if self.settings.precision == "fp16" and self.device.type != "cuda":
             raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
 
@@ -159,7 +160,7 @@ class Loop:
             share = self.world.share(batch)
             if not share:
                 raise ValueError(
-                    f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected at least one each."
+                    f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each at least."
                 )
             with self.trainable.attach(), self._autocast():
                 result = self.objective(share, step)
@@ -212,13 +213,12 @@ class Loop:
         if not self.world.is_main:
             self.world.barrier()
             return
-        done = {row["event"] for row in self.folder.rows() if row.get("event") and row["step"] == self.step}
         last = self.step == self.config.steps
-        if self.validation and (self.step % self.settings.validate_every == 0 or last) and "validation" not in done:
+        due = self.step % self.settings.validate_every == 0 or last
+        if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
-        prompts = self.config.samples
-        due = bool(prompts.prompts) and (self.step % prompts.every == 0 or last)
-        if self.draw_samples and due and "sample" not in done:
+        due = self.step % self.config.samples.every == 0 or last
+        if self.draw_samples and due and ("sample", self.step) not in self.events:
             self._sample()
         if self.step and self.step % self.settings.save_every == 0 and not last:
             self._save()
@@ -272,6 +272,7 @@ class Loop:
             self.step = self.saved_step = state.step
             self.folder.truncate_metrics(state.metrics_size)
             self.callbacks.on_text(f"going on from step {state.step}")
+        self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
         self.folder.set_status("running", self.step)
 
     def _autocast(self):

@@ -1,0 +1,113 @@
+"""The CLIP text encoder of Stable Diffusion 1.x and 2.x, over transformers' CLIPTextModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .fingerprint import tensors_fingerprint
+from .model import Conditioning
+
+
+class ClipTextEncoder:
+    """TextEncoder over CLIPTextModel: final hidden states, every window padded to the full 77 tokens.
+
+    Prompts longer than a window are split every 75 tokens into windows that are encoded apart and joined, as ComfyUI
+    does. Pads are attended, as the model was trained.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer_folder: Path):
+        from transformers import CLIPTokenizer
+
+        folder = Path(tokenizer_folder)
+        if not (folder / "vocab.json").exists():
+            raise ValueError(
+                f"CLIP tokenizer folder is {folder}, without vocab.json; expected a folder with vocab.json and merges.txt. "
+                "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
+            )
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.window = network.config.max_position_embeddings
+        self.width = network.config.hidden_size
+        self.projection = None
+        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", self.window)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], config: Mapping | None, tokenizer: Path | None) -> ClipTextEncoder:
+        """From `text_model.*` tensors of a checkpoint; the config is read from their shapes when not given."""
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        state = {k.removeprefix("text_model."): v.float() for k, v in state.items() if "position_ids" not in k}
+        if "embeddings.token_embedding.weight" not in state:
+            raise ValueError("checkpoint holds no CLIP text encoder (cond_stage_model.transformer.text_model...).")
+        if tokenizer is None:
+            raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
+        with torch.device("meta"):
+            network = CLIPTextModel(CLIPTextConfig(**(config or clip_config(state))))
+        own = {k.removeprefix("text_model."): k for k in network.state_dict()}
+        missing = own.keys() - state.keys()
+        if missing:
+            raise ValueError(f"CLIP text encoder lacks {len(missing)} tensors such as {min(missing)!r}.")
+        network.load_state_dict({own[k]: state[k] for k in own}, assign=True)
+        for module in network.modules():
+            if "position_ids" in module._buffers:
+                module.position_ids = torch.arange(network.config.max_position_embeddings)[None]
+        return cls(network, tokenizer)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.network.get_input_embeddings()
+
+    def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
+        """One list of windows a text; a window is start, up to 75 tokens, end, pads."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        pad, room = self.tokenizer.pad_token_id, self.window - 2
+        windows = []
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            parts = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+            windows.append([[begin, *part, end] + [pad] * (room - len(part)) for part in parts])
+        return windows
+
+    def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
+        device = self.token_embedding.weight.device
+        flat = torch.tensor([window for windows in tokens for window in windows], device=device)
+        states = self.network(input_ids=flat).last_hidden_state
+        rows = states.split([len(windows) for windows in tokens])
+        return Conditioning.cat(Conditioning(row.reshape(1, -1, row.shape[-1])) for row in rows)
+
+    def project(self, states: Conditioning) -> Conditioning:
+        return states
+
+    def encode(self, tokens: list[list[list[int]]]) -> Conditioning:
+        return self.backbone(tokens)
+
+    def real_tokens(self, tokens: list[list[list[int]]]) -> Tensor:
+        """(B, L) bool: the words of each prompt and the first end token, without start token and pads."""
+        end, longest = self.tokenizer.eos_token_id, max(len(windows) for windows in tokens) * self.window
+        rows = []
+        for windows in tokens:
+            row = [0 < i <= window.index(end) for window in windows for i in range(self.window)]
+            rows.append(row + [False] * (longest - len(row)))
+        return torch.tensor(rows)
+
+
+def clip_config(state: Mapping[str, Tensor]) -> dict:
+    """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768."""
+    vocabulary, width = state["embeddings.token_embedding.weight"].shape
+    layers = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layers."))
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": state["embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu" if width <= 768 else "gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }

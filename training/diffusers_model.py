@@ -1,0 +1,203 @@
+"""The model view over diffusers and transformers modules: for the command line, tests and several machines.
+
+Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x by shape; the demo model by its
+metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from ComfyUI's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .clip_text import ClipTextEncoder
+from .fingerprint import tensors_fingerprint
+from .formats import ldm
+from .model import Conditioning, TextToImage
+from .run_folder import read_tensors
+
+SD1_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def training_sigmas(scheduler: Mapping) -> Tensor:
+    """(T,) noise levels sigma_t = sqrt((1 - a_t) / a_t) of a discrete beta schedule, ascending, fp32."""
+    start, end = scheduler["beta_start"], scheduler["beta_end"]
+    count = scheduler.get("num_train_timesteps", 1000)
+    kind = scheduler.get("beta_schedule", "scaled_linear")
+    if kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    else:
+        raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
+    kept = torch.cumprod(1 - betas, dim=0)
+    return ((1 - kept) / kept).sqrt().float()
+
+
+class DiffusersDenoiser:
+    """Denoiser over a UNet2DConditionModel that predicts eps or v."""
+
+    def __init__(self, unet: nn.Module, scheduler: Mapping = SD1_SCHEDULER):
+        kinds = {"epsilon": "eps", "v_prediction": "v"}
+        prediction = scheduler.get("prediction_type", "epsilon")
+        if prediction not in kinds:
+            raise ValueError(f"prediction_type is {prediction!r}; expected one of {', '.join(kinds)}.")
+        self.network = unet.eval()
+        self.prediction_type = kinds[prediction]
+        self.sigmas = training_sigmas(scheduler)
+        self._log_sigmas = self.sigmas.log()
+        self._names = {b: a for a, b in ldm.unet_names(unet.config).items()}
+        self.latent_channels = unet.config.in_channels
+        self.context_width = unet.config.cross_attention_dim
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        weights = ((self.canonical_name(n), p) for n, p in self.network.named_parameters())
+        return tensors_fingerprint(weights, self.prediction_type)
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return latent + _column(sigma) * noise
+
+    def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        scaled = noisy / (1 + _column(sigma) ** 2).sqrt()
+        distance = (sigma.log().cpu()[:, None] - self._log_sigmas[None]).abs()
+        times = distance.argmin(1).to(noisy.device)
+        added = self._size_conditioning(noisy, conditioning) if conditioning.pooled is not None else None
+        return self.network(
+            scaled,
+            times,
+            encoder_hidden_states=conditioning.context,
+            encoder_attention_mask=conditioning.mask,
+            added_cond_kwargs=added,
+        ).sample
+
+    def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "eps":
+            return noise
+        return (noise - _column(sigma) * latent) / (1 + _column(sigma) ** 2).sqrt()
+
+    def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
+        sigma = _column(sigma)
+        if self.prediction_type == "eps":
+            return noisy - sigma * output
+        return noisy / (1 + sigma**2) - sigma * output / (1 + sigma**2).sqrt()
+
+    @contextmanager
+    def checkpointing(self, enabled: bool):
+        if enabled:
+            self.network.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.network.disable_gradient_checkpointing()
+
+    def canonical_name(self, name: str) -> str:
+        return ldm.rename(name, self._names)
+
+    def _size_conditioning(self, noisy: Tensor, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """SDXL's pooled text and (height, width, crop 0, 0, height, width) in pixels; None for models without it."""
+        if self.network.config.addition_embed_type != "text_time":
+            return None
+        height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        return {"text_embeds": conditioning.pooled, "time_ids": sizes.expand(len(noisy), -1)}
+
+
+class DiffusersAutoencoder:
+    """Autoencoder over an AutoencoderKL; latents are the posterior's mean, scaled."""
+
+    def __init__(self, vae: nn.Module):
+        self.network = vae.eval().requires_grad_(False)
+        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.fingerprint = tensors_fingerprint(vae.named_parameters(), vae.config.scaling_factor)
+
+    def encode(self, images: Tensor) -> Tensor:
+        parameter = next(self.network.parameters())
+        posterior = self.network.encode(images.to(parameter) * 2 - 1).latent_dist
+        return posterior.mode() * self.network.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        parameter = next(self.network.parameters())
+        images = self.network.decode(latents.to(parameter) / self.network.config.scaling_factor).sample
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:
+    """A text-to-image model in fp32 from a diffusers folder or a single-file checkpoint in the original layout.
+
+    tokenizer: folder of a CLIP tokenizer; needed for a single file other than the demo model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path, tokenizer)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"model is {path}; expected a diffusers folder or a .safetensors checkpoint.")
+    return _load_file(path, tokenizer)
+
+
+def _load_folder(path: Path, tokenizer: Path | None) -> TextToImage:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    missing = [part for part in ("unet", "vae", "text_encoder") if not (path / part).is_dir()]
+    if missing:
+        raise ValueError(f"diffusers folder {path} lacks {', '.join(missing)}; expected unet, vae and text_encoder.")
+    options = {"local_files_only": True, "torch_dtype": torch.float32}
+    unet = UNet2DConditionModel.from_pretrained(path / "unet", **options)
+    vae = AutoencoderKL.from_pretrained(path / "vae", **options)
+    text = CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=torch.float32)
+    settings = path / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else SD1_SCHEDULER
+    words = ClipTextEncoder(text, tokenizer or path / "tokenizer")
+    return TextToImage(DiffusersDenoiser(unet, scheduler), words, DiffusersAutoencoder(vae))
+
+
+def _load_file(path: Path, tokenizer: Path | None) -> TextToImage:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    tensors, metadata = read_tensors(path)
+    config = json.loads(metadata.get("retune.config", "{}"))
+    unet_state = _stripped(tensors, ldm.UNET_PREFIX)
+    unet_config = config.get("unet") or ldm.unet_config({k: v.shape for k, v in unet_state.items()})
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+        vae = AutoencoderKL.from_config(config.get("vae") or SD1_VAE)
+    _assign(unet, ldm.to_diffusers(unet_state, ldm.unet_names(unet.config)), "UNet")
+    vae_state = _stripped(tensors, ldm.VAE_PREFIX)
+    vae_state = {k: v for k, v in vae_state.items() if k.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
+    _assign(vae, ldm.to_diffusers(vae_state, ldm.vae_names(vae.config)), "VAE")
+    words = ClipTextEncoder.from_state(_stripped(tensors, ldm.CLIP_PREFIX), config.get("clip"), tokenizer)
+    denoiser = DiffusersDenoiser(unet, config.get("scheduler") or SD1_SCHEDULER)
+    return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+
+
+def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _assign(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Fills a module made on the meta device with a complete state dict, in fp32."""
+    missing = module.state_dict().keys() - state.keys()
+    if missing:
+        raise ValueError(f"{what} in the checkpoint lacks {len(missing)} tensors such as {min(missing)!r}.")
+    module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+
+
+def _column(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1)
