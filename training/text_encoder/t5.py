@@ -1,0 +1,142 @@
+"""A T5 encoder with a projection: prompts in, what a denoiser's cross-attention reads out (fp32, differentiable)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Conditioning
+from .projection import Projection
+from .t5_file import T5Weights, read_t5
+from .tokenizers import T5Tokenizer, find_tokenizer
+
+logger = logging.getLogger(__name__)
+
+PADDINGS = ("none", "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """How long the context of a prompt is; the same in training and inference, and saved with the encoder."""
+
+    max_tokens: int = 256
+    """Longest context in tokens, </s> included; what goes beyond is cut with a warning."""
+    pad: str = "none"
+    """"none": as long as the prompt. "max_tokens": always `max_tokens`; pads are attended like any other token."""
+
+    def __post_init__(self):
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 2 (one token and </s>)")
+        if self.pad not in PADDINGS:
+            raise ValueError(f"pad is {self.pad!r}; expected one of {', '.join(PADDINGS)}")
+
+
+class T5TextEncoder:
+    """Implements `TextEncoder` with transformers' T5. Tokens are lists of ids, one list a prompt, not padded.
+
+    Each row of a batch equals the row encoded alone: T5 always gets its attention mask. fingerprint covers weights,
+    tokenizer and padding, not the projection.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
+        width = model.config.d_model
+        if projection.in_width != width:
+            raise ValueError(f"the projection reads a width of {projection.in_width}; expected the T5's {width}")
+        self.model, self.tokenizer, self.projection, self.padding = model, tokenizer, projection, padding
+        self.file_hash = source
+        identity = (source, tokenizer.fingerprint, padding.max_tokens, padding.pad)
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    @property
+    def width(self) -> int:
+        return self.projection.width
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids that end in </s>, at most `max_tokens` of them."""
+        return [cut(self.tokenizer.encode(text), self.padding.max_tokens, text) for text in texts]
+
+    def backbone(self, tokens: list[list[int]]) -> Conditioning:
+        """Last states before the projection, (B, L, d_model). mask: real tokens, or None where pads are attended."""
+        ids, real = self._batch(tokens)
+        states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        return Conditioning(states, None, real if self.padding.pad == "none" else None)
+
+    def project(self, states: Conditioning) -> Conditioning:
+        return Conditioning(self.projection(states.context), None, states.mask)
+
+    def encode(self, tokens: list[list[int]]) -> Conditioning:
+        return self.project(self.backbone(tokens))
+
+    def real_tokens(self, tokens: list[list[int]]) -> Tensor:
+        """(B, L) bool: prompt tokens and </s>, without pads. Statistics are taken over these."""
+        return self._batch(tokens)[1]
+
+    def scaled(self, factor: float) -> T5TextEncoder:
+        """The same encoder (T5 weights shared) whose output is `factor` times this one's."""
+        return self.with_projection(self.projection.scaled(factor))
+
+    def with_projection(self, projection: Projection) -> T5TextEncoder:
+        return T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
+
+    def _batch(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = self.padding.max_tokens if self.padding.pad == "max_tokens" else max(map(len, tokens))
+        device = self.token_embedding.weight.device
+        ids = torch.full((len(tokens), longest), self.tokenizer.pad_token, device=device)
+        real = torch.zeros(len(tokens), longest, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(tokens):
+            ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+            real[row, : len(prompt)] = True
+        return ids, real
+
+
+def cut(ids: list[int], max_tokens: int, text: str) -> list[int]:
+    """At most `max_tokens` ids, the end token kept; warns when something is lost."""
+    if len(ids) <= max_tokens:
+        return ids
+    logger.warning("Prompt of %d tokens is cut to max_tokens = %d: %.60s...", len(ids), max_tokens, text)
+    return ids[: max_tokens - 1] + ids[-1:]
+
+
+def load_t5(
+    path: str | Path,
+    projection: Projection,
+    *,
+    padding: Padding | None = None,
+    tokenizer: str | Path | T5Tokenizer | None = None,
+    comfyui: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> T5TextEncoder:
+    """A T5 file or folder with a projection to the denoiser's width, in fp32.
+
+    tokenizer: one at hand or its path; by default it is looked for (see `find_tokenizer`). Errors: ValueError or
+    FileNotFoundError for the weights, the tokenizer, or a projection of another width.
+    """
+    weights = read_t5(path)
+    if not isinstance(tokenizer, T5Tokenizer):
+        tokenizer = find_tokenizer(path, weights.config, path=tokenizer, comfyui=comfyui)
+    model = t5_model(weights).to(device)
+    return T5TextEncoder(model, tokenizer, projection.to(device), padding or Padding(), weights.file_hash)
+
+
+def t5_model(weights: T5Weights) -> nn.Module:
+    """transformers' T5EncoderModel (UMT5EncoderModel for UMT5 and Pile-T5) with these weights, frozen, in eval mode."""
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    umt5 = weights.config["model_type"] == "umt5"
+    known = {key: value for key, value in weights.config.items() if key not in ("model_type", "dense_act_fn")}
+    config = (UMT5Config if umt5 else T5Config)(**known, dropout_rate=0.0)
+    with torch.device("meta"):
+        model = (UMT5EncoderModel if umt5 else T5EncoderModel)(config)
+    state = weights.state_dict | {"encoder.embed_tokens.weight": weights.state_dict["shared.weight"]}
+    model.load_state_dict(state, assign=True)
+    model.encoder.embed_tokens = model.shared
+    return model.eval().requires_grad_(False)
