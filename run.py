@@ -328,6 +328,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036: it runs in whatever Python a user has
+    if sys.version_info < (3, 10):  # noqa: UP036
         raise SystemExit(f"run.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     main(sys.argv[1:])
