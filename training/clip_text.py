@@ -25,7 +25,7 @@ class ClipTextEncoder:
         folder = Path(tokenizer_folder)
         if not (folder / "vocab.json").exists():
             raise ValueError(
-                f"CLIP tokenizer folder is {folder}, without vocab.json; expected a folder with vocab.json and merges.txt. "
+                f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
                 "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
             )
         self.network = network.eval().requires_grad_(False)

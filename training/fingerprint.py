@@ -12,7 +12,7 @@ SAMPLES = 1024
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) -> str:
     """32 hex digits over names, shapes and up to 1024 evenly spaced values of each tensor, in fp32.
 
-    A sample, not every byte: an SD1.5 UNet takes milliseconds, and any training or merge changes every tensor it touches.
+    A sample, not every byte: fast for any model, and training or a merge changes nearly every value it touches.
     """
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):

@@ -122,6 +122,7 @@ class Loop:
         self._resume()
         consistent = True
         try:
+            self.callbacks.before_step(self.step)
             self._after_step()
             while self.step < self.config.steps:
                 self.callbacks.before_step(self.step + 1)
@@ -160,7 +161,7 @@ class Loop:
             share = self.world.share(batch)
             if not share:
                 raise ValueError(
-                    f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each at least."
+                    f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each."
                 )
             with self.trainable.attach(), self._autocast():
                 result = self.objective(share, step)
