@@ -189,7 +189,7 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
 
 def _write(folder: RunFolder, values: dict[str, Tensor], config: TrainModelConfig) -> TrainedModel:
     about = {"run": config.run_name, "train": config.train, "steps": config.steps}
-    write_tensors(folder.path / ARTIFACT, values, {"retune.run": json.dumps(about), "format": "pt"})
+    write_tensors(folder.path / ARTIFACT, values, {"retune.run": json.dumps(about)})
     return read_trained(folder.path / ARTIFACT)
 
 
