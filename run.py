@@ -21,7 +21,10 @@ VENV = ROOT / ".venv"
 MARKER = VENV / "retune-setup.json"  # what has been installed, each with a key of what it was made from
 LOG = VENV / "retune-setup.log"
 COMFYUI_BASE = ROOT / "output" / "comfyui"  # input, output and settings of the ComfyUI that this file starts
-TESTED_TORCH = "2.13.0"  # what the tests run on without ComfyUI; with ComfyUI its requirements decide
+TESTED_TORCH = ["torch==2.13.0"]  # what the tests run on without ComfyUI
+# What they run on with ComfyUI. Nothing in torchaudio names the torch it fits: the newest of both can fail at import.
+TESTED_TRIO = ["torch==2.12.1", "torchvision==0.27.1", "torchaudio==2.11.0"]
+IMPORT_TRIO = "import torch, torchvision, torchaudio"
 NO_COMFYUI = (
     "No ComfyUI found. Set COMFYUI_PATH to a checkout, or install one: pip install comfy-cli, then comfy install."
 )
@@ -74,13 +77,14 @@ def find_comfyui() -> Path | None:
     return next((folder.resolve() for folder in [*parents, *comfy_cli_folders()] if is_comfyui(folder)), None)
 
 
-def offer_comfyui(python: Path) -> Path:
+def offer_comfyui() -> Path:
     """Ask, on a terminal, whether to install ComfyUI with comfy-cli; raises ValueError when there is none then."""
     if not sys.stdin.isatty() or not sys.stderr.isatty():
         raise ValueError(NO_COMFYUI)
     say("No ComfyUI found (set COMFYUI_PATH if you have one).")
     if input("Install it with comfy-cli now? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ValueError(NO_COMFYUI)
+    python = make_venv()
     pip(python, "comfy-cli", "comfy-cli")
     command = [python, "-m", "comfy_cli", "--skip-prompt", "install", "--skip-torch-or-directml", "--skip-requirement"]
     code = subprocess.run([*command, "--cpu"]).returncode  # --cpu picks no torch build here: both installs are skipped
@@ -153,10 +157,10 @@ def pip(python: Path, what: str, *arguments: str) -> None:
 
 def report(line: str) -> None:
     """One short line for each package that pip fetches, and one when it unpacks them."""
-    if fetched := re.match(r"\s*(?:Downloading|Using cached|Processing)\s+(\S+)(.*)", line):
+    if fetched := re.match(r"\s*(?:Downloading|Using cached|Processing)\s+(\S+)(?: (\([\d.]+ \w+\)))?", line):
         name = re.split(r"[/\\]", fetched[1])[-1]
-        if not name.endswith(".metadata"):
-            say(f"  {name}{fetched[2] if '(from' not in fetched[2] else ''}")
+        if wheel := re.fullmatch(r"([^-]+)-([^-]+)-.*\.whl", name):
+            say(f"  {wheel[1]} {wheel[2]} {fetched[2] or ''}".rstrip())
     elif line.startswith("Installing collected packages:"):
         say(f"  unpacking {line.count(',') + 1} packages")
 
@@ -185,24 +189,24 @@ def once(name: str, made_from: str, install) -> None:
 
 def install_torch(python: Path, index: str | None) -> None:
     """The tested torch, unless `.venv` has one and no index was named."""
-    if index is None and succeeds([python, "-c", "import importlib.metadata as m; m.version('torch')"]):
-        return
-    pip(python, f"torch {TESTED_TORCH}", f"torch=={TESTED_TORCH}", *(["--index-url", index] if index else []))
+    if index:
+        pip(python, f"torch from {index}", "torch", "--index-url", index)
+    elif not succeeds([python, "-c", "import importlib.metadata as m; m.version('torch')"]):
+        pip(python, f"{TESTED_TORCH[0]} (tested)", *TESTED_TORCH)
 
 
 def install_comfyui_requirements(python: Path, comfyui: Path, index: str | None) -> None:
     """torch, torchvision and torchaudio that fit each other, and what ComfyUI's requirements.txt lists."""
-    trio = ["torch", "torchvision", "torchaudio"]
-    if not succeeds([python, "-c", "import torch, torchvision"]):  # a torch alone may be a build torchvision rejects
-        subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", *trio])
-    if index:
-        pip(python, "torch", *trio, "--index-url", index)
-    pip(python, f"what {comfyui} requires", *trio, "-r", str(comfyui / "requirements.txt"))
-    if not succeeds([python, "-c", "import torch, torchvision"]):
+    if index or not succeeds([python, "-c", IMPORT_TRIO]):
+        trio = [name.split("==")[0] for name in TESTED_TRIO]
+        subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", *trio], stderr=subprocess.DEVNULL)
+        pip(python, "torch for ComfyUI", *(trio + ["--index-url", index] if index else TESTED_TRIO))
+    if not succeeds([python, "-c", IMPORT_TRIO]):
         raise ValueError(
-            f"torch and torchvision do not fit each other in {VENV}. Name an index that has both, "
-            "--torch-index https://..., or delete the folder and try again."
+            f"torch, torchvision and torchaudio in {VENV} do not fit each other (`{IMPORT_TRIO}` fails). Name an index "
+            "that has all three with --torch-index https://..., or delete that folder and try again."
         )
+    pip(python, f"what {comfyui} requires", "-r", str(comfyui / "requirements.txt"))
 
 
 def set_up(options: argparse.Namespace, comfyui: Path | None) -> Path:
@@ -213,7 +217,7 @@ def set_up(options: argparse.Namespace, comfyui: Path | None) -> Path:
         made_from = key(str(comfyui), (comfyui / "requirements.txt").read_text(encoding="utf-8"), str(index))
         once("comfyui", made_from, lambda: install_comfyui_requirements(python, comfyui, index))
     else:
-        once("torch", key(TESTED_TORCH, str(index)), lambda: install_torch(python, index))
+        once("torch", key(str(index)), lambda: install_torch(python, index))
     package = ".[test]" if options.command == "test" else "."
     made_from = key((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     once(package, made_from, lambda: pip(python, "retune and what it requires", "--editable", package))
@@ -315,7 +319,7 @@ def main(arguments: list[str]) -> None:
     try:
         found = None if options.no_comfyui or options.command == "bench" else find_comfyui()
         if options.command == "comfyui" and found is None:
-            found = offer_comfyui(make_venv())
+            found = offer_comfyui()
         if options.command in ("demo", "test") and found is None and not options.no_comfyui:
             say(f"{NO_COMFYUI} Going on without it.")
         if options.no_comfyui:
