@@ -1,0 +1,344 @@
+"""A T5 with a projection as ComfyUI's own CLIP object: it encodes, offloads, clones and takes LoRA like any other.
+
+The projection is not an nn.Module child of the managed model but a plain object on it, and a clone's projection is an
+object patch. Under dynamic VRAM ComfyUI restores parameters by name after it has put object patches in, which would
+write the original's projection into the clone's; and it leaves key patches off modules that are not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training.demo.files import weights_path
+from ..training.model import Conditioning
+from ..training.text_encoder.file import SavedTextEncoder
+from ..training.text_encoder.projection import Projection, detached_copy
+from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
+from ..training.text_encoder.t5 import Padding, T5TextEncoder, cut, t5_model
+from ..training.text_encoder.t5_file import T5Weights, read_t5
+from ..training.text_encoder.tokenizers import T5Tokenizer, find_tokenizer
+
+DEMO = "demo"
+DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMFYUI_BUCKETS = 32
+XXL_WIDTH = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Source:
+    """Where the T5 of a CLIP came from and how it is read."""
+
+    path: Path
+    file_hash: str
+    config: dict
+    tokenizer: T5Tokenizer
+    padding: Padding
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """ComfyUI's name of this encoder: prefix of its weights, key of its embeddings and tokenizer options."""
+        return "t5xxl" if self.config["d_model"] == XXL_WIDTH else "t5base"
+
+
+@dataclass(frozen=True)
+class T5Parts:
+    """A T5 CLIP taken apart. patched: the T5 weights carry patches (a LoRA), which a saved text encoder leaves out."""
+
+    source: T5Source
+    projection: Projection
+    patched: bool
+
+
+class HeldProjection:
+    """A projection kept out of nn.Module's bookkeeping; ordinary fp32 tensors, copied to the device that encodes."""
+
+    def __init__(self, projection: Projection):
+        self.projection = detached_copy(projection).float().cpu().eval().requires_grad_(False)
+        self._elsewhere: tuple[torch.device, Projection] | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self._on(states.device)(states.float())
+
+    def _on(self, device: torch.device) -> Projection:
+        if device.type == "cpu":
+            return self.projection
+        if self._elsewhere is None or self._elsewhere[0] != device:
+            self._elsewhere = (device, detached_copy(self.projection).to(device))
+        return self._elsewhere[1]
+
+
+def load_t5_clip(
+    t5: str | Path,
+    projection: Projection,
+    *,
+    max_tokens: int = 256,
+    pad: str = "none",
+    dtype: str = "default",
+    tokenizer: str | Path | None = None,
+    embedding_directory: Sequence[str] | None = None,
+    disable_dynamic: bool = False,
+):
+    """A comfy.sd.CLIP of a T5 file, folder or "demo", followed by `projection`; pooled output is None.
+
+    dtype: how T5's weights are stored ("default": ComfyUI's choice, fp32 for the demo); it always computes in fp32.
+    Prompts longer than `max_tokens` are cut with a warning. Errors: ValueError or FileNotFoundError as `read_t5` and
+    `find_tokenizer`; ValueError for a projection of another width or an unknown dtype.
+    """
+    import comfy.model_management
+    import comfy.sd
+    import folder_paths
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    padding = Padding(max_tokens=max_tokens, pad=pad)
+    path = weights_path("t5.safetensors") if str(t5) == DEMO else Path(t5)
+    storage = torch.float32 if str(t5) == DEMO and dtype == "default" else DTYPES[dtype]
+    storage = storage or comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
+    weights = read_t5(path, storage)
+    _check_fit(weights.config, projection, path)
+    comfyui = Path(comfy.sd.__file__).parents[1]
+    found = find_tokenizer(path, weights.config, path=tokenizer, comfyui=comfyui)
+    source = T5Source(
+        path=path, file_hash=weights.file_hash, config=weights.config, tokenizer=found, padding=padding, dtype=dtype
+    )
+    clip = comfy.sd.CLIP(
+        _target(source, projection),
+        embedding_directory=embedding_directory or folder_paths.get_folder_paths("embeddings"),
+        parameters=sum(weight.numel() for weight in weights.state_dict.values()),
+        state_dict=[weights.state_dict],
+        model_options={"dtype": storage},
+        disable_dynamic=disable_dynamic,
+    )
+    rebuild = {"max_tokens": max_tokens, "pad": pad, "dtype": dtype, "tokenizer": tokenizer}
+    clip.patcher.cached_patcher_init = (_rebuilt_patcher, (t5, projection, rebuild, embedding_directory))
+    return clip
+
+
+def _rebuilt_patcher(t5, projection: Projection, options: dict, embedding_directory, disable_dynamic: bool = False):
+    """What ComfyUI calls for an independent copy of the patcher (another GPU, a deep copy)."""
+    options = options | {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic}
+    return load_t5_clip(t5, projection, **options).patcher
+
+
+def _check_fit(config: dict, projection: Projection, path: Path) -> None:
+    if projection.in_width != config["d_model"]:
+        raise ValueError(
+            f"the projection reads a width of {projection.in_width}; expected {config['d_model']}, the width of "
+            f"{path.name}. Use the T5 that the projection was made for, or a new projection."
+        )
+    if config["relative_attention_num_buckets"] != COMFYUI_BUCKETS:
+        raise ValueError(
+            f"{path.name} has {config['relative_attention_num_buckets']} relative position buckets; ComfyUI's T5 "
+            f"has {COMFYUI_BUCKETS}. Use another T5."
+        )
+
+
+def _target(source: T5Source, projection: Projection) -> SimpleNamespace:
+    """The model and tokenizer classes as comfy.sd.CLIP wants them."""
+    from comfy import sd1_clip
+    from comfy.text_encoders.t5 import T5
+
+    config, name = source.config, source.name
+    end, pad = config["eos_token_id"], config["pad_token_id"]
+
+    class Backbone(sd1_clip.SDClipModel):
+        def __init__(self, device, dtype, model_options):
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=dict(config),
+                model_class=T5,
+                special_tokens={"end": end, "pad": pad},
+                enable_attention_masks=True,
+                model_options=model_options,
+            )
+
+    class T5WithProjection(sd1_clip.SD1ClipModel):
+        def __init__(self, device, dtype, model_options):
+            super().__init__(device=device, dtype=dtype, model_options=model_options, name=name, clip_model=Backbone)
+            self.retune_source = source
+            self.projection = HeldProjection(projection)
+
+        def encode_states(self, tokens) -> Tensor:
+            """(1, L, d_model) before the projection, prompt weights applied, on the device that T5 ran on."""
+            states = super().encode_token_weights(tokens)[0]
+            return states.to(getattr(self, name).execution_device or states.device)
+
+        def encode_token_weights(self, tokens):
+            from comfy.model_management import intermediate_device
+
+            return self.projection(self.encode_states(tokens)).to(intermediate_device()), None
+
+    def tokenizer(embedding_directory=None, tokenizer_data=None):
+        segments = _segment_tokenizer(source, embedding_directory)
+        return sd1_clip.SD1Tokenizer(tokenizer_data={f"{name}_tokenizer_class": segments}, name=name)
+
+    return SimpleNamespace(clip=T5WithProjection, tokenizer=tokenizer, params={})
+
+
+def _segment_tokenizer(source: T5Source, embedding_directory):
+    """Builds ComfyUI's tokenizer (prompt weights, `embedding:`) around ours, cut or padded as the encoder says."""
+    from comfy import sd1_clip
+
+    padding = source.padding
+
+    class Tokenizer(sd1_clip.SDTokenizer):
+        def __init__(self, **_):
+            super().__init__(
+                "",
+                embedding_directory=embedding_directory,
+                embedding_size=source.config["d_model"],
+                embedding_key=source.name,
+                tokenizer_class=SimpleNamespace(from_pretrained=lambda _: source.tokenizer),
+                has_start_token=False,
+                pad_with_end=False,
+                pad_to_max_length=False,
+                pad_token=source.config["pad_token_id"],
+                max_length=99999999,
+                min_length=1,
+            )
+
+        def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+            (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
+            end = next(i for i, entry in enumerate(batch) if _is_token(entry[0], self.end_token))
+            batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
+            if padding.pad == "max_tokens":
+                self.pad_tokens(batch, padding.max_tokens - len(batch))
+            return [batch if return_word_ids else [entry[:2] for entry in batch]]
+
+    return Tokenizer
+
+
+def _is_token(entry: Any, token: int) -> bool:
+    """Entries are ids, or the vectors of an `embedding:`."""
+    return not isinstance(entry, Tensor) and entry == token
+
+
+def is_t5_clip(clip) -> bool:
+    """Whether a CLIP was made by `load_t5_clip` (or is a clone of one)."""
+    return hasattr(clip.cond_stage_model, "retune_source")
+
+
+def t5_parts(clip) -> T5Parts:
+    """Source and projection of a T5 CLIP, as this clone has them. Errors: ValueError for any other CLIP."""
+    _expect_t5(clip)
+    held = clip.patcher.get_model_object("projection")
+    return T5Parts(clip.cond_stage_model.retune_source, detached_copy(held.projection), bool(clip.patcher.patches))
+
+
+def t5_state(clip) -> dict[str, Tensor]:
+    """T5's weights in fp32 under `T5EncoderModel` names, this clone's patches applied; independent copies."""
+    import comfy.lora
+
+    _expect_t5(clip)
+    prefix = f"{clip.cond_stage_model.retune_source.name}.transformer."
+    state = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for key, ((weight, _), *patches) in clip.patcher.get_key_patches(prefix).items():
+            own = weight.detach().to("cpu", torch.float32, copy=True)
+            state[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, own, key) if patches else own
+    return state
+
+
+def core_text_encoder(clip) -> T5TextEncoder:
+    """The core's own encoder (transformers, fp32, CPU) with this CLIP's weights, tokenizer, projection and padding."""
+    parts = t5_parts(clip)
+    source = parts.source
+    model = t5_model(T5Weights(t5_state(clip), source.config, source.file_hash))
+    return T5TextEncoder(model, source.tokenizer, parts.projection, source.padding, source.file_hash)
+
+
+def clone_with_projection(clip, projection: Projection):
+    """A clone that shares T5's weights and patches but projects with a copy of `projection`; `clip` is untouched."""
+    _expect_t5(clip)
+    source = clip.cond_stage_model.retune_source
+    _check_fit(source.config, projection, source.path)
+    clone = clip.clone()
+    clone.patcher.add_object_patch("projection", HeldProjection(projection))
+    return clone
+
+
+def saved_text_encoder(clip, target_std: float | None = None) -> SavedTextEncoder:
+    """What `save_text_encoder` writes for a T5 CLIP."""
+    parts = t5_parts(clip)
+    source = parts.source
+    return SavedTextEncoder(
+        projection=parts.projection,
+        padding=source.padding,
+        t5_file=source.path.name,
+        t5_sha256=source.file_hash,
+        t5_config=source.config,
+        tokenizer=source.tokenizer.fingerprint,
+        target_std=target_std,
+        dtype=source.dtype,
+    )
+
+
+def encode_states(clip, prompt: str) -> Tensor:
+    """(1, L, d_model) T5 states before the projection; parentheses in `prompt` are text, as in a caption."""
+    _expect_t5(clip)
+    tokens = clip.tokenize(prompt, disable_weights=True)
+    model = clip.cond_stage_model
+    model.reset_clip_options()
+    if clip.layer_idx is not None:
+        model.set_clip_options({"layer": clip.layer_idx})
+    clip.load_model(tokens)
+    model.set_clip_options({"execution_device": clip.patcher.load_device})
+    return model.encode_states(tokens)
+
+
+class MeasurableClip:
+    """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def tokenize(self, texts: list[str]) -> dict:
+        (text,) = texts
+        return self.clip.tokenize(text, disable_weights=True)
+
+    def encode(self, tokens: dict) -> Conditioning:
+        return Conditioning(self.clip.encode_from_tokens(tokens))
+
+    def real_tokens(self, tokens: dict) -> Tensor:
+        """(1, L) bool: without start tokens and what follows a section's first end token."""
+        key, sections = next(iter(tokens.items()))
+        owner = self.clip.tokenizer
+        segments = getattr(owner, key, None) or getattr(owner, f"clip_{key}")
+        return torch.tensor([[real for section in sections for real in _real(section, segments)]])
+
+    def scaled(self, factor: float) -> MeasurableClip:
+        return MeasurableClip(clone_with_projection(self.clip, t5_parts(self.clip).projection.scaled(factor)))
+
+
+def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tuple[Any, ScaleReport]:
+    """A clone of a T5 CLIP with std `target_std` over `prompts`, and the measurements before and after."""
+    _expect_t5(clip)
+    scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
+    return scaled.clip, report
+
+
+def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:
+    """std over all elements of real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5)."""
+    return token_std(MeasurableClip(clip), prompts)
+
+
+def _real(section: list, segments) -> list[bool]:
+    ids = [entry[0] for entry in section]
+    end = next((i for i, entry in enumerate(ids) if _is_token(entry, segments.end_token)), len(ids) - 1)
+    return [segments.tokens_start <= i <= end for i in range(len(ids))]
+
+
+def _expect_t5(clip) -> None:
+    if not is_t5_clip(clip):
+        raise ValueError(
+            f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"
+        )
