@@ -7,7 +7,7 @@ write the original's projection into the clone's; and it leaves key patches off 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.demo.files import weights_path
+from ..training.demo.files import WEIGHTS, weights_path
 from ..training.model import Conditioning
 from ..training.text_encoder.file import SavedTextEncoder
 from ..training.text_encoder.projection import Projection, detached_copy
@@ -280,6 +280,18 @@ def saved_text_encoder(clip, target_std: float | None = None) -> SavedTextEncode
         target_std=target_std,
         dtype=source.dtype,
     )
+
+
+def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Path], **options):
+    """The CLIP of a saved text encoder; its T5 is looked for in `folders` and in the demo's weights.
+
+    options: as `load_t5_clip`. Errors: ValueError or FileNotFoundError that names the T5 or tokenizer that differs.
+    """
+    path = saved.find_t5([*folders, WEIGHTS])
+    padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
+    clip = load_t5_clip(path, saved.projection, dtype=saved.dtype, **padding, **options)
+    saved.check_tokenizer(clip.cond_stage_model.retune_source.tokenizer.fingerprint)
+    return clip
 
 
 def encode_states(clip, prompt: str) -> Tensor:

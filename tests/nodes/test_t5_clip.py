@@ -1,0 +1,324 @@
+"""T5 with a projection as ComfyUI's CLIP: equal to the core's, untouched by its clones, managed like any other."""
+
+import logging
+
+import pytest
+import torch
+from retune.nodes import t5_clip
+from retune.training.generators import generator
+from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
+from retune.training.text_encoder.projection import Projection
+from retune.training.text_encoder.scale import PROMPTS
+from retune.training.text_encoder.t5 import Padding, load_t5
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+pytestmark = pytest.mark.comfyui
+
+VOCABULARY, WIDTH = 200, 96
+TEXTS = ["a red circle", "two small blue squares on a green ground, and a star", "", *PROMPTS[:6]]
+SIZES = {  # d_model, d_kv, heads, d_ff, gated, bias in every layer
+    "demo size": (64, 16, 4, 128, True, False),
+    "v1.1 base width": (768, 64, 12, 2048, True, False),
+    "v1.0 base width": (768, 64, 12, 3072, False, False),
+    "umt5": (64, 16, 4, 128, True, True),
+}
+
+
+def train_tokenizer(path):
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=180, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(PROMPTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+
+
+def make_t5(folder, size):
+    d_model, d_kv, heads, d_ff, gated, umt5 = SIZES[size]
+    kind = {"feed_forward_proj": "gated-gelu" if gated else "relu", "num_layers": 2, "vocab_size": VOCABULARY}
+    sizes = {"d_model": d_model, "d_kv": d_kv, "num_heads": heads, "d_ff": d_ff}
+    torch.manual_seed(0)
+    model = UMT5EncoderModel(UMT5Config(**kind | sizes)) if umt5 else T5EncoderModel(T5Config(**kind | sizes))
+    model.save_pretrained(folder)
+    train_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {size: make_t5(tmp_path_factory.mktemp(size.replace(" ", "_")), size) for size in SIZES}
+
+
+@pytest.fixture
+def t5_folder(folders):
+    return folders["demo size"]
+
+
+@pytest.fixture
+def clip(comfyui, t5_folder):
+    with torch.inference_mode():  # as ComfyUI runs loader nodes
+        return t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32")
+
+
+def projection(in_width=64, kind="orthogonal", **options):
+    return Projection(in_width, WIDTH, kind, **options).scaled(1.3)
+
+
+def encode(clip, text, **options):
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize(text, **options)).clone()
+
+
+def encode_all(clip):
+    return [encode(clip, text) for text in TEXTS]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("padding", [{}, {"pad": "max_tokens", "max_tokens": 40}], ids=["tight", "padded"])
+def test_equals_the_core_encoder(comfyui, folders, size, padding):
+    chosen = projection(SIZES[size][0], "mlp" if size == "umt5" else "orthogonal")
+    clip = t5_clip.load_t5_clip(folders[size], chosen, dtype="fp32", **padding)
+    core = load_t5(folders[size], chosen, padding=Padding(**padding))
+    for text in TEXTS:
+        (ids,) = core.tokenize([text])
+        expected = core.encode([ids]).context
+        result = encode(clip, text)
+        assert [token for token, _ in clip.tokenize(text)[clip.cond_stage_model.clip_name][0]][: len(ids)] == ids
+        assert result.shape == expected.shape
+        assert (result - expected).abs().max() < 1e-4
+        assert (t5_clip.encode_states(clip, text) - core.backbone([ids]).context).abs().max() < 1e-4
+
+
+def test_stock_nodes_encode_and_pooled_is_none(clip):
+    import nodes
+
+    with torch.inference_mode():
+        ((context, extra),) = nodes.CLIPTextEncode().encode(clip, TEXTS[0])[0]
+    assert extra["pooled_output"] is None
+    assert torch.equal(context, encode(clip, TEXTS[0]))
+
+
+def test_last_layer_node(clip, t5_folder):
+    import nodes
+
+    (earlier,) = nodes.CLIPSetLastLayer().set_last_layer(clip, -2)
+    core = load_t5(t5_folder, projection())
+    (ids,) = core.tokenize([TEXTS[1]])
+    states = core.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2]
+    expected = core.projection(core.model.encoder.final_layer_norm(states))
+    assert (encode(earlier, TEXTS[1]) - expected).abs().max() < 1e-4
+    assert (encode(clip, TEXTS[1]) - core.encode([ids]).context).abs().max() < 1e-4
+
+
+def test_prompt_weights_move_states_away_from_the_empty_prompt(clip):
+    plain, weighted = encode(clip, "a red circle"), encode(clip, "(a red circle:1.5)")
+    ids = clip.tokenize("a red circle")["t5base"][0]
+    empty = [(1, 1.0)] + [(0, 1.0)] * (len(ids) - 1)
+    with torch.inference_mode():
+        base = clip.encode_from_tokens({"t5base": [empty]})
+    expected = plain + 0.5 * (plain - base)  # the projection is linear
+    expected[:, -1] = plain[:, -1]  # </s> keeps weight 1
+    assert (weighted - expected).abs().max() < 1e-5
+    assert encode(clip, "(a red circle:1.5)", disable_weights=True).shape[1] > weighted.shape[1]
+
+
+def test_embeddings_of_t5_width_enter_before_t5(comfyui, t5_folder, tmp_path, caplog):
+    core = load_t5(t5_folder, projection())
+    (ids,) = core.tokenize(["red circle"])
+    vectors = core.token_embedding.weight[ids[:-1]].detach().clone()
+    save_file({"t5base": vectors}, tmp_path / "known.safetensors")
+    save_file({"t5base": torch.zeros(2, 7)}, tmp_path / "narrow.safetensors")
+    clip = t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32", embedding_directory=[str(tmp_path)])
+    assert torch.equal(encode(clip, "embedding:known"), encode(clip, "red circle"))
+    with caplog.at_level(logging.WARNING):
+        encode(clip, "embedding:narrow")
+    assert "shape mismatch" in caplog.text
+
+
+def test_long_prompts_are_cut_with_a_warning(comfyui, t5_folder, caplog):
+    clip = t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32", max_tokens=6)
+    core = load_t5(t5_folder, projection(), padding=Padding(max_tokens=6))
+    with caplog.at_level(logging.WARNING):
+        tokens = clip.tokenize(TEXTS[1])["t5base"]
+    assert "is cut to max_tokens = 6" in caplog.text
+    assert [[token for token, _ in tokens[0]]] == core.tokenize([TEXTS[1]])
+    word_ids = clip.tokenize(TEXTS[1], return_word_ids=True)["t5base"][0]
+    assert len(word_ids) == 6 and all(len(entry) == 3 for entry in word_ids)
+
+
+def other_projection():
+    changed = projection(seed=7)
+    changed.scale.fill_(0.2)
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "mlp"])
+def test_a_clone_projects_differently_and_the_original_stays(clip, t5_folder, kind):
+    import comfy.model_management
+
+    before = encode_all(clip)
+    changed = projection(kind=kind, seed=7)
+    with torch.inference_mode():
+        clone = t5_clip.clone_with_projection(clip, changed)
+    expected = t5_clip.load_t5_clip(t5_folder, changed, dtype="fp32")
+    for _ in range(2):  # alternating, so that each is put in place and taken out again
+        assert same(encode_all(clone), encode_all(expected))
+        assert same(encode_all(clip), before)
+    comfy.model_management.unload_all_models()
+    assert same(encode_all(clip), before)
+    assert same(encode_all(clone.clone()), encode_all(expected))
+    assert not same(encode_all(clone), before)
+    assert clone.cond_stage_model is clip.cond_stage_model
+    assert torch.equal(t5_clip.t5_parts(clone).projection.linear.weight, changed.linear.weight)
+    assert torch.equal(t5_clip.t5_parts(clip).projection.linear.weight, projection().linear.weight)
+
+
+def test_what_a_clone_was_given_may_change_afterwards(clip):
+    changed = other_projection()
+    clone = t5_clip.clone_with_projection(clip, changed)
+    before = encode_all(clone)
+    with torch.no_grad():
+        changed.linear.weight.zero_()
+        t5_clip.t5_parts(clone).projection.linear.weight.zero_()
+    assert same(encode_all(clone), before)
+
+
+def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
+    import comfy.lora
+
+    before = encode_all(clip)
+    key = "t5base.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    source = generator(0, "lora")
+    lora = {f"text_encoders.{key}.lora_up.weight": torch.randn(64, 4, generator=source)}
+    lora[f"text_encoders.{key}.lora_down.weight"] = torch.randn(4, 64, generator=source)
+    patched = clip.clone()
+    names = comfy.lora.model_lora_keys_clip(patched.cond_stage_model, {})
+    assert patched.add_patches(comfy.lora.load_lora(lora, names), 0.1)
+    both = t5_clip.clone_with_projection(patched, other_projection())
+    assert t5_clip.t5_parts(both).patched and not t5_clip.t5_parts(clip).patched
+    for one in (patched, both):  # the core's encoder takes the patched weights, whoever is loaded
+        core = t5_clip.core_text_encoder(one)
+        for text in TEXTS[:3]:
+            (ids,) = core.tokenize([text])
+            assert (encode(one, text) - core.encode([ids]).context).abs().max() < 1e-4
+    assert not same(encode_all(patched), before)
+    encode_all(both)
+    stored = load_file(t5_folder / "model.safetensors")
+    state = t5_clip.t5_state(clip)
+    assert all(torch.equal(stored[name], weight) for name, weight in state.items()) and len(state) == len(stored)
+    assert same(encode_all(clip), before)
+
+
+def test_independent_copy_is_rebuilt_from_the_file(clip):
+    clone = t5_clip.clone_with_projection(clip, other_projection())
+    expected = encode_all(clone)
+    separate = clone.clone()
+    separate.patcher = clone.patcher.clone(force_deepcopy=True)
+    separate.cond_stage_model = separate.patcher.model
+    assert separate.cond_stage_model is not clip.cond_stage_model
+    assert same(encode_all(separate), expected)
+
+
+def test_encodings_are_bit_equal_with_weights_left_offloaded(clip):
+    """A partial load, as with little VRAM: weights stay behind and are cast when used."""
+    before = encode_all(clip)
+    patcher = clip.patcher
+    patcher.detach()
+    patcher.partially_load(patcher.load_device, 1)
+    assert clip.cond_stage_model.model_lowvram
+    assert same(encode_all(clip), before)
+    patcher.detach()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "default"])
+def test_storage_dtypes(comfyui, t5_folder, dtype):
+    clip = t5_clip.load_t5_clip(t5_folder, projection(), dtype=dtype)
+    reference = t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32")
+    stored = clip.cond_stage_model.t5base.transformer.shared.weight.dtype
+    assert stored == (t5_clip.DTYPES[dtype] or torch.float16)
+    left, right = encode(clip, TEXTS[1]), encode(reference, TEXTS[1])
+    assert left.dtype == torch.float32
+    assert 0 < (left - right).abs().max() < 0.1 * right.std()
+
+
+def test_scale_reaches_the_target_and_leaves_the_original(clip):
+    before = encode_all(clip)
+    with torch.inference_mode():
+        scaled, report = t5_clip.scale_clip(clip, 0.9)
+        again, _ = t5_clip.scale_clip(scaled, 0.2)
+    assert report.before.std == pytest.approx(t5_clip.clip_std(clip))
+    assert t5_clip.clip_std(scaled) == pytest.approx(0.9, rel=1e-5)
+    assert t5_clip.clip_std(again) == pytest.approx(0.2, rel=1e-5)
+    states = torch.cat([encode(scaled, prompt)[0] for prompt in PROMPTS])  # tight: every token is real
+    assert states.std(unbiased=False).item() == pytest.approx(0.9, rel=1e-4)
+    assert same(encode_all(clip), before)
+
+
+def test_std_of_a_stock_clip_leaves_out_start_token_and_pads(comfyui):
+    from types import SimpleNamespace
+
+    import comfy.sd
+    from comfy import sd1_clip
+
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64, "num_attention_heads": 2}
+    target = SimpleNamespace(clip=sd1_clip.SD1ClipModel, tokenizer=sd1_clip.SD1Tokenizer, params={})
+    stock = comfy.sd.CLIP(target, model_options={"clip_l_model_config": small, "dtype": torch.float32})
+    with torch.no_grad():
+        for parameter in stock.cond_stage_model.parameters():
+            parameter.normal_()
+    context = encode(stock, "a red apple")  # start, 3 words, end, 72 pads
+    expected = context[0, 1:5].std(unbiased=False).item()
+    assert t5_clip.clip_std(stock, ["a red apple"]) == pytest.approx(expected, rel=1e-5)
+    assert not t5_clip.is_t5_clip(stock)
+    for function in (t5_clip.t5_parts, t5_clip.t5_state, lambda clip: t5_clip.scale_clip(clip, 0.9)):
+        with pytest.raises(ValueError, match="expected a T5 from Load T5"):
+            function(stock)
+
+
+def test_saved_and_loaded_again_is_bit_equal(clip, t5_folder, tmp_path):
+    scaled, _ = t5_clip.scale_clip(t5_clip.clone_with_projection(clip, other_projection()), 0.7)
+    save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled, target_std=0.7))
+    saved = read_text_encoder(tmp_path / "te.safetensors")
+    saved.check_width(WIDTH)
+    loaded = t5_clip.load_saved_text_encoder(saved, [tmp_path, t5_folder.parent])
+    assert same(encode_all(loaded), encode_all(scaled))
+
+
+def test_errors_before_loading(comfyui, t5_folder, tmp_path):
+    with pytest.raises(ValueError, match="reads a width of 8; expected 64"):
+        t5_clip.load_t5_clip(t5_folder, Projection(8, WIDTH))
+    with pytest.raises(ValueError, match="dtype is 'fp4'"):
+        t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp4")
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "llama.safetensors")
+    with pytest.raises(ValueError, match="llama.safetensors: .*decoder-only"):
+        t5_clip.load_t5_clip(tmp_path / "llama.safetensors", projection())
+
+
+def test_real_vocabulary_takes_comfyuis_tokenizer(comfyui, tmp_path):
+    from transformers import T5TokenizerFast
+
+    config = T5Config(vocab_size=32128, d_model=64, d_kv=16, num_heads=4, d_ff=64, num_layers=1)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    clip = t5_clip.load_t5_clip(tmp_path, projection())
+    stock = T5TokenizerFast.from_pretrained(str(comfyui / "comfy" / "text_encoders" / "t5_tokenizer"))
+    for prompt in (*PROMPTS, "", "Ünïcode, 日本 & (parentheses)"):
+        ids = [token for token, _ in clip.tokenize(prompt, disable_weights=True)["t5base"][0]]
+        assert ids == stock(prompt)["input_ids"]
+
+
+def test_importing_costs_nothing():
+    import subprocess
+    import sys
+
+    heavy = ("comfy", "transformers", "tokenizers", "diffusers")
+    code = f"import sys, retune.nodes.t5_clip; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
