@@ -34,6 +34,8 @@ Job = tuple[str, float, str, Callable[[], Tensors]]
 MEMORY = 512 << 20
 """Default bytes kept in memory."""
 SPARE_DISK = 64 << 20
+VERSION = 1
+"""Raise it whenever the same image or caption would be prepared differently."""
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -80,7 +82,7 @@ class LatentCache:
         return self._store.fill(jobs, "latents", on_progress)
 
     def _job(self, example: Example, flip: bool) -> Job:
-        key = _key("latent", self._fingerprint, example.key, example.width, example.height, "center", flip)
+        key = _key("latent", VERSION, self._fingerprint, example.key, example.width, example.height, "center", flip)
         return key, example.width * example.height, example.name, lambda: self._tensors(example, flip, "center", None)
 
     def _tensors(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
@@ -116,7 +118,7 @@ class TextCache:
         return self._store.fill([self._job(caption) for caption in captions], "captions", on_progress)
 
     def _job(self, caption: str) -> Job:
-        return _key("text", self._fingerprint, caption), 1.0, caption, lambda: self._tensors(caption)
+        return _key("text", VERSION, self._fingerprint, caption), 1.0, caption, lambda: self._tensors(caption)
 
     def _tensors(self, caption: str) -> Tensors:
         with torch.no_grad():

@@ -102,7 +102,7 @@ def find_images(folder: Path) -> list[str]:
         state = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"folder {folder} {state}; expected a folder of images.")
     files = _files(folder)
-    images = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
     if not images:
         kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
         found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
@@ -124,7 +124,7 @@ def _files(folder: Path) -> list[str]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS]
         found += [(Path(place) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
-    return found
+    return sorted(found)
 
 
 def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:

@@ -55,8 +55,10 @@ def check_image(data: bytes, name: str | Path) -> tuple[int, int]:
     """Decodes all of an image to prove that it can be; returns its upright (width, height). Raises ImageError."""
     with _readable(data, name) as image:
         size = _upright_size(image)
-        image.draft("RGB", (1, 1))
-        _to_tensor(image, name)
+        if _is_deep(image):
+            _to_tensor(image, name)
+        image.draft("RGB", (1, 1))  # a JPEG is then read to its end, but at an eighth of its size
+        image.load()
         return size
 
 
@@ -158,12 +160,15 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_tensor(image: Image.Image, name: str | Path) -> Tensor:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _deep_grey(image, 65535, name)
-    if image.mode == "F":
-        return _deep_grey(image, 1, name)
+    if _is_deep(image):
+        return _deep_grey(image, 1 if image.mode == "F" else 65535, name)
     pixels = torch.from_numpy(np.array(_to_rgb(image, name)))
-    return pixels.permute(2, 0, 1).float().div_(255).contiguous()
+    return pixels.permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """More than 8 bits per pixel; Pillow has such modes for grey only (deep colour arrives as 8 bits)."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _deep_grey(image: Image.Image, white: int, name: str | Path) -> Tensor:
