@@ -7,6 +7,7 @@ write the original's projection into the clone's; and it leaves key patches off 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +229,10 @@ def is_t5_clip(clip) -> bool:
 
 
 def t5_parts(clip) -> T5Parts:
-    """Source and projection of a T5 CLIP, as this clone has them. Errors: ValueError for any other CLIP."""
+    """Source and projection (a copy that may train) of a T5 CLIP, as this clone has them. ValueError for other CLIPs."""
     _expect_t5(clip)
-    held = clip.patcher.get_model_object("projection")
-    return T5Parts(clip.cond_stage_model.retune_source, detached_copy(held.projection), bool(clip.patcher.patches))
+    projection = detached_copy(clip.patcher.get_model_object("projection").projection).requires_grad_(True)
+    return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches))
 
 
 def t5_state(clip) -> dict[str, Tensor]:
@@ -294,17 +295,30 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
     return clip
 
 
-def encode_states(clip, prompt: str) -> Tensor:
-    """(1, L, d_model) T5 states before the projection; parentheses in `prompt` are text, as in a caption."""
+def encode_states(clip, tokens: dict) -> Conditioning:
+    """T5 states before the projection, (1, L, d_model), ordinary tensors; tokens as `clip.tokenize` returns them.
+
+    The mask is None where pads are part of the context ("max_tokens"), else all True, as in the core's encoder.
+    """
     _expect_t5(clip)
-    tokens = clip.tokenize(prompt, disable_weights=True)
     model = clip.cond_stage_model
     model.reset_clip_options()
     if clip.layer_idx is not None:
         model.set_clip_options({"layer": clip.layer_idx})
     clip.load_model(tokens)
     model.set_clip_options({"execution_device": clip.patcher.load_device})
-    return model.encode_states(tokens)
+    with torch.inference_mode(False), torch.no_grad():
+        states = model.encode_states(tokens).clone()
+        real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    return Conditioning(states, None, real if model.retune_source.padding.pad == "none" else None)
+
+
+def backbone_fingerprint(clip) -> str:
+    """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches."""
+    _expect_t5(clip)
+    source, patches = clip.cond_stage_model.retune_source, clip.patcher.patches
+    identity = (source.file_hash, source.dtype, source.tokenizer.fingerprint, source.padding, clip.layer_idx)
+    return hashlib.sha256(repr((*identity, clip.patcher.patches_uuid if patches else None)).encode()).hexdigest()
 
 
 class MeasurableClip:

@@ -93,7 +93,29 @@ def test_equals_the_core_encoder(comfyui, folders, size, padding):
         assert [token for token, _ in clip.tokenize(text)[clip.cond_stage_model.clip_name][0]][: len(ids)] == ids
         assert result.shape == expected.shape
         assert (result - expected).abs().max() < 1e-4
-        assert (t5_clip.encode_states(clip, text) - core.backbone([ids]).context).abs().max() < 1e-4
+        states, wanted = t5_clip.encode_states(clip, clip.tokenize(text)), core.backbone([ids])
+        assert (states.context - wanted.context).abs().max() < 1e-4
+        assert (states.mask is None) if wanted.mask is None else torch.equal(states.mask, wanted.mask)
+
+
+def test_states_are_ordinary_tensors_that_a_projection_trains_on(clip):
+    with torch.inference_mode():
+        states = t5_clip.encode_states(clip, clip.tokenize(TEXTS[0]))
+    trained = t5_clip.t5_parts(clip).projection
+    trained(states.context).square().sum().backward()
+    assert trained.linear.weight.grad.abs().sum() > 0
+
+
+def test_fingerprint_follows_what_the_states_depend_on(clip, t5_folder):
+    import nodes
+
+    known = t5_clip.backbone_fingerprint(clip)
+    assert known == t5_clip.backbone_fingerprint(t5_clip.clone_with_projection(clip, other_projection()))
+    padded = t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32", pad="max_tokens")
+    rounded = t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp16")
+    (earlier,) = nodes.CLIPSetLastLayer().set_last_layer(clip, -2)
+    assert len({known, *map(t5_clip.backbone_fingerprint, (padded, rounded, earlier))}) == 4
+    assert known == t5_clip.backbone_fingerprint(t5_clip.load_t5_clip(t5_folder, projection(), dtype="fp32"))
 
 
 def test_stock_nodes_encode_and_pooled_is_none(clip):
