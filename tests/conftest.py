@@ -81,14 +81,14 @@ def pytest_unconfigure(config):
         shutil.rmtree(base_directory, ignore_errors=True)
 
 
-@pytest.fixture
-def comfyui_server(tmp_path):
-    """A running ComfyUI (see `retune.training.comfyui_server`) with this package in it and its files in `tmp_path`."""
+@pytest.fixture(scope="session")
+def comfyui_server(tmp_path_factory):
+    """A running ComfyUI (`retune.training.comfyui_server.Server`) with this package in it, shared by all tests."""
     if skip_reason:
         pytest.skip(skip_reason)
     from retune.training.comfyui_server import server
 
-    with server(comfyui_path, tmp_path) as running:
+    with server(comfyui_path, tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 

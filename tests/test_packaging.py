@@ -15,7 +15,7 @@ COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "fol
 HEAVY = {"accelerate", "diffusers", "lycoris", "matplotlib", "open_clip", "peft", "pandas", "sklearn"}
 HEAVY |= {"scipy", "torchvision", "transformers"}  # ComfyUI may have imported these itself
 COMMAND_LINE_ONLY = {"accelerate"}  # several processes or machines; ComfyUI trains in one
-COMFYUI_BRINGS = {"filelock", "numpy", "pillow", "safetensors", "scipy", "tokenizers", "torch", "tqdm", "transformers"}
+COMFYUI_BRINGS = set("filelock numpy pillow safetensors scipy sentencepiece tokenizers torch tqdm transformers".split())
 DISTRIBUTIONS = {"PIL": "pillow", "aiohttp": None}  # aiohttp: only to talk to ComfyUI, which brings it
 
 

@@ -30,10 +30,11 @@ TEXT_EVENT = 3  # ComfyUI's BinaryEventTypes.TEXT; every other binary message is
 
 
 class Server:
-    """A running ComfyUI: its `url`, `process`, `log` file and the `events` it has sent so far."""
+    """A running ComfyUI: its `url`, `process`, `base_directory`, `log` file and the `events` it has sent so far."""
 
     def __init__(self, process: subprocess.Popen, url: str, log: Path):
         self.process, self.url, self.log = process, url, log
+        self.base_directory = log.parent
         self.client_id = uuid.uuid4().hex
         self.events: list[dict] = []
         self.on_event: Callable[[dict], None] | None = None
@@ -42,7 +43,7 @@ class Server:
         """GET `path`, or POST `body` as JSON; raises urllib.error.HTTPError and ConnectionError."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with DIRECT.open(request, timeout=60) as response:
+        with DIRECT.open(request, timeout=300) as response:
             return response.read()
 
     def queue(self, prompt: dict) -> str:
@@ -60,7 +61,11 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check_alive()
-            entry = json.loads(self.request(f"/history/{prompt_id}")).get(prompt_id)
+            try:
+                entry = json.loads(self.request(f"/history/{prompt_id}")).get(prompt_id)
+            except (urllib.error.URLError, ConnectionError) as error:
+                self.process.wait(30)  # it stopped answering because it is ending
+                raise RuntimeError(f"ComfyUI ended; its log ends:\n{tail(self.log)}") from error
             if entry:
                 raise_if_failed(entry["status"])
                 return entry
