@@ -229,9 +229,9 @@ def set_up(options: argparse.Namespace, comfyui: Path | None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def last_line(command: list, environment: dict | None = None) -> str:
+def last_line(command: list) -> str:
     """Run a command, show its output on stderr as it comes, and return the last line of its stdout."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     last = ""
     for line in process.stdout:
         if last:
@@ -260,8 +260,10 @@ def demo(python: Path, options: argparse.Namespace, found: Path | None) -> None:
 def demo_through_comfyui(python: Path, comfyui: Path, arguments: list[str]) -> str:
     """The same demo as a workflow in a ComfyUI without a browser; returns the same JSON line."""
     workflow = ROOT / "tests" / "workflows" / "swap_text_encoder.json"
+    if arguments:
+        raise ValueError(f"through ComfyUI the demo is a workflow and takes no {' '.join(arguments)}; add --no-comfyui")
     command = [python, "-m", "retune.training.comfyui_server", workflow]
-    return last_line([*command, "--comfyui", comfyui, "--base", COMFYUI_BASE, *arguments])
+    return last_line([*command, "--comfyui", comfyui, "--base", COMFYUI_BASE])
 
 
 def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
@@ -289,6 +291,7 @@ def comfyui(python: Path, options: argparse.Namespace, found: Path | None) -> No
     accelerator = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
     device = [] if succeeds([python, "-c", accelerator]) or "--cpu" in options.rest else ["--cpu"]
     command = [python, "main.py", "--base-directory", COMFYUI_BASE, "--extra-model-paths-config", models, *device]
+    command += ["--database-url", f"sqlite:///{(COMFYUI_BASE / 'user' / 'comfyui.db').as_posix()}"]
     port = options.rest[options.rest.index("--port") + 1] if "--port" in options.rest[:-1] else "8188"
     say(f"ComfyUI with Retune: http://127.0.0.1:{port} in about ten seconds. Files: {COMFYUI_BASE}. Ctrl-C stops it.")
     raise SystemExit(subprocess.run([*command, *options.rest], cwd=found).returncode)
