@@ -101,7 +101,8 @@ def load_t5_clip(
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     padding = Padding(max_tokens=max_tokens, pad=pad)
     path = weights_path("t5.safetensors") if str(t5) == DEMO else Path(t5)
-    storage = torch.float32 if str(t5) == DEMO and dtype == "default" else DTYPES[dtype]
+    is_demo = path.resolve() == (WEIGHTS / "t5.safetensors").resolve()
+    storage = torch.float32 if is_demo and dtype == "default" else DTYPES[dtype]
     storage = storage or comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
     weights = read_t5(path, storage)
     _check_fit(weights.config, projection, path)
@@ -229,7 +230,7 @@ def is_t5_clip(clip) -> bool:
 
 
 def t5_parts(clip) -> T5Parts:
-    """Source and projection (a copy that may train) of a T5 CLIP, as this clone has them. ValueError for other CLIPs."""
+    """Source and projection of a T5 CLIP as this clone has them, a copy that may train. ValueError for other CLIPs."""
     _expect_t5(clip)
     projection = detached_copy(clip.patcher.get_model_object("projection").projection).requires_grad_(True)
     return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches))

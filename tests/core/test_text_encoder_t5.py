@@ -277,7 +277,7 @@ def test_text_encoder_file_round_trip(tmp_path, t5_folder):
     save_text_encoder(tmp_path / "te.safetensors", saved_of(t5, t5_folder))
     saved = read_text_encoder(tmp_path / "te.safetensors")
     assert saved.padding == Padding(max_tokens=33) and saved.target_std == 0.9 and saved.width == 32
-    path = saved.find_t5([tmp_path, t5_folder.parent])
+    path = saved.find_t5([tmp_path, t5_folder.parent.parent])
     assert path == t5_folder
     again = load_t5(path, saved.projection, padding=saved.padding)
     saved.check_tokenizer(again.tokenizer.fingerprint)

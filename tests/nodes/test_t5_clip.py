@@ -1,5 +1,6 @@
 """T5 with a projection as ComfyUI's CLIP: equal to the core's, untouched by its clones, managed like any other."""
 
+import gc
 import logging
 
 import pytest
@@ -200,6 +201,24 @@ def test_a_clone_projects_differently_and_the_original_stays(clip, t5_folder, ki
     assert clone.cond_stage_model is clip.cond_stage_model
     assert torch.equal(t5_clip.t5_parts(clone).projection.linear.weight, changed.linear.weight)
     assert torch.equal(t5_clip.t5_parts(clip).projection.linear.weight, projection().linear.weight)
+
+
+def test_a_clone_thrown_away_while_loaded_leaves_the_original(clip):
+    before = encode_all(clip)
+    clone = t5_clip.clone_with_projection(clip, other_projection())
+    encode_all(clone)
+    del clone
+    gc.collect()
+    assert torch.equal(t5_clip.t5_parts(clip).projection.scale, projection().scale)
+    assert same(encode_all(clip), before)
+
+
+def test_stock_tokenizer_options_add_pads(clip):
+    longer = clip.clone()
+    longer.set_tokenizer_option("t5base_min_length", 20)  # what T5TokenizerOptions does
+    plain, padded = encode(clip, TEXTS[0]), encode(longer, TEXTS[0])
+    assert padded.shape[1] == 20
+    assert (padded[:, : plain.shape[1]] - plain).abs().max() < 1e-5
 
 
 def test_what_a_clone_was_given_may_change_afterwards(clip):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from .projection import Projection, read_safetensors, write_safetensors
@@ -69,9 +70,10 @@ class SavedTextEncoder:
             )
 
     def find_t5(self, folders: Iterable[str | Path]) -> Path:
-        """The T5 in one of `folders`, by name and hash. Errors: as `check_t5`; FileNotFoundError names the file."""
+        """The T5 under one of `folders`, by name and hash. Errors: as `check_t5`; FileNotFoundError names the file."""
         folders = [Path(folder) for folder in folders]
-        places = [folder / self.t5_file for folder in folders if (folder / self.t5_file).exists()]
+        name = escape(Path(self.t5_file).name)
+        places = [place for folder in folders for place in sorted(folder.rglob(name))]
         if not places:
             looked = ", ".join(str(folder) for folder in folders)
             raise FileNotFoundError(

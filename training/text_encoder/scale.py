@@ -127,3 +127,14 @@ def _real_states(encoder: TextEncoder, prompt: str, real_tokens: RealTokens | No
 
 def _quantile(values: Sequence[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+
+
+def scale_context(context: Tensor, target_std: float) -> Tensor:
+    """A context (B, L, D) multiplied so that the std over all its elements is `target_std`.
+
+    Errors: ValueError when the context is constant.
+    """
+    std = context.float().std(correction=0).item()
+    if std == 0:
+        raise ValueError("the conditioning is the same value everywhere; there is nothing to scale")
+    return context * (target_std / std)
