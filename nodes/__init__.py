@@ -1,0 +1,36 @@
+"""ComfyUI nodes: thin adapters over `training`. Each module holds the schemas of one topic."""
+
+from comfy_api.latest import ComfyExtension
+
+from .dataset import RetuneDatasetFromImages, RetuneLoadDataset
+from .demo import RetuneDemoDataset, RetuneLoadDemoModel
+from .reset import RetuneResetAttention
+from .run_chart import RetuneRunChart
+from .text_encoder import (
+    RetuneLoadT5,
+    RetuneLoadTextEncoder,
+    RetuneSaveTextEncoder,
+    RetuneScaleConditioning,
+    RetuneScaleTextEncoder,
+)
+from .train import RetuneSamplePrompts, RetuneTrainingSettings, RetuneTrainModel
+
+
+class RetuneExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [
+            RetuneLoadDemoModel,
+            RetuneDemoDataset,
+            RetuneLoadT5,
+            RetuneScaleTextEncoder,
+            RetuneScaleConditioning,
+            RetuneSaveTextEncoder,
+            RetuneLoadTextEncoder,
+            RetuneResetAttention,
+            RetuneLoadDataset,
+            RetuneDatasetFromImages,
+            RetuneTrainingSettings,
+            RetuneSamplePrompts,
+            RetuneTrainModel,
+            RetuneRunChart,
+        ]

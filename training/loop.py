@@ -56,6 +56,9 @@ class StepInfo:
 class Callbacks:
     """How a run talks to its surroundings. Any method may raise to cancel; the state is saved, then it goes on up."""
 
+    interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+    """Exceptions that mean "cancelled by the user" rather than "failed"."""
+
     def on_text(self, text: str) -> None:
         """A phase in words: loading, caching, sampling."""
 
@@ -138,7 +141,7 @@ class Loop:
             if consistent and self.step != self.saved_step:
                 self._save()
             if self.world.is_main:
-                state = "failed" if isinstance(error, Exception) else "interrupted"
+                state = "interrupted" if isinstance(error, self.callbacks.interrupts) else "failed"
                 self.folder.set_status(state, self.step, message=str(error) or type(error).__name__)
             raise
         self._save()

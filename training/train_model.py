@@ -110,6 +110,7 @@ def _train(
 ) -> TrainedModel:
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
+    crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
     prompts = config.samples.prompts
     latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     texts.fill(
@@ -121,7 +122,7 @@ def _train(
         model.denoiser,
         config.settings,
         config.seed,
-        latent_of=lambda slot: _latent(latents, slot, dataset.crop, config.seed),
+        latent_of=lambda slot: _latent(latents, slot, crops[slot.example.key], config.seed),
         text_of=texts.get,
         project=model.text_encoder.project,
     )

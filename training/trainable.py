@@ -1,8 +1,9 @@
 """What trains: fp32 master weights that are put in effect on a network for a step and taken off again.
 
 The network's own parameters are never written, so a base model is bit-identical after any run. Masters are swapped
-into `module._parameters` (as torch.func.functional_call does), which keeps the module tree, works with backward and
-with activation checkpointing as long as both happen inside `attach()`, and lets fp16 modules train in fp32.
+into `module._parameters` (as torch.func.functional_call does), which keeps the module tree and works with backward and
+with activation checkpointing as long as both happen inside `attach()`. They stay fp32 beside frozen weights of another
+dtype; the network casts per operation (autocast, or ComfyUI's own casting).
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class SelectedWeights:
     def attach(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Puts the masters (or other `values` of the same names, such as an average) in effect on the networks.
 
-        Cast to each parameter's own dtype and device, differentiably. Everything else is frozen meanwhile, and all of
-        it is put back on the way out, also after an exception.
+        Everything else is frozen meanwhile, and all of it is put back on the way out, also after an exception.
         """
         values = self.parameters if values is None else values
         frozen = [p for network in self._networks for p in network.parameters() if p.requires_grad]
@@ -81,7 +81,7 @@ class SelectedWeights:
                 parameter.requires_grad_(False)
             for name, target in self._targets.items():
                 original = originals[name]
-                target.owner._parameters[target.attribute] = values[name].to(original.device, original.dtype)
+                target.owner._parameters[target.attribute] = values[name].to(original.device)
             yield
         finally:
             for name, target in self._targets.items():

@@ -1,0 +1,302 @@
+"""ComfyUI's MODEL, CLIP and VAE as the core's model view, and results back as patches.
+
+The UNet is called directly (ComfyUI's conditioning machinery would average the captions of a batch), under
+comfy.model_management: loaded through `load_models_gpu`, never edited; masters are swapped in for a step only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..training.fingerprint import tensors_fingerprint
+from ..training.model import Conditioning, TextToImage
+from . import t5_clip
+
+UNET = "diffusion_model."
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """Leaves ComfyUI's inference mode (nodes run in it) and tells its kernels that gradients are wanted."""
+    import comfy.model_management
+
+    before = getattr(comfy.model_management, "in_training", False)
+    with torch.inference_mode(False), torch.enable_grad():
+        comfy.model_management.in_training = True
+        try:
+            yield
+        finally:
+            comfy.model_management.in_training = before
+
+
+def without_inference_tensors(module: nn.Module) -> None:
+    """Replaces parameters and buffers made under inference mode by ordinary copies of the same values."""
+    for owner in module.modules():
+        for store in (owner._parameters, owner._buffers):
+            for name, value in store.items():
+                if value is not None and value.is_inference():
+                    copy = value.detach().clone()
+                    store[name] = nn.Parameter(copy, requires_grad=False) if store is owner._parameters else copy
+
+
+class ComfyDenoiser:
+    """Denoiser over a ModelPatcher of a UNet that reads text by cross-attention (SD1.x, SD2, SDXL, the demo model)."""
+
+    def __init__(self, patcher):
+        self.patcher = patcher.clone(disable_dynamic=True) if _is_dynamic(patcher) else patcher.clone()
+        self.sampling = self.patcher.get_model_object("model_sampling")
+        self.prediction_type = _prediction_type(self.sampling)
+        self.network = self.patcher.model.diffusion_model
+        if not any(name.endswith("attn2.to_k.weight") for name, _ in self.network.named_parameters()):
+            raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
+        self.load()
+        self.sigmas = self.sampling.sigmas.detach().float().cpu().clone()
+        self.latent_channels = self.patcher.model.latent_format.latent_channels
+        self.context_width = next(p for n, p in self.network.named_parameters() if "attn2.to_k." in n).shape[1]
+        self.fingerprint = tensors_fingerprint(self.network.named_parameters(), self.prediction_type)
+        self.device = self.patcher.load_device
+
+    def load(self, memory: int = 0) -> None:
+        """Brings the whole UNet, patches applied, to its device; `memory` bytes are kept free for activations."""
+        import comfy.model_management
+
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        without_inference_tensors(self.patcher.model)
+
+    def activation_memory(self, batch_size: int, height: int, width: int) -> int:
+        """Bytes to keep free for a training step: ComfyUI's estimate for inference, times six for kept activations."""
+        return int(6 * self.patcher.memory_required([batch_size, self.latent_channels, height, width]))
+
+    @contextmanager
+    def casting_weights(self) -> Iterator[None]:
+        """While entered, layers cast weights to their input's dtype, so fp16 weights work beside fp32 masters."""
+        mixed = {p.dtype for p in self.network.parameters()} != {torch.float32}
+        layers = [m for m in self.network.modules() if mixed and getattr(m, "comfy_cast_weights", None) is False]
+        try:
+            for layer in layers:
+                layer.comfy_cast_weights = True
+            yield
+        finally:
+            for layer in layers:
+                layer.comfy_cast_weights = False
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        sigma = _column(sigma)
+        return (1 - sigma) * latent + sigma * noise if self.prediction_type == "flow" else latent + sigma * noise
+
+    def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        scaled = self.sampling.calculate_input(sigma, noisy)
+        times = self.sampling.timestep(sigma).float()
+        options = attention_options(conditioning.mask)
+        y = self._size_conditioning(noisy, conditioning)
+        more = {} if y is None else {"y": y}
+        return self.network(scaled, times, context=conditioning.context, transformer_options=options, **more)
+
+    def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "eps":
+            return noise
+        if self.prediction_type == "flow":
+            return noise - latent
+        return (noise - _column(sigma) * latent) / (1 + _column(sigma) ** 2).sqrt()
+
+    def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
+        return self.sampling.calculate_denoised(sigma, output, noisy)
+
+    @contextmanager
+    def checkpointing(self, enabled: bool) -> Iterator[None]:
+        """Recomputes ResBlocks and SpatialTransformers; ComfyUI's own `use_checkpoint` breaks with frozen weights."""
+        blocks = [m for m in self.network.modules() if type(m).__name__ in ("ResBlock", "SpatialTransformer")]
+        if enabled:
+            from torch.utils.checkpoint import checkpoint
+
+            for block in blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def canonical_name(self, name: str) -> str:
+        return name
+
+    def _size_conditioning(self, noisy: Tensor, conditioning: Conditioning) -> Tensor | None:
+        """SDXL's vector of pooled text and picture size, from the model's own code; None for models without it."""
+        if self.network.num_classes is None:
+            return None
+        if conditioning.pooled is None:
+            raise ValueError("text encoder gives no pooled output; expected one for this model (SDXL).")
+        extra = self.patcher.model.extra_conds(
+            pooled_output=conditioning.pooled, device=noisy.device, noise=noisy, width=noisy.shape[-1] * 8
+        )
+        return extra["y"].cond.to(noisy)
+
+
+def attention_options(mask: Tensor | None) -> dict:
+    """transformer_options that make every attention PyTorch's own, with the text mask on cross-attention only.
+
+    ComfyUI's UNet passes no text mask. The patches called before attn1 and attn2 tell the attention function which of
+    the two it serves. PyTorch's attention is also the one whose chunking does not depend on free memory.
+    """
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    reading_text = [False]
+
+    def before(reads_text: bool, n, context, value, extra):
+        reading_text[0] = reads_text
+        return n, context, value
+
+    def attend(_function, q, k, v, heads, mask_given=None, **kwargs):
+        kwargs.pop("mask", None)
+        own = mask[:, None, :] if mask is not None and reading_text[0] else mask_given
+        return attention_pytorch(q, k, v, heads, mask=own, **kwargs)
+
+    patches = {"attn1_patch": [partial(before, False)], "attn2_patch": [partial(before, True)]}
+    return {"patches": patches, "optimized_attention_override": attend}
+
+
+class ComfyAutoencoder:
+    """Autoencoder over a VAE; latents in the scale of the MODEL it is used with."""
+
+    def __init__(self, vae, latent_format):
+        self.vae, self.latent_format = vae, latent_format
+        self.downscale = int(vae.spacial_compression_encode())
+        weights = vae.first_stage_model.named_parameters()
+        self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.latent_format.process_in(self.vae.encode(images.movedim(1, -1)).clone())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.vae.decode(self.latent_format.process_out(latents)).movedim(-1, 1).clone()
+
+
+class ComfyTextEncoder:
+    """TextEncoder over a CLIP. Captions are plain text: brackets in them are no prompt weights.
+
+    For a T5 CLIP of this package `projection` is a copy that may train; for any other CLIP there is none.
+    """
+
+    def __init__(self, clip):
+        self.clip = clip
+        self._is_t5 = t5_clip.is_t5_clip(clip)
+        self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
+        weights = clip.cond_stage_model.named_parameters()
+        self.fingerprint = tensors_fingerprint(weights, clip.patcher.patches_uuid if clip.patcher.patches else "")
+        self.width = self.projection.width if self._is_t5 else self.encode(self.tokenize([""])).context.shape[-1]
+
+    def tokenize(self, texts: list[str]) -> list[str]:
+        """The texts themselves: ComfyUI tokenizes and encodes one prompt at a time."""
+        return texts
+
+    def backbone(self, tokens: list[str]) -> Conditioning:
+        with torch.no_grad():
+            return Conditioning.cat(self._one(text) for text in tokens)
+
+    def project(self, states: Conditioning) -> Conditioning:
+        if self.projection is None:
+            return states
+        self.projection.to(states.context.device)
+        return Conditioning(self.projection(states.context), states.pooled, states.mask)
+
+    def encode(self, tokens: list[str]) -> Conditioning:
+        return self.project(self.backbone(tokens))
+
+    def _one(self, text: str) -> Conditioning:
+        if self._is_t5:
+            return Conditioning(t5_clip.encode_states(self.clip, text).float().clone())
+        tokens = self.clip.tokenize(text, disable_weights=True)
+        context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
+        return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
+
+
+@contextmanager
+def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
+    """The model view of a MODEL, CLIP and VAE, ready to train while entered."""
+    with training_mode():
+        denoiser = ComfyDenoiser(model)
+        with denoiser.casting_weights():
+            yield TextToImage(denoiser, ComfyTextEncoder(clip), ComfyAutoencoder(vae, model.model.latent_format))
+
+
+def with_unet_weights(model, weights: Mapping[str, Tensor]):
+    """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`).
+
+    `set` patches, exact in fp32. A weight that carries patches already (a LoRA) keeps them and gets the difference as
+    one more patch, since a `set` would wipe them.
+    """
+    result = model.clone()
+    for name, value in weights.items():
+        key = UNET + name
+        if key in model.patches:
+            difference = value.detach().cpu() - patched_weight(model, key)
+            result.add_patches({key: ("diff", (difference,))})
+        else:
+            result.add_patches({key: ("set", (value.detach().cpu(),))})
+    return result
+
+
+def patched_weight(model, key: str) -> Tensor:
+    """A weight of a MODEL in fp32 on the CPU, its patches applied, wherever the model is loaded."""
+    import comfy.lora
+    import comfy.utils
+
+    held = model.backup.get(key)
+    weight = comfy.utils.get_attr(model.model, key) if held is None else held.weight
+    with torch.inference_mode(False), torch.no_grad():
+        weight = weight.detach().to("cpu", torch.float32, copy=True)
+        return comfy.lora.calculate_weight(model.patches[key], weight, key) if key in model.patches else weight
+
+
+def context_width_of(model) -> int:
+    """The width that a MODEL's cross-attention reads; ValueError when there is no MODEL or no cross-attention."""
+    if model is None:
+        raise ValueError("model is not connected; expected a MODEL for context_width auto, or choose a number.")
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        if name.endswith("attn2.to_k.weight"):
+            return parameter.shape[1]
+    raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
+
+
+def with_projection(clip, weights: Mapping[str, Tensor]):
+    """A clone of a T5 CLIP whose projection has these weights; the CLIP itself when there are none."""
+    if not weights:
+        return clip
+    projection = t5_clip.t5_parts(clip).projection
+    state = projection.state_dict()
+    projection.load_state_dict(state | {name: value.float() for name, value in weights.items()})
+    return t5_clip.clone_with_projection(clip, projection)
+
+
+def attention_weights(model) -> dict[str, Tensor]:
+    """Names (without `diffusion_model.`) and fp32 values of a MODEL's attention weights, patches applied."""
+    names = [
+        name for name, _ in model.model.diffusion_model.named_parameters() if ".attn1." in name or ".attn2." in name
+    ]
+    return {name: patched_weight(model, UNET + name) for name in names}
+
+
+def _prediction_type(sampling) -> str:
+    import comfy.model_sampling as kinds
+
+    if isinstance(sampling, kinds.V_PREDICTION):
+        return "v"
+    if isinstance(sampling, kinds.CONST):
+        return "flow"
+    if type(sampling).calculate_denoised is kinds.EPS.calculate_denoised:
+        return "eps"
+    raise ValueError(f"MODEL's prediction is {type(sampling).__mro__[2].__name__}; expected eps, v or flow.")
+
+
+def _is_dynamic(patcher) -> bool:
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
+def _column(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1)

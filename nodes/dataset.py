@@ -1,0 +1,143 @@
+"""Captioned images: from a folder, or from the graph."""
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from . import types
+
+
+class RetuneLoadDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneLoadDataset",
+            display_name="Load Dataset",
+            category="retune/data",
+            description="Images of a folder (and its sub-folders) with their captions, sorted into buckets of equal "
+            "aspect ratio. Pixels stay on disk until they are needed.",
+            search_aliases=["training images", "captions", "dataset folder"],
+            inputs=[
+                io.String.Input(
+                    "folder", default="", tooltip="A folder on this machine; a relative one is looked for in input/."
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Images are resized to an area of about resolution x resolution pixels.",
+                ),
+                io.Combo.Input(
+                    "captions",
+                    options=["txt", "metadata.jsonl", "file name", "one caption"],
+                    default="txt",
+                    optional=True,
+                    tooltip="Where captions come from: a text file beside each image, one metadata.jsonl "
+                    "(file_name, text), the file's name, or one caption for all.",
+                ),
+                io.String.Input("caption", default="", optional=True, tooltip="The caption for 'one caption'."),
+                io.Int.Input(
+                    "repeats",
+                    default=1,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    tooltip="Times each image is shown per epoch.",
+                ),
+                io.Boolean.Input(
+                    "buckets",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep aspect ratios (batches hold one size each); off cuts every image to a square.",
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=["center", "random"],
+                    default="center",
+                    optional=True,
+                    tooltip="Which part of an image that is too long on one side; random is drawn anew each time and "
+                    "cannot be cached.",
+                ),
+                io.Boolean.Input("flip", default=False, optional=True, tooltip="Mirror half of what is shown."),
+                io.Combo.Input(
+                    "on_bad_image",
+                    options=["skip", "stop"],
+                    default="skip",
+                    optional=True,
+                    tooltip="Leave unreadable images out and count them in the report, or stop with an error.",
+                ),
+                io.Combo.Input(
+                    "on_missing_caption",
+                    options=["stop", "skip"],
+                    default="stop",
+                    optional=True,
+                    tooltip="Stop and name images without a caption, or leave them out and count them.",
+                ),
+            ],
+            outputs=[
+                types.Dataset.Output(display_name="dataset", tooltip="Goes into a training node."),
+                io.String.Output(display_name="report", tooltip="Counts, sizes, captions, and what was left out."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, **options):
+        """Files may change while the path stays: names, sizes and times of the folder's files."""
+        root = resolved(folder)
+        if not root.is_dir():
+            return folder
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()]
+        return repr((folder, options, stats))
+
+    @classmethod
+    def execute(cls, folder, resolution, **options):
+        import comfy.model_management
+
+        from ..training.data.folder import FolderConfig, load_folder
+
+        config = FolderConfig(folder=resolved(folder), resolution=resolution, **options)
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        dataset = load_folder(config, lambda done, total, text: check())
+        return io.NodeOutput(dataset, dataset.report)
+
+
+class RetuneDatasetFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneDatasetFromImages",
+            display_name="Dataset From Images",
+            category="retune/data",
+            description="Images and captions from the graph as a training dataset.",
+            search_aliases=["images to dataset"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Images or batches of images, also as a list."),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="",
+                    tooltip="One caption for all, or one per image: as a list, or one a line.",
+                ),
+            ],
+            outputs=[types.Dataset.Output(display_name="dataset", tooltip="Goes into a training node.")],
+        )
+
+    @classmethod
+    def execute(cls, images, captions):
+        from ..training.data.dataset import from_images
+
+        lines = captions[0].splitlines() if len(captions) == 1 and captions[0].strip() else captions
+        return io.NodeOutput(from_images([image.clone() for image in images], [line.strip() for line in lines]))
+
+
+def resolved(folder: str) -> Path:
+    """The folder's path; a relative one below ComfyUI's input folder. Raises ValueError when nothing is given."""
+    import folder_paths
+
+    if not folder.strip():
+        raise ValueError("folder is empty; expected the path of a folder with images.")
+    path = Path(folder.strip()).expanduser()
+    return path if path.is_absolute() else Path(folder_paths.get_input_directory()) / path

@@ -1,0 +1,85 @@
+"""The demo model and its data."""
+
+from comfy_api.latest import io
+
+from . import types
+from .paths import files, listed_file
+
+BUILT_IN = "built in"
+
+
+class RetuneLoadDemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneLoadDemoModel",
+            display_name="Load Demo Model",
+            category="retune/demo",
+            description="A complete small text-to-image model (128x128 pixels, fp32) that ships with Retune. "
+            "Every workflow can be tried on it, without a download and without a GPU.",
+            search_aliases=["retune demo", "tiny model"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=["clip", "none"],
+                    default="clip",
+                    tooltip="clip: the model's own CLIP; none: no text encoder, for graphs that bring another one.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=files("checkpoints", BUILT_IN),
+                    default=BUILT_IN,
+                    optional=True,
+                    tooltip="A checkpoint saved from the demo model after training, or the built-in one.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The UNet."),
+                io.Clip.Output(tooltip="The CLIP text encoder; empty when text_encoder is none."),
+                io.Vae.Output(tooltip="The autoencoder."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder, file=BUILT_IN):
+        from .demo_model import load_demo
+
+        path = None if file == BUILT_IN else listed_file("checkpoints", file)
+        return io.NodeOutput(*load_demo(path, with_clip=text_encoder == "clip"))
+
+
+class RetuneDemoDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneDemoDataset",
+            display_name="Demo Dataset",
+            category="retune/demo",
+            description="Drawn, captioned pictures of coloured shapes: what the demo model knows.",
+            search_aliases=["shapes dataset"],
+            inputs=[
+                io.Int.Input("count", default=256, min=1, max=20000, tooltip="How many pictures to draw."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which pictures."
+                ),
+                io.String.Input(
+                    "subset", default="", tooltip="Words that every caption must contain; empty takes all pictures."
+                ),
+            ],
+            outputs=[
+                types.Dataset.Output(display_name="dataset", tooltip="The pictures with their captions."),
+                io.Image.Output(tooltip="The pictures as one batch."),
+                io.String.Output(display_name="captions", tooltip="One caption a line."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, count, seed, subset=""):
+        import torch
+
+        from ..training.data.dataset import from_images
+        from ..training.demo.scenes import demo_examples
+
+        images, captions = demo_examples(count, seed, subset)
+        batch = torch.stack(list(images)).movedim(1, -1)
+        return io.NodeOutput(from_images(images, captions), batch, "\n".join(captions))

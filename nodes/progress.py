@@ -1,0 +1,97 @@
+"""A run in ComfyUI's interface: progress bar, preview pictures, text under the node, websocket events, cancel."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from ..training.data.examples import Dataset
+from ..training.loop import Callbacks, StepInfo
+from ..training.model import TextToImage
+from .bridge import ComfyDenoiser
+
+QUIET_SECONDS = 5.0
+
+
+class NodeCallbacks(Callbacks):
+    """Callbacks for a training node. Every call looks for ComfyUI's cancel and raises its interrupt."""
+
+    def __init__(self, node_id: str | None, run: str, steps: int):
+        import comfy.model_management
+        import comfy.utils
+
+        self.interrupts = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
+        self._check = comfy.model_management.throw_exception_if_processing_interrupted
+        self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self._node, self._run, self._steps, self._step = node_id, run, steps, 0
+        self._denoiser: ComfyDenoiser | None = None
+        self._memory, self._said = 0, 0.0
+
+    def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int) -> None:
+        """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
+        largest = max(dataset.examples, key=lambda example: example.width * example.height)
+        cells = model.autoencoder.downscale
+        self._denoiser = model.denoiser
+        self._memory = self._denoiser.activation_memory(batch_size, largest.height // cells, largest.width // cells)
+
+    def before_step(self, step: int) -> None:
+        self._check()
+        if self._denoiser is not None:
+            self._denoiser.load(self._memory)
+
+    def on_text(self, text: str) -> None:
+        self._check()
+        if time.monotonic() - self._said > QUIET_SECONDS / 10:
+            self._say(text)
+
+    def on_step(self, info: StepInfo) -> None:
+        self._step = info.step
+        self._bar.update_absolute(info.step, info.steps)
+        left = (info.steps - info.step) * info.seconds_per_step
+        self._say(f"step {info.step} of {info.steps}, loss {info.loss:.4f}, about {_duration(left)} left")
+        self._send("retune.step", {"step": info.step, "steps": info.steps, "loss": info.loss})
+        self._check()
+
+    def on_samples(self, step: int, images: list[Tensor]) -> None:
+        self._bar.update_absolute(self._step, self._steps, ("PNG", contact_sheet(images), 512))
+        self._send("retune.sample", {"step": step, "count": len(images)})
+        self._check()
+
+    def _say(self, text: str) -> None:
+        server = _server()
+        if server is not None and self._node is not None:
+            server.send_progress_text(text, self._node)
+        self._said = time.monotonic()
+
+    def _send(self, event: str, values: dict) -> None:
+        server = _server()
+        if server is not None:
+            server.send_sync(event, {"node": self._node, "run": self._run, **values})
+
+
+def contact_sheet(images: list[Tensor]):
+    """Pictures (3, H, W) in 0..1 side by side, in up to four columns, as one PIL image."""
+    from PIL import Image
+
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    height, width = images[0].shape[-2:]
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for index, image in enumerate(images):
+        pixels = (image.clamp(0, 1).movedim(0, -1) * 255).round().byte().numpy()
+        sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
+    return sheet
+
+
+def _server():
+    """The running PromptServer, or None in tests and scripts without a server."""
+    import server
+
+    return getattr(server.PromptServer, "instance", None)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

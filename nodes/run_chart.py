@@ -1,0 +1,35 @@
+"""A run's curves as a picture."""
+
+from comfy_api.latest import io
+
+from . import types
+
+
+class RetuneRunChart(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneRunChart",
+            display_name="Run Chart",
+            category="retune/training",
+            description="Loss (raw and smoothed), validation loss and learning rate of a run, read from its folder.",
+            search_aliases=["loss graph", "loss curve"],
+            is_output_node=True,
+            inputs=[types.Run.Input("run", tooltip="From a training node.")],
+            outputs=[
+                io.Image.Output(tooltip="The chart."),
+                types.LossMap.Output(display_name="loss_map", tooltip="The losses, for ComfyUI's own Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, run):
+        from comfy_api.latest import ui
+
+        from ..training.chart import run_chart
+        from ..training.run_folder import RunFolder
+
+        folder = RunFolder(run)
+        image = run_chart(folder.name, folder.rows())[None]
+        losses = [row["loss"] for row in folder.rows() if "event" not in row]
+        return io.NodeOutput(image, {"loss": losses}, ui=ui.PreviewImage(image, cls=cls))

@@ -1,0 +1,269 @@
+"""T5 as a text encoder: load, scale, save."""
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from .paths import files, listed_file, output_path
+
+ENCODERS = "text_encoders"
+DEMO = "demo"
+
+
+class RetuneLoadT5(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneLoadT5",
+            display_name="Load T5",
+            category="retune/text encoder",
+            description="A T5 encoder with a projection to the width that the model reads, as a CLIP for any node.",
+            search_aliases=["t5 encoder", "swap clip", "flan t5"],
+            inputs=[
+                io.Combo.Input(
+                    "encoder",
+                    options=files(ENCODERS, DEMO),
+                    default=DEMO,
+                    tooltip="A T5 file in models/text_encoders, or the demo's small T5.",
+                ),
+                io.Combo.Input(
+                    "context_width",
+                    options=["auto", "768", "1024"],
+                    default="auto",
+                    tooltip="Width that the model's cross-attention reads: 768 for SD1.x, 1024 for SD2; "
+                    "auto asks the connected model.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="The model to fit; needed for context_width auto."),
+                io.Int.Input(
+                    "max_tokens",
+                    default=256,
+                    min=2,
+                    max=4096,
+                    optional=True,
+                    tooltip="Longer prompts are cut, with a warning.",
+                ),
+                io.Combo.Input(
+                    "pad",
+                    options=["none", "max_tokens"],
+                    default="none",
+                    optional=True,
+                    tooltip="none: the context is as long as the prompt. max_tokens: always padded, and pads are "
+                    "attended. Train and sample the same way.",
+                ),
+                io.Combo.Input(
+                    "projection",
+                    options=["orthogonal", "truncate", "mlp"],
+                    default="orthogonal",
+                    optional=True,
+                    tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, or "
+                    "orthogonal plus a small trainable network.",
+                ),
+                io.Combo.Input(
+                    "projection_file",
+                    options=files(ENCODERS, "none"),
+                    default="none",
+                    optional=True,
+                    tooltip="A text encoder saved by Retune whose projection is used instead.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["default", "fp32", "fp16", "bf16"],
+                    default="default",
+                    optional=True,
+                    tooltip="How the T5 weights are kept in memory; default is ComfyUI's choice.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    optional=True,
+                    control_after_generate=False,
+                    tooltip="Names the random projection.",
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="The T5 with its projection; use it like any CLIP.")],
+        )
+
+    @classmethod
+    def execute(cls, encoder, context_width, model=None, **options):
+        from ..training.text_encoder.projection import Projection
+        from ..training.text_encoder.t5_file import read_t5_config
+        from .bridge import context_width_of
+        from .t5_clip import load_t5_clip
+
+        path = demo_t5() if encoder == DEMO else listed_file(ENCODERS, encoder)
+        width = int(context_width) if context_width != "auto" else context_width_of(model)
+        kind, seed = options.pop("projection", "orthogonal"), options.pop("seed", 0)
+        file = options.pop("projection_file", "none")
+        if file == "none":
+            projection = Projection(read_t5_config(path)["d_model"], width, kind, seed=seed)
+        else:
+            projection = saved_projection(listed_file(ENCODERS, file), width)
+        return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
+
+
+class RetuneScaleTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneScaleTextEncoder",
+            display_name="Scale Text Encoder",
+            category="retune/text encoder",
+            description="Multiplies a T5's output so that its standard deviation is a given one, or that of the "
+            "model's original CLIP. A UNet listens at the loudness it was trained with.",
+            search_aliases=["embedding std", "normalize embeddings"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="A T5 from Load T5 or Load Text Encoder."),
+                io.Combo.Input(
+                    "mode",
+                    options=["target std", "match reference", "off"],
+                    default="target std",
+                    tooltip="target std: to the number below; match reference: to the reference CLIP's, measured on "
+                    "the same prompts; off: measure only.",
+                ),
+                io.Float.Input(
+                    "target_std",
+                    default=0.2,
+                    min=0.001,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Standard deviation over all elements of real tokens.",
+                ),
+                io.Clip.Input("reference", optional=True, tooltip="The original CLIP, for 'match reference'."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Prompts to measure on, one a line; empty uses a built-in list of varied ones.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(tooltip="The scaled text encoder."),
+                io.Float.Output(display_name="std", tooltip="Standard deviation afterwards."),
+                io.String.Output(display_name="report", tooltip="Figures before and after."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, mode, target_std, reference=None, prompts=""):
+        from ..training.text_encoder.prompts import PROMPTS
+        from .t5_clip import clip_std, scale_clip
+
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()] or list(PROMPTS)
+        if mode == "off":
+            std = clip_std(clip, lines)
+            return io.NodeOutput(clip, std, f"std of real tokens: {std:.4f} over {len(lines)} prompts (unchanged)")
+        if mode == "match reference":
+            if reference is None:
+                raise ValueError("reference is not connected; expected the original CLIP for 'match reference'.")
+            target_std = clip_std(reference, lines)
+        scaled, report = scale_clip(clip, target_std, lines)
+        return io.NodeOutput(scaled, report.after.std, report.text())
+
+
+class RetuneScaleConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneScaleConditioning",
+            display_name="Scale Conditioning",
+            category="retune/text encoder",
+            description="Scales an encoded prompt to a standard deviation over all its elements.",
+            search_aliases=["conditioning std"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="From any text encoding node."),
+                io.Float.Input(
+                    "target_std", default=0.2, min=0.001, max=100.0, step=0.01, tooltip="Standard deviation wanted."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(tooltip="The scaled conditioning; the pooled output is left alone."),
+                io.Float.Output(display_name="std", tooltip="Standard deviation of the first entry before scaling."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, target_std):
+        from ..training.text_encoder.scale import scale_context
+
+        scaled = [[scale_context(context, target_std), dict(options)] for context, options in conditioning]
+        return io.NodeOutput(scaled, conditioning[0][0].float().std(correction=0).item())
+
+
+class RetuneSaveTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneSaveTextEncoder",
+            display_name="Save Text Encoder",
+            category="retune/text encoder",
+            description="Saves projection, scale and padding of a T5 text encoder with a reference (name and hash) to "
+            "its T5 file, into output/clip.",
+            search_aliases=["save t5", "save projection"],
+            is_output_node=True,
+            inputs=[
+                io.Clip.Input("clip", tooltip="A T5 from Load T5, scaled or trained."),
+                io.String.Input(
+                    "filename_prefix", default="retune/text_encoder", tooltip="Name of the file; may hold a sub-folder."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file written.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, filename_prefix):
+        from ..training.text_encoder.file import save_text_encoder
+        from .t5_clip import saved_text_encoder
+
+        saved = saved_text_encoder(clip)
+        path = output_path("clip", filename_prefix, ".safetensors")
+        save_text_encoder(path, saved)
+        return io.NodeOutput(str(path), ui={"text": [str(path)]})
+
+
+class RetuneLoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneLoadTextEncoder",
+            display_name="Load Text Encoder",
+            category="retune/text encoder",
+            description="Loads what Save Text Encoder wrote. Needs the same T5 file in models/text_encoders; its hash "
+            "is checked.",
+            search_aliases=["load projection", "load t5"],
+            inputs=[io.Combo.Input("file", options=files(ENCODERS), tooltip="A file written by Save Text Encoder.")],
+            outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
+        )
+
+    @classmethod
+    def execute(cls, file):
+        import folder_paths
+
+        from ..training.text_encoder.file import read_text_encoder
+        from .t5_clip import load_t5_clip, t5_parts
+
+        saved = read_text_encoder(listed_file(ENCODERS, file))
+        found = saved.find_t5([*folder_paths.get_folder_paths(ENCODERS), demo_t5().parent])
+        padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
+        source = DEMO if found == demo_t5() else found
+        clip = load_t5_clip(source, saved.projection, dtype=saved.dtype, **padding)
+        saved.check_tokenizer(t5_parts(clip).source.tokenizer.fingerprint)
+        return io.NodeOutput(clip)
+
+
+def demo_t5() -> Path:
+    """The demo's T5 file."""
+    from ..training.demo.files import weights_path
+
+    return weights_path("t5.safetensors")
+
+
+def saved_projection(path: Path, width: int):
+    """The projection of a saved text encoder; ValueError when it gives another width."""
+    from ..training.text_encoder.file import read_text_encoder
+
+    saved = read_text_encoder(path)
+    saved.check_width(width)
+    return saved.projection

@@ -1,0 +1,319 @@
+"""Training settings, sample prompts, and retraining a model."""
+
+from comfy_api.latest import io
+
+from ..training.config import LAYERS, PRESETS, SamplePrompts, TrainingSettings, TrainModelConfig
+from . import types
+
+
+class RetuneTrainingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        d = TrainingSettings()
+        number = {"optional": True}
+        return io.Schema(
+            node_id="RetuneTrainingSettings",
+            display_name="Training Settings",
+            category="retune/training",
+            description="Optimiser, schedule, loss and noise for any training node. Leave it out to train with these "
+            "defaults.",
+            search_aliases=["optimizer settings", "min snr", "lr schedule"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="custom",
+                    optional=True,
+                    tooltip="A named group of settings wins over the values below that it names.",
+                ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=["AdamW", "Adafactor", "SGD"],
+                    default=d.optimizer,
+                    optional=True,
+                    tooltip="AdamW; Adafactor needs less memory; SGD with momentum 0.9.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=["constant", "linear", "cosine"],
+                    default=d.lr_schedule,
+                    optional=True,
+                    tooltip="Learning rate after the warm-up: kept, or down to zero at the last step.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=d.warmup_steps,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps in which the learning rate rises from zero.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=d.weight_decay,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Decoupled weight decay.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "max_grad_norm",
+                    default=d.max_grad_norm,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip="Longer gradients are scaled down to this norm; 0 leaves them alone.",
+                    **number,
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=d.gradient_accumulation,
+                    min=1,
+                    max=10000,
+                    tooltip="Batches summed up before each optimiser step: a larger batch without more memory.",
+                    **number,
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp32", "bf16", "fp16"],
+                    default=d.precision,
+                    optional=True,
+                    tooltip="Arithmetic of the forward pass. Trained weights are always kept in fp32.",
+                ),
+                io.Float.Input(
+                    "ema_decay",
+                    default=d.ema_decay,
+                    min=0.0,
+                    max=0.999999,
+                    step=0.0001,
+                    round=False,
+                    tooltip="Average of the trained weights over time, used for samples and result; 0 is off, 0.999 "
+                    "is usual.",
+                    **number,
+                ),
+                io.Combo.Input(
+                    "loss",
+                    options=["mse", "huber", "l1"],
+                    default=d.loss,
+                    optional=True,
+                    tooltip="Distance between prediction and target.",
+                ),
+                io.Combo.Input(
+                    "loss_weighting",
+                    options=["none", "min-SNR", "debiased"],
+                    default=d.loss_weighting,
+                    optional=True,
+                    tooltip="Weight of the noise levels: min-SNR (arXiv 2303.09556) learns faster than none.",
+                ),
+                io.Float.Input(
+                    "snr_gamma",
+                    default=d.snr_gamma,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.5,
+                    tooltip="Cap of min-SNR.",
+                    **number,
+                ),
+                io.Combo.Input(
+                    "timestep_sampling",
+                    options=["uniform", "logit-normal"],
+                    default=d.timestep_sampling,
+                    optional=True,
+                    tooltip="Draw all noise levels alike, or mostly the middle ones.",
+                ),
+                io.Int.Input(
+                    "min_timestep",
+                    default=d.min_timestep,
+                    min=0,
+                    max=999,
+                    tooltip="Lowest noise level drawn.",
+                    **number,
+                ),
+                io.Int.Input(
+                    "max_timestep",
+                    default=d.max_timestep,
+                    min=0,
+                    max=999,
+                    tooltip="Highest noise level drawn; 999 is pure noise.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "noise_offset",
+                    default=d.noise_offset,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Per-channel offset of the noise, for very dark or bright pictures; 0.05 is usual.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "input_perturbation",
+                    default=d.input_perturbation,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Extra noise on the network's input (arXiv 2301.11706); 0.1 is usual.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "caption_dropout",
+                    default=d.caption_dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of captions replaced by an empty one; keeps CFG working.",
+                    **number,
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=d.gradient_checkpointing,
+                    optional=True,
+                    tooltip="Less memory, about a third slower.",
+                ),
+                io.Float.Input(
+                    "validation_fraction",
+                    default=d.validation_fraction,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="Share of the images held out to measure the validation loss.",
+                    **number,
+                ),
+                io.Int.Input(
+                    "validate_every",
+                    default=d.validate_every,
+                    min=1,
+                    max=100000,
+                    tooltip="Steps between two validation losses.",
+                    **number,
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=d.save_every,
+                    min=1,
+                    max=100000,
+                    tooltip="Steps between two saved states; a killed run goes on from the last one.",
+                    **number,
+                ),
+            ],
+            outputs=[types.Settings.Output(display_name="settings", tooltip="Goes into a training node.")],
+        )
+
+    @classmethod
+    def execute(cls, preset="custom", **values):
+        return io.NodeOutput(TrainingSettings(**(values | PRESETS[preset])))
+
+
+class RetuneSamplePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        d = SamplePrompts()
+        return io.Schema(
+            node_id="RetuneSamplePrompts",
+            display_name="Sample Prompts",
+            category="retune/training",
+            description="Prompts that a training node draws before the first step, every few steps and at the end, "
+            "always from the same noise.",
+            search_aliases=["validation prompts", "preview while training"],
+            inputs=[
+                io.String.Input("prompts", multiline=True, default="", tooltip="One prompt a line."),
+                io.Int.Input("every", default=d.every, min=1, max=100000, tooltip="Steps between two sets of samples."),
+                io.Int.Input("steps", default=d.steps, min=1, max=1000, tooltip="Sampler steps (DDIM)."),
+                io.Float.Input("cfg", default=d.cfg, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale."),
+                io.Int.Input(
+                    "seed",
+                    default=d.seed,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of the starting noise.",
+                ),
+                io.Int.Input("width", default=d.width, min=64, max=8192, step=8, tooltip="Width in pixels."),
+                io.Int.Input("height", default=d.height, min=64, max=8192, step=8, tooltip="Height in pixels."),
+            ],
+            outputs=[types.Samples.Output(display_name="samples", tooltip="Goes into a training node.")],
+        )
+
+    @classmethod
+    def execute(cls, prompts, **values):
+        lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())
+        return io.NodeOutput(SamplePrompts(prompts=lines, **values))
+
+
+class RetuneTrainModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneTrainModel",
+            display_name="Train Model",
+            category="retune/training",
+            description="Retrains layers of a UNet (and the text encoder's projection) on captioned images. The run is "
+            "a folder in output/retune: it can be stopped, killed and queued again, and goes on where it was.",
+            search_aliases=["finetune unet", "train cross attention", "retrain"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to retrain; a patched clone comes out."),
+                io.Clip.Input("clip", tooltip="The text encoder that the model learns to listen to."),
+                io.Vae.Input("vae", tooltip="Encodes the images."),
+                types.Dataset.Input("dataset", tooltip="Captioned images."),
+                io.Int.Input("steps", default=500, min=1, max=10**7, tooltip="Optimiser steps in all."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-5,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-7,
+                    round=False,
+                    tooltip="Peak learning rate.",
+                ),
+                io.Combo.Input(
+                    "train", options=list(LAYERS), default="cross-attention", tooltip="Which layers of the UNet train."
+                ),
+                io.Boolean.Input(
+                    "train_projection", default=True, tooltip="Train the projection of a T5 text encoder as well."
+                ),
+                io.String.Input("run_name", default="my run", tooltip="Folder of the run in output/retune."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Names every random draw of the run.",
+                ),
+                types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
+                types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
+                io.Combo.Input(
+                    "resume",
+                    options=["auto", "restart"],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
+                    "folder aside.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The trained model."),
+                io.Clip.Output(tooltip="The text encoder with its trained projection."),
+                types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, dataset, settings=None, samples=None, **values):
+        from ..training.train_model import train_model
+        from .bridge import text_to_image, with_projection, with_unet_weights
+        from .paths import runs_folder
+        from .progress import NodeCallbacks
+
+        config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with text_to_image(model, clip, vae) as view:
+            callbacks.keep_loaded(view, dataset, config.batch_size)
+            trained = train_model(view, dataset, config, runs_folder(), callbacks, {"prompt": cls.hidden.prompt})
+        new_model = with_unet_weights(model, trained.unet)
+        return io.NodeOutput(new_model, with_projection(clip, trained.projection), trained.path.parent)

@@ -1,0 +1,9 @@
+"""Wire types of this package, one constant each; LORA_MODEL and LOSS_MAP are ComfyUI's own."""
+
+from comfy_api.latest import io
+
+Dataset = io.Custom("RETUNE_DATASET")
+Settings = io.Custom("RETUNE_SETTINGS")
+Samples = io.Custom("RETUNE_SAMPLES")
+Run = io.Custom("RETUNE_RUN")
+LossMap = io.Custom("LOSS_MAP")

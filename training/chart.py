@@ -1,0 +1,102 @@
+"""A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss, alignment, learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTH, HEIGHT, MARGIN = 960, 540, (76, 48, 24, 44)
+"""Margins: left, top, right, bottom."""
+COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "alignment": "#2d8a4e", "grid": "#e4e4e4"}
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Data limits of a plot and their place in the picture."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def place(self, point: Point) -> Point:
+        left, top, right, bottom = MARGIN
+        across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
+        up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
+        return left + across * (WIDTH - left - right), HEIGHT - bottom - up * (HEIGHT - top - bottom)
+
+
+def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average without start-up bias (Kingma & Ba 2015, arXiv 1412.6980, section 3)."""
+    average, result = 0.0, []
+    for number, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**number))
+    return result
+
+
+def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
+    """The chart (HEIGHT, WIDTH, 3) in 0..1 of a run's metrics rows; a run without steps gives empty axes."""
+    from PIL import Image, ImageDraw
+
+    steps = [(row["step"], row["loss"]) for row in rows if "event" not in row]
+    curve = list(zip([s for s, _ in steps], smoothed([v for _, v in steps]), strict=True))
+    validation = [(row["step"], row["loss"]) for row in rows if row.get("event") == "validation"]
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    axes = limits(steps, curve + validation)
+    _grid(draw, axes)
+    for points, key, width in ((steps, "loss", 1), (curve, "smoothed", 3), (validation, "validation", 3)):
+        _line(draw, axes, points, COLOURS[key], width)
+    _legend(draw, name, steps, curve, validation)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(HEIGHT, WIDTH, 3).float() / 255
+
+
+def limits(steps: Sequence[Point], smooth: Sequence[Point]) -> Axes:
+    """Axes from step 0 to the last; y from 0 to a little over the smooth curves and nearly all raw values."""
+    raw = sorted(value for _, value in steps)
+    high = max([value for _, value in smooth] + raw[: max(1, int(0.98 * len(raw)))], default=1.0)
+    return Axes((0.0, max([step for step, _ in steps], default=1) or 1), (0.0, 1.08 * high if high > 0 else 1.0))
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) between two limits."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    first = math.ceil(low / step)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _grid(draw, axes: Axes) -> None:
+    for value in ticks(*axes.y):
+        start, end = axes.place((axes.x[0], value)), axes.place((axes.x[1], value))
+        draw.line([start, end], fill=COLOURS["grid"])
+        draw.text((start[0] - 8, start[1]), f"{value:.4g}", fill="#555555", anchor="rm", font_size=15)
+    for value in ticks(*axes.x):
+        x, y = axes.place((value, axes.y[0]))
+        draw.text((x, y + 10), f"{value:.0f}", fill="#555555", anchor="mt", font_size=15)
+
+
+def _line(draw, axes: Axes, points: Sequence[Point], colour: str, width: int) -> None:
+    placed = [axes.place((x, min(y, axes.y[1]))) for x, y in points]
+    if len(placed) > 1:
+        draw.line(placed, fill=colour, width=width, joint="curve")
+    elif placed:
+        (x, y), r = placed[0], width + 1
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def _legend(draw, name: str, steps: list[Point], curve: list[Point], validation: list[Point]) -> None:
+    draw.text((MARGIN[0], 12), name, fill="black", font_size=20)
+    entries = [("loss, smoothed", curve, "smoothed"), ("validation", validation, "validation")]
+    right = WIDTH - MARGIN[2]
+    for title, points, key in reversed([entry for entry in entries if entry[1]]):
+        text = f"{title} {points[-1][1]:.4f}"
+        draw.text((right, 14), text, fill=COLOURS[key], anchor="rt", font_size=16)
+        right -= draw.textlength(text, font_size=16) + 24
