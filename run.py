@@ -272,10 +272,8 @@ def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     if options.all:
         steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
     steps += [["pytest", *(["-m", ""] if options.all else []), *options.rest]]
-    for step in steps:
-        code = subprocess.run([python, "-m", *step], cwd=ROOT).returncode
-        if code:
-            raise SystemExit(code)
+    codes = [subprocess.run([python, "-m", *step], cwd=ROOT).returncode for step in steps]
+    raise SystemExit(next((code for code in codes if code), 0))
 
 
 def bench(python: Path, options: argparse.Namespace, found: Path | None) -> None:
