@@ -40,8 +40,8 @@ def write_report(
 ) -> Path:
     """Writes report.html into a run folder and returns its path.
 
-    prompts: captions of the sample pictures. tables: title -> rows of equal keys. pictures: title -> (caption, (3, H, W))
-    pairs to show besides the run's own samples.
+    prompts: captions of the sample pictures. tables: title -> rows of equal keys. pictures: title -> pairs of caption
+    and picture (3, H, W) to show besides the run's own samples.
     """
     rows = folder.rows()
     parts = [f"<h1>{html.escape(folder.name)}</h1>"]

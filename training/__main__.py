@@ -1,0 +1,132 @@
+"""The command line: `python -m retune.training <verb>`; `accelerate launch -m retune.training <verb>` on many GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from .build import ModelConfig, build_model
+from .cli import add_flags, read_flags
+from .config import SamplePrompts, TrainingSettings, TrainModelConfig
+from .data.folder import FolderConfig
+from .layers import ResetConfig, reset_weights
+from .loop import Callbacks, StepInfo
+
+
+class Terminal(Callbacks):
+    """Progress as lines on standard error, at most one every two seconds."""
+
+    def __init__(self):
+        self._last = 0.0
+
+    def on_text(self, text: str) -> None:
+        self._print(text)
+
+    def on_step(self, info: StepInfo) -> None:
+        left = (info.steps - info.step) * info.seconds_per_step
+        pace = f"{info.seconds_per_step:.2f} s/step  {left:.0f} s left"
+        text = f"step {info.step}/{info.steps}  loss {info.loss:.4f}  {pace}"
+        self._print(text, info.step == info.steps)
+
+    def _print(self, text: str, always: bool = False) -> None:
+        if always or time.monotonic() - self._last > 2:
+            print(text, file=sys.stderr, flush=True)
+            self._last = time.monotonic()
+
+
+def open_model(arguments: argparse.Namespace):
+    """The model the flags describe: loaded, its text encoder swapped and scaled, its layers reset."""
+    from accelerate import PartialState
+
+    config = read_flags(arguments, ModelConfig)
+    return build_model(config if config.device else replace(config, device=str(PartialState().device)))
+
+
+def train(arguments: argparse.Namespace) -> dict:
+    from .data.folder import load_folder
+    from .train_model import train_model
+
+    config = read_flags(
+        arguments,
+        TrainModelConfig,
+        settings=read_flags(arguments, TrainingSettings),
+        samples=read_flags(arguments, SamplePrompts, "sample_"),
+    )
+    terminal = Terminal()
+    dataset = load_folder(read_flags(arguments, FolderConfig), lambda done, total, text: terminal.on_text(text))
+    print(dataset.report, file=sys.stderr)
+    trained = train_model(open_model(arguments), dataset, config, arguments.output, terminal)
+    return {"run": str(trained.path.parent), "result": str(trained.path)}
+
+
+def reset(arguments: argparse.Namespace) -> dict:
+    from .build import save_unet
+
+    model = build_model(ModelConfig(model=arguments.model, tokenizer=arguments.tokenizer))
+    denoiser = model.denoiser
+    weights = {denoiser.canonical_name(n): p for n, p in denoiser.network.named_parameters()}
+    new, report = reset_weights(weights, read_flags(arguments, ResetConfig))
+    print(report, file=sys.stderr)
+    save_unet(arguments.output, weights | new)
+    return {"file": str(arguments.output), "tensors": len(new)}
+
+
+def demo(arguments: argparse.Namespace) -> dict:
+    from .demo.run import DemoConfig, run_demo
+
+    return run_demo(read_flags(arguments, DemoConfig), Terminal())
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    top = argparse.ArgumentParser(prog="retune", description="Change how a text-to-image model listens to text.")
+    top.add_argument("--verbose", action="store_true")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    t = verbs.add_parser("train", help="retrain layers of a UNet on captioned images")
+    add_flags(t, ModelConfig)
+    add_flags(t, FolderConfig)
+    add_flags(t, TrainModelConfig, skip=("settings", "samples"))
+    add_flags(t, TrainingSettings)
+    add_flags(t, SamplePrompts, "sample_")
+    t.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
+    t.set_defaults(function=train)
+    r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
+    r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
+    r.add_argument("--tokenizer", type=Path, help="CLIP tokenizer folder, for a single-file checkpoint")
+    r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    add_flags(r, ResetConfig)
+    r.set_defaults(function=reset)
+    from .demo.run import DemoConfig
+
+    d = verbs.add_parser("demo", help="the T5 swap on the demo model, judged before and after")
+    add_flags(d, DemoConfig)
+    d.set_defaults(function=demo)
+    for verb in (t, r, d):
+        verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+    try:
+        result = arguments.function(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(result), flush=True)
+    else:
+        print("\n".join(f"{key}: {value}" for key, value in result.items()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""From a description to a model: load, swap the text encoder, scale it, reset layers. What the command line opens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .demo.files import weights_path
+from .diffusers_model import load_model
+from .formats import ldm
+from .layers import ResetConfig, reset_weights
+from .model import TextToImage
+from .run_folder import write_tensors
+from .text_encoder.projection import Projection
+from .text_encoder.scale import match_reference, scale_to
+from .text_encoder.t5 import Padding, load_t5
+from .text_encoder.t5_file import read_t5_config
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A text-to-image model and what is done to it before training."""
+
+    model: str
+    """diffusers folder, .safetensors checkpoint, or "demo"."""
+    tokenizer: Path | None = None
+    """CLIP tokenizer folder, for a single-file checkpoint."""
+    t5: str | None = None
+    """T5 file or folder that replaces CLIP, or "demo"; None keeps CLIP."""
+    t5_tokenizer: Path | None = None
+    """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
+    comfyui: Path | None = None
+    """An installed ComfyUI, to take tokenizers from."""
+    projection: Literal["orthogonal", "truncate", "mlp"] = "orthogonal"
+    """Start of the map from T5's width to the UNet's."""
+    projection_seed: int = 0
+    """Names the random projection."""
+    target_std: float | None = None
+    """Scale the T5's output to this std; None matches the CLIP that it replaces."""
+    max_tokens: int = 256
+    """Longer prompts are cut."""
+    pad: Literal["none", "max_tokens"] = "none"
+    """Contexts as long as their prompts, or always padded."""
+    reset: str | None = None
+    """Layers to reset; None keeps all."""
+    reset_seed: int = 0
+    """Names the random weights of the reset."""
+    device: str = ""
+    """Such as cuda or cpu; empty takes what accelerate finds on the command line, and the CPU elsewhere."""
+
+
+def build_model(config: ModelConfig) -> TextToImage:
+    """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
+    model = load_model(*_checkpoint(config))
+    if config.t5 is not None:
+        model = with_t5(model, config)
+    if config.reset is not None:
+        reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
+    for part in (model.denoiser.network, model.autoencoder.network):
+        part.to(config.device or "cpu")
+    return model
+
+
+def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
+    """Checkpoint and CLIP tokenizer."""
+    if config.model == DEMO:
+        return weights_path("demo.safetensors"), weights_path("clip_tokenizer")
+    at_comfyui = config.comfyui / "comfy" / "sd1_tokenizer" if config.comfyui else None
+    return Path(config.model), config.tokenizer or at_comfyui
+
+
+def with_t5(model: TextToImage, config: ModelConfig) -> TextToImage:
+    """The model with its text encoder replaced by a T5 that speaks as loudly as the old one (or at target_std)."""
+    path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
+    width = model.denoiser.context_width
+    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, seed=config.projection_seed)
+    padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
+    encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
+    if config.target_std is None:
+        encoder, _ = match_reference(encoder, model.text_encoder)
+    else:
+        encoder, _ = scale_to(encoder, config.target_std)
+    return replace(model, text_encoder=encoder)
+
+
+@torch.no_grad()
+def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
+    """Resets attention weights of a model that this process loaded for itself."""
+    parameters = {model.denoiser.canonical_name(n): p for n, p in model.denoiser.network.named_parameters()}
+    for name, value in reset_weights(parameters, config)[0].items():
+        parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def apply_weights(model: TextToImage, unet: Mapping[str, Tensor], projection: Mapping[str, Tensor]) -> TextToImage:
+    """Puts a run's result (canonical names) into a model that this process loaded for itself."""
+    parameters = {model.denoiser.canonical_name(n): p for n, p in model.denoiser.network.named_parameters()}
+    for name, value in unet.items():
+        parameters[name].copy_(value)
+    own = dict(model.text_encoder.projection.named_parameters()) if projection else {}
+    for name, value in projection.items():
+        own[name].copy_(value)
+    return model
+
+
+def save_unet(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes canonical UNet weights as ComfyUI's Load Diffusion Model reads them."""
+    write_tensors(Path(path), {ldm.UNET_PREFIX + name: value for name, value in weights.items()})
