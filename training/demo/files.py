@@ -1,0 +1,22 @@
+"""Where the demo model's weights and tokenizers lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+NAMES = ("demo.safetensors", "t5.safetensors", "scorer.safetensors", "aesthetic.safetensors")
+NAMES += ("clip_tokenizer", "t5_tokenizer")
+
+
+def weights_path(name: str) -> Path:
+    """The path of one of `NAMES`; raises ValueError for another name, FileNotFoundError where it was not built."""
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}.")
+    path = WEIGHTS / name
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing. Reinstall the package, or build the demo model (about an hour on two CPU cores): "
+            "python -m retune.training.demo.build"
+        )
+    return path
