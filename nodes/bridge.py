@@ -170,7 +170,8 @@ class ComfyAutoencoder:
         self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.latent_format.process_in(self.vae.encode(images.movedim(1, -1)).clone())
+        with torch.no_grad():
+            return self.latent_format.process_in(self.vae.encode(images.movedim(1, -1)).clone())
 
     def decode(self, latents: Tensor) -> Tensor:
         with torch.no_grad():
@@ -187,8 +188,7 @@ class ComfyTextEncoder:
         self.clip = clip
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
-        weights = clip.cond_stage_model.named_parameters()
-        self.fingerprint = tensors_fingerprint(weights, clip.patcher.patches_uuid if clip.patcher.patches else "")
+        self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else _clip_fingerprint(clip)
         self.width = self.projection.width if self._is_t5 else self.encode(self.tokenize([""])).context.shape[-1]
 
     def tokenize(self, texts: list[str]) -> list[str]:
@@ -209,9 +209,9 @@ class ComfyTextEncoder:
         return self.project(self.backbone(tokens))
 
     def _one(self, text: str) -> Conditioning:
-        if self._is_t5:
-            return Conditioning(t5_clip.encode_states(self.clip, text).float().clone())
         tokens = self.clip.tokenize(text, disable_weights=True)
+        if self._is_t5:
+            return t5_clip.encode_states(self.clip, tokens)
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
 
@@ -280,6 +280,15 @@ def attention_weights(model) -> dict[str, Tensor]:
         name for name, _ in model.model.diffusion_model.named_parameters() if ".attn1." in name or ".attn2." in name
     ]
     return {name: patched_weight(model, UNET + name) for name in names}
+
+
+def _clip_fingerprint(clip) -> str:
+    """Weights, patches (by their values, so that a restart finds them equal) and layer choice of a CLIP."""
+    weights = tensors_fingerprint(clip.cond_stage_model.named_parameters(), clip.layer_idx)
+    if not clip.patcher.patches:
+        return weights
+    patched = {key: patched_weight(clip.patcher, key) for key in clip.patcher.patches}
+    return tensors_fingerprint(patched.items(), weights)
 
 
 def _prediction_type(sampling) -> str:

@@ -242,15 +242,10 @@ class RetuneLoadTextEncoder(io.ComfyNode):
         import folder_paths
 
         from ..training.text_encoder.file import read_text_encoder
-        from .t5_clip import load_t5_clip, t5_parts
+        from .t5_clip import load_saved_text_encoder
 
         saved = read_text_encoder(listed_file(ENCODERS, file))
-        found = saved.find_t5([*folder_paths.get_folder_paths(ENCODERS), demo_t5().parent])
-        padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
-        source = DEMO if found == demo_t5() else found
-        clip = load_t5_clip(source, saved.projection, dtype=saved.dtype, **padding)
-        saved.check_tokenizer(t5_parts(clip).source.tokenizer.fingerprint)
-        return io.NodeOutput(clip)
+        return io.NodeOutput(load_saved_text_encoder(saved, folder_paths.get_folder_paths(ENCODERS)))
 
 
 def demo_t5() -> Path:
