@@ -6,6 +6,7 @@ from . import types
 from .paths import files, listed_file
 
 BUILT_IN = "built in"
+PLACES = ("checkpoints", "diffusion_models")
 
 
 class RetuneLoadDemoModel(io.ComfyNode):
@@ -27,10 +28,10 @@ class RetuneLoadDemoModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=files("checkpoints", BUILT_IN),
+                    options=files(*PLACES, first=BUILT_IN),
                     default=BUILT_IN,
                     optional=True,
-                    tooltip="A checkpoint saved from the demo model after training, or the built-in one.",
+                    tooltip="The built-in model, or a file that ModelSave or CheckpointSave wrote from it after training.",
                 ),
             ],
             outputs=[
@@ -44,7 +45,7 @@ class RetuneLoadDemoModel(io.ComfyNode):
     def execute(cls, text_encoder, file=BUILT_IN):
         from .demo_model import load_demo
 
-        path = None if file == BUILT_IN else listed_file("checkpoints", file)
+        path = None if file == BUILT_IN else listed_file(file, *PLACES)
         return io.NodeOutput(*load_demo(path, with_clip=text_encoder == "clip"))
 
 

@@ -12,13 +12,15 @@ def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "retune"
 
 
-def listed_file(category: str, name: str) -> Path:
-    """The path of a file that a combo offered; ValueError when the listing does not have it (any more)."""
+def listed_file(name: str, *categories: str) -> Path:
+    """The path of a file that a combo offered; ValueError when no category lists it (any more)."""
     import folder_paths
 
-    if name not in folder_paths.get_filename_list(category):
-        raise ValueError(f"file is {name!r}; expected one of the files in models/{category}. Refresh the node.")
-    return Path(folder_paths.get_full_path_or_raise(category, name))
+    for category in categories:
+        if name in folder_paths.get_filename_list(category):
+            return Path(folder_paths.get_full_path_or_raise(category, name))
+    places = " or ".join(f"models/{category}" for category in categories)
+    raise ValueError(f"file is {name!r}; expected one of the files in {places}. Refresh the node.")
 
 
 def output_path(category: str, prefix: str, suffix: str) -> Path:
@@ -30,8 +32,9 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
     return Path(folder) / f"{name}_{number:05}_{suffix}"
 
 
-def files(category: str, *more: str) -> list[str]:
-    """Combo values: `more` first, then ComfyUI's files of a category."""
+def files(*categories: str, first: str | None = None) -> list[str]:
+    """Combo values: `first`, then ComfyUI's files of some categories."""
     import folder_paths
 
-    return [*more, *folder_paths.get_filename_list(category)]
+    names = [name for category in categories for name in folder_paths.get_filename_list(category)]
+    return ([] if first is None else [first]) + list(dict.fromkeys(names))

@@ -22,7 +22,7 @@ class RetuneLoadT5(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=files(ENCODERS, DEMO),
+                    options=files(ENCODERS, first=DEMO),
                     default=DEMO,
                     tooltip="A T5 file in models/text_encoders, or the demo's small T5.",
                 ),
@@ -60,7 +60,7 @@ class RetuneLoadT5(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "projection_file",
-                    options=files(ENCODERS, "none"),
+                    options=files(ENCODERS, first="none"),
                     default="none",
                     optional=True,
                     tooltip="A text encoder saved by Retune whose projection is used instead.",
@@ -92,14 +92,14 @@ class RetuneLoadT5(io.ComfyNode):
         from .bridge import context_width_of
         from .t5_clip import load_t5_clip
 
-        path = demo_t5() if encoder == DEMO else listed_file(ENCODERS, encoder)
+        path = demo_t5() if encoder == DEMO else listed_file(encoder, ENCODERS)
         width = int(context_width) if context_width != "auto" else context_width_of(model)
         kind, seed = options.pop("projection", "orthogonal"), options.pop("seed", 0)
         file = options.pop("projection_file", "none")
         if file == "none":
             projection = Projection(read_t5_config(path)["d_model"], width, kind, seed=seed)
         else:
-            projection = saved_projection(listed_file(ENCODERS, file), width)
+            projection = saved_projection(listed_file(file, ENCODERS), width)
         return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
@@ -244,7 +244,7 @@ class RetuneLoadTextEncoder(io.ComfyNode):
         from ..training.text_encoder.file import read_text_encoder
         from .t5_clip import load_saved_text_encoder
 
-        saved = read_text_encoder(listed_file(ENCODERS, file))
+        saved = read_text_encoder(listed_file(file, ENCODERS))
         return io.NodeOutput(load_saved_text_encoder(saved, folder_paths.get_folder_paths(ENCODERS)))
 
 
