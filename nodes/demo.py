@@ -31,7 +31,7 @@ class RetuneLoadDemoModel(io.ComfyNode):
                     options=files(*PLACES, first=BUILT_IN),
                     default=BUILT_IN,
                     optional=True,
-                    tooltip="The built-in model, or a file that ModelSave or CheckpointSave wrote from it after training.",
+                    tooltip="The built-in model, or one that ModelSave or CheckpointSave wrote after training.",
                 ),
             ],
             outputs=[
