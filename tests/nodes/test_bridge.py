@@ -1,0 +1,155 @@
+"""ComfyUI's MODEL, CLIP and VAE give the core the same numbers as diffusers, and come out of training untouched."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.model import Conditioning
+
+
+def train_config(**changes):
+    values = {
+        "run_name": "r",
+        "steps": 3,
+        "batch_size": 2,
+        "learning_rate": 1e-4,
+        "settings": TrainingSettings(warmup_steps=1),
+    }
+    return TrainModelConfig(**(values | changes))
+
+
+def test_parts_agree_with_diffusers(demo, core_demo):
+    from retune.nodes.bridge import text_to_image
+
+    captions = ["two small red circles (left)", "a large green star, blue background"]
+    sigma = core_demo.denoiser.sigmas[[100, 900]]
+    random = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 4, 8, 8, generator=random)
+    images = torch.rand(2, 3, 64, 64, generator=random)
+    states = Conditioning.cat([Conditioning(torch.randn(1, n, 128, generator=random)) for n in (5, 9)])
+    with torch.inference_mode(), text_to_image(*demo) as model, torch.no_grad():
+        assert torch.equal(model.denoiser.sigmas, core_demo.denoiser.sigmas)
+        assert model.denoiser.fingerprint == core_demo.denoiser.fingerprint
+        text = [m.text_encoder.encode(m.text_encoder.tokenize(captions)).context for m in (model, core_demo)]
+        torch.testing.assert_close(*text, atol=1e-5, rtol=1e-5)
+        latents = [m.autoencoder.encode(images) for m in (model, core_demo)]
+        torch.testing.assert_close(*latents, atol=1e-5, rtol=1e-5)
+        pixels = [m.autoencoder.decode(latents[0]) for m in (model, core_demo)]
+        torch.testing.assert_close(*pixels, atol=1e-4, rtol=1e-4)
+        outputs = [m.denoiser.predict(noisy, sigma, states) for m in (model, core_demo)]
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+        alone = model.denoiser.predict(noisy[:1], sigma[:1], Conditioning(states.context[:1, :5]))
+        torch.testing.assert_close(alone, outputs[0][:1], atol=1e-5, rtol=1e-5)
+        for call in ("target", "denoised"):
+            results = [getattr(m.denoiser, call)(noisy, sigma, latents[0][:, :, :8, :8]) for m in (model, core_demo)]
+            if call == "denoised":
+                torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+
+
+def test_checkpointing_gives_the_same_gradient(demo, core_demo):
+    from retune.nodes.bridge import text_to_image
+
+    noisy, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0])
+    states = Conditioning.cat([Conditioning(torch.ones(1, n, 128)) for n in (3, 4)])
+    states = Conditioning(states.context[:1], None, states.mask[:1])
+    gradients = []
+    with torch.inference_mode(), text_to_image(*demo) as model:
+        for enabled in (False, True):
+            factor = torch.ones(1, requires_grad=True)
+            with model.denoiser.checkpointing(enabled):
+                output = model.denoiser.predict(noisy * factor, sigma, states)
+                output.square().sum().backward()
+            gradients.append(factor.grad.item())
+    assert gradients[0] != 0 and gradients[1] == pytest.approx(gradients[0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_demo, pictures, tmp_path):
+    from retune.nodes import t5_clip
+    from retune.nodes.bridge import text_to_image
+    from retune.training.demo.files import weights_path
+    from retune.training.text_encoder.projection import Projection
+    from retune.training.text_encoder.t5 import load_t5
+    from retune.training.train_model import train_model
+
+    projection = Projection(96, 128, seed=3)
+    run = train_config(steps=50, train="all attention", samples=SamplePrompts())
+    encoder = load_t5(weights_path("t5.safetensors"), projection)
+    train_model(replace(core_demo, text_encoder=encoder), pictures, run, tmp_path / "diffusers")
+    with torch.inference_mode():
+        clip = t5_clip.load_t5_clip("demo", projection)
+        with text_to_image(demo[0], clip, demo[2]) as model:
+            train_model(model, pictures, run, tmp_path / "comfyui")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / side / "r" / "metrics.jsonl").read_text().splitlines()]
+        for side in ("diffusers", "comfyui")
+    ]
+    assert len(losses[0]) == 50
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_training_leaves_model_and_clip_bit_identical(demo, pictures, tmp_path):
+    from retune.nodes.bridge import text_to_image, with_unet_weights
+    from retune.training.train_model import train_model
+
+    model, clip, vae = demo
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    text = {k: v.clone() for k, v in clip.cond_stage_model.state_dict().items()}
+    image = sampled(model, clip)
+    with torch.inference_mode(), text_to_image(model, clip, vae) as view:
+        trained = train_model(view, pictures, train_config(learning_rate=1e-2), tmp_path)
+    after = model.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.equal(text[k], v) for k, v in clip.cond_stage_model.state_dict().items())
+    assert torch.equal(sampled(model, clip), image)
+    changed = with_unet_weights(model, trained.unet)
+    assert not torch.equal(sampled(changed, clip), image)
+    assert torch.equal(sampled(model, clip), image)
+
+
+def test_trained_weights_arrive_exactly_and_a_lora_stays(demo, pictures, tmp_path):
+    from retune.nodes.bridge import patched_weight, text_to_image, with_unet_weights
+    from retune.training.train_model import train_model
+
+    model, clip, vae = demo
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    shape = model.model.state_dict()[key].shape
+    change = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    with_lora = model.clone()
+    with_lora.add_patches({key: ("diff", (change,))}, 0.5)
+    with torch.inference_mode():
+        with text_to_image(with_lora, clip, vae) as view:
+            start = view.denoiser.network.get_parameter(key.removeprefix("diffusion_model.")).clone()
+            trained = train_model(view, pictures, train_config(), tmp_path)
+        result = with_unet_weights(with_lora, trained.unet)
+    torch.testing.assert_close(start, model.model.state_dict()[key] + 0.5 * change)
+    assert len(result.patches[key]) == 2
+    for name, value in trained.unet.items():
+        arrived = patched_weight(result, "diffusion_model." + name)
+        torch.testing.assert_close(arrived, value, atol=1e-6, rtol=1e-6)
+        if "diffusion_model." + name != key:
+            assert torch.equal(arrived, value)
+
+
+def test_unknown_models_are_refused(comfyui):
+    from retune.nodes.bridge import context_width_of
+
+    with pytest.raises(ValueError, match="model is not connected"):
+        context_width_of(None)
+
+
+def sampled(model, clip):
+    """Two DDIM steps through ComfyUI's own sampler."""
+    import comfy.sample
+
+    with torch.inference_mode():
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize("two small red circles"))
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        latent = torch.zeros(1, 4, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, 1)
+        options = {"denoise": 1.0, "disable_pbar": True, "seed": 1}
+        return comfy.sample.sample(
+            model, noise, 2, 4.0, "ddim", "ddim_uniform", positive, negative, latent, **options
+        ).clone()
