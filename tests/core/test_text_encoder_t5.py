@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -277,8 +278,9 @@ def test_text_encoder_file_round_trip(tmp_path, t5_folder):
     save_text_encoder(tmp_path / "te.safetensors", saved_of(t5, t5_folder))
     saved = read_text_encoder(tmp_path / "te.safetensors")
     assert saved.padding == Padding(max_tokens=33) and saved.target_std == 0.9 and saved.width == 32
-    path = saved.find_t5([tmp_path, t5_folder.parent.parent])
-    assert path == t5_folder
+    path = tmp_path / "models" / "sub folder" / t5_folder.name
+    shutil.copytree(t5_folder, path)
+    assert saved.find_t5([tmp_path / "absent", tmp_path / "models"]) == path
     again = load_t5(path, saved.projection, padding=saved.padding)
     saved.check_tokenizer(again.tokenizer.fingerprint)
     assert torch.equal(again.encode(again.tokenize(TEXTS)).context, t5.encode(t5.tokenize(TEXTS)).context)
