@@ -1,0 +1,131 @@
+"""The example workflow through a real ComfyUI, over /prompt and /ws: run, repeat, stop, kill, go on."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+from retune.training.comfyui_server import server
+from safetensors import safe_open
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+
+
+def swap_prompt(**training):
+    """The workflow at a size that takes seconds."""
+    prompt = json.loads((WORKFLOWS / "swap_text_encoder.json").read_text(encoding="utf-8"))
+    small = {"5": {"count": 6}, "6": {"save_every": 3, "warmup_steps": 1}, "7": {"every": 4, "steps": 2}}
+    small |= {"8": {"steps": 6, "batch_size": 2} | training, "11": {"batch_size": 1}, "12": {"steps": 2}}
+    for node, inputs in small.items():
+        prompt[node]["inputs"] |= inputs
+    return prompt
+
+
+def training_only(**training):
+    """Without what comes after the training node."""
+    prompt = swap_prompt(**training)
+    return {node: prompt[node] for node in ("1", "2", "3", "4", "5", "6", "7", "8", "15")}
+
+
+def run_folder(base: Path) -> Path:
+    return base / "output" / "retune" / "demo T5 swap"
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = [folder / "metrics.jsonl", folder / "model.safetensors", *sorted((folder / "samples").iterdir())]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def wait_for_step(running, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        running.check_alive()
+        if any(e["type"] == "retune.step" and e["data"]["step"] >= step for e in list(running.events)):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"step {step} did not come")
+
+
+def test_the_whole_road(comfyui_server, tmp_path):
+    outputs = comfyui_server.run(swap_prompt())
+    folder = run_folder(tmp_path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "event" not in row] == list(range(1, 7))
+    assert sorted(p.name for p in (folder / "samples").iterdir())[0] == "000000_00.png"
+    assert len(list((folder / "samples").iterdir())) == 3 * 4
+    assert json.loads((folder / "config.json").read_text())["prompt"]["8"]["class_type"] == "RetuneTrainModel"
+    steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
+    assert steps == list(range(1, 7))
+    text = [e["data"]["text"] for e in comfyui_server.events if e["type"] == "progress_text"]
+    assert any("step 6 of 6" in line for line in text)
+    assert any(e["type"] == "preview" for e in comfyui_server.events)
+    image = outputs["14"]["images"][0]
+    assert (tmp_path / "output" / image["subfolder"] / image["filename"]).exists()
+    assert Path(outputs["16"]["text"][0]).exists() and outputs["15"]["images"]
+
+    again = load_again(tmp_path, outputs["16"]["text"][0])
+    reloaded = comfyui_server.run(again)
+    pixels = [tmp_path / "output" / i["subfolder"] / i["filename"] for i in (image, reloaded["14"]["images"][0])]
+    from retune.training.data.images import load_image
+
+    first, second = (load_image(path) for path in pixels)
+    assert (first - second).abs().max() <= 1 / 255  # the saved checkpoint and text encoder draw the same picture
+
+
+def load_again(base: Path, text_encoder: str) -> dict:
+    """A graph that samples from the saved checkpoint and the saved text encoder."""
+    prompt = swap_prompt()
+    (checkpoint,) = (base / "output" / "checkpoints" / "retune").glob("*.safetensors")
+    with safe_open(checkpoint, "pt") as file:
+        names = set(file.keys())
+    assert any(name.startswith("model.diffusion_model.") for name in names)
+    sampler = {node: prompt[node] for node in ("9", "10", "11", "12", "13", "14")}
+    sampler["1"] = {
+        "class_type": "RetuneLoadDemoModel",
+        "inputs": {"text_encoder": "none", "file": f"retune/{checkpoint.name}"},
+    }
+    sampler["2"] = {"class_type": "RetuneLoadTextEncoder", "inputs": {"file": f"retune/{Path(text_encoder).name}"}}
+    sampler["9"]["inputs"]["clip"] = sampler["10"]["inputs"]["clip"] = ["2", 0]
+    sampler["12"]["inputs"]["model"], sampler["13"]["inputs"]["vae"] = ["1", 0], ["1", 2]
+    return sampler
+
+
+def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server, tmp_path):
+    prompt_id = comfyui_server.queue(training_only(steps=40))
+    wait_for_step(comfyui_server, 2)
+    comfyui_server.interrupt()
+    with pytest.raises(RuntimeError, match="interrupted in node 8"):
+        comfyui_server.wait(prompt_id)
+    status = json.loads((run_folder(tmp_path) / "status.json").read_text())
+    assert status["state"] == "interrupted" and 2 <= status["step"] < 40
+    stopped = status["step"]
+    comfyui_server.events.clear()
+    comfyui_server.run(training_only(steps=stopped + 2))
+    steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
+    assert steps == [stopped + 1, stopped + 2]
+
+
+def test_refusals_name_what_is_wrong(comfyui_server):
+    for change, message in (
+        ({"run_name": "../x"}, "run name is '../x'"),
+        ({"clip": ["1", 1], "train_projection": False, "model": ["1", 0], "vae": ["1", 2], "steps": 0}, "steps"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            comfyui_server.run(training_only(**change))
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_ends_the_same(comfyui, tmp_path):
+    with server(comfyui, tmp_path / "whole") as running:
+        running.run(training_only())
+    whole = digest(run_folder(tmp_path / "whole"))
+    for step in (1, 5):
+        base = tmp_path / f"killed{step}"
+        with server(comfyui, base) as running:
+            running.queue(training_only())
+            wait_for_step(running, step)
+            running.kill()
+        with server(comfyui, base) as running:
+            running.run(training_only())
+        assert digest(run_folder(base)) == whole
