@@ -58,7 +58,9 @@ class ComfyDenoiser:
         self.sigmas = self.sampling.sigmas.detach().float().cpu().clone()
         self.latent_channels = self.patcher.model.latent_format.latent_channels
         self.context_width = next(p for n, p in self.network.named_parameters() if "attn2.to_k." in n).shape[1]
-        self.fingerprint = tensors_fingerprint(self.network.named_parameters(), self.prediction_type)
+        self.input_channels = self.network.in_channels
+        weights = [*self.network.named_parameters(), ("sigmas", self.sigmas)]
+        self.fingerprint = tensors_fingerprint(weights, self.prediction_type)
         self.device = self.patcher.load_device
 
     def load(self, memory: int = 0) -> None:
@@ -132,7 +134,11 @@ class ComfyDenoiser:
         if conditioning.pooled is None:
             raise ValueError("text encoder gives no pooled output; expected one for this model (SDXL).")
         extra = self.patcher.model.extra_conds(
-            pooled_output=conditioning.pooled, device=noisy.device, noise=noisy, width=noisy.shape[-1] * 8
+            pooled_output=conditioning.pooled,
+            device=noisy.device,
+            noise=noisy,
+            width=noisy.shape[-1] * 8,
+            height=noisy.shape[-2] * 8,
         )
         return extra["y"].cond.to(noisy)
 
@@ -202,7 +208,6 @@ class ComfyTextEncoder:
     def project(self, states: Conditioning) -> Conditioning:
         if self.projection is None:
             return states
-        self.projection.to(states.context.device)
         return Conditioning(self.projection(states.context), states.pooled, states.mask)
 
     def encode(self, tokens: list[str]) -> Conditioning:
@@ -221,25 +226,36 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
     """The model view of a MODEL, CLIP and VAE, ready to train while entered."""
     with training_mode():
         denoiser = ComfyDenoiser(model)
+        encoder = ComfyTextEncoder(clip)
+        if encoder.projection is not None:
+            encoder.projection.to(denoiser.device)
         with denoiser.casting_weights():
-            yield TextToImage(denoiser, ComfyTextEncoder(clip), ComfyAutoencoder(vae, model.model.latent_format))
+            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, model.model.latent_format))
 
 
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
     """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`).
 
-    `set` patches, exact in fp32. A weight that carries patches already (a LoRA) keeps them and gets the difference as
-    one more patch, since a `set` would wipe them.
+    `set` patches, exact in fp32. A weight that carries other patches (a LoRA) keeps them and gets the difference as one
+    more patch, since a `set` would wipe them; earlier `set` patches (a reset) are replaced.
     """
     result = model.clone()
     for name, value in weights.items():
         key = UNET + name
-        if key in model.patches:
+        if all(_is_set(patch) for patch in model.patches.get(key, [])):
+            result.patches.pop(key, None)
+        if key in result.patches:
             difference = value.detach().cpu() - patched_weight(model, key)
             result.add_patches({key: ("diff", (difference,))})
         else:
             result.add_patches({key: ("set", (value.detach().cpu(),))})
     return result
+
+
+def _is_set(patch: tuple) -> bool:
+    """Whether an entry of ModelPatcher.patches is a `set`: (strength, value, strength of the model, ...)."""
+    value = patch[1]
+    return isinstance(value, tuple) and len(value) == 2 and value[0] == "set"
 
 
 def patched_weight(model, key: str) -> Tensor:
@@ -283,24 +299,23 @@ def attention_weights(model) -> dict[str, Tensor]:
 
 
 def _clip_fingerprint(clip) -> str:
-    """Weights, patches (by their values, so that a restart finds them equal) and layer choice of a CLIP."""
-    weights = tensors_fingerprint(clip.cond_stage_model.named_parameters(), clip.layer_idx)
-    if not clip.patcher.patches:
-        return weights
-    patched = {key: patched_weight(clip.patcher, key) for key in clip.patcher.patches}
-    return tensors_fingerprint(patched.items(), weights)
+    """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded."""
+    weights = ((name, patched_weight(clip.patcher, name)) for name, _ in clip.cond_stage_model.named_parameters())
+    return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
 
 
 def _prediction_type(sampling) -> str:
-    import comfy.model_sampling as kinds
+    """ "eps", "v" or "flow", told by the very functions in use: subclasses of these in ComfyUI mean other things."""
+    import comfy.model_sampling
 
-    if isinstance(sampling, kinds.V_PREDICTION):
-        return "v"
-    if isinstance(sampling, kinds.CONST):
-        return "flow"
-    if type(sampling).calculate_denoised is kinds.EPS.calculate_denoised:
-        return "eps"
-    raise ValueError(f"MODEL's prediction is {type(sampling).__mro__[2].__name__}; expected eps, v or flow.")
+    names = {"EPS": "eps", "V_PREDICTION": "v", "CONST": "flow"}
+    for name, prediction in names.items():
+        reference = getattr(comfy.model_sampling, name)
+        functions = ("calculate_input", "calculate_denoised", "noise_scaling")
+        if all(getattr(type(sampling), f) is getattr(reference, f) for f in functions):
+            return prediction
+    found = ", ".join(base.__name__ for base in type(sampling).__bases__)
+    raise ValueError(f"MODEL's sampling is {found}; expected eps, v or flow prediction.")
 
 
 def _is_dynamic(patcher) -> bool:

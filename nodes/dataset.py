@@ -27,15 +27,15 @@ class RetuneLoadDataset(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Images are resized to an area of about resolution x resolution pixels.",
+                    tooltip="Images are resized to an area of at most resolution x resolution pixels.",
                 ),
                 io.Combo.Input(
                     "captions",
                     options=["txt", "metadata.jsonl", "file name", "one caption"],
                     default="txt",
                     optional=True,
-                    tooltip="Where captions come from: a text file beside each image, one metadata.jsonl "
-                    "(file_name, text), the file's name, or one caption for all.",
+                    tooltip="Where captions come from: a .txt or .caption file beside each image, one "
+                    "metadata.jsonl (file_name, text), the file's name, or one caption for all.",
                 ),
                 io.String.Input("caption", default="", optional=True, tooltip="The caption for 'one caption'."),
                 io.Int.Input(
@@ -44,7 +44,7 @@ class RetuneLoadDataset(io.ComfyNode):
                     min=1,
                     max=10000,
                     optional=True,
-                    tooltip="Times each image is shown per epoch.",
+                    tooltip="Times each image is shown per epoch, on top of kohya's 10_name folders.",
                 ),
                 io.Boolean.Input(
                     "buckets",
@@ -110,7 +110,8 @@ class RetuneDatasetFromImages(io.ComfyNode):
             node_id="RetuneDatasetFromImages",
             display_name="Dataset From Images",
             category="retune/data",
-            description="Images and captions from the graph as a training dataset.",
+            description="Images and captions from the graph as a training dataset. Images keep their size, cut to "
+            "multiples of 8.",
             search_aliases=["images to dataset"],
             is_input_list=True,
             inputs=[

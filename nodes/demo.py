@@ -64,7 +64,9 @@ class RetuneDemoDataset(io.ComfyNode):
                     "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which pictures."
                 ),
                 io.String.Input(
-                    "subset", default="", tooltip="Words that every caption must contain; empty takes all pictures."
+                    "subset",
+                    default="",
+                    tooltip="Words that every caption must contain (whole words); empty takes all.",
                 ),
             ],
             outputs=[
@@ -76,11 +78,8 @@ class RetuneDemoDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, count, seed, subset=""):
-        import torch
-
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
 
         images, captions = demo_examples(count, seed, subset)
-        batch = torch.stack(list(images)).movedim(1, -1)
-        return io.NodeOutput(from_images(images, captions), batch, "\n".join(captions))
+        return io.NodeOutput(from_images([images], captions), images.movedim(1, -1), "\n".join(captions))

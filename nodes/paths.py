@@ -27,6 +27,8 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
     """The next free `prefix_00001_suffix` below output/<category>; ValueError when prefix leaves that folder."""
     import folder_paths
 
+    if Path(prefix).is_absolute() or ".." in Path(prefix.replace("\\", "/")).parts:
+        raise ValueError(f"filename_prefix is {prefix!r}; expected a name below output/{category}, without '..'.")
     root = Path(folder_paths.get_output_directory()) / category
     folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(root))
     return Path(folder) / f"{name}_{number:05}_{suffix}"

@@ -11,7 +11,8 @@ from ..training.loop import Callbacks, StepInfo
 from ..training.model import TextToImage
 from .bridge import ComfyDenoiser
 
-QUIET_SECONDS = 5.0
+TEXT_INTERVAL = 0.5
+"""Seconds between two texts under the node in phases that report often."""
 
 
 class NodeCallbacks(Callbacks):
@@ -42,7 +43,7 @@ class NodeCallbacks(Callbacks):
 
     def on_text(self, text: str) -> None:
         self._check()
-        if time.monotonic() - self._said > QUIET_SECONDS / 10:
+        if time.monotonic() - self._said > TEXT_INTERVAL:
             self._say(text)
 
     def on_step(self, info: StepInfo) -> None:

@@ -35,18 +35,20 @@ class RetuneResetAttention(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Blend between old (0) and new (1) weights; for perturb, noise in units of each tensor's "
-                    "std.",
+                    tooltip="Blend between old (0) and new (1) weights; for perturb, noise in units of each tensor's std, "
+                    "up to 10.",
                 ),
                 io.Boolean.Input(
                     "include_output",
                     default=False,
-                    tooltip="Reset the output projections too. 'zero output' zeroes them in any case.",
+                    tooltip="Reset the output projections of whole-attention choices too; no effect for K/V and QK. "
+                    "'zero output' zeroes them in any case.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="",
-                    tooltip="Regular expression on block names, such as middle|output_blocks; empty means everywhere.",
+                    tooltip="Regular expression searched in parameter names, such as middle|output_blocks; empty means "
+                    "everywhere.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -38,7 +38,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     options=["constant", "linear", "cosine"],
                     default=d.lr_schedule,
                     optional=True,
-                    tooltip="Learning rate after the warm-up: kept, or down to zero at the last step.",
+                    tooltip="Learning rate after the warm-up: kept, or down towards zero at the end.",
                 ),
                 io.Int.Input(
                     "warmup_steps",
@@ -55,7 +55,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=False,
-                    tooltip="Decoupled weight decay.",
+                    tooltip="Weight decay; decoupled for AdamW.",
                     **number,
                 ),
                 io.Float.Input(
@@ -72,7 +72,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     default=d.gradient_accumulation,
                     min=1,
                     max=10000,
-                    tooltip="Batches summed up before each optimiser step: a larger batch without more memory.",
+                    tooltip="Batches per optimiser step: a larger batch without more memory.",
                     **number,
                 ),
                 io.Combo.Input(
@@ -105,7 +105,8 @@ class RetuneTrainingSettings(io.ComfyNode):
                     options=["none", "min-SNR", "debiased"],
                     default=d.loss_weighting,
                     optional=True,
-                    tooltip="Weight of the noise levels: min-SNR (arXiv 2303.09556) learns faster than none.",
+                    tooltip="Weight of the noise levels: min-SNR (arXiv 2303.09556), debiased (arXiv 2310.08442), or "
+                    "none, which flow models need.",
                 ),
                 io.Float.Input(
                     "snr_gamma",
@@ -113,7 +114,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     min=0.01,
                     max=1000.0,
                     step=0.5,
-                    tooltip="Cap of min-SNR.",
+                    tooltip="Cap of the signal-to-noise ratio for min-SNR.",
                     **number,
                 ),
                 io.Combo.Input(
@@ -121,7 +122,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     options=["uniform", "logit-normal"],
                     default=d.timestep_sampling,
                     optional=True,
-                    tooltip="Draw all noise levels alike, or mostly the middle ones.",
+                    tooltip="Draw all noise levels alike, or mostly the middle ones (arXiv 2403.03206).",
                 ),
                 io.Int.Input(
                     "min_timestep",
@@ -136,7 +137,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     default=d.max_timestep,
                     min=0,
                     max=999,
-                    tooltip="Highest noise level drawn; 999 is pure noise.",
+                    tooltip="Highest noise level drawn; 999 is nearly pure noise.",
                     **number,
                 ),
                 io.Float.Input(
@@ -230,8 +231,22 @@ class RetuneSamplePrompts(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the starting noise.",
                 ),
-                io.Int.Input("width", default=d.width, min=64, max=8192, step=8, tooltip="Width in pixels."),
-                io.Int.Input("height", default=d.height, min=64, max=8192, step=8, tooltip="Height in pixels."),
+                io.Int.Input(
+                    "width",
+                    default=d.width,
+                    min=64,
+                    max=8192,
+                    step=8,
+                    tooltip="Width in pixels; 128 for the demo model.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=d.height,
+                    min=64,
+                    max=8192,
+                    step=8,
+                    tooltip="Height in pixels; 128 for the demo model.",
+                ),
             ],
             outputs=[types.Samples.Output(display_name="samples", tooltip="Goes into a training node.")],
         )
@@ -292,7 +307,7 @@ class RetuneTrainModel(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
-                    "folder aside.",
+                    "folder aside. Steps, samples, validate_every and save_every may change.",
                 ),
             ],
             outputs=[

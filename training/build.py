@@ -63,7 +63,9 @@ def build_model(config: ModelConfig) -> TextToImage:
         model = with_t5(model, config)
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
-    for part in (model.denoiser.network, model.autoencoder.network):
+    encoder = model.text_encoder
+    text = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
+    for part in (model.denoiser.network, model.autoencoder.network, *text):
         part.to(config.device or "cpu")
     return model
 

@@ -1,4 +1,4 @@
-"""A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss, alignment, learning rate."""
+"""A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 WIDTH, HEIGHT, MARGIN = 960, 540, (76, 48, 24, 44)
 """Margins: left, top, right, bottom."""
-COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "alignment": "#2d8a4e", "grid": "#e4e4e4"}
+COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "grid": "#e4e4e4"}
 
 Point = tuple[float, float]
 

@@ -28,7 +28,7 @@ def check_range(config: Any, **limits: tuple[float, float]) -> None:
 
 
 def check_run_name(name: str) -> None:
-    """Raises ValueError unless `name` is a plain folder name on every system: no separators, no `..`, no reserved word."""
+    """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
     bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
     if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
         raise ValueError(
@@ -105,7 +105,7 @@ class TrainingSettings:
         )
         if self.min_timestep > self.max_timestep:
             raise ValueError(
-                f"min_timestep is {self.min_timestep}, above max_timestep {self.max_timestep}; expected the lower first."
+                f"min_timestep is {self.min_timestep}, above max_timestep {self.max_timestep}; expected min <= max."
             )
 
 
@@ -170,7 +170,7 @@ class TrainModelConfig:
         check_range(self, steps=(1, 10**8), batch_size=(1, 10**5), learning_rate=(0, 10), seed=(0, 2**64 - 1))
 
 
-RESUMABLE = {"steps", "samples", "resume"}
+RESUMABLE = {"run_name", "steps", "samples", "resume"}
 """Fields that may differ when a run goes on."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every"}
 

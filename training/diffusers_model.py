@@ -59,7 +59,8 @@ class DiffusersDenoiser:
         self.sigmas = training_sigmas(scheduler)
         self._log_sigmas = self.sigmas.log()
         self._names = {b: a for a, b in ldm.unet_names(unet.config).items()}
-        self.latent_channels = unet.config.in_channels
+        self.latent_channels = unet.config.out_channels
+        self.input_channels = unet.config.in_channels
         self.context_width = unet.config.cross_attention_dim
 
     @property
@@ -69,7 +70,7 @@ class DiffusersDenoiser:
     @property
     def fingerprint(self) -> str:
         weights = ((self.canonical_name(n), p) for n, p in self.network.named_parameters())
-        return tensors_fingerprint(weights, self.prediction_type)
+        return tensors_fingerprint([*weights, ("sigmas", self.sigmas)], self.prediction_type)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return latent + _column(sigma) * noise

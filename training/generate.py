@@ -13,8 +13,19 @@ from .sampling import initial_noise, sample
 TextOf = Callable[[str], Conditioning]
 
 
+def draw(model: TextToImage, prompts: list[str], **options) -> list[Tensor]:
+    """One picture (3, height, width) in 0..1 for each prompt; options as `draw_latents`."""
+    return decode(model, draw_latents(model, prompts, **options))
+
+
 @torch.no_grad()
-def draw(
+def decode(model: TextToImage, latents: list[Tensor]) -> list[Tensor]:
+    """Pictures (3, H, W) in 0..1 on the CPU, decoded one by one."""
+    return [model.autoencoder.decode(latent[None])[0].float().cpu() for latent in latents]
+
+
+@torch.no_grad()
+def draw_latents(
     model: TextToImage,
     prompts: list[str],
     *,
@@ -27,24 +38,23 @@ def draw(
     text_of: TextOf | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """One picture (3, height, width) in 0..1 for each prompt; picture i always starts from noise (seed, i).
+    """One latent for each prompt of a width x height picture; latent i always starts from noise (seed, i).
 
     text_of: prompt -> Conditioning of batch 1 after the projection; encodes with the model's text encoder by default.
-    on_batch(done, total) is called after each sampler step's batch and may raise to cancel.
+    on_batch(done, total) is called after every sampler step and may raise to cancel.
     """
     text_of = text_of or (lambda prompt: model.text_encoder.encode(model.text_encoder.tokenize([prompt])))
     denoiser, cells = model.denoiser, model.autoencoder.downscale
-    images: list[Tensor] = []
+    drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         noise = [initial_noise(denoiser, height // cells, width // cells, seed, start + i) for i in range(len(part))]
         cond = Conditioning.cat(text_of(prompt) for prompt in part).to(denoiser.device)
         uncond = Conditioning.cat([text_of("")] * len(part)).to(denoiser.device)
         on_step = None if on_batch is None else (lambda _, done=start: on_batch(done, len(prompts)))
-        latents = sample(
+        drawn += sample(
             denoiser, torch.stack(noise).to(denoiser.device), cond, uncond, steps=steps, cfg=cfg, on_step=on_step
         )
-        images += [image.float().cpu() for image in model.autoencoder.decode(latents)]
         if on_batch:
-            on_batch(len(images), len(prompts))
-    return images
+            on_batch(len(drawn), len(prompts))
+    return drawn

@@ -98,7 +98,10 @@ def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[d
         names = [n for n in names if not _OUTPUT.search(n)]
     names = list(dict.fromkeys(names + zeroed))
     if not names:
-        raise ValueError(f"blocks is {config.blocks!r}: no attention layer matches. Use a part of a name that exists.")
+        raise ValueError(
+            f"no attention layer matches layers {config.layers!r} within blocks {config.blocks!r}; expected one. "
+            "Use a part of a block's name that exists, or a model with cross-attention."
+        )
     new, rows = {}, []
     for name in names:
         old = weights[name].detach().float()

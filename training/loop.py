@@ -42,6 +42,14 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """Sample pictures in two moves: `draw` runs with the trained weights attached, `decode` without them."""
+
+    draw: Callable[[], list[Tensor]]
+    decode: Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
 class StepInfo:
     """What a progress display needs after an optimiser step."""
 
@@ -86,7 +94,7 @@ class LoopConfig:
 
 
 class Loop:
-    """One run. `draw_samples(values)` returns a picture per sample prompt; `validation` is a list of held-out slots."""
+    """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots."""
 
     def __init__(
         self,
@@ -96,14 +104,14 @@ class Loop:
         batches: Batches,
         config: LoopConfig,
         *,
-        draw_samples: Callable[[], list[Tensor]] | None = None,
+        sampler: Sampler | None = None,
         validation: list | None = None,
         callbacks: Callbacks | None = None,
         device: torch.device | None = None,
     ):
         self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
         self.config, self.settings = config, config.settings
-        self.draw_samples, self.validation = draw_samples, validation or []
+        self.sampler, self.validation = sampler, validation or []
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
@@ -113,8 +121,6 @@ class Loop:
         self.step, self.saved_step, self.seconds_per_step = 0, -1, 0.0
         self.best = math.inf
         self.events: set[tuple[str, int]] = set()
-        if self.settings.precision == "fp16" and self.device.type != "cuda":
-            raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
 
     def run(self) -> dict[str, Tensor]:
         """Trains to the end and returns the result's values: the average when there is one, else the masters.
@@ -131,6 +137,7 @@ class Loop:
                 self.callbacks.before_step(self.step + 1)
                 began = time.perf_counter()
                 row = self._gradients(self.step + 1)
+                row["grad_norm"] = self._clip()
                 consistent = False
                 self._update(row)
                 consistent = True
@@ -162,12 +169,14 @@ class Loop:
         total = sum(len(batch) for batch in numbered)
         for batch in numbered:
             share = self.world.share(batch)
+            indices, slots = zip(*share, strict=True) if share else ((), ())
             if not share:
                 raise ValueError(
                     f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each."
                 )
+            loaded = self.objective.load(list(slots))
             with self.trainable.attach(), self._autocast():
-                result = self.objective(share, step)
+                result = self.objective(list(zip(indices, loaded, strict=True)), step)
                 part = result.per_sample.sum() / total
                 self.scaler.scale(part).backward()
             loss += part.item()
@@ -179,13 +188,17 @@ class Loop:
         rate = self.config.learning_rate * learning_rate_factor(step, self.config.steps, self.settings)
         return {"step": step, "loss": loss, "learning_rate": rate, **parts}
 
-    def _update(self, row: dict[str, Any]) -> None:
-        """Clips, steps the optimiser and the average, logs the row."""
+    def _clip(self) -> float | None:
+        """Clips the gradient and returns its norm before; None after an fp16 overflow (the scaler skips that step)."""
         parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf).item()
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise self._diverged("gradient norm", norm)
+        return norm if math.isfinite(norm) else None
+
+    def _update(self, row: dict[str, Any]) -> None:
+        """Steps the optimiser and the average, logs the row."""
         for group in self.optimizer.param_groups:
             group["lr"] = row["learning_rate"]
         self.scaler.step(self.optimizer)
@@ -193,7 +206,7 @@ class Loop:
         self._average()
         self.step = row["step"]
         if self.world.is_main:
-            self.folder.add_row(row | {"grad_norm": norm})
+            self.folder.add_row(row)
 
     def _diverged(self, what: str, value: float) -> TrainingDiverged:
         return TrainingDiverged(
@@ -222,7 +235,7 @@ class Loop:
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
         due = self.step % self.config.samples.every == 0 or last
-        if self.draw_samples and due and ("sample", self.step) not in self.events:
+        if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
         if self.step and self.step % self.settings.save_every == 0 and not last:
             self._save()
@@ -231,8 +244,9 @@ class Loop:
 
     def _validate(self) -> None:
         self.callbacks.on_text(f"validating at step {self.step}")
+        loaded = self.objective.load(self.validation)
         with self.trainable.attach(self.values()), self._autocast():
-            loss = self.objective.validation(self.validation)
+            loss = self.objective.validation(loaded)
         self.folder.add_row({"event": "validation", "step": self.step, "loss": loss})
         if loss < self.best:
             self.best = loss
@@ -242,12 +256,14 @@ class Loop:
     def _sample(self) -> None:
         self.callbacks.on_text(f"drawing samples at step {self.step}")
         with self.trainable.attach(self.values()), self._autocast():
-            images = self.draw_samples()
+            latents = self.sampler.draw()
+        images = self.sampler.decode(latents)
         files = []
         for index, image in enumerate(images):
             files.append(f"{self.step:06d}_{index:02d}.png")
             save_png(image, self.folder.samples / files[-1])
-        self.folder.add_row({"event": "sample", "step": self.step, "files": files})
+        prompts = list(self.config.samples.prompts)
+        self.folder.add_row({"event": "sample", "step": self.step, "files": files, "prompts": prompts})
         self.callbacks.on_samples(self.step, images)
 
     def _save(self) -> None:
@@ -260,7 +276,7 @@ class Loop:
         """Goes back to the last state, or to the very beginning when there is none."""
         state = load_state(self.folder)
         if state is None:
-            self.folder.truncate_metrics(0)
+            self._truncate_metrics(0)
         else:
             if state.step > self.config.steps:
                 raise ValueError(
@@ -274,10 +290,16 @@ class Loop:
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step
-            self.folder.truncate_metrics(state.metrics_size)
+            self._truncate_metrics(state.metrics_size)
             self.callbacks.on_text(f"going on from step {state.step}")
         self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
-        self.folder.set_status("running", self.step)
+        if self.world.is_main:
+            self.folder.set_status("running", self.step)
+
+    def _truncate_metrics(self, size: int) -> None:
+        self.world.barrier()  # nobody reads the state any more
+        if self.world.is_main:
+            self.folder.truncate_metrics(size)
 
     def _autocast(self):
         if self.settings.precision == "fp32":

@@ -67,6 +67,8 @@ class Denoiser(Protocol):
     """"eps", "v" or "flow"."""
     fingerprint: str
     latent_channels: int
+    input_channels: int
+    """More than latent_channels for inpainting and edit models."""
     context_width: int
     device: torch.device
 

@@ -23,11 +23,15 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What a run minimises."""
+    """What a run minimises. `load` runs before the trained weights are attached, so it may move models about."""
 
-    def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss: ...
+    def load(self, slots: list) -> list: ...
 
-    def validation(self, slots: list) -> float: ...
+    def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss:
+        """The loss of (index, loaded slot) pairs, where index numbers the sample within optimiser step `step`."""
+        ...
+
+    def validation(self, loaded: list) -> float: ...
 
 
 def snr_weight(sigma: Tensor, settings: TrainingSettings, prediction_type: str) -> Tensor:
@@ -94,11 +98,14 @@ class DenoisingObjective:
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project = latent_of, text_of, project
 
-    def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss:
-        """The loss of (index, slot) pairs, where index numbers the sample within optimiser step `step`."""
+    def load(self, slots: list) -> list[tuple[str, Tensor]]:
+        """(caption, latent) pairs."""
+        return [(slot.example.caption, self.latent_of(slot)) for slot in slots]
+
+    def __call__(self, batch: list[tuple[int, tuple[str, Tensor]]], step: int) -> Loss:
         indices = [index for index, _ in batch]
-        latents = torch.stack([self.latent_of(slot) for _, slot in batch]).to(self.denoiser.device)
-        captions = [self._caption(slot.example.caption, step, index) for index, slot in batch]
+        latents = torch.stack([latent for _, (_, latent) in batch]).to(self.denoiser.device)
+        captions = [self._caption(caption, step, index) for index, (caption, _) in batch]
         conditioning = self.project(Conditioning.cat(self.text_of(c) for c in captions).to(self.denoiser.device))
         total = len(self.denoiser.sigmas)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
@@ -128,13 +135,13 @@ class DenoisingObjective:
         return error * snr_weight(sigma, self.settings, self.denoiser.prediction_type)
 
     @torch.no_grad()
-    def validation(self, slots: list, levels: int = 4) -> float:
+    def validation(self, loaded: list[tuple[str, Tensor]], levels: int = 4) -> float:
         """Unweighted loss over fixed noise at `levels` inner timesteps (kohya's recipe); touches no random state."""
         total, losses = len(self.denoiser.sigmas), []
         inner = torch.linspace(0, total - 1, levels + 2)[1:-1].round().long()
-        for index, slot in enumerate(slots):
-            latent = self.latent_of(slot)[None].to(self.denoiser.device).expand(levels, -1, -1, -1)
-            text = self.text_of(slot.example.caption).to(self.denoiser.device)
+        for index, (caption, one) in enumerate(loaded):
+            latent = one[None].to(self.denoiser.device).expand(levels, -1, -1, -1)
+            text = self.text_of(caption).to(self.denoiser.device)
             conditioning = self.project(Conditioning.cat([text] * levels))
             shape = latent.shape[1:]
             noise = [torch.randn(shape, generator=generator(0, "validation", index, i)) for i in range(levels)]

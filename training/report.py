@@ -34,14 +34,13 @@ def data_url(image: Tensor) -> str:
 
 def write_report(
     folder: RunFolder,
-    prompts: Sequence[str],
     tables: Mapping[str, Sequence[Mapping[str, object]]],
     pictures: Mapping[str, Sequence[tuple[str, Tensor]]] | None = None,
 ) -> Path:
     """Writes report.html into a run folder and returns its path.
 
-    prompts: captions of the sample pictures. tables: title -> rows of equal keys. pictures: title -> pairs of caption
-    and picture (3, H, W) to show besides the run's own samples.
+    tables: title -> rows of equal keys. pictures: title -> pairs of caption and picture (3, H, W) to show besides the
+    run's own samples.
     """
     rows = folder.rows()
     parts = [f"<h1>{html.escape(folder.name)}</h1>"]
@@ -51,7 +50,7 @@ def write_report(
     parts.append("<h2>Samples while training</h2>")
     for row in rows:
         if row.get("event") == "sample":
-            parts.append(_strip(folder, row["step"], row["files"], prompts))
+            parts.append(_strip(folder, row["step"], row["files"], row["prompts"]))
     page = "".join(parts)
     title = html.escape(folder.name)
     path = folder.path / "report.html"

@@ -40,8 +40,8 @@ def ddim_steps(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step index, latent) after each DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0).
 
-    noise: (B, C, h, w), standard normal. In the sampler's space the step is x' = D + sigma' * (x - D) / sigma for eps and
-    v models, and x' = (1 - sigma') D + sigma' * noise estimate for flow models.
+    noise: (B, C, h, w), standard normal. In the sampler's space the step is x' = D + sigma' * (x - D) / sigma for
+    eps and v models, and x' = (1 - sigma') D + sigma' * noise estimate for flow models.
     """
     flow = denoiser.prediction_type == "flow"
     chosen = [denoiser.sigmas[t] for t in timesteps(steps, len(denoiser.sigmas))] + [torch.tensor(0.0)]

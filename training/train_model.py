@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +17,15 @@ from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
+from .distributed import world
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
-from .generate import draw
+from .generate import decode, draw_latents
 from .generators import generator
 from .layers import select
-from .loop import Callbacks, Loop, LoopConfig
+from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import TextToImage
-from .objectives import DenoisingObjective
+from .objectives import DenoisingObjective, snr_weight
 from .run_folder import RunFolder, read_tensors, write_tensors
 from .trainable import SelectedWeights, targets
 
@@ -55,17 +58,53 @@ def train_model(
     (such as the workflow). The model is left bit-identical. Raises ValueError before any training for a text encoder
     that does not fit the UNet, a run of other settings under this name, or too little disk.
     """
-    callbacks = callbacks or Callbacks()
-    check_width(model)
-    with RunFolder.open(Path(root), config.run_name, resume=config.resume) as folder:
-        about = {"config": asdict(config), "environment": environment(model), **(details or {})}
-        folder.claim(run_identity(model, dataset, config), about)
+    callbacks, here = callbacks or Callbacks(), world()
+    check_fit(model, config)
+    with _opened(Path(root), config) as folder:
+        if here.is_main:
+            _check_steps(folder, config.steps)
+            about = {"config": asdict(config), "environment": environment(model), **(details or {})}
+            folder.claim(run_identity(model, dataset, config), about)
+        here.barrier()
         if finished(folder, config.steps):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return read_trained(folder.path / ARTIFACT)
-        trained = _train(model, dataset, config, folder, callbacks)
-        folder.set_status("finished", config.steps)
-        return trained
+        values = _train(model, dataset, config, folder, callbacks)
+        if here.is_main:
+            _write(folder, values, config)
+            folder.set_status("finished", config.steps)
+        here.barrier()
+        return read_trained(folder.path / ARTIFACT)
+
+
+def _opened(root: Path, config: TrainModelConfig) -> AbstractContextManager[RunFolder]:
+    """The run folder, locked by the main process alone."""
+    if world().is_main:
+        return RunFolder.open(root, config.run_name, resume=config.resume)
+    return nullcontext(RunFolder(root / config.run_name))
+
+
+def _check_steps(folder: RunFolder, steps: int) -> None:
+    done = folder.status()["step"]
+    if done > steps:
+        raise ValueError(
+            f"steps is {steps}; run {folder.name!r} has done {done}. Ask for as many, or choose resume = restart."
+        )
+
+
+def check_fit(model: TextToImage, config: TrainModelConfig) -> None:
+    """Raises ValueError for what could only fail after long work: width, precision, loss weighting, channels."""
+    check_width(model)
+    denoiser, settings = model.denoiser, config.settings
+    if settings.precision == "fp16" and denoiser.device.type != "cuda":
+        raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
+    snr_weight(torch.ones(1), settings, denoiser.prediction_type)
+    channels = denoiser.input_channels
+    if channels != denoiser.latent_channels:
+        raise ValueError(
+            f"UNet reads {channels} channels; expected {denoiser.latent_channels}. Inpainting and edit models have "
+            "inputs that captioned images do not give."
+        )
 
 
 def check_width(model: TextToImage) -> None:
@@ -107,16 +146,18 @@ def finished(folder: RunFolder, steps: int) -> bool:
 
 def _train(
     model: TextToImage, dataset: Dataset, config: TrainModelConfig, folder: RunFolder, callbacks: Callbacks
-) -> TrainedModel:
+) -> Mapping[str, Tensor]:
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
     crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
     prompts = config.samples.prompts
-    latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-    texts.fill(
-        ["", *prompts, *(e.caption for e in dataset.examples)],
-        lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"),
-    )
+    if world().is_main:
+        latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
+        texts.fill(
+            ["", *prompts, *dataset.captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})")
+        )
+    world().barrier()
+    callbacks.before_step(0)  # caching may have moved the UNet away
     trainable = _trainable(model, config)
     objective = DenoisingObjective(
         model.denoiser,
@@ -126,8 +167,6 @@ def _train(
         text_of=texts.get,
         project=model.text_encoder.project,
     )
-    sizes = {"width": config.samples.width, "height": config.samples.height}
-    look = {"steps": config.samples.steps, "cfg": config.samples.cfg, "seed": config.samples.seed}
     loop = Loop(
         folder,
         trainable,
@@ -140,25 +179,34 @@ def _train(
             settings=config.settings,
             samples=config.samples,
         ),
-        draw_samples=(
-            lambda: draw(
-                model,
-                list(prompts),
-                **sizes,
-                **look,
-                text_of=lambda p: model.text_encoder.project(texts.get(p).to(model.denoiser.device)),
-                on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
-            )
-        )
-        if prompts
-        else None,
+        sampler=_sampler(model, config, texts, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         callbacks=callbacks,
         device=model.denoiser.device,
     )
     with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
-        values = loop.run()
-    return _write(folder, values, config)
+        return loop.run()
+
+
+def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, callbacks: Callbacks) -> Sampler:
+    """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
+    samples = config.samples
+
+    def draw() -> list[Tensor]:
+        return draw_latents(
+            model,
+            list(samples.prompts),
+            width=samples.width,
+            height=samples.height,
+            steps=samples.steps,
+            cfg=samples.cfg,
+            seed=samples.seed,
+            batch_size=max(1, config.batch_size // 2),
+            text_of=lambda prompt: model.text_encoder.project(texts.get(prompt).to(model.denoiser.device)),
+            on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
+        )
+
+    return Sampler(draw, lambda latents: decode(model, latents))
 
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:
@@ -188,10 +236,9 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
     return SelectedWeights(selected, networks)
 
 
-def _write(folder: RunFolder, values: dict[str, Tensor], config: TrainModelConfig) -> TrainedModel:
+def _write(folder: RunFolder, values: Mapping[str, Tensor], config: TrainModelConfig) -> None:
     about = {"run": config.run_name, "train": config.train, "steps": config.steps}
     write_tensors(folder.path / ARTIFACT, values, {"retune.run": json.dumps(about)})
-    return read_trained(folder.path / ARTIFACT)
 
 
 def read_trained(path: Path) -> TrainedModel:

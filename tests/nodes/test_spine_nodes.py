@@ -59,7 +59,7 @@ def test_reset_changes_what_it_says_and_nothing_else(demo):
     zeroed, _ = run(RetuneResetAttention, model, "cross-attention", "zero output", 1.0, False, "middle", 0)
     outputs = [key for key in zeroed.patches if "to_out.0.weight" in key]
     assert len(outputs) == 1 and not patched_weight(zeroed, outputs[0]).any()
-    with pytest.raises(ValueError, match="no attention layer matches"):
+    with pytest.raises(ValueError, match="no attention layer matches layers"):
         run(RetuneResetAttention, model, "QK", "default", 1.0, False, "nowhere", 0)
 
 

@@ -23,13 +23,13 @@ def swap_prompt(**training):
 
 
 def training_only(**training):
-    """Without what comes after the training node."""
+    """Without what comes after the training node, apart from the chart."""
     prompt = swap_prompt(**training)
     return {node: prompt[node] for node in ("1", "2", "3", "4", "5", "6", "7", "8", "15")}
 
 
-def run_folder(base: Path) -> Path:
-    return base / "output" / "retune" / "demo T5 swap"
+def run_folder(base: Path, name: str = "demo T5 swap") -> Path:
+    return base / "output" / "retune" / name
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -47,7 +47,9 @@ def wait_for_step(running, step: int) -> None:
     raise TimeoutError(f"step {step} did not come")
 
 
-def test_the_whole_road(comfyui_server, tmp_path):
+def test_the_whole_road(comfyui_server):
+    tmp_path = comfyui_server.base_directory
+    comfyui_server.events.clear()
     outputs = comfyui_server.run(swap_prompt())
     folder = run_folder(tmp_path)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -91,17 +93,19 @@ def load_again(base: Path, text_encoder: str) -> dict:
     return sampler
 
 
-def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server, tmp_path):
-    prompt_id = comfyui_server.queue(training_only(steps=40))
+def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server):
+    folder = run_folder(comfyui_server.base_directory, "cancelled")
+    comfyui_server.events.clear()
+    prompt_id = comfyui_server.queue(training_only(steps=40, run_name="cancelled"))
     wait_for_step(comfyui_server, 2)
     comfyui_server.interrupt()
     with pytest.raises(RuntimeError, match="interrupted in node 8"):
         comfyui_server.wait(prompt_id)
-    status = json.loads((run_folder(tmp_path) / "status.json").read_text())
+    status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "interrupted" and 2 <= status["step"] < 40
     stopped = status["step"]
     comfyui_server.events.clear()
-    comfyui_server.run(training_only(steps=stopped + 2))
+    comfyui_server.run(training_only(steps=stopped + 2, run_name="cancelled"))
     steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
     assert steps == [stopped + 1, stopped + 2]
 

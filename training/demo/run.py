@@ -145,7 +145,7 @@ def _report(
     pictures = {name: list(zip(captions, images, strict=False)) for name, images in shown.items()}
     folder = RunFolder(trained.path.parent)
     title = f"Held-out captions read back right by the judge (of {config.judged})"
-    report = write_report(folder, config.training().samples.prompts, {title: table}, pictures)
+    report = write_report(folder, {title: table}, pictures)
     return {
         "alignment_clip": rows["CLIP"]["alignment"],
         "alignment_t5_untrained": rows["T5, untrained"]["alignment"],
