@@ -66,7 +66,7 @@ class RetuneDemoDataset(io.ComfyNode):
                 io.String.Input(
                     "subset",
                     default="",
-                    tooltip="Words that every caption must contain (whole words); empty takes all.",
+                    tooltip="Whole words that every caption must contain; empty takes all.",
                 ),
             ],
             outputs=[

@@ -35,8 +35,8 @@ class RetuneResetAttention(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Blend between old (0) and new (1) weights; for perturb, noise in units of each tensor's std, "
-                    "up to 10.",
+                    tooltip="Blend between old (0) and new (1) weights; for perturb, noise in units of each tensor's "
+                    "std, up to 10.",
                 ),
                 io.Boolean.Input(
                     "include_output",

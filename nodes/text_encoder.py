@@ -63,7 +63,7 @@ class RetuneLoadT5(io.ComfyNode):
                     options=files(ENCODERS, first="none"),
                     default="none",
                     optional=True,
-                    tooltip="A saved text encoder whose projection is used instead; projection and seed then do nothing.",
+                    tooltip="A saved text encoder whose projection is used instead of a new one.",
                 ),
                 io.Combo.Input(
                     "dtype",

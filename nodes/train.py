@@ -237,7 +237,7 @@ class RetuneSamplePrompts(io.ComfyNode):
                     min=64,
                     max=8192,
                     step=8,
-                    tooltip="Width in pixels; 128 for the demo model.",
+                    tooltip="Pixels; 128 for the demo model.",
                 ),
                 io.Int.Input(
                     "height",
@@ -245,7 +245,7 @@ class RetuneSamplePrompts(io.ComfyNode):
                     min=64,
                     max=8192,
                     step=8,
-                    tooltip="Height in pixels; 128 for the demo model.",
+                    tooltip="Pixels; 128 for the demo model.",
                 ),
             ],
             outputs=[types.Samples.Output(display_name="samples", tooltip="Goes into a training node.")],
