@@ -245,25 +245,13 @@ def last_line(command: list) -> str:
 
 def demo(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     """Swap the demo model's text encoder for T5, retrain, judge; through ComfyUI when there is one."""
-    arguments = [*(["--minutes", options.minutes] if options.minutes else []), *options.rest]
-    if found:
-        result = demo_through_comfyui(python, found, arguments)
-    else:
-        result = last_line([python, "-m", "retune.training", "demo", "--json", *arguments])
+    where = ["--comfyui", found, "--output", COMFYUI_BASE] if found else ["--output", ROOT / "output" / "retune"]
+    result = last_line([python, "-m", "retune.training", "demo", "--json", *where, *options.rest])
     if options.json:
         print(result, flush=True)
         return
     for name, value in json.loads(result).items():
         print(f"{name:22s} {value:.3f}" if isinstance(value, float) else f"{name:22s} {value}", flush=True)
-
-
-def demo_through_comfyui(python: Path, comfyui: Path, arguments: list[str]) -> str:
-    """The same demo as a workflow in a ComfyUI without a browser; returns the same JSON line."""
-    workflow = ROOT / "tests" / "workflows" / "swap_text_encoder.json"
-    if arguments:
-        raise ValueError(f"through ComfyUI the demo is a workflow and takes no {' '.join(arguments)}; add --no-comfyui")
-    command = [python, "-m", "retune.training.comfyui_server", workflow]
-    return last_line([*command, "--comfyui", comfyui, "--base", COMFYUI_BASE])
 
 
 def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
@@ -309,7 +297,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for function in (demo, test, bench, comfyui)
     }
     added["demo"].add_argument("--json", action="store_true", help="end with one JSON line on stdout")
-    added["demo"].add_argument("--minutes", metavar="M", help="how long to train")
     added["test"].add_argument("--all", action="store_true", help="ruff and the slow tests too")
     options, options.rest = parser.parse_known_args(arguments)
     return options

@@ -8,7 +8,7 @@ write the original's projection into the clone's; and it leaves key patches off 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..training.demo.files import WEIGHTS, weights_path
+from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning
 from ..training.text_encoder.file import SavedTextEncoder
 from ..training.text_encoder.projection import Projection, detached_copy
@@ -317,9 +318,21 @@ def encode_states(clip, tokens: dict) -> Conditioning:
 def backbone_fingerprint(clip) -> str:
     """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches."""
     _expect_t5(clip)
-    source, patches = clip.cond_stage_model.retune_source, clip.patcher.patches
+    source = clip.cond_stage_model.retune_source
     identity = (source.file_hash, source.dtype, source.tokenizer.fingerprint, source.padding, clip.layer_idx)
-    return hashlib.sha256(repr((*identity, clip.patcher.patches_uuid if patches else None)).encode()).hexdigest()
+    patched = tensors_fingerprint(_patched_weights(clip)) if clip.patcher.patches else ""
+    options = sorted(clip.tokenizer_options.items())
+    return hashlib.sha256(repr((*identity, patched, options)).encode()).hexdigest()
+
+
+def _patched_weights(clip) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value of each weight that carries patches, the same after a restart."""
+    import comfy.lora
+
+    with torch.inference_mode(False), torch.no_grad():
+        for key, ((weight, _), *patches) in clip.patcher.get_key_patches().items():
+            if patches:
+                yield key, comfy.lora.calculate_weight(patches, weight.to("cpu", torch.float32, copy=True), key)
 
 
 class MeasurableClip:

@@ -78,8 +78,12 @@ def reset(arguments: argparse.Namespace) -> dict:
 
 def demo(arguments: argparse.Namespace) -> dict:
     from .demo.run import DemoConfig, run_demo
+    from .demo.through_comfyui import run_demo_in_comfyui
 
-    return run_demo(read_flags(arguments, DemoConfig), Terminal())
+    config = read_flags(arguments, DemoConfig)
+    if arguments.comfyui:
+        return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
+    return run_demo(config, Terminal())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     d = verbs.add_parser("demo", help="the T5 swap on the demo model, judged before and after")
     add_flags(d, DemoConfig)
+    d.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
     d.set_defaults(function=demo)
     for verb in (t, r, d):
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -118,9 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         result = arguments.function(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     if arguments.json:
         print(json.dumps(result), flush=True)
     else:

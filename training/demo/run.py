@@ -22,10 +22,11 @@ from ..loop import Callbacks
 from ..model import TextToImage
 from ..report import write_report
 from ..run_folder import RunFolder, write_json, write_text
-from ..train_model import TrainedModel, read_trained, train_model
+from ..train_model import ARTIFACT, TrainedModel, read_trained, train_model
 from .judge import alignment
 from .scenes import caption, demo_examples, held_out_scenes
 
+SWAPPED = ModelConfig(model="demo", t5="demo", reset="cross-attention")
 LOOK = {"width": 128, "height": 128, "steps": 20, "cfg": 4.0, "seed": 7}
 
 
@@ -103,43 +104,29 @@ def judge(model: TextToImage, count: int, on_text: Callable[[str], None], what: 
 def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
     """Runs the whole demo and returns its figures; `report` is the path of the page to open."""
     began = time.monotonic()
-    say = callbacks.on_text
     pictures = config.output / ".demo" / f"pictures {config.images} {config.seed}"
-    write_pictures(pictures, config.images, config.seed, say)
-    original = build_model(ModelConfig(model="demo"))
-    with_clip, shown_clip = judge(original, config.judged, say, "with CLIP")
-    swapped = build_model(ModelConfig(model="demo", t5="demo", reset="cross-attention"))
-    with_t5, shown_t5 = judge(
-        replace(original, text_encoder=swapped.text_encoder), config.judged, say, "with T5, untrained"
-    )
-    dataset = load_folder(FolderConfig(folder=pictures, resolution=128), lambda done, total, text: say(text))
-    trained = train_model(swapped, dataset, config.training(), config.output, callbacks)
-    result, shown = judge(
-        apply_weights(swapped, trained.unet, trained.projection), config.judged, say, "with T5, trained"
-    )
-    rows = {"CLIP": with_clip, "T5, untrained": with_t5, "T5, trained": result}
-    shown_by = {"CLIP": shown_clip, "T5, untrained": shown_t5, "T5, trained": shown}
-    return _report(config, trained, rows, shown_by, time.monotonic() - began)
+    write_pictures(pictures, config.images, config.seed, callbacks.on_text)
+    folder = FolderConfig(folder=pictures, resolution=128)
+    dataset = load_folder(folder, lambda done, total, text: callbacks.on_text(text))
+    trained = train_model(build_model(SWAPPED), dataset, config.training(), config.output, callbacks)
+    result = run_judged(trained.path.parent, config, callbacks)
+    return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def run_judged(run: Path, count: int, callbacks: Callbacks) -> dict:
-    """Judges a finished run of the demo's T5 swap, wherever it was trained, with its CLIP and untrained rivals."""
-    config = DemoConfig(output=run.parent, run_name=run.name, judged=count)
-    say = callbacks.on_text
-    original = build_model(ModelConfig(model="demo"))
-    with_clip, shown_clip = judge(original, count, say, "with CLIP")
-    swapped = build_model(ModelConfig(model="demo", t5="demo", reset="cross-attention"))
-    with_t5, shown_t5 = judge(replace(original, text_encoder=swapped.text_encoder), count, say, "with T5, untrained")
-    trained = read_trained(run / "model.safetensors")
-    result, shown = judge(apply_weights(swapped, trained.unet, trained.projection), count, say, "with T5, trained")
-    rows = {"CLIP": with_clip, "T5, untrained": with_t5, "T5, trained": result}
-    shown_by = {"CLIP": shown_clip, "T5, untrained": shown_t5, "T5, trained": shown}
-    return _report(config, trained, rows, shown_by, 0.0)
+def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks) -> dict:
+    """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5."""
+    original, swapped = build_model(ModelConfig(model="demo")), build_model(SWAPPED)
+    untrained = replace(original, text_encoder=swapped.text_encoder)
+    trained = read_trained(run / ARTIFACT)
+    rows, shown = {}, {}
+    for name, model in (("CLIP", original), ("T5, untrained", untrained), ("T5, trained", swapped)):
+        if name == "T5, trained":
+            apply_weights(swapped, trained.unet, trained.projection)
+        rows[name], shown[name] = judge(model, config.judged, callbacks.on_text, name)
+    return _report(config, trained, rows, shown)
 
 
-def _report(
-    config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], shown: dict[str, list[Tensor]], seconds: float
-) -> dict:
+def _report(config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], shown: dict[str, list[Tensor]]) -> dict:
     captions = held_out_captions(16)
     table = [{"text encoder": name, **figures} for name, figures in rows.items()]
     pictures = {name: list(zip(captions, images, strict=False)) for name, images in shown.items()}
@@ -150,6 +137,5 @@ def _report(
         "alignment_clip": rows["CLIP"]["alignment"],
         "alignment_t5_untrained": rows["T5, untrained"]["alignment"],
         "alignment_t5_trained": rows["T5, trained"]["alignment"],
-        "seconds": round(seconds, 1),
         "report": str(report.resolve()),
     }
