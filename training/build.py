@@ -58,7 +58,8 @@ class ModelConfig:
 
 def build_model(config: ModelConfig) -> TextToImage:
     """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
-    model = load_model(*_checkpoint(config))
+    path, tokenizer = _checkpoint(config)
+    model = load_model(path, tokenizer=tokenizer)
     if config.t5 is not None:
         model = with_t5(model, config)
     if config.reset is not None:

@@ -1,6 +1,7 @@
 """Each node of the spine called as ComfyUI calls it: class method, under inference mode."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ def test_demo_model_without_clip_and_with_a_wrong_file(comfyui, tmp_path):
     assert clip is None and model is not None and vae is not None
     with pytest.raises(ValueError, match="expected one of the files in models/checkpoints"):
         run(RetuneLoadDemoModel, "clip", file="../secret.safetensors")
-    folder = folder_paths.get_folder_paths("checkpoints")[0]
-    save_file({"model.diffusion_model.x": torch.zeros(1)}, f"{folder}/other.safetensors")
+    folder = Path(folder_paths.get_folder_paths("checkpoints")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"model.diffusion_model.x": torch.zeros(1)}, folder / "other.safetensors")
     folder_paths.filename_list_cache.clear()
     with pytest.raises(ValueError, match="other.safetensors is no demo checkpoint"):
         run(RetuneLoadDemoModel, "clip", file="other.safetensors")
