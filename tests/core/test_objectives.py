@@ -1,0 +1,152 @@
+"""The denoising objective against numbers worked out by hand and by diffusers."""
+
+import dataclasses
+from statistics import NormalDist
+
+import pytest
+import torch
+from retune.training.config import TrainingSettings
+from retune.training.diffusers_model import SD1_SCHEDULER
+from retune.training.generators import derive_seed, generator
+from retune.training.model import Conditioning
+from retune.training.objectives import DenoisingObjective, distance, draw_timestep, snr_weight
+
+PLAIN = TrainingSettings(loss_weighting="none", caption_dropout=0.0)
+
+
+def weights(kind, prediction, times, gamma=5.0):
+    """From diffusers' SNR, by the papers' formulas."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    snr = compute_snr(DDPMScheduler(**SD1_SCHEDULER), times)
+    capped = torch.minimum(snr, torch.full_like(snr, gamma if kind == "min-SNR" else 1000.0))
+    table = {
+        ("min-SNR", "eps"): capped / snr,
+        ("min-SNR", "v"): capped / (snr + 1),
+        ("debiased", "eps"): 1 / capped.sqrt(),
+        ("debiased", "v"): 1 / (snr + 1),
+        ("none", "eps"): torch.ones_like(snr),
+    }
+    return table[kind, prediction]
+
+
+@pytest.mark.parametrize(
+    "kind, prediction", [("min-SNR", "eps"), ("min-SNR", "v"), ("debiased", "eps"), ("debiased", "v"), ("none", "eps")]
+)
+def test_weights_follow_the_papers(tiny_model, kind, prediction):
+    times = torch.tensor([0, 1, 50, 300, 700, 999])
+    settings = TrainingSettings(loss_weighting=kind, snr_gamma=3.0)
+    got = snr_weight(tiny_model.denoiser.sigmas[times], settings, prediction)
+    torch.testing.assert_close(got, weights(kind, prediction, times, 3.0), rtol=1e-3, atol=0)
+
+
+def test_weights_by_hand():
+    sigma = torch.tensor([0.1, 0.5, 2.0])  # SNR 100, 4, 0.25
+    settings = TrainingSettings(loss_weighting="min-SNR", snr_gamma=5.0)
+    torch.testing.assert_close(snr_weight(sigma, settings, "eps"), torch.tensor([0.05, 1.0, 1.0]))
+    torch.testing.assert_close(snr_weight(sigma, settings, "v"), torch.tensor([5 / 101, 4 / 5, 0.25 / 1.25]))
+    settings = dataclasses.replace(settings, loss_weighting="debiased")
+    torch.testing.assert_close(snr_weight(sigma, settings, "eps"), torch.tensor([0.1, 0.5, 2.0]))
+    assert snr_weight(torch.tensor([0.001]), settings, "eps").item() == pytest.approx(1000**-0.5)
+
+
+def test_snr_weighting_of_a_flow_model_is_refused():
+    with pytest.raises(ValueError, match="loss_weighting is 'min-SNR' on a flow model; expected 'none'"):
+        snr_weight(torch.ones(1), TrainingSettings(), "flow")
+
+
+def test_distances_by_hand():
+    a, b = torch.tensor([[0.0, 0.05], [1.0, -1.0]]), torch.zeros(2, 2)
+    torch.testing.assert_close(distance(a, b, "mse"), torch.tensor([0.00125, 1.0]))
+    torch.testing.assert_close(distance(a, b, "l1"), torch.tensor([0.025, 1.0]))
+    torch.testing.assert_close(distance(a, b, "huber"), torch.tensor([0.5 * 0.05**2 / 0.1 / 2, 0.95]))
+    assert distance(a.half(), b.half(), "mse").dtype == torch.float32
+
+
+def test_timesteps_stay_in_their_range_and_reach_both_ends():
+    settings = TrainingSettings(min_timestep=10, max_timestep=13)
+    drawn = {draw_timestep(settings, 1000, generator(0, "t", i)) for i in range(200)}
+    assert drawn == {10, 11, 12, 13}
+    assert draw_timestep(TrainingSettings(min_timestep=7, max_timestep=7), 1000, generator(0)) == 7
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_timesteps_are_distributed_as_promised(sampling):
+    settings, count = TrainingSettings(timestep_sampling=sampling), 4000
+    drawn = [draw_timestep(settings, 1000, generator(1, "t", i)) for i in range(count)]
+    expected = 0.25 if sampling == "uniform" else NormalDist().cdf(-1.0986123)  # logit(1/4)
+    for share in (sum(t < 250 for t in drawn) / count, sum(t >= 750 for t in drawn) / count):
+        assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / count) ** 0.5)
+
+
+def test_seeds_depend_on_every_part_of_a_name():
+    seeds = {derive_seed(*n) for n in [(0, "a", 1, 2), (0, "a", 12), (0, "a", 2, 1), (1, "a", 1, 2), (0, "b", 1, 2)]}
+    assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
+
+
+def objective(model, settings, seed=4):
+    """On the model itself, with captions as they are."""
+
+    def text_of(caption):
+        return Conditioning(torch.full((1, 3, 32), float(len(caption)) / 10))
+
+    return DenoisingObjective(
+        model.denoiser, settings, seed, latent_of=None, text_of=text_of, project=lambda states: states
+    )
+
+
+def batch():
+    random = torch.Generator().manual_seed(0)
+    return [(i, (caption, torch.randn(4, 8, 8, generator=random))) for i, caption in ((2, "one"), (5, "another"))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighting", ["none", "min-SNR"])
+def test_loss_equals_diffusers_training_step(tiny_model, weighting):
+    from diffusers import DDPMScheduler
+
+    settings = dataclasses.replace(
+        PLAIN, loss_weighting=weighting, noise_offset=0.1, input_perturbation=0.2, min_timestep=50
+    )
+    scheduler, seed, step = DDPMScheduler(**SD1_SCHEDULER), 4, 9
+    expected = []
+    for index, (caption, latent) in batch():
+        t = draw_timestep(settings, 1000, generator(seed, "timestep", step, index))
+        random = generator(seed, "noise", step, index)
+        noise = torch.randn(4, 8, 8, generator=random) + 0.1 * torch.randn(4, 1, 1, generator=random)
+        entering = noise + 0.2 * torch.randn(4, 8, 8, generator=generator(seed, "perturb", step, index))
+        noisy = scheduler.add_noise(latent[None], entering[None], torch.tensor([t]))
+        words = torch.full((1, 3, 32), len(caption) / 10)
+        output = tiny_model.denoiser.network(noisy, torch.tensor([t]), encoder_hidden_states=words).sample
+        error = (output - noise).square().mean()
+        expected.append(error * weights(weighting, "eps", torch.tensor([t]))[0])
+    loss = objective(tiny_model, settings)(batch(), step)
+    assert loss.parts == {}
+    torch.testing.assert_close(loss.per_sample, torch.stack(expected), rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_sample_is_the_same_in_any_batch(tiny_model):
+    settings = dataclasses.replace(PLAIN, caption_dropout=0.5, input_perturbation=0.1)
+    both = objective(tiny_model, settings)(batch(), 3).per_sample
+    alone = torch.cat([objective(tiny_model, settings)([one], 3).per_sample for one in batch()])
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(both, objective(tiny_model, settings)(batch(), 4).per_sample)
+
+
+def test_captions_are_dropped_at_their_rate(tiny_model):
+    made = objective(tiny_model, dataclasses.replace(PLAIN, caption_dropout=0.3))
+    dropped = sum(made._caption("word", step, 0) == "" for step in range(2000)) / 2000
+    assert dropped == pytest.approx(0.3, abs=0.04)
+    assert all(objective(tiny_model, PLAIN)._caption("word", step, 0) == "word" for step in range(50))
+
+
+def test_validation_is_fixed_unweighted_and_draws_nothing_global(tiny_model):
+    loaded = [content for _, content in batch()]
+    state = torch.get_rng_state()
+    first = objective(tiny_model, PLAIN).validation(loaded)
+    other = objective(tiny_model, TrainingSettings(loss="l1", caption_dropout=1.0), seed=77).validation(loaded)
+    assert first == other > 0 and torch.equal(state, torch.get_rng_state())
+    parts = [objective(tiny_model, PLAIN).validation([one]) for one in loaded]
+    assert parts[0] == pytest.approx(objective(tiny_model, PLAIN).validation(loaded[:1]))
