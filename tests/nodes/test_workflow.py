@@ -78,14 +78,14 @@ def test_the_whole_road(comfyui_server):
 def load_again(base: Path, text_encoder: str) -> dict:
     """A graph that samples from the saved checkpoint and the saved text encoder."""
     prompt = swap_prompt()
-    (checkpoint,) = (base / "output" / "checkpoints" / "retune").glob("*.safetensors")
+    (checkpoint,) = (base / "output" / "checkpoints").glob("demo_t5_swap*.safetensors")
     with safe_open(checkpoint, "pt") as file:
         names = set(file.keys())
     assert any(name.startswith("model.diffusion_model.") for name in names)
     sampler = {node: prompt[node] for node in ("9", "10", "11", "12", "13", "14")}
     sampler["1"] = {
         "class_type": "RetuneLoadDemoModel",
-        "inputs": {"text_encoder": "none", "file": f"retune/{checkpoint.name}"},
+        "inputs": {"text_encoder": "none", "file": checkpoint.name},
     }
     sampler["2"] = {"class_type": "RetuneLoadTextEncoder", "inputs": {"file": f"retune/{Path(text_encoder).name}"}}
     sampler["9"]["inputs"]["clip"] = sampler["10"]["inputs"]["clip"] = ["2", 0]
