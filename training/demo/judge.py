@@ -15,7 +15,19 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, COUNTS, NAMED_SHAPES, POSITIONS, SHAPES, SIDE, SIZES, Scene, shape_mask
+from .scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    NAMED_SHAPES,
+    POSITIONS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Scene,
+    shape_mask,
+)
 
 UNSURE = "unsure"
 FIGURE = "figure"
@@ -64,7 +76,7 @@ def _agreed(names: Iterable[str]) -> str:
 
 
 def _background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The background (3, H, W) as colour * (1 + a r^2), fitted to what lies near the median; and whether it is rough."""
+    """The background (3, H, W) as colour * (1 + a r^2), fitted near the median; and whether it is rough."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
     basis = np.stack([np.ones_like(distance), distance], -1).reshape(-1, 2)

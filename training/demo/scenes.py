@@ -40,7 +40,7 @@ BACKGROUNDS = {
     "blue": COLOURS["blue"],
     "green": COLOURS["green"],
 }
-SIZES = {"small": 10.5, "large": 17.0}
+SIZES = {"small": 12.5, "large": 18.5}
 """Half extent of one shape in pixels."""
 COUNTS = {1: "one", 2: "two", 3: "three"}
 POSITIONS = {
@@ -229,7 +229,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, radius: float, x: float, y
 
 def _places(scene: Scene, radius: float, generator: Generator) -> list[tuple[float, float]]:
     """Centres of the shapes: a row (a column at the left and right), jittered as a whole."""
-    step = 2 * radius + 5
+    step = 2 * radius + (4 if scene.size == "large" else 6)
     half = (scene.count - 1) / 2 * step + radius
     middle = SIDE / 2
     room = min(10.0, middle - 0.5 - half)
@@ -298,7 +298,7 @@ _EXAMPLE = {
 
 @cache
 def _matching(words: frozenset[str]) -> tuple[tuple[tuple, str, str], ...]:
-    """Every (attribute values, style word, phrasing) whose caption contains the words; "" for a style left to chance."""
+    """Every (attribute values, style word, phrasing) whose caption contains the words."""
     style = next((word for word in STYLES if word in words), "")
     found = []
     for values, phrasing in itertools.product(_combinations(False), _PHRASINGS):

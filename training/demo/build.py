@@ -1,0 +1,55 @@
+"""Builds the demo model: `python -m retune.training.demo.build`.
+
+Trains the parts one after the other and writes `training/demo/weights/`. Each part keeps its state in the work folder
+and goes on where it stopped when the command is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+PARTS = ("vae", "t5", "scorer", "clip_unet")
+LOG = logging.getLogger(__name__)
+
+
+def build(part: str, work: Path) -> None:
+    """Trains one part and writes its files."""
+    if part == "vae":
+        from .build_vae import train_vae
+
+        train_vae(work)
+    if part == "t5":
+        from .build_t5 import train_t5
+
+        train_t5(work)
+    if part == "scorer":
+        from .build_scorer import train_scorer
+
+        train_scorer(work)
+    if part == "clip_unet":
+        from .build_unet import train_unet
+
+        train_unet(work)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Trains the demo model's parts and writes its weights.")
+    parser.add_argument("--part", choices=PARTS, help="one part only (default: all, in order)")
+    parser.add_argument("--work", type=Path, default=Path("output/demo_build"), help="folder for unfinished work")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; figures in the README are from 2")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for part in [arguments.part] if arguments.part else PARTS:
+        LOG.info("building %s", part)
+        build(part, arguments.work)
+
+
+if __name__ == "__main__":
+    main()

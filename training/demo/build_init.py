@@ -1,0 +1,55 @@
+"""Initial weights that let a narrow network live with group normalisation.
+
+With two or three channels a group (32 groups on 64 or 96 channels) normalisation erases the level of a flat image: of a
+plain background only a sign would be left. A constant of opposite sign inside each group, large against the features,
+keeps the group's variance nearly fixed, so that the norm acts as a fixed scale: `(K + a, -K + b) -> +-(a - b) / 2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+CONSTANT = 4.0
+
+
+def _offsets(channels: int, groups: int) -> Tensor:
+    """(channels,) constants from -K to K inside each group, zero mean, root mean square K."""
+    ramp = torch.linspace(-1, 1, channels // groups)
+    return (CONSTANT * ramp / ramp.square().mean().sqrt()).repeat(groups)
+
+
+@torch.no_grad()
+def level_keeping_init(network: nn.Module, forward: Callable[[], object], groups: int = 32) -> None:
+    """Gives every convolution that feeds a norm the constants, by one calibrating call of `forward`.
+
+    Convolutions whose output is added to such a stream (`conv2`, shortcuts apart) and the last one are left alone.
+    """
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            offsets = _offsets(module.num_channels, groups)
+            module.weight.fill_(CONSTANT)
+            module.bias.copy_(-offsets)
+        feeds_norm = name.endswith(("conv_in", "conv1", ".conv", "conv_shortcut"))
+        if isinstance(module, nn.Conv2d) and feeds_norm and module.out_channels % groups == 0:
+            handles.append(module.register_forward_hook(_calibrate(groups)))
+    forward()
+    for handle in handles:
+        handle.remove()
+
+
+def _calibrate(groups: int):
+    """Unit deviation over the calibration batch, and the constants as means."""
+
+    def hook(module: nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
+        mean = output.mean((0, 2, 3), keepdim=True)
+        gain = 1 / (output - mean).square().mean().sqrt().clamp(min=1e-3)
+        offsets = _offsets(module.out_channels, groups)
+        module.bias.copy_(offsets - gain * (mean.flatten() - module.bias))
+        module.weight *= gain
+        return (output - mean) * gain + offsets[:, None, None]
+
+    return hook

@@ -1,0 +1,211 @@
+"""Trains the demo's UNet and CLIP text encoder together, and writes `demo.safetensors` in the original layout."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.ldm import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, to_ldm, unet_names, vae_names
+from ..generators import generator
+from .build_text import CLIP_LENGTH, build_tokenizers, varied_caption
+from .build_vae import decoded, latents_of, load_vae, pictures, run_steps, save_atomically
+from .files import WEIGHTS, weights_path
+from .judge import alignment
+from .scenes import Scene, caption, held_out_scenes, training_scenes
+
+LOG = logging.getLogger(__name__)
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [64, 96],
+    "layers_per_block": 1,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 4,
+    "norm_num_groups": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+}
+CLIP = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "projection_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CLIP_LENGTH,
+    "hidden_act": "quick_gelu",
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+}
+SEED = 22
+SCENES = 14_000
+STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS, SNR_GAMMA = 2400, 32, 2e-3, 0.1, 5.0
+CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 100, 20, 4.0
+
+
+def alphas_cumprod() -> Tensor:
+    """(1000,) cumulative signal levels of the scaled-linear schedule."""
+    betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000, dtype=torch.float64)
+    return torch.cumprod(1 - betas**2, 0).float()
+
+
+def clip_tokenizer():
+    """The demo's CLIP tokenizer."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(weights_path("clip_tokenizer"))
+
+
+def tokens_of(tokenizer, texts: list[str]) -> Tensor:
+    """(B, 77) ids, padded with the end token as SD1.5 does."""
+    options = {"padding": "max_length", "truncation": True, "max_length": CLIP_LENGTH, "return_tensors": "pt"}
+    return tokenizer(texts, **options).input_ids
+
+
+def new_networks(tokenizer) -> nn.ModuleDict:
+    """UNet and CLIP with random weights, and their running averages."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPTextConfig(**CLIP, **special, pad_token_id=tokenizer.pad_token_id, vocab_size=len(tokenizer))
+    networks = {}
+    for suffix in ("", "_ema"):
+        torch.manual_seed(SEED)
+        networks |= {f"unet{suffix}": UNet2DConditionModel(**UNET), f"clip{suffix}": CLIPTextModel(config)}
+    networks = nn.ModuleDict(networks)
+    for name in ("unet_ema", "clip_ema"):
+        networks[name].requires_grad_(False)
+    return networks.train()
+
+
+def update_average(networks: nn.ModuleDict, done: int) -> None:
+    """EMA with decay rising to 0.998."""
+    decay = min(0.998, (1 + done) / (10 + done))
+    for name in ("unet", "clip"):
+        averages, values = list(networks[f"{name}_ema"].parameters()), list(networks[name].parameters())
+        torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
+
+
+def denoising_loss(networks: nn.ModuleDict, latents: Tensor, tokens: Tensor, draws: torch.Generator) -> Tensor:
+    """Noise prediction with min-SNR weights (Hang et al. 2023, arXiv 2303.09556)."""
+    time = torch.randint(1000, (len(latents),), generator=draws)
+    noise = torch.randn(latents.shape, generator=draws)
+    signal = alphas_cumprod()[time][:, None, None, None]
+    noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        context = networks["clip"](tokens).last_hidden_state
+        output = networks["unet"](noisy, time, context).sample
+    snr = (signal / (1 - signal)).flatten()
+    error = (output.float() - noise).square().mean((1, 2, 3))
+    return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+
+
+@torch.no_grad()
+def sample(
+    networks: nn.ModuleDict, tokenizer, texts: list[str], seed: int, steps: int = SAMPLING_STEPS, cfg: float = CFG
+):
+    """Latents (N, 4, 16, 16) of the averaged networks by DDIM (Song et al. 2021, arXiv 2010.02502, eta 0)."""
+    unet, clip = networks["unet_ema"].eval(), networks["clip_ema"].eval()
+    levels = alphas_cumprod()
+    times = torch.linspace(999, 0, steps + 1).round().long()
+    batches = []
+    for start in range(0, len(texts), 25):
+        prompts = texts[start : start + 25]
+        context = clip(tokens_of(tokenizer, [""] * len(prompts) + prompts)).last_hidden_state
+        noises = [torch.randn((4, 16, 16), generator=generator(seed, "noise", start + i)) for i in range(len(prompts))]
+        latents = torch.stack(noises)
+        for time, following in zip(times[:-1], times[1:], strict=True):
+            empty, named = unet(latents.repeat(2, 1, 1, 1), time, context).sample.chunk(2)
+            noise = empty + cfg * (named - empty)
+            clean = (latents - (1 - levels[time]).sqrt() * noise) / levels[time].sqrt()
+            latents = levels[following].sqrt() * clean + (1 - levels[following]).sqrt() * noise
+        batches.append(clean)
+    return torch.cat(batches)
+
+
+def held_out_prompts(count: int, seed: int) -> tuple[list[Scene], list[str]]:
+    """Scenes that training never draws, and a full caption of each."""
+    scenes = held_out_scenes(count, seed)
+    return scenes, [caption(scene, generator(seed, "held-out caption", i)) for i, scene in enumerate(scenes)]
+
+
+def measure(networks: nn.ModuleDict, tokenizer, work: Path, count: int, seed: int = 1, **options):
+    """Alignment figures on held-out captions, and the images."""
+    vae, config = load_vae(work)
+    scenes, prompts = held_out_prompts(count, seed)
+    images = decoded(vae, sample(networks, tokenizer, prompts, seed, **options), config["scaling_factor"])
+    return alignment(images, scenes), images
+
+
+def _prepared(work: Path) -> tuple[list[Scene], Tensor]:
+    """Training scenes and their latents; encoded once."""
+    scenes = training_scenes(SCENES, SEED)
+    file = work / "latents.pt"
+    if not file.exists():
+        vae, config = load_vae(work)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = latents_of(vae, pictures(scenes, SEED), config["scaling_factor"]).float()
+        torch.save(latents, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return scenes, torch.load(file, weights_only=True)
+
+
+def train_unet(work: Path) -> None:
+    """Trains UNet and CLIP; every 500 steps measures alignment and writes `demo.safetensors` when it improved."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    build_tokenizers(WEIGHTS)
+    tokenizer = clip_tokenizer()
+    scenes, latents = _prepared(work)
+    networks = new_networks(tokenizer)
+    networks["unet"].set_attn_processor(AttnProcessor())  # on a CPU 1.6 times as fast per step as the fused kernel
+    groups = [{"params": networks["unet"].parameters()}, {"params": networks["clip"].parameters(), "scale": 0.5}]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def step(number: int) -> float:
+        draws = generator(SEED, "unet step", number)
+        index = torch.randint(len(scenes), (BATCH,), generator=draws)
+        empty = torch.rand(BATCH, generator=draws) < EMPTY_CAPTIONS
+        texts = ["" if none else varied_caption(scenes[i], draws) for i, none in zip(index, empty, strict=True)]
+        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), draws)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*networks["unet"].parameters(), *networks["clip"].parameters()], 1.0)
+        return float(loss.detach())
+
+    best = 0.6
+
+    def after(done: int) -> None:
+        nonlocal best
+        update_average(networks, done)
+        if done % CHECK_EVERY == 0 or done == STEPS:
+            figures, _ = measure(networks, tokenizer, work, CHECK_IMAGES)
+            networks.train()
+            LOG.info("step %d: %s", done, {name: round(share, 3) for name, share in figures.items()})
+            if figures["alignment"] > best or done == STEPS:
+                best = figures["alignment"]
+                write_demo(networks, work)
+
+    run_steps("unet", networks, optimizer, step, STEPS, LEARNING_RATE, work, after)
+
+
+def write_demo(networks: nn.ModuleDict, work: Path) -> None:
+    """`demo.safetensors`: the averaged UNet and CLIP and the autoencoder, original layout, fp16."""
+    vae, vae_config = load_vae(work)
+    clip = networks["clip_ema"]
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.state_dict().items()}
+    tensors = {UNET_PREFIX + k: v for k, v in to_ldm(networks["unet_ema"].state_dict(), unet_names(UNET)).items()}
+    tensors |= {VAE_PREFIX + k: v for k, v in to_ldm(vae.state_dict(), vae_names(vae_config)).items()}
+    tensors |= {CLIP_PREFIX + k: v for k, v in named.items() if "position_ids" not in k}
+    config = {"unet": UNET, "vae": vae_config, "clip": clip.config.to_dict(), "scheduler": SCHEDULER}
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_atomically(tensors, WEIGHTS / "demo.safetensors", {"retune.config": json.dumps(config, default=str)})
