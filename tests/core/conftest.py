@@ -88,3 +88,68 @@ def pictures():
     images = [torch.rand(3, 32, 32, generator=random) for _ in range(6)]
     words = ["a red circle", "two small blue squares", "a green star, white background"]
     return from_images(images, [words[i % 3] for i in range(6)], resolution=None)
+
+
+@pytest.fixture
+def single_file(tiny_model, tmp_path):
+    """The tiny model as one checkpoint in the original layout, its shapes described in the metadata."""
+    from retune.training.formats import ldm
+    from retune.training.run_folder import write_tensors
+
+    unet, vae, text = (part.network for part in (tiny_model.denoiser, tiny_model.autoencoder, tiny_model.text_encoder))
+    words = {"text_model." + name.removeprefix("text_model."): t for name, t in text.state_dict().items()}
+    parts = {
+        ldm.UNET_PREFIX: ldm.to_ldm(unet.state_dict(), ldm.unet_names(unet.config)),
+        ldm.VAE_PREFIX: ldm.to_ldm(vae.state_dict(), ldm.vae_names(vae.config)),
+        ldm.CLIP_PREFIX: words,
+    }
+    config = {"unet": dict(unet.config), "vae": dict(vae.config), "clip": text.config.to_dict()}
+    tensors = {prefix + name: t for prefix, part in parts.items() for name, t in part.items()}
+    write_tensors(tmp_path / "tiny.safetensors", tensors, {"retune.config": json.dumps(config)})
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Four captioned 32x32 PNG files."""
+    from retune.training.data.images import save_png
+
+    random = torch.Generator().manual_seed(2)
+    for i, words in enumerate(["a red circle", "two small blue squares", "a green star", "a white background"]):
+        save_png(torch.rand(3, 32, 32, generator=random), tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(words, encoding="utf-8")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def train_arguments(single_file, picture_folder):
+    """output folder -> arguments of a short training run on the command line that uses every kind of event."""
+
+    def arguments(output, *more):
+        flags = {
+            "--model": single_file,
+            "--tokenizer": single_file.parent / "clip_tokenizer",
+            "--folder": picture_folder,
+            "--resolution": 32,
+            "--run-name": "r",
+            "--steps": 8,
+            "--batch-size": 2,
+            "--learning-rate": 1e-3,
+            "--warmup-steps": 2,
+            "--gradient-accumulation": 2,
+            "--ema-decay": 0.9,
+            "--validation-fraction": 0.3,
+            "--validate-every": 4,
+            "--save-every": 3,
+            "--sample-prompts": "a red circle",
+            "--sample-every": 4,
+            "--sample-steps": 2,
+            "--sample-width": 32,
+            "--sample-height": 32,
+            "--output": output,
+            "--device": "cpu",
+        }
+        listed = [str(part) for pair in flags.items() for part in pair]
+        return ["train", *listed, "--no-buckets", *more]
+
+    return arguments

@@ -1,0 +1,62 @@
+"""The chart of a run: smoothing by its closed form, ticks, and a picture with the curves where they belong."""
+
+import pytest
+import torch
+from retune.training.chart import COLOURS, HEIGHT, WIDTH, limits, run_chart, smoothed, ticks
+
+
+def painted(image, colour):
+    """(H, W) bool: pixels of a colour."""
+    rgb = torch.tensor([int(COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)])
+    return ((image * 255).round() == rgb).all(-1)
+
+
+def rows(losses, validation=()):
+    steps = [{"step": step, "loss": loss, "learning_rate": 1e-4} for step, loss in enumerate(losses, 1)]
+    return steps + [{"event": "validation", "step": step, "loss": loss} for step, loss in validation]
+
+
+def test_smoothing_is_the_weighted_mean_of_all_values_so_far():
+    values, weight = [3.0, 1.0, 4.0, 1.0, 5.0], 0.8
+    for n, got in enumerate(smoothed(values, weight), 1):
+        shares = [weight ** (n - i) for i in range(1, n + 1)]
+        assert got == pytest.approx(sum(s * v for s, v in zip(shares, values, strict=False)) / sum(shares))
+    assert smoothed([2.5] * 50) == pytest.approx([2.5] * 50)
+    assert smoothed([]) == []
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 7), (0, 0.013), (0, 12345), (0, 1e-6)])
+def test_ticks_are_few_round_numbers_inside(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 8 and found[0] == low and found[-1] <= high * (1 + 1e-6)
+    step = found[1] - found[0]
+    leading = float(f"{step:e}".split("e")[0])
+    assert min(abs(leading - m) for m in (1, 2, 5)) < 1e-6
+    assert [b - a for a, b in zip(found, found[1:], strict=False)] == pytest.approx([step] * (len(found) - 1))
+
+
+def test_a_falling_loss_falls_in_the_picture():
+    image = run_chart("my run", rows([1 / step for step in range(1, 101)]))
+    assert image.shape == (HEIGHT, WIDTH, 3) and 0 <= image.min() and image.max() == 1
+    curve = painted(image, "smoothed")[60:]  # below the legend
+    columns = curve.any(0).nonzero().flatten()
+    assert columns.max() - columns.min() > 0.8 * WIDTH
+    height = [curve[:, c].nonzero().float().mean().item() for c in (columns.min() + 5, columns.max() - 5)]
+    assert height[1] - height[0] > 0.4 * HEIGHT
+
+
+def test_validation_is_drawn_only_when_there_is_some():
+    losses = [1.0] * 20
+    assert not painted(run_chart("r", rows(losses)), "validation").any()
+    assert painted(run_chart("r", rows(losses, [(0, 0.9), (20, 0.5)])), "validation").any()
+
+
+@pytest.mark.parametrize("given", [[], rows([0.5]), rows([0.0, 0.0]), rows([], [(0, 0.7)])])
+def test_short_runs_give_axes(given):
+    image = run_chart("r", given)
+    assert image.shape == (HEIGHT, WIDTH, 3) and painted(image, "grid").any()
+
+
+def test_one_wild_value_does_not_flatten_the_rest():
+    steps = [(float(i), 1.0) for i in range(100)] + [(100.0, 500.0)]
+    assert limits(steps, [(i, 1.2) for i in range(101)]).y == (0.0, pytest.approx(1.08 * 1.2))

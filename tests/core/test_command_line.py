@@ -1,0 +1,133 @@
+"""The command line: its flags are the config classes, its verbs write what they say."""
+
+import argparse
+import dataclasses
+import json
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from retune.training.__main__ import main, parser
+from retune.training.build import ModelConfig
+from retune.training.cli import add_flags, field_docs, read_flags
+from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.data.folder import FolderConfig
+from retune.training.formats import ldm
+from retune.training.layers import ResetConfig
+from retune.training.run_folder import read_tensors
+
+CONFIGS = {
+    "train": [
+        (ModelConfig, ""),
+        (FolderConfig, ""),
+        (TrainModelConfig, ""),
+        (TrainingSettings, ""),
+        (SamplePrompts, "sample_"),
+    ],
+    "reset": [(ResetConfig, "")],
+}
+REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]
+
+
+def options(verb):
+    """dest -> argparse action of a verb."""
+    verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {action.dest: action for action in verbs.choices[verb]._actions}
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_every_field_is_a_flag_with_its_default_choices_and_help(verb):
+    found = options(verb)
+    for config, prefix in CONFIGS[verb]:
+        hints, docs = get_type_hints(config), field_docs(config)
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(hints[field.name]):
+                continue
+            action = found[prefix + field.name]
+            assert "--" + (prefix + field.name).replace("_", "-") in action.option_strings
+            assert action.required == (field.default is dataclasses.MISSING)
+            if not action.required:
+                assert action.default == field.default
+            if get_origin(hints[field.name]) is Literal:
+                assert action.choices == get_args(hints[field.name])
+            assert docs.get(field.name, "") in action.help.replace("%%", "%")
+
+
+def test_plain_flags_give_the_default_configs():
+    arguments = parser().parse_args(REQUIRED)
+    assert read_flags(arguments, TrainingSettings) == TrainingSettings()
+    assert read_flags(arguments, SamplePrompts, "sample_") == SamplePrompts()
+    nested = {"settings": TrainingSettings(), "samples": SamplePrompts()}
+    assert read_flags(arguments, TrainModelConfig, **nested) == TrainModelConfig(run_name="r")
+    assert read_flags(arguments, ModelConfig) == ModelConfig(model="m")
+
+
+def test_flags_are_converted_to_their_fields_types():
+    more = ["--no-train-projection", "--sample-prompts", "one", "two words", "--target-std", "0.3", "--steps", "7"]
+    arguments = parser().parse_args([*REQUIRED, *more, "--train", "QK", "--seed", "5", "--sample-seed", "6"])
+    samples = read_flags(arguments, SamplePrompts, "sample_")
+    assert samples == SamplePrompts(prompts=("one", "two words"), seed=6)
+    config = read_flags(arguments, TrainModelConfig, settings=TrainingSettings(), samples=samples)
+    assert (config.steps, config.train, config.train_projection, config.seed) == (7, "QK", False, 5)
+    assert read_flags(arguments, ModelConfig).target_std == 0.3
+
+
+@pytest.mark.parametrize("verb", ["train", "reset", "demo"])
+def test_help_of_every_verb_prints(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_percent_signs_in_docs_are_printed_as_they_are():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        share: str = "5%"
+        """100% of it."""
+
+    top = argparse.ArgumentParser()
+    add_flags(top, Config)
+    assert "100% of it. (default: '5%')" in " ".join(top.format_help().split())
+
+
+def test_bad_choices_stop_before_anything(capsys):
+    with pytest.raises(SystemExit):
+        main([*REQUIRED, "--train", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
+    assert main([*REQUIRED, "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "error: steps is 0; expected 1 to 100000000.\n"
+
+
+def test_errors_are_one_line_and_code_two(tmp_path, capsys):
+    output = str(tmp_path / "out.safetensors")
+    assert main(["reset", "--model", str(tmp_path / "no"), "--layers", "QK", "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model is ") and error.count("\n") == 1
+
+
+def test_reset_changes_the_chosen_tensors_only(single_file, tmp_path, capsys):
+    output = tmp_path / "new" / "reset.safetensors"
+    tokenizer = str(single_file.parent / "clip_tokenizer")
+    arguments = ["--model", str(single_file), "--tokenizer", tokenizer, "--output", str(output), "--seed", "3"]
+    assert main(["reset", *arguments, "--layers", "cross-attention K/V", "--json"]) == 0
+    printed = capsys.readouterr()
+    old, new = read_tensors(single_file)[0], read_tensors(output)[0]
+    assert new.keys() == {name for name in old if name.startswith(ldm.UNET_PREFIX)}
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {name for name in new if "attn2.to_k." in name or "attn2.to_v." in name}
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result == {"file": str(output), "tensors": len(changed)}
+    assert printed.err.startswith(f"{len(changed)} tensors reset")
+
+
+def test_train_writes_a_run(train_arguments, tmp_path, capsys):
+    assert main(train_arguments(tmp_path / "out", "--json", "--train", "cross-attention K/V")) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    run = tmp_path / "out" / "r"
+    assert result == {"run": str(run), "result": str(run / "model.safetensors")}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "event" not in row] == list(range(1, 9))
+    tensors, _ = read_tensors(run / "model.safetensors")
+    assert tensors and all("attn2.to_k." in name or "attn2.to_v." in name for name in tensors)
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]["train"] == "cross-attention K/V"
+    assert {p.name for p in (run / "samples").iterdir()} == {f"{step:06d}_00.png" for step in (0, 4, 8)}
