@@ -14,6 +14,7 @@ from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .config import SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.folder import FolderConfig
+from .distributed import world
 from .layers import ResetConfig, reset_weights
 from .loop import Callbacks, StepInfo
 
@@ -129,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
+    if not world().is_main:
+        return 0
     if arguments.json:
         print(json.dumps(result), flush=True)
     else:

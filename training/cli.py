@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "", s
         if dataclasses.is_dataclass(kind) or field.name in skip:
             continue
         required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"help": docs.get(field.name, ""), "dest": prefix + field.name}
+        options: dict[str, Any] = {"help": docs.get(field.name, "").replace("%", "%%"), "dest": prefix + field.name}
         if not required:
             options |= {"default": field.default}
             options["help"] += f" (default: {field.default!r})".replace("%", "%%")

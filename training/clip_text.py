@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class ClipTextEncoder:
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
         self.projection = None
-        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", self.window)
+        shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
+        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, _tokenizer_digest(folder))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], config: Mapping | None, tokenizer: Path | None) -> ClipTextEncoder:
@@ -93,6 +95,15 @@ class ClipTextEncoder:
             row = [0 < i <= window.index(end) for window in windows for i in range(self.window)]
             rows.append(row + [False] * (longest - len(row)))
         return torch.tensor(rows)
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Other words for the same weights are another encoder."""
+    digest = hashlib.sha256()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def clip_config(state: Mapping[str, Tensor]) -> dict:

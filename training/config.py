@@ -44,11 +44,11 @@ class TrainingSettings:
     optimizer: Literal["AdamW", "Adafactor", "SGD"] = "AdamW"
     """AdamW (Loshchilov & Hutter 2017), Adafactor (little memory), or SGD with momentum 0.9."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after warm-up: kept, or lowered to zero at the last step in a line or half a cosine."""
+    """Learning rate after warm-up: kept, or lowered in a line or half a cosine to zero just after the last step."""
     warmup_steps: int = 10
     """Steps in which the learning rate rises from zero, linearly."""
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay; for SGD an L2 penalty."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     gradient_accumulation: int = 1

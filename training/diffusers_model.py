@@ -32,7 +32,15 @@ SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 
 
 def training_sigmas(scheduler: Mapping) -> Tensor:
-    """(T,) noise levels sigma_t = sqrt((1 - a_t) / a_t) of a discrete beta schedule, ascending, fp32."""
+    """(T,) noise levels sigma_t = sqrt((1 - a_t) / a_t) of a discrete beta schedule, ascending, fp32.
+
+    Raises ValueError for a schedule other than linear or scaled_linear, listed betas, and zero terminal SNR.
+    """
+    for option in ("trained_betas", "rescale_betas_zero_snr"):
+        if scheduler.get(option):
+            raise ValueError(
+                f"scheduler's {option} is set; expected a plain beta schedule. Its noise levels would differ."
+            )
     start, end = scheduler["beta_start"], scheduler["beta_end"]
     count = scheduler.get("num_train_timesteps", 1000)
     kind = scheduler.get("beta_schedule", "scaled_linear")

@@ -61,7 +61,7 @@ class ResetConfig:
     strength: float = 1.0
     """0..1 blends old and new weights (1 = new only); for perturb, the noise in units of each tensor's std."""
     include_output: bool = False
-    """Whether the output projection (to_out) is reset as well; "zero output" zeroes it in any case."""
+    """Whether the output projection (to_out) is reset as well; "zero output" does it in any case."""
     blocks: str = ""
     """Regex on block names such as "middle|output_blocks"; empty = everywhere."""
     seed: int = 0
@@ -106,7 +106,7 @@ def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[d
     for name in names:
         old = weights[name].detach().float()
         fan_in = weights[name.rsplit(".", 1)[0] + ".weight"].shape[1]
-        value = torch.zeros_like(old) if name in zeroed else _draw(old, fan_in, name, config)
+        value = old * (1 - config.strength) if name in zeroed else _draw(old, fan_in, name, config)
         new[name] = value
         rows.append((name, old.std(correction=0).item(), value.std(correction=0).item()))
     return new, ResetReport(tuple(rows))

@@ -247,10 +247,10 @@ class Loop:
         loaded = self.objective.load(self.validation)
         with self.trainable.attach(self.values()), self._autocast():
             loss = self.objective.validation(loaded)
-        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss})
         if loss < self.best:
-            self.best = loss
             write_tensors(self.folder.best, self.values(), {"step": str(self.step), "validation_loss": repr(loss)})
+            self.best = loss
+        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss})
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -292,8 +292,8 @@ class Loop:
             self.step = self.saved_step = state.step
             self._truncate_metrics(state.metrics_size)
             self.callbacks.on_text(f"going on from step {state.step}")
-        self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
         if self.world.is_main:
+            self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
             self.folder.set_status("running", self.step)
 
     def _truncate_metrics(self, size: int) -> None:

@@ -59,9 +59,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata."""
+    """A safetensors file's tensors and metadata, copied out: a file that stays mapped cannot be replaced on Windows."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
@@ -101,16 +101,17 @@ class RunFolder:
         locks = root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(locks / f"{name}.lock", timeout=0):
-                if resume == "restart":
-                    move_aside(root / name)
-                folder = cls(root / name)
-                folder.samples.mkdir(parents=True, exist_ok=True)
-                yield folder
+            held = FileLock(locks / f"{name}.lock").acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
                 f"run {name!r} is in use by another process. Wait for it, stop it, or choose another run name."
             ) from error
+        with held:
+            if resume == "restart":
+                move_aside(root / name)
+            folder = cls(root / name)
+            folder.samples.mkdir(parents=True, exist_ok=True)
+            yield folder
 
     def config(self) -> dict[str, Any] | None:
         """What config.json holds, or None in a new folder."""
@@ -153,7 +154,12 @@ class RunFolder:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def truncate_metrics(self, size: int) -> None:
-        """Forgets the rows written after a state was saved."""
+        """Forgets the rows written after a state was saved. Raises ValueError when rows before it are gone."""
+        if self.metrics_size() < size:
+            raise ValueError(
+                f"{self._metrics} is {self.metrics_size()} bytes; expected at least the saved state's {size}. "
+                "Put the file back, or choose resume = restart to begin again."
+            )
         if self._metrics.exists():
             with open(self._metrics, "r+b") as file:
                 file.truncate(size)

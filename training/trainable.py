@@ -65,6 +65,11 @@ class SelectedWeights:
             different = sorted(values.keys() ^ self.parameters.keys())
             raise ValueError(f"saved weights differ from the selection in {different[:3]}; expected the same names.")
         for name, parameter in self.parameters.items():
+            if values[name].shape != parameter.shape:
+                raise ValueError(
+                    f"saved {name} is {tuple(values[name].shape)}; expected {tuple(parameter.shape)}. "
+                    "It belongs to another model."
+                )
             parameter.copy_(values[name])
 
     @contextmanager
