@@ -7,6 +7,7 @@ from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
 from .text_encoder import (
+    RetuneFitProjection,
     RetuneLoadT5,
     RetuneLoadTextEncoder,
     RetuneSaveTextEncoder,
@@ -22,6 +23,7 @@ class RetuneExtension(ComfyExtension):
             RetuneLoadDemoModel,
             RetuneDemoDataset,
             RetuneLoadT5,
+            RetuneFitProjection,
             RetuneScaleTextEncoder,
             RetuneScaleConditioning,
             RetuneSaveTextEncoder,

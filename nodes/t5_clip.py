@@ -21,6 +21,7 @@ from ..training.demo.files import WEIGHTS, weights_path
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning
 from ..training.text_encoder.file import SavedTextEncoder
+from ..training.text_encoder.fit import FitReport, fit_projection
 from ..training.text_encoder.projection import Projection, detached_copy
 from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
 from ..training.text_encoder.t5 import Padding, T5TextEncoder, cut, t5_model
@@ -355,6 +356,12 @@ class MeasurableClip:
         segments = getattr(owner, key, None) or getattr(owner, f"clip_{key}")
         return torch.tensor([[real for section in sections for real in _real(section, segments)]])
 
+    def states(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """(L, D) output of one prompt and (L,) which of it are words and end token: `training.text_encoder.fit`."""
+        tokens = self.tokenize([prompt])
+        with torch.inference_mode(False):
+            return self.encode(tokens).context[0].clone(), self.real_tokens(tokens)[0]
+
     def scaled(self, factor: float) -> MeasurableClip:
         return MeasurableClip(clone_with_projection(self.clip, t5_parts(self.clip).projection.scaled(factor)))
 
@@ -364,6 +371,20 @@ def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tup
     _expect_t5(clip)
     scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
     return scaled.clip, report
+
+
+class UnprojectedClip(MeasurableClip):
+    """A T5 CLIP as far as fitting its projection goes: its states before the projection."""
+
+    def encode(self, tokens: dict) -> Conditioning:
+        return encode_states(self.clip, tokens)
+
+
+def fit_clip(clip, reference, prompts: Sequence[str]) -> tuple[Any, FitReport]:
+    """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
+    _expect_t5(clip)
+    projection, report = fit_projection(UnprojectedClip(clip), MeasurableClip(reference), prompts)
+    return clone_with_projection(clip, projection), report
 
 
 def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:

@@ -103,6 +103,43 @@ class RetuneLoadT5(io.ComfyNode):
         return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
+class RetuneFitProjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneFitProjection",
+            display_name="Fit Projection",
+            category="retune/text encoder",
+            description="Gives a T5 the linear projection that comes nearest to another CLIP's output on your "
+            "prompts, in closed form (ridge regression). The model then hears something like its old encoder before any training.",
+            search_aliases=["align t5", "ridge projection"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="A T5 from Load T5; its projection is replaced."),
+                io.Clip.Input("reference", tooltip="The CLIP to come near to: the one the model was trained with."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="Prompts to fit on, one a line: the more and the more like your own the better, ten at "
+                    "least. Empty uses a built-in list of varied ones.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(tooltip="The T5 with the fitted projection."),
+                io.String.Output(
+                    display_name="report", tooltip="How much of the variance is explained on held-out prompts."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, reference, prompts):
+        from .t5_clip import fit_clip
+
+        fitted, report = fit_clip(clip, reference, prompt_lines(prompts))
+        return io.NodeOutput(fitted, report.text())
+
+
 class RetuneScaleTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -149,10 +186,9 @@ class RetuneScaleTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from ..training.text_encoder.prompts import PROMPTS
         from .t5_clip import clip_std, scale_clip
 
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()] or list(PROMPTS)
+        lines = prompt_lines(prompts)
         if mode == "off":
             std = clip_std(clip, lines)
             return io.NodeOutput(clip, std, f"std of real tokens: {std:.4f} over {len(lines)} prompts (unchanged)")
@@ -247,6 +283,13 @@ class RetuneLoadTextEncoder(io.ComfyNode):
 
         saved = read_text_encoder(listed_file(file, ENCODERS))
         return io.NodeOutput(load_saved_text_encoder(saved, folder_paths.get_folder_paths(ENCODERS)))
+
+
+def prompt_lines(prompts: str) -> list[str]:
+    """The lines of a text that hold something; the built-in list when none does."""
+    from ..training.text_encoder.prompts import PROMPTS
+
+    return [line.strip() for line in prompts.splitlines() if line.strip()] or list(PROMPTS)
 
 
 def demo_t5() -> Path:
