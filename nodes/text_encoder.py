@@ -111,7 +111,7 @@ class RetuneFitProjection(io.ComfyNode):
             display_name="Fit Projection",
             category="retune/text encoder",
             description="Gives a T5 the linear projection that comes nearest to another CLIP's output on your "
-            "prompts, in closed form (ridge regression). The model then hears something like its old encoder before any training.",
+            "prompts, in closed form (ridge regression): something like its old encoder before any training.",
             search_aliases=["align t5", "ridge projection"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5; its projection is replaced."),
