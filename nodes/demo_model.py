@@ -69,7 +69,7 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
 
     state = {name: value for name, value in tensors.items() if name.startswith(ldm.UNET_PREFIX)}
     shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
-    about = comfy.supported_models.SD15(shape)
+    about = _prediction_of(config["scheduler"], comfy.supported_models.SD15)(shape)
     about.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
     about.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
     about.set_inference_dtype(torch.float32, None)
@@ -80,6 +80,14 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
     network.load_model_weights(state, ldm.UNET_PREFIX, **({"assign": True} if dynamic else {}))
     return patcher
+
+
+def _prediction_of(scheduler: dict, base: type) -> type:
+    """The SD1.5 description, with v-prediction when the scheduler says so."""
+    from comfy.model_base import ModelType
+
+    kind = ModelType.V_PREDICTION if scheduler["prediction_type"] == "v_prediction" else ModelType.EPS
+    return type("DemoModel", (base,), {"model_type": lambda self, state_dict, prefix="": kind})
 
 
 def _vae(tensors: dict[str, Tensor], config: dict):
