@@ -14,7 +14,7 @@ from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .config import SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.folder import FolderConfig
-from .distributed import world
+from .distributed import local_device, world
 from .layers import ResetConfig, reset_weights
 from .loop import Callbacks, StepInfo
 
@@ -42,10 +42,8 @@ class Terminal(Callbacks):
 
 def open_model(arguments: argparse.Namespace):
     """The model the flags describe: loaded, its text encoder swapped and scaled, its layers reset."""
-    from accelerate import PartialState
-
     config = read_flags(arguments, ModelConfig)
-    return build_model(config if config.device else replace(config, device=str(PartialState().device)))
+    return build_model(config if config.device else replace(config, device=str(local_device())))
 
 
 def train(arguments: argparse.Namespace) -> dict:

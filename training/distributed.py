@@ -39,10 +39,33 @@ class World:
 
 
 def world() -> World:
-    """The world that accelerate's launcher describes in the environment; joins it on the first call."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The world that accelerate's launcher describes in the environment; joins it on the first call.
+
+    Raises ValueError when accelerate does not join the processes: each would train on its own.
+    """
+    size = _size()
+    if size == 1:
         return World()
+    state = _state()
+    if state.num_processes != size:
+        raise ValueError(
+            f"number of joined processes is {state.num_processes}; expected {size}, as WORLD_SIZE says. "
+            "Start with `accelerate launch`, or with one process."
+        )
+    return World(state.process_index, state.num_processes)
+
+
+def local_device() -> torch.device:
+    """The device that accelerate gives this process."""
+    return _state().device
+
+
+def _size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _state():
+    """accelerate's view of this process; without an accelerator it joins several processes only when told "cpu"."""
     from accelerate import PartialState
 
-    state = PartialState()
-    return World(state.process_index, state.num_processes)
+    return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available())
