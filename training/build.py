@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,10 +17,14 @@ from .formats import ldm
 from .layers import ResetConfig, reset_weights
 from .model import TextToImage
 from .run_folder import write_tensors
+from .text_encoder.fit import CoreStates, fit_projection
 from .text_encoder.projection import Projection
 from .text_encoder.scale import match_reference, scale_to
 from .text_encoder.t5 import Padding, load_t5
 from .text_encoder.t5_file import read_t5_config
+from .train_model import TrainedModel
+
+log = logging.getLogger(__name__)
 
 DEMO = "demo"
 
@@ -48,6 +53,8 @@ class ModelConfig:
     """Longer prompts are cut."""
     pad: Literal["none", "max_tokens"] = "none"
     """Contexts as long as their prompts, or always padded."""
+    fit: Path | None = None
+    """Text file of prompts, one a line: the projection is fitted on them to the text encoder that the T5 replaces."""
     reset: str | None = None
     """Layers to reset; None keeps all."""
     reset_seed: int = 0
@@ -61,7 +68,8 @@ def build_model(config: ModelConfig) -> TextToImage:
     path, tokenizer = _checkpoint(config)
     model = load_model(path, tokenizer=tokenizer)
     if config.t5 is not None:
-        model = with_t5(model, config)
+        prompts = config.fit.read_text(encoding="utf-8").splitlines() if config.fit else []
+        model = with_t5(model, config, [line.strip() for line in prompts if line.strip()])
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     encoder = model.text_encoder
@@ -79,14 +87,22 @@ def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
     return Path(config.model), config.tokenizer or at_comfyui
 
 
-def with_t5(model: TextToImage, config: ModelConfig) -> TextToImage:
-    """The model with its text encoder replaced by a T5 that speaks as loudly as the old one (or at target_std)."""
+def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ()) -> TextToImage:
+    """The model with its text encoder replaced by a T5 that speaks as loudly as the old one (or at target_std).
+
+    fit_on: prompts on which the projection is fitted to the old one; without them it stays as `config.projection` says.
+    """
     path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
     width = model.denoiser.context_width
     projection = Projection(read_t5_config(path)["d_model"], width, config.projection, seed=config.projection_seed)
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
     encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
-    if config.target_std is None:
+    if fit_on:
+        old = CoreStates(model.text_encoder, before_projection=False)
+        fitted, report = fit_projection(CoreStates(encoder, before_projection=True), old, fit_on)
+        log.info("projection: %s", report.text())
+        encoder = encoder.with_projection(fitted)
+    elif config.target_std is None:
         encoder, _ = match_reference(encoder, model.text_encoder)
     else:
         encoder, _ = scale_to(encoder, config.target_std)
@@ -102,15 +118,15 @@ def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
 
 
 @torch.no_grad()
-def apply_weights(model: TextToImage, unet: Mapping[str, Tensor], projection: Mapping[str, Tensor]) -> TextToImage:
-    """Puts a run's result (canonical names) into a model that this process loaded for itself."""
+def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
+    """A model that this process loaded for itself with a run's result in it."""
     parameters = {model.denoiser.canonical_name(n): p for n, p in model.denoiser.network.named_parameters()}
-    for name, value in unet.items():
+    for name, value in trained.unet.items():
         parameters[name].copy_(value)
-    own = dict(model.text_encoder.projection.named_parameters()) if projection else {}
-    for name, value in projection.items():
-        own[name].copy_(value)
-    return model
+    if not trained.projection:
+        return model
+    projection = Projection.from_state(trained.projection_config, trained.projection)
+    return replace(model, text_encoder=model.text_encoder.with_projection(projection))
 
 
 def save_unet(path: Path, weights: Mapping[str, Tensor]) -> None:

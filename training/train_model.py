@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TrainModelConfig, identity
 from .data.cache import LatentCache, TextCache
@@ -37,11 +37,13 @@ PROJECTION_PREFIX = "projection."
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run made. unet: canonical (LDM) name -> fp32 weight; projection: name -> fp32 weight, maybe empty."""
+    """What a run made. unet: canonical (LDM) name -> fp32 weight. projection: its whole state, with `projection_config`
+    to build it again; both empty for a text encoder without one."""
 
     path: Path
     unet: dict[str, Tensor]
     projection: dict[str, Tensor]
+    projection_config: dict
 
 
 def train_model(
@@ -71,7 +73,7 @@ def train_model(
             return read_trained(folder.path / ARTIFACT)
         values = _train(model, dataset, config, folder, callbacks)
         if here.is_main:
-            _write(folder, values, config)
+            _write(folder, values, config, model.text_encoder.projection)
             folder.set_status("finished", config.steps)
         here.barrier()
         return read_trained(folder.path / ARTIFACT)
@@ -236,14 +238,21 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
     return SelectedWeights(selected, networks)
 
 
-def _write(folder: RunFolder, values: Mapping[str, Tensor], config: TrainModelConfig) -> None:
+def _write(
+    folder: RunFolder, values: Mapping[str, Tensor], config: TrainModelConfig, projection: nn.Module | None
+) -> None:
     about = {"run": config.run_name, "train": config.train, "steps": config.steps}
-    write_tensors(folder.path / ARTIFACT, values, {"retune.run": json.dumps(about)})
+    whole = dict(values)
+    if projection is not None:
+        about["projection"] = projection.config()
+        whole = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | whole
+    write_tensors(folder.path / ARTIFACT, whole, {"retune.run": json.dumps(about)})
 
 
 def read_trained(path: Path) -> TrainedModel:
     """The result of a run from its file."""
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}
     projection = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
-    return TrainedModel(Path(path), unet, projection)
+    config = json.loads(metadata["retune.run"]).get("projection", {})
+    return TrainedModel(Path(path), unet, projection, config)

@@ -1,19 +1,21 @@
 """The demo: the T5 swap from end to end on the demo model, with a judge reading every picture.
 
-The model's CLIP is replaced by a T5 it has never heard, the attention that reads text is reset and retrained on image
-files with captions, and held-out captions are drawn and judged before and after.
+The model's CLIP is replaced by a T5 it has never heard: its projection is fitted to the CLIP in closed form (or the
+attention that reads text is reset), the cross-attention is retrained on image files with captions, and held-out
+captions are drawn and judged before and after.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
-from ..build import ModelConfig, apply_weights, build_model
+from ..build import ModelConfig, apply_weights, build_model, with_t5
 from ..config import SamplePrompts, TrainingSettings, TrainModelConfig
 from ..data.folder import FolderConfig, load_folder
 from ..data.images import save_png
@@ -26,7 +28,6 @@ from ..train_model import ARTIFACT, TrainedModel, read_trained, train_model
 from .judge import alignment
 from .scenes import caption, demo_examples, held_out_scenes
 
-SWAPPED = ModelConfig(model="demo", t5="demo", reset="cross-attention")
 LOOK = {"width": 128, "height": 128, "steps": 20, "cfg": 4.0, "seed": 7}
 
 
@@ -50,6 +51,8 @@ class DemoConfig:
     """Peak learning rate."""
     seed: int = 0
     """Names the pictures and every random draw."""
+    start: Literal["fit", "reset"] = "fit"
+    """fit: the projection comes near to the old CLIP, layers are kept. reset: random projection, reset layers."""
     restart: bool = False
     """Begin again instead of going on with an unfinished run."""
 
@@ -63,7 +66,7 @@ class DemoConfig:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
-            settings=TrainingSettings(warmup_steps=20, save_every=50),
+            settings=TrainingSettings(warmup_steps=20, save_every=50, loss_weighting="none"),
             samples=SamplePrompts(prompts=prompts, every=max(self.steps // 4, 1), **LOOK),
             resume="restart" if self.restart else "auto",
         )
@@ -108,20 +111,29 @@ def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
     write_pictures(pictures, config.images, config.seed, callbacks.on_text)
     folder = FolderConfig(folder=pictures, resolution=128)
     dataset = load_folder(folder, lambda done, total, text: callbacks.on_text(text))
-    trained = train_model(build_model(SWAPPED), dataset, config.training(), config.output, callbacks)
+    model = swapped_model(config, dataset.captions)
+    trained = train_model(model, dataset, config.training(), config.output, callbacks)
     result = run_judged(trained.path.parent, config, callbacks)
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
+def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
+    """The demo model with T5 in place of CLIP, as training starts on it."""
+    if config.start == "reset":
+        return build_model(ModelConfig(model="demo", t5="demo", reset="cross-attention"))
+    model = build_model(ModelConfig(model="demo"))
+    return with_t5(model, ModelConfig(model="demo", t5="demo"), captions)
+
+
 def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks) -> dict:
     """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5."""
-    original, swapped = build_model(ModelConfig(model="demo")), build_model(SWAPPED)
-    untrained = replace(original, text_encoder=swapped.text_encoder)
+    original = build_model(ModelConfig(model="demo"))
     trained = read_trained(run / ARTIFACT)
     rows, shown = {}, {}
-    for name, model in (("CLIP", original), ("T5, untrained", untrained), ("T5, trained", swapped)):
+    for name in ("CLIP", "T5, untrained", "T5, trained"):
+        model = original if name == "CLIP" else build_model(ModelConfig(model="demo", t5="demo"))
         if name == "T5, trained":
-            apply_weights(swapped, trained.unet, trained.projection)
+            model = apply_weights(model, trained)
         rows[name], shown[name] = judge(model, config.judged, callbacks.on_text, name)
     return _report(config, trained, rows, shown)
 
