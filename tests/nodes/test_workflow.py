@@ -12,20 +12,24 @@ from safetensors import safe_open
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 
 
-def swap_prompt(**training):
-    """The workflow at a size that takes seconds."""
-    prompt = json.loads((WORKFLOWS / "swap_text_encoder.json").read_text(encoding="utf-8"))
-    small = {"5": {"count": 6}, "6": {"save_every": 3, "warmup_steps": 1}, "7": {"every": 4, "steps": 2}}
+def small_prompt(name, **training):
+    """A workflow at a size that takes seconds."""
+    prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    small = {"5": {"count": 12}, "6": {"save_every": 3, "warmup_steps": 1}, "7": {"every": 4, "steps": 2}}
     small |= {"8": {"steps": 6, "batch_size": 2} | training, "11": {"batch_size": 1}, "12": {"steps": 2}}
-    for node, inputs in small.items():
-        prompt[node]["inputs"] |= inputs
+    for node in small.keys() & prompt.keys():
+        prompt[node]["inputs"] |= small[node]
     return prompt
+
+
+def swap_prompt(**training):
+    return small_prompt("swap_text_encoder", **training)
 
 
 def training_only(**training):
     """Without what comes after the training node, apart from the chart."""
     prompt = swap_prompt(**training)
-    return {node: prompt[node] for node in ("1", "2", "3", "4", "5", "6", "7", "8", "15")}
+    return {node: prompt[node] for node in ("1", "2", "18", "3", "5", "6", "7", "8", "15")}
 
 
 def run_folder(base: Path, name: str = "demo T5 swap") -> Path:
@@ -108,6 +112,15 @@ def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server):
     comfyui_server.run(training_only(steps=stopped + 2, run_name="cancelled"))
     steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
     assert steps == [stopped + 1, stopped + 2]
+
+
+def test_reset_attention_scales_resets_and_trains(comfyui_server):
+    comfyui_server.run(small_prompt("reset_attention"))
+    folder = run_folder(comfyui_server.base_directory, "demo reset")
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("model.")]
+    assert names and all(".attn2." in name for name in names)
 
 
 def test_refusals_name_what_is_wrong(comfyui_server):
