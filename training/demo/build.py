@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("vae", "t5", "scorer", "clip_unet")
+PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet")
 LOG = logging.getLogger(__name__)
 
 
@@ -22,6 +22,10 @@ def build(part: str, work: Path) -> None:
         from .build_vae import train_vae
 
         train_vae(work)
+    if part == "decoder":
+        from .build_decoder import train_decoder
+
+        train_decoder(work)
     if part == "t5":
         from .build_t5 import train_t5
 

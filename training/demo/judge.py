@@ -7,6 +7,7 @@ is compared with drawn templates. Weak evidence gives "unsure", which never coun
 from __future__ import annotations
 
 import colorsys
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ FIGURE = "figure"
 _GRID = 24
 _MIN_AREA = 40
 """Pixels; the smallest drawn shape covers about 100."""
+_PEEL, _CORE = 1.0, 0.65
+_BLURS = (0.0, 1.4, 2.4)
+"""Pixels: templates are drawn sharp and blurred, since an autoencoder rounds corners."""
 _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
 
 
@@ -117,10 +121,16 @@ def _coverage(pixels: np.ndarray, back: np.ndarray) -> np.ndarray:
 
 
 def _pieces(coverage: np.ndarray) -> list[np.ndarray]:
-    """One mask (H, W) per shape, slightly grown; nothing where there are too many specks."""
+    """One mask (H, W) per shape, slightly grown; nothing where there are too many specks.
+
+    Shapes are told apart by their cores (coverage above `_CORE`, peeled by `_PEEL` pixels): a blurred bridge joins nothing.
+    """
     from scipy import ndimage
 
-    labels, count = ndimage.label(coverage > 0.5)
+    solid = coverage > 0.5
+    labels, count = ndimage.label(ndimage.distance_transform_edt(coverage > _CORE) > _PEEL, np.ones((3, 3)))
+    _, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+    labels = np.where(solid, labels[tuple(nearest)], 0)
     areas = ndimage.sum_labels(np.ones_like(coverage), labels, range(1, count + 1)) if count else []
     kept = [label + 1 for label, area in enumerate(areas) if area >= _MIN_AREA]
     if not kept or count - len(kept) > 6:
@@ -142,11 +152,14 @@ def _patch(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, list[str]]:
+    from scipy import ndimage
+
     patches, names = [], []
     for shape in SHAPES:
         for radius in SIZES.values():
-            for turn in np.linspace(-0.14, 0.14, 7):
-                patches.append(_patch(shape_mask(shape, radius, 64.0, 64.0, float(turn))))
+            for turn, blur in itertools.product(np.linspace(-0.14, 0.14, 5), _BLURS):
+                mask = ndimage.gaussian_filter(shape_mask(shape, radius, 64.0, 64.0, float(turn)), blur)
+                patches.append(_patch(mask))
                 names.append(shape)
     return np.stack(patches), names
 
