@@ -21,9 +21,7 @@ from ..training.demo.files import WEIGHTS, weights_path
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning
 from ..training.text_encoder.file import SavedTextEncoder
-from ..training.text_encoder.fit import FitReport, fit_projection
 from ..training.text_encoder.projection import Projection, detached_copy
-from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
 from ..training.text_encoder.t5 import Padding, T5TextEncoder, cut, t5_model
 from ..training.text_encoder.t5_file import T5Weights, read_t5
 from ..training.text_encoder.tokenizers import T5Tokenizer, find_tokenizer
@@ -212,7 +210,7 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
 
         def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
             (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
-            end = next(i for i, entry in enumerate(batch) if _is_token(entry[0], self.end_token))
+            end = next(i for i, entry in enumerate(batch) if is_token(entry[0], self.end_token))
             batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
             if padding.pad == "max_tokens":
                 self.pad_tokens(batch, padding.max_tokens - len(batch))
@@ -221,7 +219,7 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
     return Tokenizer
 
 
-def _is_token(entry: Any, token: int) -> bool:
+def is_token(entry: Any, token: int) -> bool:
     """Entries are ids, or the vectors of an `embedding:`."""
     return not isinstance(entry, Tensor) and entry == token
 
@@ -233,7 +231,7 @@ def is_t5_clip(clip) -> bool:
 
 def t5_parts(clip) -> T5Parts:
     """Source and projection of a T5 CLIP as this clone has them, a copy that may train. ValueError for other CLIPs."""
-    _expect_t5(clip)
+    expect_t5(clip)
     projection = detached_copy(clip.patcher.get_model_object("projection").projection).requires_grad_(True)
     return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches))
 
@@ -242,7 +240,7 @@ def t5_state(clip) -> dict[str, Tensor]:
     """T5's weights in fp32 under `T5EncoderModel` names, this clone's patches applied; independent copies."""
     import comfy.lora
 
-    _expect_t5(clip)
+    expect_t5(clip)
     prefix = f"{clip.cond_stage_model.retune_source.name}.transformer."
     state = {}
     with torch.inference_mode(False), torch.no_grad():
@@ -262,7 +260,7 @@ def core_text_encoder(clip) -> T5TextEncoder:
 
 def clone_with_projection(clip, projection: Projection):
     """A clone that shares T5's weights and patches but projects with a copy of `projection`; `clip` is untouched."""
-    _expect_t5(clip)
+    expect_t5(clip)
     source = clip.cond_stage_model.retune_source
     _check_fit(source.config, projection, source.path)
     clone = clip.clone()
@@ -303,7 +301,7 @@ def encode_states(clip, tokens: dict) -> Conditioning:
 
     The mask is None where pads are part of the context ("max_tokens"), else all True, as in the core's encoder.
     """
-    _expect_t5(clip)
+    expect_t5(clip)
     model = clip.cond_stage_model
     model.reset_clip_options()
     if clip.layer_idx is not None:
@@ -318,7 +316,7 @@ def encode_states(clip, tokens: dict) -> Conditioning:
 
 def backbone_fingerprint(clip) -> str:
     """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches."""
-    _expect_t5(clip)
+    expect_t5(clip)
     source = clip.cond_stage_model.retune_source
     identity = (source.file_hash, source.dtype, source.tokenizer.fingerprint, source.padding, clip.layer_idx)
     patched = tensors_fingerprint(_patched_weights(clip)) if clip.patcher.patches else ""
@@ -336,69 +334,7 @@ def _patched_weights(clip) -> Iterator[tuple[str, Tensor]]:
                 yield key, comfy.lora.calculate_weight(patches, weight.to("cpu", torch.float32, copy=True), key)
 
 
-class MeasurableClip:
-    """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
-
-    def __init__(self, clip):
-        self.clip = clip
-
-    def tokenize(self, texts: list[str]) -> dict:
-        (text,) = texts
-        return self.clip.tokenize(text, disable_weights=True)
-
-    def encode(self, tokens: dict) -> Conditioning:
-        return Conditioning(self.clip.encode_from_tokens(tokens))
-
-    def real_tokens(self, tokens: dict) -> Tensor:
-        """(1, L) bool: without start tokens and what follows a section's first end token."""
-        key, sections = next(iter(tokens.items()))
-        owner = self.clip.tokenizer
-        segments = getattr(owner, key, None) or getattr(owner, f"clip_{key}")
-        return torch.tensor([[real for section in sections for real in _real(section, segments)]])
-
-    def states(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """(L, D) output of one prompt and (L,) which of it are words and end token: `training.text_encoder.fit`."""
-        tokens = self.tokenize([prompt])
-        with torch.inference_mode(False):
-            return self.encode(tokens).context[0].clone(), self.real_tokens(tokens)[0]
-
-    def scaled(self, factor: float) -> MeasurableClip:
-        return MeasurableClip(clone_with_projection(self.clip, t5_parts(self.clip).projection.scaled(factor)))
-
-
-def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tuple[Any, ScaleReport]:
-    """A clone of a T5 CLIP with std `target_std` over `prompts`, and the measurements before and after."""
-    _expect_t5(clip)
-    scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
-    return scaled.clip, report
-
-
-class UnprojectedClip(MeasurableClip):
-    """A T5 CLIP as far as fitting its projection goes: its states before the projection."""
-
-    def encode(self, tokens: dict) -> Conditioning:
-        return encode_states(self.clip, tokens)
-
-
-def fit_clip(clip, reference, prompts: Sequence[str]) -> tuple[Any, FitReport]:
-    """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
-    _expect_t5(clip)
-    projection, report = fit_projection(UnprojectedClip(clip), MeasurableClip(reference), prompts)
-    return clone_with_projection(clip, projection), report
-
-
-def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:
-    """std over all elements of real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5)."""
-    return token_std(MeasurableClip(clip), prompts)
-
-
-def _real(section: list, segments) -> list[bool]:
-    ids = [entry[0] for entry in section]
-    end = next((i for i, entry in enumerate(ids) if _is_token(entry, segments.end_token)), len(ids) - 1)
-    return [segments.tokens_start <= i <= end for i in range(len(ids))]
-
-
-def _expect_t5(clip) -> None:
+def expect_t5(clip) -> None:
     if not is_t5_clip(clip):
         raise ValueError(
             f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"

@@ -134,7 +134,7 @@ class RetuneFitProjection(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, reference, prompts):
-        from .t5_clip import fit_clip
+        from .measure import fit_clip
 
         fitted, report = fit_clip(clip, reference, prompt_lines(prompts))
         return io.NodeOutput(fitted, report.text())
@@ -186,7 +186,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from .t5_clip import clip_std, scale_clip
+        from .measure import clip_std, scale_clip
 
         lines = prompt_lines(prompts)
         if mode == "off":

@@ -77,10 +77,11 @@ def reset(arguments: argparse.Namespace) -> dict:
 
 def demo(arguments: argparse.Namespace) -> dict:
     from .demo.run import DemoConfig, run_demo
-    from .demo.through_comfyui import run_demo_in_comfyui
 
     config = read_flags(arguments, DemoConfig)
     if arguments.comfyui:
+        from .demo.through_comfyui import run_demo_in_comfyui
+
         return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
     return run_demo(config, Terminal())
 

@@ -73,7 +73,7 @@ T5S = {
 @pytest.mark.parametrize("kind", T5S)
 def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kind):
     import comfy.sd
-    from retune.nodes import t5_clip
+    from retune.nodes import measure, t5_clip
     from retune.nodes.bridge import attention_weights, text_to_image, with_unet_weights
     from retune.training.data.dataset import from_images
     from retune.training.layers import ResetConfig, reset_weights
@@ -89,7 +89,7 @@ def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kin
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), embedding_directory=None)
         swapped = t5_clip.load_t5_clip(t5, Projection(T5S[kind]["d_model"], 768))
-        swapped, report = t5_clip.scale_clip(swapped, 0.9, ["a red cat", "two blue birds"])
+        swapped, report = measure.scale_clip(swapped, 0.9, ["a red cat", "two blue birds"])
         assert report.after.std == pytest.approx(0.9, rel=1e-3)
         weights, _ = reset_weights(attention_weights(model), ResetConfig(layers="cross-attention"))
         model = with_unet_weights(model, weights)

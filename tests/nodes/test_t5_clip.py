@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from retune.nodes import t5_clip
+from retune.nodes import measure, t5_clip
 from retune.training.generators import generator
 from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection
@@ -292,11 +292,11 @@ def test_storage_dtypes(comfyui, t5_folder, dtype):
 def test_scale_reaches_the_target_and_leaves_the_original(clip):
     before = encode_all(clip)
     with torch.inference_mode():
-        scaled, report = t5_clip.scale_clip(clip, 0.9)
-        again, _ = t5_clip.scale_clip(scaled, 0.2)
-    assert report.before.std == pytest.approx(t5_clip.clip_std(clip))
-    assert t5_clip.clip_std(scaled) == pytest.approx(0.9, rel=1e-5)
-    assert t5_clip.clip_std(again) == pytest.approx(0.2, rel=1e-5)
+        scaled, report = measure.scale_clip(clip, 0.9)
+        again, _ = measure.scale_clip(scaled, 0.2)
+    assert report.before.std == pytest.approx(measure.clip_std(clip))
+    assert measure.clip_std(scaled) == pytest.approx(0.9, rel=1e-5)
+    assert measure.clip_std(again) == pytest.approx(0.2, rel=1e-5)
     states = torch.cat([encode(scaled, prompt)[0] for prompt in PROMPTS])  # tight: every token is real
     assert states.std(unbiased=False).item() == pytest.approx(0.9, rel=1e-4)
     assert same(encode_all(clip), before)
@@ -317,15 +317,15 @@ def test_std_of_a_stock_clip_leaves_out_start_token_and_pads(comfyui):
             parameter.normal_()
     context = encode(stock, "a red apple")  # start, 3 words, end, 72 pads
     expected = context[0, 1:5].std(unbiased=False).item()
-    assert t5_clip.clip_std(stock, ["a red apple"]) == pytest.approx(expected, rel=1e-5)
+    assert measure.clip_std(stock, ["a red apple"]) == pytest.approx(expected, rel=1e-5)
     assert not t5_clip.is_t5_clip(stock)
-    for function in (t5_clip.t5_parts, t5_clip.t5_state, lambda clip: t5_clip.scale_clip(clip, 0.9)):
+    for function in (t5_clip.t5_parts, t5_clip.t5_state, lambda clip: measure.scale_clip(clip, 0.9)):
         with pytest.raises(ValueError, match="expected a T5 from Load T5"):
             function(stock)
 
 
 def test_saved_and_loaded_again_is_bit_equal(clip, t5_folder, tmp_path):
-    scaled, _ = t5_clip.scale_clip(t5_clip.clone_with_projection(clip, other_projection()), 0.7)
+    scaled, _ = measure.scale_clip(t5_clip.clone_with_projection(clip, other_projection()), 0.7)
     save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled, target_std=0.7))
     saved = read_text_encoder(tmp_path / "te.safetensors")
     saved.check_width(WIDTH)

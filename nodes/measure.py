@@ -1,0 +1,76 @@
+"""Measuring and fitting text encoders as ComfyUI's CLIP objects: std, scale, closed-form projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training.model import Conditioning
+from ..training.text_encoder.fit import FitReport, fit_projection
+from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
+from .t5_clip import clone_with_projection, encode_states, expect_t5, is_token, t5_parts
+
+
+class MeasurableClip:
+    """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def tokenize(self, texts: list[str]) -> dict:
+        (text,) = texts
+        return self.clip.tokenize(text, disable_weights=True)
+
+    def encode(self, tokens: dict) -> Conditioning:
+        return Conditioning(self.clip.encode_from_tokens(tokens))
+
+    def real_tokens(self, tokens: dict) -> Tensor:
+        """(1, L) bool: without start tokens and what follows a section's first end token."""
+        key, sections = next(iter(tokens.items()))
+        owner = self.clip.tokenizer
+        segments = getattr(owner, key, None) or getattr(owner, f"clip_{key}")
+        return torch.tensor([[real for section in sections for real in _real(section, segments)]])
+
+    def states(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """(L, D) output of one prompt and (L,) which of it are words and end token: `training.text_encoder.fit`."""
+        tokens = self.tokenize([prompt])
+        with torch.inference_mode(False):
+            return self.encode(tokens).context[0].clone(), self.real_tokens(tokens)[0]
+
+    def scaled(self, factor: float) -> MeasurableClip:
+        return MeasurableClip(clone_with_projection(self.clip, t5_parts(self.clip).projection.scaled(factor)))
+
+
+def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tuple[Any, ScaleReport]:
+    """A clone of a T5 CLIP with std `target_std` over `prompts`, and the measurements before and after."""
+    expect_t5(clip)
+    scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
+    return scaled.clip, report
+
+
+class UnprojectedClip(MeasurableClip):
+    """A T5 CLIP as far as fitting its projection goes: its states before the projection."""
+
+    def encode(self, tokens: dict) -> Conditioning:
+        return encode_states(self.clip, tokens)
+
+
+def fit_clip(clip, reference, prompts: Sequence[str]) -> tuple[Any, FitReport]:
+    """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
+    expect_t5(clip)
+    projection, report = fit_projection(UnprojectedClip(clip), MeasurableClip(reference), prompts)
+    return clone_with_projection(clip, projection), report
+
+
+def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:
+    """std over all elements of real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5)."""
+    return token_std(MeasurableClip(clip), prompts)
+
+
+def _real(section: list, segments) -> list[bool]:
+    ids = [entry[0] for entry in section]
+    end = next((i for i, entry in enumerate(ids) if is_token(entry, segments.end_token)), len(ids) - 1)
+    return [segments.tokens_start <= i <= end for i in range(len(ids))]
