@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,15 @@ from ..training.formats import ldm
 from ..training.run_folder import read_tensors
 
 BUILT_IN = "demo.safetensors"
+
+
+class Ratio(Fraction):
+    """A level's width over the first level's. ComfyUI multiplies it by a width and wants a whole number back."""
+
+    def __mul__(self, width: int) -> int:
+        return int(super().__mul__(width))
+
+    __rmul__ = __mul__
 
 
 def read_demo(path: Path | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -70,6 +80,8 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
     state = {name: value for name, value in tensors.items() if name.startswith(ldm.UNET_PREFIX)}
     shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
     about = _prediction_of(config["scheduler"], comfy.supported_models.SD15)(shape)
+    widths = config["unet"]["block_out_channels"]
+    about.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
     about.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
     about.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
     about.set_inference_dtype(torch.float32, None)
