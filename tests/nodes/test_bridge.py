@@ -42,10 +42,10 @@ def test_parts_agree_with_diffusers(demo, core_demo):
         torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
         alone = model.denoiser.predict(noisy[:1], sigma[:1], Conditioning(states.context[:1, :5]))
         torch.testing.assert_close(alone, outputs[0][:1], atol=1e-5, rtol=1e-5)
-        for call in ("target", "denoised"):
-            results = [getattr(m.denoiser, call)(noisy, sigma, latents[0][:, :, :8, :8]) for m in (model, core_demo)]
-            if call == "denoised":
-                torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+        clean = [m.denoiser.denoised(noisy, sigma, outputs[1]) for m in (model, core_demo)]
+        torch.testing.assert_close(*clean, atol=1e-4, rtol=1e-5)
+        goals = [m.denoiser.target(latents[1], noisy, sigma) for m in (model, core_demo)]
+        torch.testing.assert_close(*goals, atol=0, rtol=0)
 
 
 def test_checkpointing_gives_the_same_gradient(demo, core_demo):

@@ -355,11 +355,18 @@ def test_real_vocabulary_takes_comfyuis_tokenizer(comfyui, tmp_path):
         assert ids == stock(prompt)["input_ids"]
 
 
-def test_importing_costs_nothing():
+def test_importing_costs_nothing(comfyui):
+    import os
     import subprocess
     import sys
 
-    heavy = ("comfy", "transformers", "tokenizers", "diffusers")
-    code = f"import sys, retune.nodes.t5_clip; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    heavy = ("transformers", "tokenizers", "diffusers", "peft", "scipy")
+    code = (
+        "import comfy.options; comfy.options.enable_args_parsing(False)\n"
+        "from comfy.cli_args import args; args.cpu = True\n"
+        "import sys, comfy_api.latest; before = set(sys.modules)\n"
+        f"import retune.nodes.t5_clip; print([n for n in {heavy} if n in sys.modules and n not in before])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(comfyui)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert found.stdout.strip().endswith("[]"), found.stderr
