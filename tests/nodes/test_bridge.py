@@ -65,7 +65,6 @@ def test_checkpointing_gives_the_same_gradient(demo, core_demo):
     assert gradients[0] != 0 and gradients[1] == pytest.approx(gradients[0], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_demo, pictures, tmp_path):
     from retune.nodes import t5_clip
     from retune.nodes.bridge import text_to_image

@@ -114,6 +114,20 @@ def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server):
     assert steps == [stopped + 1, stopped + 2]
 
 
+def test_example_workflow_and_its_twin_hold_the_same_nodes(comfyui_server):
+    example = WORKFLOWS.parents[1] / "example_workflows" / "Swap the text encoder for T5.json"
+    graph = json.loads(example.read_text(encoding="utf-8"))
+    active = [node for node in graph["nodes"] if node["type"] != "MarkdownNote" and node["mode"] == 0]
+    twin = json.loads((WORKFLOWS / "swap_text_encoder.json").read_text(encoding="utf-8"))
+    assert sorted(node["type"] for node in active) == sorted(node["class_type"] for node in twin.values())
+    known = comfyui_server.object_info()
+    assert all(node["type"] in known for node in graph["nodes"] if node["type"] != "MarkdownNote")
+    (train,) = (node for node in active if node["type"] == "RetuneTrainModel")
+    widgets = ("steps", "batch_size", "learning_rate", "train", "train_projection", "run_name", "seed", "resume")
+    inputs = next(node["inputs"] for node in twin.values() if node["class_type"] == "RetuneTrainModel")
+    assert train["widgets_values"] == [inputs[name] for name in widgets]
+
+
 def test_reset_attention_scales_resets_and_trains(comfyui_server):
     comfyui_server.run(small_prompt("reset_attention"))
     folder = run_folder(comfyui_server.base_directory, "demo reset")
