@@ -123,7 +123,7 @@ def _coverage(pixels: np.ndarray, back: np.ndarray) -> np.ndarray:
 def _pieces(coverage: np.ndarray) -> list[np.ndarray]:
     """One mask (H, W) per shape, slightly grown; nothing where there are too many specks.
 
-    Shapes are told apart by their cores (coverage above `_CORE`, peeled by `_PEEL` pixels): a blurred bridge joins nothing.
+    Shapes are told apart by their cores (coverage above `_CORE`, peeled): a blurred bridge joins nothing.
     """
     from scipy import ndimage
 
