@@ -35,7 +35,7 @@ FIGURE = "figure"
 _GRID = 24
 _MIN_AREA = 40
 """Pixels; the smallest drawn shape covers about 100."""
-_PEEL, _CORE = 1.0, 0.65
+_PEEL, _CORE = 1.0, 0.6
 _BLURS = (0.0, 1.4, 2.4)
 """Pixels: templates are drawn sharp and blurred, since an autoencoder rounds corners."""
 _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
