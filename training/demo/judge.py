@@ -61,17 +61,29 @@ def read(image: Tensor | np.ndarray) -> Reading:
     back, rough = _background(pixels)
     background = UNSURE if rough else _background_name(pixels, back)
     coverage = _coverage(pixels, back)
-    pieces = _pieces(coverage)
+    pieces, shape = _shapes(coverage)
     if rough or not pieces:
         return Reading(background=background)
     return Reading(
-        shape=_agreed(_shape_name(coverage * piece) for piece in pieces),
+        shape=shape,
         colour=_agreed(_colour_name(pixels, coverage * piece) for piece in pieces),
         size=_agreed(_size_name(piece) for piece in pieces),
         count=len(pieces) if len(pieces) in COUNTS else UNSURE,
         position=_position_name(pieces),
         background=background,
     )
+
+
+def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
+    """The pieces and the shape they agree on: told apart by their cores or, thin shafts having none, as they are."""
+    pieces = _pieces(coverage, peeled=True)
+    shape = _agreed(_shape_name(coverage * piece) for piece in pieces)
+    if shape == UNSURE:
+        whole = _pieces(coverage, peeled=False)
+        named = _agreed(_shape_name(coverage * piece) for piece in whole)
+        if named != UNSURE:
+            return whole, named
+    return pieces, shape
 
 
 def _agreed(names: Iterable[str]) -> str:
@@ -120,15 +132,16 @@ def _coverage(pixels: np.ndarray, back: np.ndarray) -> np.ndarray:
     return coverage
 
 
-def _pieces(coverage: np.ndarray) -> list[np.ndarray]:
+def _pieces(coverage: np.ndarray, peeled: bool) -> list[np.ndarray]:
     """One mask (H, W) per shape, slightly grown; nothing where there are too many specks.
 
-    Shapes are told apart by their cores (coverage above `_CORE`, peeled): a blurred bridge joins nothing.
+    peeled: shapes are told apart by their cores (coverage above `_CORE`, peeled), so a blurred bridge joins nothing.
     """
     from scipy import ndimage
 
     solid = coverage > 0.5
-    labels, count = ndimage.label(ndimage.distance_transform_edt(coverage > _CORE) > _PEEL, np.ones((3, 3)))
+    cores = ndimage.distance_transform_edt(coverage > _CORE) > _PEEL if peeled else solid
+    labels, count = ndimage.label(cores, np.ones((3, 3)) if peeled else None)
     _, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
     labels = np.where(solid, labels[tuple(nearest)], 0)
     areas = ndimage.sum_labels(np.ones_like(coverage), labels, range(1, count + 1)) if count else []
