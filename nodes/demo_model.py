@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..training.demo.files import weights_path
+from ..training.files import read_tensors
 from ..training.formats import ldm
-from ..training.run_folder import read_tensors
 
 BUILT_IN = "demo.safetensors"
 

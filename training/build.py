@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .demo.files import weights_path
 from .diffusers_model import load_model
+from .files import write_tensors
 from .formats import ldm
 from .layers import ResetConfig, reset_weights
 from .model import TextToImage
-from .run_folder import write_tensors
 from .text_encoder.fit import CoreStates, fit_projection
 from .text_encoder.projection import Projection
 from .text_encoder.scale import match_reference, scale_to

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from .run_folder import RunFolder, read_tensors, write_tensors
+from .files import read_tensors, write_tensors
+from .run_folder import RunFolder
 
 
 @dataclass
@@ -55,7 +55,7 @@ def load_state(folder: RunFolder) -> State | None:
     try:
         tensors, metadata = read_tensors(folder.latest)
         about = json.loads(metadata["retune.state"])
-    except (OSError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"state file {folder.latest} cannot be read ({error}). Choose resume = restart to begin again."
         ) from error

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .clip_text import ClipTextEncoder
+from .files import read_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
 from .model import Conditioning, TextToImage
-from .run_folder import read_tensors
 
 SD1_VAE = {
     "block_out_channels": (128, 256, 512, 512),

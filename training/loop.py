@@ -27,9 +27,10 @@ from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
 from .data.images import save_png
 from .distributed import World, world
+from .files import check_free_disk, read_tensors, write_tensors
 from .objectives import Objective
 from .optim import build_optimizer, learning_rate_factor
-from .run_folder import RunFolder, check_free_disk, read_tensors, write_tensors
+from .run_folder import RunFolder
 from .trainable import SelectedWeights
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .chart import run_chart
-from .run_folder import RunFolder, write_text
+from .files import write_text
+from .run_folder import RunFolder
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1040px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}

@@ -10,70 +10,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from torch import Tensor
 
 from .config import check_run_name
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file to a temporary name beside it, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file to a temporary name, then renames; a full disk is named as such."""
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(ready, temporary, dict(metadata or {}))
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
-            raise
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise ValueError(
-            f"free disk space under {path.parent} is too small for {path.name} ({size / 2**20:.0f} MB). "
-            "Make room, then queue the same run again: it goes on from its last state."
-        ) from error
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata, copied out: a file that stays mapped cannot be replaced on Windows."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
-
-
-def check_free_disk(folder: Path, needed: int) -> None:
-    """Raises ValueError when fewer than `needed` bytes are free where `folder` is or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"free disk space under {folder} is {free / 2**20:.0f} MB; expected at least {needed / 2**20:.0f} MB "
-            "for this run's state and result. Make room or use another output folder."
-        )
+from .files import read_json, write_json
 
 
 class RunFolder:
@@ -111,16 +57,18 @@ class RunFolder:
                 move_aside(root / name)
             folder = cls(root / name)
             folder.samples.mkdir(parents=True, exist_ok=True)
+            for torn in folder.path.rglob(".*.tmp"):  # a killed writer's
+                torn.unlink()
             yield folder
 
     def config(self) -> dict[str, Any] | None:
         """What config.json holds, or None in a new folder."""
         path = self.path / "config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def status(self) -> dict[str, Any]:
         path = self.path / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "new", "step": 0}
+        return read_json(path) if path.exists() else {"state": "new", "step": 0}
 
     def set_status(self, state: str, step: int, **more: Any) -> None:
         write_json(self.path / "status.json", {"state": state, "step": step, **more})

@@ -18,6 +18,7 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
+from .files import read_tensors, write_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
 from .generate import decode, draw_latents
@@ -26,7 +27,7 @@ from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import TextToImage
 from .objectives import DenoisingObjective, snr_weight
-from .run_folder import RunFolder, read_tensors, write_tensors
+from .run_folder import RunFolder
 from .trainable import SelectedWeights, targets
 
 log = logging.getLogger(__name__)

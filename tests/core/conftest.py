@@ -93,8 +93,8 @@ def pictures():
 @pytest.fixture
 def single_file(tiny_model, tmp_path):
     """The tiny model as one checkpoint in the original layout, its shapes described in the metadata."""
+    from retune.training.files import write_tensors
     from retune.training.formats import ldm
-    from retune.training.run_folder import write_tensors
 
     unet, vae, text = (part.network for part in (tiny_model.denoiser, tiny_model.autoencoder, tiny_model.text_encoder))
     words = {"text_model." + name.removeprefix("text_model."): t for name, t in text.state_dict().items()}

@@ -12,9 +12,9 @@ from retune.training.build import ModelConfig
 from retune.training.cli import add_flags, field_docs, read_flags
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
 from retune.training.data.folder import FolderConfig
+from retune.training.files import read_tensors
 from retune.training.formats import ldm
 from retune.training.layers import ResetConfig
-from retune.training.run_folder import read_tensors
 
 CONFIGS = {
     "train": [

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from retune.training.diffusers_model import load_model
+from retune.training.files import read_tensors, write_tensors
 from retune.training.model import Conditioning
-from retune.training.run_folder import read_tensors, write_tensors
 
 
 @pytest.fixture

@@ -9,16 +9,9 @@ import pytest
 import torch
 from retune.training.checkpoint import load_state, restore_optimizer, save_state
 from retune.training.config import TrainingSettings
+from retune.training.files import check_free_disk, read_tensors, write_json, write_tensors
 from retune.training.optim import build_optimizer
-from retune.training.run_folder import (
-    RunFolder,
-    check_free_disk,
-    move_aside,
-    next_name,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from retune.training.run_folder import RunFolder, move_aside, next_name
 
 HOLD = """
 import sys
@@ -113,15 +106,24 @@ def test_status_of_a_new_folder_and_after(tmp_path):
 
 
 def test_a_torn_file_of_a_killed_writer_changes_nothing(tmp_path):
-    path = tmp_path / "value.json"
+    path = tmp_path / "r" / "value.json"
     write_json(path, {"a": 1})
-    (tmp_path / "value.json.tmp").write_text('{"a"', encoding="utf-8")
-    (tmp_path / "t.safetensors.tmp").write_bytes(b"torn")
+    (path.parent / ".value.json.123.tmp").write_text('{"a"', encoding="utf-8")
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     write_json(path, {"a": 2})
-    write_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2)})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.safetensors", "value.json"]
+    write_tensors(path.parent / "state" / "t.safetensors", {"x": torch.ones(2)})
+    (path.parent / "state" / ".t.safetensors.123.tmp").write_bytes(b"torn")
+    with RunFolder.open(tmp_path, "r", resume="auto") as folder:
+        assert json.loads(path.read_text(encoding="utf-8")) == {"a": 2}
+        assert sorted(p.name for p in folder.path.rglob("*.*")) == ["t.safetensors", "value.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "status.json"])
+def test_a_damaged_json_file_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"identity"', encoding="utf-8")
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*begin the run again"):
+        folder.config() if name == "config.json" else folder.status()
 
 
 def test_tensors_come_back_with_metadata_and_unmapped(tmp_path):

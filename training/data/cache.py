@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..files import write_bytes
 from ..model import Conditioning
 from .examples import Dataset, Example
-from .files import write_atomically
 from .folder import Progress
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class _Store:
 
     def _write(self, key: str, data: bytes, needed: float) -> None:
         try:
-            write_atomically(self._path(key), data)
+            write_bytes(self._path(key), data)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise self._full(needed) from error

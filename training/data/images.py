@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from .files import atomic_path
+from ..files import atomic_path
 
 log = logging.getLogger(__name__)
 

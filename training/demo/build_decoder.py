@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import write_tensors
 from ..generators import generator
-from .build_vae import SEED, latents_of, load_vae, pictures, run_steps, save_atomically
+from .build_vae import SEED, latents_of, load_vae, pictures, run_steps
 from .scenes import SIDE, training_scenes
 
 SCENES = 3000
@@ -74,6 +75,6 @@ def train_decoder(work: Path) -> None:
 
     def after(done: int) -> None:
         if done % 150 == 0 or done == CROP_STEPS + FULL_STEPS:
-            save_atomically(vae.state_dict(), file, {"config": json.dumps(config | {"sharpened": done})})
+            write_tensors(file, vae.state_dict(), {"config": json.dumps(config | {"sharpened": done})})
 
     run_steps("decoder", trained, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work, after)

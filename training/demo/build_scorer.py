@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..files import write_tensors
 from ..generators import generator
 from .build_text import CLIP_LENGTH, build_tokenizers
 from .build_unet import clip_tokenizer
-from .build_vae import pictures, run_steps, save_atomically
+from .build_vae import pictures, run_steps
 from .files import WEIGHTS, weights_path
 from .scenes import SIDE, caption, held_out_scenes, training_scenes
 
@@ -95,7 +96,7 @@ def train_scorer(work: Path) -> None:
 
     run_steps("scorer", model, optimizer, step, STEPS, LEARNING_RATE, work)
     tensors = {name: tensor.half() for name, tensor in model["clip"].state_dict().items() if "position_ids" not in name}
-    save_atomically(tensors, WEIGHTS / "scorer.safetensors", {"retune.config": json.dumps(config)})
+    write_tensors(WEIGHTS / "scorer.safetensors", tensors, {"retune.config": json.dumps(config)})
     _write_head(images, polish)
     LOG.info("scorer: %s", scorer_figures())
 
@@ -116,7 +117,7 @@ def _write_head(images: Tensor, polish: Tensor) -> None:
     weight = torch.linalg.solve(gram, centred.T @ (target - target.mean()))
     bias = target.mean() - inputs.mean(0) @ weight
     tensors = {"weight": weight[None].half(), "bias": bias[None].half()}
-    save_atomically(tensors, WEIGHTS / "aesthetic.safetensors", {})
+    write_tensors(WEIGHTS / "aesthetic.safetensors", tensors)
 
 
 def aesthetic(images: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import write_tensors
 from ..generators import generator
 from .build_text import SENTINELS, build_tokenizers, corpus
-from .build_vae import run_steps, save_atomically
+from .build_vae import run_steps
 from .files import WEIGHTS, weights_path
 from .scenes import ATTRIBUTES, caption, held_out_scenes, training_scenes
 
@@ -93,7 +94,7 @@ def train_t5(work: Path) -> None:
     tensors |= {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     tensors = {name: tensor.half() for name, tensor in tensors.items() if "embed_tokens" not in name}
     shipped = CONFIG | {"vocab_size": tokenizer.get_vocab_size(), "is_encoder_decoder": False, "use_cache": False}
-    save_atomically(tensors, WEIGHTS / "t5.safetensors", {"retune.t5_config": json.dumps(shipped)})
+    write_tensors(WEIGHTS / "t5.safetensors", tensors, {"retune.t5_config": json.dumps(shipped)})
     LOG.info("t5 probe: %s", probe())
 
 

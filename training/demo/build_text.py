@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from torch import Generator
 
+from ..files import write_text
 from ..generators import generator
 from .scenes import Scene, caption, random_scene
 
@@ -60,8 +60,8 @@ def build_clip_tokenizer(folder: Path) -> None:
     entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys([*entries, CLIP_START, CLIP_END]))}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    _write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer(
         vocab=vocabulary, merges=merges, unk_token=CLIP_END, pad_token=CLIP_END, model_max_length=CLIP_LENGTH
     )
@@ -88,13 +88,7 @@ def build_t5_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(f"<extra_id_{i}>") for i in range(SENTINELS)])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def build_tokenizers(weights: Path) -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..files import write_tensors
 from ..formats.ldm import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, to_ldm, unet_names, vae_names
 from ..generators import generator
 from .build_clip import pretrain_clip
 from .build_init import add_border_markers
 from .build_text import CLIP_LENGTH, build_tokenizers, varied_caption
-from .build_vae import decoded, latents_of, load_vae, pictures, run_steps, save_atomically
+from .build_vae import decoded, latents_of, load_vae, pictures, run_steps
 from .files import WEIGHTS, weights_path
 from .judge import alignment
 from .scenes import Scene, caption, held_out_scenes, training_scenes
@@ -230,4 +231,4 @@ def write_demo(networks: nn.ModuleDict, work: Path) -> None:
     tensors |= {CLIP_PREFIX + k: v for k, v in named.items() if "position_ids" not in k}
     config = {"unet": UNET, "vae": vae_config, "clip": clip.config.to_dict(), "scheduler": SCHEDULER}
     tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    save_atomically(tensors, WEIGHTS / "demo.safetensors", {"retune.config": json.dumps(config, default=str)})
+    write_tensors(WEIGHTS / "demo.safetensors", tensors, {"retune.config": json.dumps(config, default=str)})

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..files import atomic_path, write_tensors
 from ..generators import generator
 from .build_init import level_keeping_init
 from .scenes import SIDE, Scene, draw, training_scenes
@@ -47,13 +46,6 @@ def pictures(scenes: list[Scene], seed: int) -> Tensor:
     """The scenes drawn as uint8 (N, 3, 128, 128)."""
     drawn = (draw(scene, generator(seed, "picture", index)) for index, scene in enumerate(scenes))
     return torch.stack([(image * 255).round().to(torch.uint8) for image in drawn])
-
-
-def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
 
 
 def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -110,9 +102,8 @@ def train_vae(work: Path) -> None:
 
     run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
     scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
-    save_atomically(
-        vae.state_dict(), work / "vae.safetensors", {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
-    )
+    about = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
+    write_tensors(work / "vae.safetensors", vae.state_dict(), about)
 
 
 @torch.no_grad()
@@ -157,9 +148,8 @@ def run_steps(
 
 
 def _save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "done": done}, temporary)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "done": done}, temporary)
 
 
 def _load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -19,11 +19,12 @@ from ..build import ModelConfig, apply_weights, build_model, with_t5
 from ..config import SamplePrompts, TrainingSettings, TrainModelConfig
 from ..data.folder import FolderConfig, load_folder
 from ..data.images import save_png
+from ..files import write_json, write_text
 from ..generate import draw
 from ..loop import Callbacks
 from ..model import TextToImage
 from ..report import write_report
-from ..run_folder import RunFolder, write_json, write_text
+from ..run_folder import RunFolder
 from ..train_model import ARTIFACT, TrainedModel, read_trained, train_model
 from .judge import alignment
 from .scenes import caption, demo_examples, held_out_scenes

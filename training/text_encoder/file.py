@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from .projection import Projection, read_safetensors, write_safetensors
+from ..files import read_tensors, write_tensors
+from .projection import Projection
 from .t5 import Padding
 from .t5_file import file_hash
 
@@ -104,7 +105,7 @@ def save_text_encoder(path: str | Path, saved: SavedTextEncoder) -> None:
     }
     state = saved.projection.state_dict().items()
     tensors = {PREFIX + name: value.detach().float().cpu().contiguous().clone() for name, value in state}
-    write_safetensors(path, tensors, {METADATA: json.dumps(description)})
+    write_tensors(path, tensors, {METADATA: json.dumps(description)})
 
 
 def read_text_encoder(path: str | Path) -> SavedTextEncoder:
@@ -113,7 +114,7 @@ def read_text_encoder(path: str | Path) -> SavedTextEncoder:
     Errors: ValueError for a damaged file, one of another kind or a newer format; FileNotFoundError when not there.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_tensors(path)
     if METADATA not in metadata:
         raise ValueError(f"{path.name} is no saved text encoder; expected a file written by Save Text Encoder")
     description = json.loads(metadata[METADATA])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import read_tensors, write_tensors
 from ..generators import generator
 
 KINDS = ("orthogonal", "truncate", "mlp")
@@ -98,39 +98,12 @@ def detached_copy(projection: Projection) -> Projection:
 def save_projection(path: str | Path, projection: Projection) -> None:
     """Writes a projection as safetensors; its description goes into the metadata."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in projection.state_dict().items()}
-    write_safetensors(path, tensors, {METADATA: json.dumps(projection.config())})
+    write_tensors(path, tensors, {METADATA: json.dumps(projection.config())})
 
 
 def read_projection(path: str | Path) -> Projection:
     """Reads what `save_projection` wrote. Errors: ValueError for a damaged file or one of another kind."""
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_tensors(path)
     if METADATA not in metadata:
         raise ValueError(f"{Path(path).name} is no saved projection; expected the metadata entry {METADATA}")
     return Projection.from_state(json.loads(metadata[METADATA]), tensors)
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes to a temporary name, then renames: a reader never sees half a file."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, str(temporary), metadata=metadata)
-    os.replace(temporary, path)
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Errors: ValueError when it is damaged, FileNotFoundError when it is not there."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} is damaged or no safetensors file ({error}). Save or download it again."
-        ) from error
