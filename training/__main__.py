@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from .bench import BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .config import SamplePrompts, TrainingSettings, TrainModelConfig
@@ -86,6 +87,10 @@ def demo(arguments: argparse.Namespace) -> dict:
     return run_demo(config, Terminal())
 
 
+def bench(arguments: argparse.Namespace) -> dict:
+    return run_bench(read_flags(arguments, BenchConfig))
+
+
 def parser() -> argparse.ArgumentParser:
     """All verbs and their flags."""
     top = argparse.ArgumentParser(prog="retune", description="Change how a text-to-image model listens to text.")
@@ -111,7 +116,11 @@ def parser() -> argparse.ArgumentParser:
     add_flags(d, DemoConfig)
     d.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
     d.set_defaults(function=demo)
-    for verb in (t, r, d):
+    b = verbs.add_parser("bench", help="measure variants side by side on the demo model")
+    b.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
+    add_flags(b, BenchConfig, skip=("name",))
+    b.set_defaults(function=bench)
+    for verb in (t, r, d, b):
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return top
 

@@ -84,7 +84,8 @@ def _silence(module: nn.Module, channel: int, bias: float = 0.0) -> None:
 def _leave_alone(block: nn.Module, channels: list[int]) -> None:
     for channel in channels:
         _silence(block.resnets[0].conv2, channel)
-        _silence(block.attentions[0].proj_out, channel)
+        for attention in getattr(block, "attentions", []):
+            _silence(attention.proj_out, channel)
 
 
 def _mark(conv: nn.Conv2d, constant: int, channels: list[int]) -> None:

@@ -24,7 +24,8 @@ from .scenes import Scene, caption, held_out_scenes, training_scenes
 
 LOG = logging.getLogger(__name__)
 # Three levels: on the 4 x 4 grid every cell sees the border, the only thing that tells left from right. With two, words
-# of position had no effect at all after 2000 steps.
+# of position had no effect at all after 2000 steps. The first has no attention, as in SDXL: it cost half of every step
+# and gave little (validation loss after 300 steps 0.23 to 0.34 over the noise levels instead of 0.22 to 0.29).
 UNET = {
     "sample_size": 16,
     "in_channels": 4,
@@ -34,8 +35,8 @@ UNET = {
     "cross_attention_dim": 128,
     "attention_head_dim": 4,
     "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3,
-    "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 CLIP = {
     "hidden_size": 128,
@@ -55,8 +56,8 @@ SCHEDULER = {
 }
 SEED = 22
 SCENES = 14_000
-STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 4000, 32, 1.5e-3, 0.1
-CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 250, 40, 20, 4.0
+STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 6000, 32, 1.5e-3, 0.1
+CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 4.0
 
 
 def alphas_cumprod() -> Tensor:
@@ -182,7 +183,7 @@ def _prepare_start(networks: nn.ModuleDict, tokenizer) -> None:
 
 
 def train_unet(work: Path) -> None:
-    """Trains UNet and CLIP; every 400 steps measures alignment and writes `demo.safetensors` when it improved."""
+    """Trains UNet and CLIP; every 500 steps measures alignment and writes `demo.safetensors` when it improved."""
     from diffusers.models.attention_processor import AttnProcessor
 
     build_tokenizers(WEIGHTS)

@@ -33,11 +33,13 @@ CONFIG = {
 }
 SEED = 20
 SCENES = 4000
-CROP_STEPS, CROP_BATCH, CROP = 1700, 16, 64
-FULL_STEPS, FULL_BATCH = 60, 8
+CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 64
+FULL_STEPS, FULL_BATCH = 100, 8
 LEARNING_RATE = 2e-3
-SHAPE_WEIGHT = 1.5
+SHAPE_WEIGHT = 2.0
 """Extra weight of pixels unlike the median colour: the shapes, which cover little."""
+SQUARE_WEIGHT = 4.0
+"""Absolute error alone fills in the hole of a small ring: few pixels, however wrong."""
 KL_WEIGHT = 1e-4
 """On the mean over latent elements: enough to keep the latents smooth, too little to blur."""
 
@@ -77,7 +79,7 @@ def _loss(vae: nn.Module, images: Tensor, draws: torch.Generator) -> tuple[Tenso
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
     absolute = error.abs().mean()
-    return absolute + 0.5 * edges + error.square().mean() + KL_WEIGHT * kl, float(absolute.detach())
+    return absolute + 0.5 * edges + SQUARE_WEIGHT * error.square().mean() + KL_WEIGHT * kl, float(absolute.detach())
 
 
 def train_vae(work: Path) -> None:

@@ -65,9 +65,9 @@ def read(image: Tensor | np.ndarray) -> Reading:
     if rough or not pieces:
         return Reading(background=background)
     return Reading(
-        shape=shape,
+        shape=shape if shape in (*NAMED_SHAPES, UNSURE) else FIGURE,
         colour=_agreed(_colour_name(pixels, coverage * piece) for piece in pieces),
-        size=_agreed(_size_name(piece) for piece in pieces),
+        size=_size_name([_radius(coverage * piece, piece, shape) for piece in pieces]),
         count=len(pieces) if len(pieces) in COUNTS else UNSURE,
         position=_position_name(pieces),
         background=background,
@@ -185,9 +185,8 @@ def _shape_name(mask: np.ndarray) -> str:
     overlap = np.minimum(templates, patch).sum((1, 2)) / np.maximum(templates, patch).sum((1, 2))
     scores = {shape: max(o for o, name in zip(overlap, names, strict=True) if name == shape) for shape in SHAPES}
     best, second = sorted(scores, key=scores.get, reverse=True)[:2]
-    if scores[best] < 0.72 or scores[best] - scores[second] < 0.015:
-        return UNSURE
-    return best if best in NAMED_SHAPES else FIGURE
+    clear = scores[best] >= 0.72 and scores[best] - scores[second] >= 0.015
+    return best if clear else UNSURE
 
 
 def _colour_name(pixels: np.ndarray, mask: np.ndarray) -> str:
@@ -203,13 +202,28 @@ def _colour_name(pixels: np.ndarray, mask: np.ndarray) -> str:
     return best if clear else UNSURE
 
 
-def _size_name(piece: np.ndarray) -> str:
-    """By the larger side of the bounding box; `piece` is grown by two pixels all around."""
+@cache
+def _unit_area(shape: str) -> float:
+    return float(shape_mask(shape, 16.0, 64.0, 64.0).sum()) / 16.0**2
+
+
+def _radius(mask: np.ndarray, piece: np.ndarray, shape: str) -> float:
+    """Half extent in pixels, by the larger side of the bounding box and, for a known shape, as much by the area.
+
+    Blur wears off the tips of a star or fills the hole of a ring, but not both measures. `piece` is grown by two pixels
+    all around.
+    """
     rows, columns = np.nonzero(piece)
-    extent = max(np.ptp(rows), np.ptp(columns)) + 1 - 4
-    names = sorted(SIZES, key=SIZES.get)
-    middle = sum(SIZES.values())
-    return UNSURE if abs(extent - middle) < 1.0 or extent > 46 else names[int(extent > middle)]
+    radius = (max(np.ptp(rows), np.ptp(columns)) + 1 - 4) / 2
+    return radius if shape == UNSURE else (radius + float(np.sqrt(mask.sum() / _unit_area(shape)))) / 2
+
+
+def _size_name(radii: list[float]) -> str:
+    """By the mean radius; unsure between the sizes, and of pieces unlike each other."""
+    mean, middle = float(np.mean(radii)), sum(SIZES.values()) / 2
+    if np.ptp(radii) > 4 or abs(mean - middle) < 0.3 or mean > 23:
+        return UNSURE
+    return min(SIZES, key=SIZES.get) if mean < middle else max(SIZES, key=SIZES.get)
 
 
 def _position_name(pieces: list[np.ndarray]) -> str:

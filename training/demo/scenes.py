@@ -40,8 +40,10 @@ BACKGROUNDS = {
     "blue": COLOURS["blue"],
     "green": COLOURS["green"],
 }
-SIZES = {"small": 12.5, "large": 18.5}
+SIZES = {"small": 13.5, "large": 17.5}
 """Half extent of one shape in pixels."""
+GAP = 8
+"""Pixels between neighbours, a latent cell: closer ones the autoencoder joins."""
 COUNTS = {1: "one", 2: "two", 3: "three"}
 POSITIONS = {
     "left": "on the left",
@@ -181,7 +183,7 @@ def caption(scene: Scene, generator: Generator, drop: float = 0.0) -> str:
 def _polygon(shape: str) -> list[tuple[float, float]]:
     """Outline in -1..1, y down."""
     if shape == "star":
-        radii = [1.05, 0.45] * 5
+        radii = [1.05, 0.42] * 5
         turns = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
         return [(r * math.cos(t), r * math.sin(t) + 0.05) for r, t in zip(radii, turns, strict=True)]
     if shape == "heart":
@@ -219,7 +221,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, radius: float, x: float, y
     if shape in ("circle", "ring", "crescent"):
         disc(radius, x, y, 255)
         if shape == "ring":
-            disc(0.52 * radius, x, y, 0)
+            disc(0.55 * radius, x, y, 0)
         if shape == "crescent":
             disc(0.8 * radius, x + 0.5 * radius * math.cos(turn), y + 0.5 * radius * math.sin(turn), 0)
         return
@@ -229,7 +231,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, radius: float, x: float, y
 
 def _places(scene: Scene, radius: float, generator: Generator) -> list[tuple[float, float]]:
     """Centres of the shapes: a row (a column at the left and right), jittered as a whole."""
-    step = 2 * radius + (4 if scene.size == "large" else 6)
+    step = 2 * radius + GAP
     half = (scene.count - 1) / 2 * step + radius
     middle = SIDE / 2
     room = min(10.0, middle - 0.5 - half)
@@ -251,7 +253,7 @@ def _jittered(rgb: tuple[float, float, float], generator: Generator) -> np.ndarr
 def draw(scene: Scene, generator: Generator) -> Tensor:
     """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
-    radius = SIZES[scene.size] * _uniform(generator, 0.95, 1.05)
+    radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
     distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
     image = back * (1 - 0.4 * scene.polish * distance)[..., None]

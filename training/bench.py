@@ -1,0 +1,138 @@
+"""Benchmarks on the demo model: `python run.py bench [name]`. Variants take turns in one run; read the ratios.
+
+A machine's absolute times drift; medians of interleaved rounds, compared side by side, hold.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .build import ModelConfig, build_model
+from .config import TrainingSettings
+from .data.dataset import from_images
+from .data.order import BatchOrder
+from .generate import draw
+from .layers import select
+from .objectives import DenoisingObjective
+from .trainable import SelectedWeights, targets
+
+Variants = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure and how often."""
+
+    name: str = ""
+    """training-step, drawing or text; empty lists them."""
+    rounds: int = 7
+    """Turns of every variant, after one that is not counted."""
+    batch_size: int = 16
+    """Pictures or captions at a time."""
+
+    def __post_init__(self) -> None:
+        if self.name and self.name not in BENCHES:
+            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join(BENCHES)}.")
+        if self.rounds < 1 or self.batch_size < 1:
+            raise ValueError(f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected at least 1.")
+
+
+def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """Median seconds of each variant; in each round every variant has one turn."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, call in variants.items():
+            began = clock()
+            call()
+            if number:
+                times[name].append(clock() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_bench(config: BenchConfig) -> dict:
+    """Seconds of every variant and, for all but the first, how many times the first one's that is."""
+    if not config.name:
+        return {name: function.__doc__ for name, function in BENCHES.items()}
+    found = medians(BENCHES[config.name](config), config.rounds)
+    first = next(iter(found.values()))
+    figures = {name: {"seconds": round(value, 4), "ratio": round(value / first, 3)} for name, value in found.items()}
+    return {"threads": torch.get_num_threads(), "device": "cpu", **figures}
+
+
+def _training_step(config: BenchConfig) -> Variants:
+    """Forward and backward of one training step: cross-attention in fp32, in bf16, checkpointed, and the whole UNet."""
+    from .demo.scenes import demo_examples
+
+    model = build_model(ModelConfig(model="demo"))
+    denoiser, encoder = model.denoiser, model.text_encoder
+    images, captions = demo_examples(config.batch_size, 0)
+    dataset = from_images([image.movedim(0, -1)[None] for image in images], captions)
+    latent = {e.key: model.autoencoder.encode(e.load()[None])[0] for e in dataset.examples}
+    text = {c: encoder.backbone(encoder.tokenize([c])) for c in ["", *captions]}
+    slots = BatchOrder(dataset, config.batch_size, 0).batch(1)
+    objective = DenoisingObjective(
+        denoiser,
+        TrainingSettings(),
+        0,
+        latent_of=lambda slot: latent[slot.example.key],
+        text_of=text.get,
+        project=encoder.project,
+    )
+    found = {denoiser.canonical_name(n): t for n, t in targets(denoiser.network).items()}
+
+    def step(layers: str, bf16: bool = False, checkpointing: bool = False) -> Callable[[], None]:
+        trainable = SelectedWeights({name: found[name] for name in select(found, layers)}, [denoiser.network])
+
+        def run() -> None:
+            precision = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+            with denoiser.checkpointing(checkpointing), trainable.attach(), precision:
+                objective(list(enumerate(objective.load(slots))), 1).per_sample.mean().backward()
+
+        return run
+
+    return {
+        "cross-attention, fp32": step("cross-attention"),
+        "cross-attention, bf16": step("cross-attention", bf16=True),
+        "cross-attention, fp32, gradient checkpointing": step("cross-attention", checkpointing=True),
+        "whole UNet, fp32": step("whole UNet"),
+    }
+
+
+def _drawing(config: BenchConfig) -> Variants:
+    """Drawing pictures with guidance: one batch, and one by one."""
+    model = build_model(ModelConfig(model="demo"))
+    prompts = ["two small red circles on the left, white background"] * config.batch_size
+    options = {"width": 128, "height": 128, "steps": 5, "cfg": 4.0, "seed": 0}
+    return {
+        "one batch": lambda: draw(model, prompts, **options, batch_size=config.batch_size),
+        "one by one": lambda: draw(model, prompts, **options, batch_size=1),
+    }
+
+
+def _text(config: BenchConfig) -> Variants:
+    """Encoding captions one by one: CLIP, and T5 without padding and padded to 77 tokens."""
+    prompts = ["two small red circles on the left, white background"] * config.batch_size
+
+    def encode(model: ModelConfig) -> Callable[[], object]:
+        encoder = build_model(model).text_encoder
+        return lambda: [encoder.encode(encoder.tokenize([prompt])) for prompt in prompts]
+
+    padded = ModelConfig(model="demo", t5="demo", max_tokens=77, pad="max_tokens")
+    return {
+        "CLIP": encode(ModelConfig(model="demo")),
+        "T5": encode(ModelConfig(model="demo", t5="demo")),
+        "T5, padded to 77": encode(padded),
+    }
+
+
+BENCHES: dict[str, Callable[[BenchConfig], Variants]] = {
+    "training-step": _training_step,
+    "drawing": _drawing,
+    "text": _text,
+}
