@@ -198,6 +198,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     tooltip="Steps between two saved states; a killed run goes on from the last one.",
                     **number,
                 ),
+                *_stages(d),
             ],
             outputs=[types.Settings.Output(display_name="settings", tooltip="Goes into a training node.")],
         )
@@ -205,6 +206,43 @@ class RetuneTrainingSettings(io.ComfyNode):
     @classmethod
     def execute(cls, preset="custom", **values):
         return io.NodeOutput(TrainingSettings(**(values | PRESETS[preset])))
+
+
+def _stages(default: TrainingSettings) -> list:
+    """Learning rate and first step of each part of a model."""
+    parts = {
+        "projection": "the text encoder's projection",
+        "cross_attention": "cross-attention (attn2)",
+        "self_attention": "self-attention (attn1)",
+        "rest": "everything else in the UNet",
+    }
+    rates = [
+        io.Float.Input(
+            f"lr_{part}",
+            default=getattr(default, f"lr_{part}"),
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            round=False,
+            optional=True,
+            advanced=True,
+            tooltip=f"Learning rate of {words}, as a multiple of the run's; 0 keeps it as it is.",
+        )
+        for part, words in parts.items()
+    ]
+    steps = [
+        io.Int.Input(
+            f"unfreeze_{part}",
+            default=getattr(default, f"unfreeze_{part}"),
+            min=0,
+            max=10**7,
+            optional=True,
+            advanced=True,
+            tooltip=f"Step at which {words} begins to train.",
+        )
+        for part, words in parts.items()
+    ]
+    return rates + steps
 
 
 class RetuneSamplePrompts(io.ComfyNode):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention", "whole UNet")
+GROUPS = ("projection", "cross_attention", "self_attention", "rest")
+"""Parts of a swapped model that may train at rates and from steps of their own."""
 RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
 RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
 
@@ -83,6 +85,22 @@ class TrainingSettings:
     """Optimiser steps between two validation losses."""
     save_every: int = 100
     """Optimiser steps between two saved states; a killed run goes on from the last one."""
+    lr_projection: float = 1.0
+    """Learning rate of the text encoder's projection, as a multiple of the run's; 0 keeps it as it is."""
+    lr_cross_attention: float = 1.0
+    """Learning rate of cross-attention (attn2), as a multiple of the run's; 0 keeps it as it is."""
+    lr_self_attention: float = 1.0
+    """Learning rate of self-attention (attn1), as a multiple of the run's; 0 keeps it as it is."""
+    lr_rest: float = 1.0
+    """Learning rate of everything else in the UNet, as a multiple of the run's; 0 keeps it as it is."""
+    unfreeze_projection: int = 0
+    """Step at which the text encoder's projection begins to train; before, it stays as it is."""
+    unfreeze_cross_attention: int = 0
+    """Step at which cross-attention (attn2) begins to train; before, it stays as it is."""
+    unfreeze_self_attention: int = 0
+    """Step at which self-attention (attn1) begins to train; before, it stays as it is."""
+    unfreeze_rest: int = 0
+    """Step at which everything else in the UNet begins to train; before, it stays as it is."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -102,6 +120,8 @@ class TrainingSettings:
             validation_fraction=(0, 0.5),
             validate_every=(1, 10**7),
             save_every=(1, 10**7),
+            **{f"lr_{group}": (0, 1000) for group in GROUPS},
+            **{f"unfreeze_{group}": (0, 10**8) for group in GROUPS},
         )
         if self.min_timestep > self.max_timestep:
             raise ValueError(

@@ -29,6 +29,15 @@ LAYER_PATTERNS = {
 _OUTPUT = re.compile(r"attn[12]\.to_out\.0\.")
 
 
+def group_of(name: str) -> str:
+    """The entry of `config.GROUPS` that a trained parameter belongs to, by its canonical name."""
+    if name.startswith("projection."):
+        return "projection"
+    if re.search(r"\battn2\.", name):
+        return "cross_attention"
+    return "self_attention" if re.search(r"\battn1\.", name) else "rest"
+
+
 def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     """Parameter names that belong to `layers` (a key of LAYER_PATTERNS) inside blocks whose name matches the regex.
 

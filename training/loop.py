@@ -29,7 +29,7 @@ from .data.images import save_png
 from .distributed import World, world
 from .files import check_free_disk, read_tensors, write_tensors
 from .objectives import Objective
-from .optim import build_optimizer, learning_rate_factor
+from .optim import build_optimizer, group_rate, learning_rate_factor
 from .run_folder import RunFolder
 from .trainable import SelectedWeights
 
@@ -116,12 +116,22 @@ class Loop:
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
-        self.optimizer = build_optimizer(trainable.parameters.values(), config.learning_rate, config.settings)
+        self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, config.settings)
+        self._check_groups()
         self.ema = self._fresh_average()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         self.step, self.saved_step, self.seconds_per_step = 0, -1, 0.0
         self.best = math.inf
         self.events: set[tuple[str, int]] = set()
+
+    def _check_groups(self) -> None:
+        """Raises ValueError when nothing would train at the first step: a schedule nobody means."""
+        groups = [group["name"] for group in self.optimizer.param_groups]
+        if not any(group_rate(group, 1, self.settings) for group in groups):
+            raise ValueError(
+                f"learning rates of {', '.join(groups)} are 0 at the first step; expected one that trains. Raise an "
+                "lr_... setting or set its unfreeze_... to 0."
+            )
 
     def run(self) -> dict[str, Tensor]:
         """Trains to the end and returns the result's values: the average when there is one, else the masters.
@@ -183,14 +193,21 @@ class Loop:
             loss += part.item()
             for key, value in result.parts.items():
                 parts[key] = parts.get(key, 0.0) + value * len(share) / total
-        loss = self._sum_over_processes(loss)
+        loss, parts = self._sum_over_processes(loss, parts)
         if not math.isfinite(loss):
             raise self._diverged("loss", loss)
         rate = self.config.learning_rate * learning_rate_factor(step, self.config.steps, self.settings)
         return {"step": step, "loss": loss, "learning_rate": rate, **parts}
 
     def _clip(self) -> float | None:
-        """Clips the gradient and returns its norm before; None after an fp16 overflow (the scaler skips that step)."""
+        """Clips the gradient and returns its norm before; None after an fp16 overflow (the scaler skips that step).
+
+        Groups that rest at this step lose their gradient first, so that neither the norm nor the optimiser sees them.
+        """
+        for group in self.optimizer.param_groups:
+            if group_rate(group["name"], self.step + 1, self.settings) == 0:
+                for parameter in group["params"]:
+                    parameter.grad = None
         parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf).item()
@@ -201,7 +218,7 @@ class Loop:
     def _update(self, row: dict[str, Any]) -> None:
         """Steps the optimiser and the average, logs the row."""
         for group in self.optimizer.param_groups:
-            group["lr"] = row["learning_rate"]
+            group["lr"] = row["learning_rate"] * group_rate(group["name"], row["step"], self.settings)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._average()
@@ -308,12 +325,14 @@ class Loop:
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def _sum_over_processes(self, loss: float) -> float:
+    def _sum_over_processes(self, loss: float, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """Adds gradients, loss and parts up; every process has the same parts in the same order."""
         if self.world.size == 1:
-            return loss
-        total = torch.tensor(loss, device=self.device, dtype=torch.float64)
-        self.world.sum_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [total])
-        return total.item()
+            return loss, parts
+        figures = torch.tensor([loss, *parts.values()], device=self.device, dtype=torch.float64)
+        self.world.sum_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [figures])
+        loss, *values = figures.tolist()
+        return loss, dict(zip(parts, values, strict=True))
 
     def _time(self, seconds: float) -> None:
         self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds

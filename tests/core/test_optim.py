@@ -46,7 +46,7 @@ def test_warm_up_longer_than_the_run_is_cut():
 def stepped(name, gradient, **settings):
     """One weight 2.0 after one step at learning rate 0.1."""
     weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = build_optimizer([weight], 0.1, TrainingSettings(optimizer=name, **settings))
+    optimizer = build_optimizer({"w": weight}, 0.1, TrainingSettings(optimizer=name, **settings))
     weight.grad = torch.tensor([gradient])
     optimizer.step()
     return weight.item()
@@ -62,7 +62,7 @@ def test_first_steps_by_hand():
 
 def test_sgd_has_momentum():
     weight = torch.nn.Parameter(torch.tensor([0.0]))
-    optimizer = build_optimizer([weight], 1.0, TrainingSettings(optimizer="SGD", weight_decay=0.0))
+    optimizer = build_optimizer({"w": weight}, 1.0, TrainingSettings(optimizer="SGD", weight_decay=0.0))
     for _ in range(2):
         weight.grad = torch.tensor([1.0])
         optimizer.step()

@@ -168,12 +168,16 @@ def test_disk_check_looks_at_the_nearest_folder_there_is(tmp_path):
 def trained(optimizer_name, steps, weights, optimizer=None):
     """Weights after steps whose gradients depend on the step alone."""
     settings = TrainingSettings(optimizer=optimizer_name, weight_decay=0.1)
-    optimizer = optimizer or build_optimizer(weights, 0.01, settings)
+    optimizer = optimizer or build_optimizer(dict(enumerate_names(weights)), 0.01, settings)
     for step in steps:
         for i, weight in enumerate(weights):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * step + i))
         optimizer.step()
     return optimizer
+
+
+def enumerate_names(weights):
+    return ((f"w.{i}", weight) for i, weight in enumerate(weights))
 
 
 def fresh():
@@ -193,7 +197,7 @@ def test_optimiser_goes_on_bit_for_bit_from_its_file(tmp_path, name):
     state = load_state(folder)
     assert (state.step, state.extra, state.ema["w.0"].tolist()) == (3, {"best": 0.1}, [1.0, 1.0])
     second = [torch.nn.Parameter(state.masters[f"w.{i}"]) for i in range(2)]
-    optimizer = build_optimizer(second, 0.01, TrainingSettings(optimizer=name, weight_decay=0.1))
+    optimizer = build_optimizer(dict(enumerate_names(second)), 0.01, TrainingSettings(optimizer=name, weight_decay=0.1))
     restore_optimizer(optimizer, state.optimizer)
     trained(name, range(3, 6), second, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
