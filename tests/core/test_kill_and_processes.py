@@ -36,12 +36,63 @@ main(sys.argv[3:])
 """
 
 
+LOGGED = """
+import sys
+from pathlib import Path
+
+import torch
+from retune.training.config import SamplePrompts, TrainingSettings
+from retune.training.loop import Loop, LoopConfig
+from retune.training.objectives import Loss
+from retune.training.run_folder import RunFolder
+from retune.training.trainable import SelectedWeights, targets
+
+layer = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.constant_(layer.weight, 0.5)
+
+
+class Batches:
+    def batch(self, number):
+        return [3.0 * number, 3.0 * number + 1, 3.0 * number + 5]
+
+
+class Objective:
+    def load(self, slots):
+        return slots
+
+    def __call__(self, batch, step):
+        numbers = torch.tensor([number for _, number in batch])
+        return Loss(layer.weight.flatten() * numbers, {"mean": numbers.mean().item(), "one": 1.0})
+
+
+settings = TrainingSettings(gradient_accumulation=2, optimizer="SGD", weight_decay=0.0)
+config = LoopConfig(steps=1, batch_size=3, learning_rate=0.1, settings=settings, samples=SamplePrompts())
+weights = SelectedWeights(targets(layer, "w."), [layer])
+Loop(RunFolder(Path(sys.argv[1])), weights, Objective(), Batches(), config).run()
+"""
+
+
 def start(*arguments, **environment):
     """A Python process of one thread; its output goes to a pipe."""
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = plain | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(*arguments):
+    """Two processes that join into one world; returns when both have ended well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [start(*arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
 
 
 def test_killed_runs_end_with_the_same_bits(train_arguments, tmp_path):
@@ -68,20 +119,7 @@ def test_killed_runs_end_with_the_same_bits(train_arguments, tmp_path):
 def test_two_processes_equal_one(train_arguments, tmp_path):
     flags = ["--ema-decay", "0"]
     assert main(train_arguments(tmp_path / "one", *flags)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = train_arguments(tmp_path / "two", *flags)
-    both = [
-        start("-m", "retune.training", *arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    start_two("-m", "retune.training", *train_arguments(tmp_path / "two", *flags))
     rows = [
         [
             json.loads(line)
@@ -100,3 +138,11 @@ def test_two_processes_equal_one(train_arguments, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-3)
     moved = [(one[name] - two[name]).norm() / one[name].norm() for name in one]
     assert max(moved) < 1e-3
+
+
+def test_two_processes_log_the_figures_of_the_whole_step(tmp_path):
+    start_two("-c", LOGGED, tmp_path)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    mean = (3 + 4 + 8 + 6 + 7 + 11) / 6  # two batches of three, of which the first process sees two
+    assert row["mean"] == pytest.approx(mean) and row["one"] == pytest.approx(1)
+    assert row["loss"] == pytest.approx(0.5 * mean) and row["grad_norm"] == pytest.approx(mean)
