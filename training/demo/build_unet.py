@@ -57,6 +57,8 @@ SCHEDULER = {
 SEED = 22
 SCENES = 14_000
 STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 6000, 32, 1.5e-3, 0.1
+PLACES_FIRST = 2000
+"""Steps in which half of the draws have high noise, where places are decided; then all levels alike, for the shapes."""
 CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 4.0
 
 
@@ -104,15 +106,17 @@ def update_average(networks: nn.ModuleDict, done: int) -> None:
         torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
 
 
-def denoising_loss(networks: nn.ModuleDict, latents: Tensor, tokens: Tensor, draws: torch.Generator) -> Tensor:
+def denoising_loss(
+    networks: nn.ModuleDict, latents: Tensor, tokens: Tensor, draws: torch.Generator, noisiest: float = 0.5
+) -> Tensor:
     """Mean square error of v = sqrt(a) noise - sqrt(1 - a) latent (Salimans & Ho 2022, arXiv 2202.00512).
 
     Unweighted: at high noise, where the text decides colours and places, noise prediction by a network this small is
-    less exact than the signal is large, and learns them far later.
+    less exact than the signal is large, and learns them far later. noisiest: share of draws from timesteps of 850 on.
     """
     time = torch.randint(1000, (len(latents),), generator=draws)
-    half = len(latents) // 2  # places are undecided only at high noise, a tenth of the levels: it gets half the draws
-    time[:half] = torch.randint(850, 1000, (half,), generator=draws)
+    count = int(noisiest * len(latents))
+    time[:count] = torch.randint(850, 1000, (count,), generator=draws)
     noise = torch.randn(latents.shape, generator=draws)
     signal = alphas_cumprod()[time][:, None, None, None]
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -201,7 +205,8 @@ def train_unet(work: Path) -> None:
         index = torch.randint(len(scenes), (BATCH,), generator=draws)
         empty = torch.rand(BATCH, generator=draws) < EMPTY_CAPTIONS
         texts = ["" if none else varied_caption(scenes[i], draws) for i, none in zip(index, empty, strict=True)]
-        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), draws)
+        noisiest = 0.5 if number < PLACES_FIRST else 0.0
+        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), draws, noisiest)
         loss.backward()
         nn.utils.clip_grad_norm_([*networks["unet"].parameters(), *networks["clip"].parameters()], 1.0)
         return float(loss.detach())
