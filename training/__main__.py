@@ -65,11 +65,9 @@ def train(arguments: argparse.Namespace) -> dict:
 
 
 def reset(arguments: argparse.Namespace) -> dict:
-    from .build import save_unet
+    from .build import open_unet, save_unet
 
-    model = build_model(ModelConfig(model=arguments.model, tokenizer=arguments.tokenizer))
-    denoiser = model.denoiser
-    weights = {denoiser.canonical_name(n): p for n, p in denoiser.network.named_parameters()}
+    weights = open_unet(arguments.model)
     new, report = reset_weights(weights, read_flags(arguments, ResetConfig))
     print(report, file=sys.stderr)
     save_unet(arguments.output, weights | new)
@@ -106,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     t.set_defaults(function=train)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
-    r.add_argument("--tokenizer", type=Path, help="CLIP tokenizer folder, for a single-file checkpoint")
+    r.add_argument("--tokenizer", type=Path, help="not needed: only the UNet is read")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     add_flags(r, ResetConfig)
     r.set_defaults(function=reset)

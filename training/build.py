@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .demo.files import weights_path
-from .diffusers_model import load_model
+from .diffusers_model import load_denoiser, load_model
 from .files import write_tensors
 from .formats import ldm
 from .layers import ResetConfig, reset_weights
-from .model import TextToImage
+from .model import Denoiser, TextToImage
 from .text_encoder.fit import CoreStates, fit_projection
 from .text_encoder.projection import Projection
 from .text_encoder.scale import match_reference, scale_to
@@ -79,6 +79,17 @@ def build_model(config: ModelConfig) -> TextToImage:
     return model
 
 
+def open_unet(model: str) -> dict[str, nn.Parameter]:
+    """Canonical name -> fp32 weight of a UNet alone, `model` as in ModelConfig; nothing else of it has to be there."""
+    path, _ = _checkpoint(ModelConfig(model=model))
+    return unet_parameters(load_denoiser(path))
+
+
+def unet_parameters(denoiser: Denoiser) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter."""
+    return {denoiser.canonical_name(name): p for name, p in denoiser.network.named_parameters()}
+
+
 def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
     """Checkpoint and CLIP tokenizer."""
     if config.model == DEMO:
@@ -112,7 +123,7 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
 @torch.no_grad()
 def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
     """Resets attention weights of a model that this process loaded for itself."""
-    parameters = {model.denoiser.canonical_name(n): p for n, p in model.denoiser.network.named_parameters()}
+    parameters = unet_parameters(model.denoiser)
     for name, value in reset_weights(parameters, config)[0].items():
         parameters[name].copy_(value)
 
@@ -120,7 +131,7 @@ def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
 @torch.no_grad()
 def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
     """A model that this process loaded for itself with a run's result in it."""
-    parameters = {model.denoiser.canonical_name(n): p for n, p in model.denoiser.network.named_parameters()}
+    parameters = unet_parameters(model.denoiser)
     for name, value in trained.unet.items():
         parameters[name].copy_(value)
     if not trained.projection:

@@ -152,47 +152,78 @@ def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:
 
     tokenizer: folder of a CLIP tokenizer; needed for a single file other than the demo model.
     """
-    path = Path(path)
+    path = _existing_model(path)
+    return _load_folder(path, tokenizer) if path.is_dir() else _load_file(path, tokenizer)
+
+
+def load_denoiser(path: Path) -> DiffusersDenoiser:
+    """Only the UNet of what `load_model` reads, in fp32; a file or folder that holds nothing else will do."""
+    path = _existing_model(path)
     if path.is_dir():
-        return _load_folder(path, tokenizer)
-    if path.suffix != ".safetensors" or not path.is_file():
+        _expect_parts(path, "unet")
+        return _folder_denoiser(path)
+    tensors, metadata = read_tensors(path, ldm.UNET_PREFIX)
+    return _file_denoiser(tensors, json.loads(metadata.get("retune.config", "{}")))
+
+
+def _existing_model(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir() and (path.suffix != ".safetensors" or not path.is_file()):
         raise ValueError(f"model is {path}; expected a diffusers folder or a .safetensors checkpoint.")
-    return _load_file(path, tokenizer)
+    return path
+
+
+def _expect_parts(path: Path, *parts: str) -> None:
+    missing = [part for part in parts if not (path / part).is_dir()]
+    if missing:
+        raise ValueError(f"diffusers folder {path} lacks {', '.join(missing)}; expected {', '.join(parts)}.")
+
+
+def _folder_denoiser(path: Path) -> DiffusersDenoiser:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(path / "unet", local_files_only=True, torch_dtype=torch.float32)
+    settings = path / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else SD1_SCHEDULER
+    return DiffusersDenoiser(unet, scheduler)
 
 
 def _load_folder(path: Path, tokenizer: Path | None) -> TextToImage:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
-    missing = [part for part in ("unet", "vae", "text_encoder") if not (path / part).is_dir()]
-    if missing:
-        raise ValueError(f"diffusers folder {path} lacks {', '.join(missing)}; expected unet, vae and text_encoder.")
-    options = {"local_files_only": True, "torch_dtype": torch.float32}
-    unet = UNet2DConditionModel.from_pretrained(path / "unet", **options)
-    vae = AutoencoderKL.from_pretrained(path / "vae", **options)
+    _expect_parts(path, "unet", "vae", "text_encoder")
+    denoiser = _folder_denoiser(path)
+    vae = AutoencoderKL.from_pretrained(path / "vae", local_files_only=True, torch_dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=torch.float32)
-    settings = path / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else SD1_SCHEDULER
     words = ClipTextEncoder(text, tokenizer or path / "tokenizer")
-    return TextToImage(DiffusersDenoiser(unet, scheduler), words, DiffusersAutoencoder(vae))
+    return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+
+
+def _file_denoiser(tensors: Mapping[str, Tensor], config: Mapping) -> DiffusersDenoiser:
+    """The UNet among a checkpoint's tensors; config: the metadata entry retune.config, empty for other files."""
+    from diffusers import UNet2DConditionModel
+
+    state = _stripped(tensors, ldm.UNET_PREFIX)
+    with torch.device("meta"):
+        unet_config = config.get("unet") or ldm.unet_config({k: v.shape for k, v in state.items()})
+        unet = UNet2DConditionModel.from_config(unet_config)
+    _assign(unet, ldm.to_diffusers(state, ldm.unet_names(unet.config)), "UNet")
+    return DiffusersDenoiser(unet, config.get("scheduler") or SD1_SCHEDULER)
 
 
 def _load_file(path: Path, tokenizer: Path | None) -> TextToImage:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
 
     tensors, metadata = read_tensors(path)
     config = json.loads(metadata.get("retune.config", "{}"))
-    unet_state = _stripped(tensors, ldm.UNET_PREFIX)
-    unet_config = config.get("unet") or ldm.unet_config({k: v.shape for k, v in unet_state.items()})
+    denoiser = _file_denoiser(tensors, config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
         vae = AutoencoderKL.from_config(config.get("vae") or SD1_VAE)
-    _assign(unet, ldm.to_diffusers(unet_state, ldm.unet_names(unet.config)), "UNet")
     vae_state = _stripped(tensors, ldm.VAE_PREFIX)
     vae_state = {k: v for k, v in vae_state.items() if k.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
     _assign(vae, ldm.to_diffusers(vae_state, ldm.vae_names(vae.config)), "VAE")
     words = ClipTextEncoder.from_state(_stripped(tensors, ldm.CLIP_PREFIX), config.get("clip"), tokenizer)
-    denoiser = DiffusersDenoiser(unet, config.get("scheduler") or SD1_SCHEDULER)
     return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
 
 

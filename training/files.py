@@ -31,14 +31,25 @@ def replace(temporary: Path, path: Path) -> None:
             time.sleep(0.05)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's data is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; renames it to `path` on success, removes it when anything is raised."""
+def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; renames it to `path` on success, removes it when anything is raised.
+
+    durable: the data is on the disk itself before the rename, so that a power cut leaves the old file or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            sync(temporary)
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,7 +63,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text, lines ended by a newline on every system, whole or not at all."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=True) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -68,7 +79,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
     path = Path(path)
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path, durable=True) as temporary:
             ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(ready, temporary, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
@@ -82,10 +93,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         ) from error
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata, copied out: a file that stays mapped cannot be replaced on Windows.
 
-    Errors: ValueError for a damaged file or one of another kind, FileNotFoundError where there is none.
+    prefix: only tensors whose names begin with it are read. Errors: ValueError for a damaged file or one of another
+    kind, FileNotFoundError where there is none.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,7 +106,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
             f"{path.name} is damaged or no safetensors file ({error}). Save or download it again."

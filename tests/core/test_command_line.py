@@ -8,11 +8,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from retune.training.__main__ import main, parser
-from retune.training.build import ModelConfig
+from retune.training.build import ModelConfig, build_model, save_unet, unet_parameters
 from retune.training.cli import add_flags, field_docs, read_flags
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
 from retune.training.data.folder import FolderConfig
-from retune.training.files import read_tensors
+from retune.training.files import read_tensors, write_tensors
 from retune.training.formats import ldm
 from retune.training.layers import ResetConfig
 
@@ -118,6 +118,23 @@ def test_reset_changes_the_chosen_tensors_only(single_file, tmp_path, capsys):
     result = json.loads(printed.out.splitlines()[-1])
     assert result == {"file": str(output), "tensors": len(changed)}
     assert printed.err.startswith(f"{len(changed)} tensors reset")
+
+
+def test_reset_reads_the_unet_alone(single_file, tmp_path):
+    """Without a tokenizer, and from a file with nothing but the UNet: the same bytes as from the whole model."""
+    tokenizer = single_file.parent / "clip_tokenizer"
+    config = ModelConfig(model=str(single_file), tokenizer=tokenizer, reset="cross-attention", reset_seed=3)
+    save_unet(tmp_path / "expected.safetensors", unet_parameters(build_model(config).denoiser))
+    tensors, metadata = read_tensors(single_file, ldm.UNET_PREFIX)
+    write_tensors(tmp_path / "unet.safetensors", tensors, metadata)
+    flags = ["--layers", "cross-attention", "--seed", "3", "--output", str(tmp_path / "out.safetensors")]
+    for model, more in (
+        (single_file, []),
+        (single_file, ["--tokenizer", str(tokenizer)]),
+        (tmp_path / "unet.safetensors", []),
+    ):
+        assert main(["reset", "--model", str(model), *flags, *more]) == 0
+        assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
 def test_train_writes_a_run(train_arguments, tmp_path, capsys):

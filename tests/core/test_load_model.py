@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from retune.training.diffusers_model import load_model
+from retune.training.diffusers_model import load_denoiser, load_model
 from retune.training.files import read_tensors, write_tensors
 from retune.training.model import Conditioning
 
@@ -42,6 +42,19 @@ def test_file_and_folder_give_the_models_own_numbers(tiny_model, single_file, di
         assert model.denoiser.fingerprint == tiny_model.denoiser.fingerprint
         assert model.autoencoder.fingerprint == tiny_model.autoencoder.fingerprint
         assert torch.equal(model.denoiser.sigmas, tiny_model.denoiser.sigmas)
+
+
+def test_the_unet_loads_alone(tiny_model, single_file, diffusers_folder, tmp_path):
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(diffusers_folder / part)
+    tensors, metadata = read_tensors(single_file, "model.diffusion_model.")
+    assert len(tensors) == len(list(tiny_model.denoiser.network.parameters()))
+    write_tensors(tmp_path / "unet.safetensors", tensors, metadata)
+    for path in (single_file, diffusers_folder, tmp_path / "unet.safetensors"):
+        assert load_denoiser(path).fingerprint == tiny_model.denoiser.fingerprint
+    shutil.rmtree(diffusers_folder / "unet")
+    with pytest.raises(ValueError, match="lacks unet; expected unet"):
+        load_denoiser(diffusers_folder)
 
 
 def test_prediction_type_comes_from_the_scheduler(diffusers_folder, single_file, tmp_path):
@@ -87,7 +100,7 @@ def test_wrong_paths_are_named(single_file, diffusers_folder, tmp_path):
     with pytest.raises(ValueError, match="no CLIP tokenizer is given"):
         load_model(single_file)
     shutil.rmtree(diffusers_folder / "vae")
-    with pytest.raises(ValueError, match="lacks vae; expected unet, vae and text_encoder"):
+    with pytest.raises(ValueError, match="lacks vae; expected unet, vae, text_encoder"):
         load_model(diffusers_folder)
     write_tensors(tmp_path / "other.safetensors", {"model.diffusion_model.double_blocks.0.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no UNet with cross-attention"):
