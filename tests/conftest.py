@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,45 @@ def comfyui() -> Path:
     for name in ("checkpoints", "clip", "vae", "diffusion_models", "loras"):  # as ComfyUI's main.py does
         folder_paths.add_model_folder_path(name, os.path.join(folder_paths.get_output_directory(), name))
     return comfyui_path
+
+
+@pytest.fixture(scope="session")
+def write_t5_folder():
+    """`write(folder, ...)`: a small T5 encoder of random weights and its tokenizer, as Hugging Face lays them out."""
+    return _write_t5_folder
+
+
+def _write_t5_folder(folder: Path, *, umt5: bool = False, shard_size: str = "1GB", **changes) -> Path:
+    """Two layers, 128 ids; changes: other fields of T5Config."""
+    import torch
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    config = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
+    config |= {"feed_forward_proj": "gated-gelu"} | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UMT5EncoderModel(UMT5Config(**config)) if umt5 else T5EncoderModel(T5Config(**config))
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    _write_t5_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+def _write_t5_tokenizer(path: Path) -> None:
+    """A Unigram tokenizer of 120 letters and words with T5's special tokens. Training one gives other ids each time."""
+    from retune.training.text_encoder.prompts import PROMPTS
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["<pad>", "</s>", "<unk>"]
+    letters = sorted({letter for prompt in PROMPTS for letter in prompt} - {" "} | {"\u2581"})
+    counts = Counter("\u2581" + word for prompt in PROMPTS for word in prompt.split())
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: 120 - len(special) - len(letters)]
+    vocabulary = [(piece, 0.0) for piece in special] + [(piece, -9.0) for piece in letters]
+    vocabulary += [(word, math.log(counts[word] / counts.total())) for word in words]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
 
 
 class SkippedTest(pytest.Item):

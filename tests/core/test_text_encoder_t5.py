@@ -14,33 +14,15 @@ from retune.training.text_encoder.scale import PROMPTS, clip_real_tokens, match_
 from retune.training.text_encoder.t5 import Padding, load_t5
 from retune.training.text_encoder.tokenizers import byte_tokenizer, find_tokenizer, load_tokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import T5Config, T5EncoderModel
 
 TEXTS = ["a red circle", "two small blue squares on a green ground, and a star", ""]
 CONFIG = {"vocab_size": 128, "eos_token_id": 1, "pad_token_id": 0, "model_type": "t5"}
 
 
-def train_tokenizer(path):
-    """A Unigram tokenizer with T5's special tokens."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(PROMPTS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.save(str(path))
-
-
 @pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "d_model": 48, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
-    T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(folder)
-    train_tokenizer(folder / "tokenizer.json")
-    return folder
+def t5_folder(tmp_path_factory, write_t5_folder):
+    return write_t5_folder(tmp_path_factory.mktemp("t5"), d_model=48, d_kv=8, d_ff=64)
 
 
 def encoder(folder, width=32, **padding):

@@ -12,45 +12,24 @@ from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.scale import PROMPTS
 from retune.training.text_encoder.t5 import Padding, load_t5
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 pytestmark = pytest.mark.comfyui
 
-VOCABULARY, WIDTH = 200, 96
+WIDTH = 96
 TEXTS = ["a red circle", "two small blue squares on a green ground, and a star", "", *PROMPTS[:6]]
-SIZES = {  # d_model, d_kv, heads, d_ff, gated, bias in every layer
-    "demo size": (64, 16, 4, 128, True, False),
-    "v1.1 base width": (768, 64, 12, 2048, True, False),
-    "v1.0 base width": (768, 64, 12, 3072, False, False),
-    "umt5": (64, 16, 4, 128, True, True),
+SIZES = {
+    "demo size": {"d_model": 64},
+    "v1.1 base width": {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048},
+    "v1.0 base width": {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "feed_forward_proj": "relu"},
+    "umt5": {"d_model": 64, "umt5": True},
 }
 
 
-def train_tokenizer(path):
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=180, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(PROMPTS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.save(str(path))
-
-
-def make_t5(folder, size):
-    d_model, d_kv, heads, d_ff, gated, umt5 = SIZES[size]
-    kind = {"feed_forward_proj": "gated-gelu" if gated else "relu", "num_layers": 2, "vocab_size": VOCABULARY}
-    sizes = {"d_model": d_model, "d_kv": d_kv, "num_heads": heads, "d_ff": d_ff}
-    torch.manual_seed(0)
-    model = UMT5EncoderModel(UMT5Config(**kind | sizes)) if umt5 else T5EncoderModel(T5Config(**kind | sizes))
-    model.save_pretrained(folder)
-    train_tokenizer(folder / "tokenizer.json")
-    return folder
-
-
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    return {size: make_t5(tmp_path_factory.mktemp(size.replace(" ", "_")), size) for size in SIZES}
+def folders(tmp_path_factory, write_t5_folder):
+    root = tmp_path_factory.mktemp("t5")
+    return {size: write_t5_folder(root / size.replace(" ", "_"), **config) for size, config in SIZES.items()}
 
 
 @pytest.fixture
@@ -84,7 +63,7 @@ def same(left, right):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("padding", [{}, {"pad": "max_tokens", "max_tokens": 40}], ids=["tight", "padded"])
 def test_equals_the_core_encoder(comfyui, folders, size, padding):
-    chosen = projection(SIZES[size][0], "mlp" if size == "umt5" else "orthogonal")
+    chosen = projection(SIZES[size]["d_model"], "mlp" if size == "umt5" else "orthogonal")
     clip = t5_clip.load_t5_clip(folders[size], chosen, dtype="fp32", **padding)
     core = load_t5(folders[size], chosen, padding=Padding(**padding))
     for text in TEXTS:
@@ -231,10 +210,10 @@ def test_what_a_clone_was_given_may_change_afterwards(clip):
     assert same(encode_all(clone), before)
 
 
-def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
+def with_lora(clip):
+    """A clone with a LoRA on one of T5's layers."""
     import comfy.lora
 
-    before = encode_all(clip)
     key = "t5base.transformer.encoder.block.0.layer.0.SelfAttention.q"
     source = generator(0, "lora")
     lora = {f"text_encoders.{key}.lora_up.weight": torch.randn(64, 4, generator=source)}
@@ -242,6 +221,12 @@ def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
     patched = clip.clone()
     names = comfy.lora.model_lora_keys_clip(patched.cond_stage_model, {})
     assert patched.add_patches(comfy.lora.load_lora(lora, names), 0.1)
+    return patched
+
+
+def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
+    before = encode_all(clip)
+    patched = with_lora(clip)
     both = t5_clip.clone_with_projection(patched, other_projection())
     assert t5_clip.t5_parts(both).patched and not t5_clip.t5_parts(clip).patched
     for one in (patched, both):  # the core's encoder takes the patched weights, whoever is loaded
