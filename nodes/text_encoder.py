@@ -1,10 +1,13 @@
 """T5 as a text encoder: load, scale, save."""
 
+import logging
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from .paths import files, listed_file, output_path
+
+log = logging.getLogger(__name__)
 
 ENCODERS = "text_encoders"
 DEMO = "demo"
@@ -252,12 +255,19 @@ class RetuneSaveTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, clip, filename_prefix):
         from ..training.text_encoder.file import save_text_encoder
-        from .t5_clip import saved_text_encoder
+        from .t5_clip import saved_text_encoder, t5_parts
 
         saved = saved_text_encoder(clip)
         path = output_path("clip", filename_prefix, ".safetensors")
         save_text_encoder(path, saved)
-        return io.NodeOutput(str(path), ui={"text": [str(path)]})
+        text = [str(path)]
+        if t5_parts(clip).patched:
+            text.append(
+                f"{path.name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale "
+                "and padding are saved. Apply the LoRA again after Load Text Encoder."
+            )
+            log.warning("%s", text[-1])
+        return io.NodeOutput(str(path), ui={"text": text})
 
 
 class RetuneLoadTextEncoder(io.ComfyNode):

@@ -242,6 +242,18 @@ def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
     assert same(encode_all(clip), before)
 
 
+def test_saving_warns_of_a_lora_that_it_leaves_out(clip, caplog):
+    from retune.nodes.text_encoder import RetuneSaveTextEncoder
+
+    for one, warned in ((clip, False), (with_lora(clip), True)):
+        caplog.clear()
+        output = RetuneSaveTextEncoder.execute(one, "retune/lora")
+        (path,), (shown, *warnings) = output.result, output.ui["text"]
+        assert shown == path and len(warnings) == warned
+        assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == warnings
+        assert all("lacks the LoRA" in text and path.endswith(text.split()[0]) for text in warnings)
+
+
 def test_independent_copy_is_rebuilt_from_the_file(clip):
     clone = t5_clip.clone_with_projection(clip, other_projection())
     expected = encode_all(clone)
