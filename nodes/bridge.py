@@ -284,10 +284,10 @@ def with_projection(clip, weights: Mapping[str, Tensor]):
     """A clone of a T5 CLIP whose projection has these weights; the CLIP itself when there are none."""
     if not weights:
         return clip
-    projection = t5_clip.t5_parts(clip).projection
-    state = projection.state_dict()
-    projection.load_state_dict(state | {name: value.float() for name, value in weights.items()})
-    return t5_clip.clone_with_projection(clip, projection)
+    parts = t5_clip.t5_parts(clip)
+    state = parts.projection.state_dict()
+    parts.projection.load_state_dict(state | {name: value.float() for name, value in weights.items()})
+    return t5_clip.clone_with_projection(clip, parts.projection, parts.target_std)
 
 
 def attention_weights(model) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tup
     """A clone of a T5 CLIP with std `target_std` over `prompts`, and the measurements before and after."""
     expect_t5(clip)
     scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
-    return scaled.clip, report
+    return clone_with_projection(clip, t5_parts(scaled.clip).projection, report.target), report
 
 
 class UnprojectedClip(MeasurableClip):

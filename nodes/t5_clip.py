@@ -51,17 +51,22 @@ class T5Source:
 
 @dataclass(frozen=True)
 class T5Parts:
-    """A T5 CLIP taken apart. patched: the T5 weights carry patches (a LoRA), which a saved text encoder leaves out."""
+    """A T5 CLIP taken apart. patched: the T5 weights carry patches (a LoRA), which a saved text encoder leaves out.
+
+    target_std: what the projection's output was scaled to, before any training; None when it was not.
+    """
 
     source: T5Source
     projection: Projection
     patched: bool
+    target_std: float | None
 
 
 class HeldProjection:
     """A projection kept out of nn.Module's bookkeeping; ordinary fp32 tensors, copied to the device that encodes."""
 
-    def __init__(self, projection: Projection):
+    def __init__(self, projection: Projection, target_std: float | None = None):
+        self.target_std = target_std
         self.projection = detached_copy(projection).float().cpu().eval().requires_grad_(False)
         self._elsewhere: tuple[torch.device, Projection] | None = None
 
@@ -84,12 +89,14 @@ def load_t5_clip(
     pad: str = "none",
     dtype: str = "default",
     tokenizer: str | Path | None = None,
+    target_std: float | None = None,
     embedding_directory: Sequence[str] | None = None,
     disable_dynamic: bool = False,
 ):
     """A comfy.sd.CLIP of a T5 file, folder or "demo", followed by `projection`; pooled output is None.
 
     dtype: how T5's weights are stored ("default": ComfyUI's choice, fp32 for the demo); it always computes in fp32.
+    target_std: what the projection was scaled to; only remembered.
     Prompts longer than `max_tokens` are cut with a warning. Errors: ValueError or FileNotFoundError as `read_t5` and
     `find_tokenizer`; ValueError for a projection of another width or an unknown dtype.
     """
@@ -112,14 +119,14 @@ def load_t5_clip(
         path=path, file_hash=weights.file_hash, config=weights.config, tokenizer=found, padding=padding, dtype=dtype
     )
     clip = comfy.sd.CLIP(
-        _target(source, projection),
+        _target(source, HeldProjection(projection, target_std)),
         embedding_directory=embedding_directory or folder_paths.get_folder_paths("embeddings"),
         parameters=sum(weight.numel() for weight in weights.state_dict.values()),
         state_dict=[weights.state_dict],
         model_options={"dtype": storage},
         disable_dynamic=disable_dynamic,
     )
-    rebuild = {"max_tokens": max_tokens, "pad": pad, "dtype": dtype, "tokenizer": tokenizer}
+    rebuild = {"max_tokens": max_tokens, "pad": pad, "dtype": dtype, "tokenizer": tokenizer, "target_std": target_std}
     clip.patcher.cached_patcher_init = (_rebuilt_patcher, (t5, projection, rebuild, embedding_directory))
     return clip
 
@@ -143,7 +150,7 @@ def _check_fit(config: dict, projection: Projection, path: Path) -> None:
         )
 
 
-def _target(source: T5Source, projection: Projection) -> SimpleNamespace:
+def _target(source: T5Source, held: HeldProjection) -> SimpleNamespace:
     """The model and tokenizer classes as comfy.sd.CLIP wants them."""
     from comfy import sd1_clip
     from comfy.text_encoders.t5 import T5
@@ -167,7 +174,7 @@ def _target(source: T5Source, projection: Projection) -> SimpleNamespace:
         def __init__(self, device, dtype, model_options):
             super().__init__(device=device, dtype=dtype, model_options=model_options, name=name, clip_model=Backbone)
             self.retune_source = source
-            self.projection = HeldProjection(projection)
+            self.projection = held
 
         def encode_states(self, tokens) -> Tensor:
             """(1, L, d_model) before the projection, prompt weights applied, on the device that T5 ran on."""
@@ -232,8 +239,9 @@ def is_t5_clip(clip) -> bool:
 def t5_parts(clip) -> T5Parts:
     """Source and projection of a T5 CLIP as this clone has them, a copy that may train. ValueError for other CLIPs."""
     expect_t5(clip)
-    projection = detached_copy(clip.patcher.get_model_object("projection").projection).requires_grad_(True)
-    return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches))
+    held = clip.patcher.get_model_object("projection")
+    projection = detached_copy(held.projection).requires_grad_(True)
+    return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches), held.target_std)
 
 
 def t5_state(clip) -> dict[str, Tensor]:
@@ -258,17 +266,20 @@ def core_text_encoder(clip) -> T5TextEncoder:
     return T5TextEncoder(model, source.tokenizer, parts.projection, source.padding, source.file_hash)
 
 
-def clone_with_projection(clip, projection: Projection):
-    """A clone that shares T5's weights and patches but projects with a copy of `projection`; `clip` is untouched."""
+def clone_with_projection(clip, projection: Projection, target_std: float | None = None):
+    """A clone that shares T5's weights and patches but projects with a copy of `projection`; `clip` is untouched.
+
+    target_std: what `projection` was scaled to, which a saved text encoder records.
+    """
     expect_t5(clip)
     source = clip.cond_stage_model.retune_source
     _check_fit(source.config, projection, source.path)
     clone = clip.clone()
-    clone.patcher.add_object_patch("projection", HeldProjection(projection))
+    clone.patcher.add_object_patch("projection", HeldProjection(projection, target_std))
     return clone
 
 
-def saved_text_encoder(clip, target_std: float | None = None) -> SavedTextEncoder:
+def saved_text_encoder(clip) -> SavedTextEncoder:
     """What `save_text_encoder` writes for a T5 CLIP."""
     parts = t5_parts(clip)
     source = parts.source
@@ -279,7 +290,7 @@ def saved_text_encoder(clip, target_std: float | None = None) -> SavedTextEncode
         t5_sha256=source.file_hash,
         t5_config=source.config,
         tokenizer=source.tokenizer.fingerprint,
-        target_std=target_std,
+        target_std=parts.target_std,
         dtype=source.dtype,
     )
 
@@ -291,7 +302,8 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
     """
     path = saved.find_t5([*folders, WEIGHTS])
     padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
-    clip = load_t5_clip(path, saved.projection, dtype=saved.dtype, **padding, **options)
+    known = padding | {"dtype": saved.dtype, "target_std": saved.target_std}
+    clip = load_t5_clip(path, saved.projection, **known, **options)
     saved.check_tokenizer(clip.cond_stage_model.retune_source.tokenizer.fingerprint)
     return clip
 

@@ -102,7 +102,8 @@ class RetuneLoadT5(io.ComfyNode):
         if file == "none":
             projection = Projection(read_t5_config(path)["d_model"], width, kind, seed=seed)
         else:
-            projection = saved_projection(listed_file(file, ENCODERS), width)
+            saved = saved_of_width(listed_file(file, ENCODERS), width)
+            projection, options["target_std"] = saved.projection, saved.target_std
         return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
@@ -309,10 +310,10 @@ def demo_t5() -> Path:
     return weights_path("t5.safetensors")
 
 
-def saved_projection(path: Path, width: int):
-    """The projection of a saved text encoder; ValueError when it gives another width."""
+def saved_of_width(path: Path, width: int):
+    """A saved text encoder from its file; ValueError when it gives another width."""
     from ..training.text_encoder.file import read_text_encoder
 
     saved = read_text_encoder(path)
     saved.check_width(width)
-    return saved.projection
+    return saved

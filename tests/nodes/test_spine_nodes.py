@@ -73,6 +73,7 @@ def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
         RetuneSaveTextEncoder,
         RetuneScaleTextEncoder,
     )
+    from retune.training.text_encoder.file import read_text_encoder
 
     model, clip, _ = demo
     (t5,) = run(RetuneLoadT5, "demo", "auto", model=model)
@@ -89,8 +90,13 @@ def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
         run(RetuneScaleTextEncoder, t5, "match reference", 0.2)
     (path,) = run(RetuneSaveTextEncoder, matched, "retune/test_encoder")
     folder_paths.filename_list_cache.clear()
-    (loaded,) = run(RetuneLoadTextEncoder, "retune/" + path.replace("\\", "/").rsplit("/", 1)[1])
-    assert torch.equal(encoded(loaded, words), encoded(matched, words))
+    name = "retune/" + path.replace("\\", "/").rsplit("/", 1)[1]
+    (loaded,) = run(RetuneLoadTextEncoder, name)
+    (projected,) = run(RetuneLoadT5, "demo", "128", projection_file=name)
+    for one in (loaded, projected):
+        assert torch.equal(encoded(one, words), encoded(matched, words))
+        (again,) = run(RetuneSaveTextEncoder, one, "retune/test_encoder")
+        assert read_text_encoder(again).target_std == pytest.approx(measured, rel=1e-6)
     with pytest.raises(ValueError, match="expected a T5"):
         run(RetuneSaveTextEncoder, clip, "retune/no")
 

@@ -323,11 +323,31 @@ def test_std_of_a_stock_clip_leaves_out_start_token_and_pads(comfyui):
 
 def test_saved_and_loaded_again_is_bit_equal(clip, t5_folder, tmp_path):
     scaled, _ = measure.scale_clip(t5_clip.clone_with_projection(clip, other_projection()), 0.7)
-    save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled, target_std=0.7))
+    save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled))
     saved = read_text_encoder(tmp_path / "te.safetensors")
     saved.check_width(WIDTH)
     loaded = t5_clip.load_saved_text_encoder(saved, [tmp_path, t5_folder.parent])
     assert same(encode_all(loaded), encode_all(scaled))
+    assert saved.target_std == 0.7 == t5_clip.saved_text_encoder(loaded).target_std
+
+
+def test_target_std_goes_with_a_scaled_clip(clip):
+    from retune.nodes.bridge import with_projection
+    from retune.nodes.text_encoder import RetuneScaleTextEncoder
+
+    def known(one):
+        return t5_clip.saved_text_encoder(one).target_std
+
+    def node(*args, **kwargs):
+        with torch.inference_mode():
+            return RetuneScaleTextEncoder.execute(*args, prompts="a red circle\na star", **kwargs).result[0]
+
+    scaled = node(clip, "target std", 0.7)
+    trained = with_projection(scaled, {"linear.weight": torch.zeros(WIDTH, 64)})
+    assert known(scaled) == known(trained) == known(with_lora(trained)) == 0.7
+    assert known(node(scaled, "off", 0.3)) == 0.7 and known(node(scaled, "target std", 0.3)) == 0.3
+    assert known(node(clip, "match reference", 0.3, reference=scaled)) == pytest.approx(0.7, rel=1e-5)
+    assert known(clip) is None and known(t5_clip.clone_with_projection(scaled, other_projection())) is None
 
 
 def test_errors_before_loading(comfyui, t5_folder, tmp_path):

@@ -35,7 +35,7 @@ class SavedTextEncoder:
     tokenizer: str = ""
     """The tokenizer's fingerprint."""
     target_std: float | None = None
-    """What the output was scaled to; None when it was not."""
+    """What the output was scaled to, before any training of the projection; None when it was not."""
     dtype: str = "default"
     """Storage dtype of the T5 in ComfyUI."""
     name: str = ""
