@@ -54,8 +54,17 @@ class NodeCallbacks(Callbacks):
         self._send("retune.step", {"step": info.step, "steps": info.steps, "loss": info.loss})
         self._check()
 
+    def after_load(self) -> None:
+        if self._denoiser is not None:
+            self._denoiser.load(self._memory)
+
     def on_samples(self, step: int, images: list[Tensor]) -> None:
-        self._bar.update_absolute(self._step, self._steps, ("PNG", contact_sheet(images), 512))
+        from PIL import Image
+
+        from ..training.data.images import contact_sheet
+
+        sheet = (contact_sheet(images).clamp(0, 1).movedim(0, -1) * 255).round().byte().numpy()
+        self._bar.update_absolute(self._step, self._steps, ("PNG", Image.fromarray(sheet), 512))
         self._send("retune.sample", {"step": step, "count": len(images)})
         self._check()
 
@@ -69,20 +78,6 @@ class NodeCallbacks(Callbacks):
         server = _server()
         if server is not None:
             server.send_sync(event, {"node": self._node, "run": self._run, **values})
-
-
-def contact_sheet(images: list[Tensor]):
-    """Pictures (3, H, W) in 0..1 side by side, in up to four columns, as one PIL image."""
-    from PIL import Image
-
-    columns = min(4, len(images))
-    rows = -(-len(images) // columns)
-    height, width = images[0].shape[-2:]
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for index, image in enumerate(images):
-        pixels = (image.clamp(0, 1).movedim(0, -1) * 255).round().byte().numpy()
-        sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
-    return sheet
 
 
 def _server():

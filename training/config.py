@@ -143,7 +143,7 @@ class SamplePrompts:
     prompts: tuple[str, ...] = ()
     """One picture each; an empty tuple draws none."""
     every: int = 100
-    """Optimiser steps between two sets of samples; step 0 and the last step are always drawn."""
+    """Optimiser steps between two sets of samples, 0 = once per epoch; step 0 and the last step are always drawn."""
     steps: int = 20
     """Sampler steps (deterministic DDIM, arXiv 2010.02502)."""
     cfg: float = 5.0
@@ -156,7 +156,7 @@ class SamplePrompts:
     """Picture height in pixels, a multiple of 8."""
 
     def __post_init__(self) -> None:
-        check_range(self, every=(1, 10**7), steps=(1, 1000), cfg=(0, 100), width=(8, 8192), height=(8, 8192))
+        check_range(self, every=(0, 10**7), steps=(1, 1000), cfg=(0, 100), width=(8, 8192), height=(8, 8192))
         if self.width % 8 or self.height % 8:
             raise ValueError(f"sample size is {self.width}x{self.height}; expected multiples of 8.")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
-from .data.images import save_png
+from .data.images import contact_sheet, save_png
 from .distributed import World, world
 from .files import check_free_disk, read_tensors, write_tensors
 from .objectives import Objective
@@ -74,6 +74,9 @@ class Callbacks:
     def before_step(self, step: int) -> None:
         """Make sure that models are where they should be."""
 
+    def after_load(self) -> None:
+        """A batch was read and maybe encoded: bring the network back, weights are swapped into it next."""
+
     def on_step(self, info: StepInfo) -> None:
         """An optimiser step is done."""
 
@@ -92,6 +95,15 @@ class LoopConfig:
     learning_rate: float
     settings: TrainingSettings
     samples: SamplePrompts
+    steps_per_epoch: float = math.inf
+    """Optimiser steps in which every image is shown once (or `repeats` times)."""
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between samples; an epoch's when the prompts say 0."""
+        if self.samples.every or math.isinf(self.steps_per_epoch):
+            return self.samples.every or self.steps
+        return max(1, round(self.steps_per_epoch))
 
 
 class Loop:
@@ -136,7 +148,8 @@ class Loop:
     def run(self) -> dict[str, Tensor]:
         """Trains to the end and returns the result's values: the average when there is one, else the masters.
 
-        Raises TrainingDiverged on a non-finite loss or gradient, with the last good state saved.
+        Raises TrainingDiverged on a non-finite loss or gradient. The state on disk then stays that of the last regular
+        save, if there was one: weights just before the end are finite, but may have gone astray already.
         """
         check_free_disk(self.folder.path, 8 * 4 * len(self.trainable) + 2**26)
         self._resume()
@@ -156,7 +169,8 @@ class Loop:
                 self.callbacks.on_step(self._info(row))
                 self._after_step()
         except BaseException as error:
-            if consistent and self.step != self.saved_step:
+            astray = isinstance(error, TrainingDiverged) and self.saved_step >= 0
+            if consistent and self.step != self.saved_step and not astray:
                 self._save()
             if self.world.is_main:
                 state = "interrupted" if isinstance(error, self.callbacks.interrupts) else "failed"
@@ -186,6 +200,7 @@ class Loop:
                     f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each."
                 )
             loaded = self.objective.load(list(slots))
+            self.callbacks.after_load()
             with self.trainable.attach(), self._autocast():
                 result = self.objective(list(zip(indices, loaded, strict=True)), step)
                 part = result.per_sample.sum() / total
@@ -227,8 +242,9 @@ class Loop:
             self.folder.add_row(row)
 
     def _diverged(self, what: str, value: float) -> TrainingDiverged:
+        kept = self.saved_step if self.saved_step >= 0 else self.step
         return TrainingDiverged(
-            f"{what} is {value} at step {self.step + 1}; expected a finite number. The state after step {self.step} is "
+            f"{what} is {value} at step {self.step + 1}; expected a finite number. The state after step {kept} is "
             "kept. Try a lower learning rate, a longer warm-up, precision fp32 or a smaller max_grad_norm."
         )
 
@@ -252,7 +268,7 @@ class Loop:
         due = self.step % self.settings.validate_every == 0 or last
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
-        due = self.step % self.config.samples.every == 0 or last
+        due = self.step % self.config.sample_every == 0 or last
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
         if self.step and self.step % self.settings.save_every == 0 and not last:
@@ -263,6 +279,7 @@ class Loop:
     def _validate(self) -> None:
         self.callbacks.on_text(f"validating at step {self.step}")
         loaded = self.objective.load(self.validation)
+        self.callbacks.after_load()
         with self.trainable.attach(self.values()), self._autocast():
             loss = self.objective.validation(loaded)
         if loss < self.best:
@@ -280,8 +297,11 @@ class Loop:
         for index, image in enumerate(images):
             files.append(f"{self.step:06d}_{index:02d}.png")
             save_png(image, self.folder.samples / files[-1])
+        grid = f"{self.step:06d}_grid.png"
+        save_png(contact_sheet(images), self.folder.samples / grid)
+        about = {"step": self.step, "epoch": round(self.step / self.config.steps_per_epoch, 2)}
         prompts = list(self.config.samples.prompts)
-        self.folder.add_row({"event": "sample", "step": self.step, "files": files, "prompts": prompts})
+        self.folder.add_row({"event": "sample", **about, "files": files, "grid": grid, "prompts": prompts})
         self.callbacks.on_samples(self.step, images)
 
     def _save(self) -> None:

@@ -51,7 +51,7 @@ def write_report(
     parts.append("<h2>Samples while training</h2>")
     for row in rows:
         if row.get("event") == "sample":
-            parts.append(_strip(folder, row["step"], row["files"], row["prompts"]))
+            parts.append(_strip(folder, row))
     page = "".join(parts)
     title = html.escape(folder.name)
     path = folder.path / "report.html"
@@ -70,10 +70,11 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
 
-def _strip(folder: RunFolder, step: int, files: Sequence[str], prompts: Sequence[str]) -> str:
-    shown = [(prompt, (folder.samples / file).read_bytes()) for prompt, file in zip(prompts, files, strict=True)]
+def _strip(folder: RunFolder, row: Mapping) -> str:
+    files = zip(row["prompts"], row["files"], strict=True)
+    shown = [(prompt, (folder.samples / file).read_bytes()) for prompt, file in files]
     figures = "".join(_figure(prompt, _png_url(data)) for prompt, data in shown)
-    return f'<h3>step {step}</h3><div class="strip">{figures}</div>'
+    return f'<h3>step {row["step"]}, epoch {row["epoch"]:g}</h3><div class="strip">{figures}</div>'
 
 
 def _pictures(title: str, shown: Sequence[tuple[str, Tensor]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .config import check_run_name
-from .files import read_json, write_json
+from .files import read_json, sync, write_json
 
 
 class RunFolder:
@@ -99,6 +99,9 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk."""
+        if self._metrics.exists():
+            sync(self._metrics)
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def truncate_metrics(self, size: int) -> None:

@@ -170,17 +170,19 @@ def _train(
         text_of=texts.get,
         project=model.text_encoder.project,
     )
+    order = BatchOrder(training, config.batch_size, config.seed)
     loop = Loop(
         folder,
         trainable,
         objective,
-        BatchOrder(training, config.batch_size, config.seed),
+        order,
         LoopConfig(
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             settings=config.settings,
             samples=config.samples,
+            steps_per_epoch=order.steps_per_epoch / config.settings.gradient_accumulation,
         ),
         sampler=_sampler(model, config, texts, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
-from retune.training.data.images import ImageError, check_image, fit, flatten_alpha, image_size, load_image, save_png
+from retune.training.data.images import (
+    ImageError,
+    check_image,
+    contact_sheet,
+    fit,
+    flatten_alpha,
+    image_size,
+    load_image,
+    save_png,
+)
 
 RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -273,3 +282,12 @@ def test_progressive_jpeg_of_a_large_photo_is_checked_to_its_end():
     assert check_image(whole, "a.jpg") == (900, 700)
     with pytest.raises(ImageError):
         check_image(whole[: int(len(whole) * 0.9)], "a.jpg")
+
+
+def test_contact_sheet_fills_rows_and_leaves_the_rest_black():
+    images = [torch.full((3, 2, 3), (i + 1) / 10) for i in range(5)]
+    sheet = contact_sheet(images)
+    assert sheet.shape == (3, 4, 12)
+    assert torch.allclose(sheet[0, ::2, ::3], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0, 0, 0]]))
+    assert torch.equal(sheet[:, 1], sheet[:, 0])
+    assert contact_sheet(images[:2]).shape == (3, 2, 6)

@@ -1,9 +1,11 @@
 """The loop on a quadratic whose every step can be worked out by hand."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from PIL import Image
 from retune.training.checkpoint import load_state
 from retune.training.config import SamplePrompts, TrainingSettings
 from retune.training.files import read_tensors
@@ -210,6 +212,49 @@ def test_a_gradient_that_is_not_finite_saves_what_only_memory_held(tmp_path):
     with pytest.raises(TrainingDiverged, match="gradient norm is nan at step 4"):
         loop.run()
     assert load_state(loop.folder).step == 3
+
+
+def test_weights_that_go_astray_after_a_save_do_not_replace_it(tmp_path):
+    loop = built(tmp_path, steps=9, save_every=2, rate=0.0)
+
+    class Poison(Weights):
+        def before_step(self, step):
+            if step == 4:
+                self.loop.trainable.parameters["w.weight"].data.fill_(3e38)  # finite, but its square is not
+
+    loop.callbacks = Poison()
+    loop.callbacks.loop = loop
+    with pytest.raises(TrainingDiverged, match="loss is inf at step 4.*state after step 2 is kept"):
+        loop.run()
+    state = load_state(loop.folder)
+    assert state.step == 2 and state.masters["w.weight"].item() == 2.0
+
+
+def test_samples_once_per_epoch_with_a_sheet(tmp_path):
+    loop = built(tmp_path, steps=7, samples=("a", "b", "c"))
+    loop.config = dataclasses.replace(
+        loop.config, samples=dataclasses.replace(loop.config.samples, every=0), steps_per_epoch=3.0
+    )
+    loop.run()
+    rows = [row for row in loop.folder.rows() if row.get("event") == "sample"]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (3, 1), (6, 2), (7, 2.33)]
+    with Image.open(tmp_path / "samples" / rows[1]["grid"]) as sheet:
+        assert sheet.size == (4, 4)
+
+
+def test_what_was_loaded_may_have_moved_the_network_away(tmp_path):
+    loop, seen = built(tmp_path, steps=2, validation=[1], validate_every=1), []
+    load = loop.objective.load
+
+    class Watch(Weights):
+        def after_load(self):
+            seen.append("back")
+
+    loop.objective.load = lambda slots: seen.append("load") or load(slots)
+    loop.callbacks = Watch()
+    loop.callbacks.loop = loop
+    loop.run()
+    assert seen == ["load", "back"] * 5  # two steps, validation at 0, 1 and 2
 
 
 def test_a_cancel_between_steps_saves_too(tmp_path):

@@ -37,7 +37,7 @@ def folder(tmp_path):
     for step in (0, 4):
         name = f"{step:06d}_00.png"
         save_png(torch.rand(3, 8, 8), folder.samples / name)
-        folder.add_row({"event": "sample", "step": step, "files": [name], "prompts": [NASTY]})
+        folder.add_row({"event": "sample", "step": step, "epoch": step / 2, "files": [name], "prompts": [NASTY]})
     for step in range(1, 5):
         folder.add_row({"step": step, "loss": 1 / step})
     return folder
@@ -55,6 +55,7 @@ def test_page_is_self_contained_and_escaped(folder):
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert len(page.links) == 1 + 1 + 2  # chart, picture, two samples
     assert page.words.count(NASTY) == 1 + 1 + 2 and "0.123" in page.words and "3" in page.words
+    assert {"step 0, epoch 0", "step 4, epoch 2"} <= set(page.words)
     assert "a & b" in page.words and "Table <1>" in page.words
 
 

@@ -6,7 +6,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +78,17 @@ def save_png(image: Tensor, path: str | Path) -> None:
     pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
+
+
+def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
+    """Pictures (3, h, w) of one size side by side in up to `columns` columns, (3, H, W); what is left over is black."""
+    columns = min(columns, len(images))
+    height, width = images[0].shape[-2:]
+    sheet = torch.zeros(3, -(-len(images) // columns) * height, columns * width)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    return sheet
 
 
 def fit(
