@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 
 def runs_folder() -> Path:
@@ -34,9 +34,32 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
     return Path(folder) / f"{name}_{number:05}_{suffix}"
 
 
-def files(*categories: str, first: str | None = None) -> list[str]:
-    """Combo values: `first`, then ComfyUI's files of some categories."""
+def files(*categories: str, first: str | None = None, folders: bool = False) -> list[str]:
+    """Combo values: `first`, then ComfyUI's files of some categories, then (`folders`) their Hugging Face folders."""
     import folder_paths
 
-    names = [name for category in categories for name in folder_paths.get_filename_list(category)]
-    return ([] if first is None else [first]) + list(dict.fromkeys(names))
+    names = [] if first is None else [first]
+    names += [name for category in categories for name in folder_paths.get_filename_list(category)]
+    if folders:
+        names += [name for category in categories for name in sorted(_model_folders(category))]
+    return list(dict.fromkeys(names))
+
+
+def listed_model(name: str, category: str) -> Path:
+    """As `listed_file`, for combos that offer Hugging Face folders too."""
+    return _model_folders(category).get(name) or listed_file(name, category)
+
+
+def _model_folders(category: str) -> dict[str, Path]:
+    """Folders with config.json beside safetensors: path below the category's folder, with forward slashes -> folder."""
+    import folder_paths
+
+    found = {}
+    for name in folder_paths.get_filename_list(category):
+        folder = PurePath(name).parent.as_posix()
+        if folder == "." or folder in found or not name.endswith(".safetensors"):
+            continue
+        file = folder_paths.get_full_path(category, name)  # None when it went away after ComfyUI listed it
+        if file is not None and (Path(file).parent / "config.json").is_file():
+            found[folder] = Path(file).parent
+    return found

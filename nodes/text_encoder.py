@@ -5,7 +5,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from .paths import files, listed_file, output_path
+from .paths import files, listed_file, listed_model, output_path
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,10 @@ class RetuneLoadT5(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=files(ENCODERS, first=DEMO),
+                    options=files(ENCODERS, first=DEMO, folders=True),
                     default=DEMO,
-                    tooltip="A T5 file in models/text_encoders, or the demo's small T5.",
+                    tooltip="A T5 in models/text_encoders, a file or a Hugging Face folder with config.json, or the "
+                    "demo's small T5.",
                 ),
                 io.Combo.Input(
                     "context_width",
@@ -95,7 +96,7 @@ class RetuneLoadT5(io.ComfyNode):
         from .bridge import context_width_of
         from .t5_clip import load_t5_clip
 
-        path = demo_t5() if encoder == DEMO else listed_file(encoder, ENCODERS)
+        path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
         width = int(context_width) if context_width != "auto" else context_width_of(model)
         kind, seed = options.pop("projection", "orthogonal"), options.pop("seed", 0)
         file = options.pop("projection_file", "none")
@@ -221,7 +222,7 @@ class RetuneScaleConditioning(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(tooltip="The scaled conditioning; the pooled output is left alone."),
-                io.Float.Output(display_name="std", tooltip="Standard deviation of the first entry before scaling."),
+                io.Float.Output(display_name="std", tooltip="Standard deviation of the first entry afterwards."),
             ],
         )
 
@@ -230,7 +231,7 @@ class RetuneScaleConditioning(io.ComfyNode):
         from ..training.text_encoder.scale import scale_context
 
         scaled = [[scale_context(context, target_std), dict(options)] for context, options in conditioning]
-        return io.NodeOutput(scaled, conditioning[0][0].float().std(correction=0).item())
+        return io.NodeOutput(scaled, scaled[0][0].float().std(correction=0).item())
 
 
 class RetuneSaveTextEncoder(io.ComfyNode):
@@ -278,8 +279,8 @@ class RetuneLoadTextEncoder(io.ComfyNode):
             node_id="RetuneLoadTextEncoder",
             display_name="Load Text Encoder",
             category="retune/text encoder",
-            description="Loads what Save Text Encoder wrote. Needs the same T5 file in models/text_encoders; its hash "
-            "is checked.",
+            description="Loads what Save Text Encoder wrote. Needs the same T5 file or folder in models/text_encoders; "
+            "its hash is checked.",
             search_aliases=["load projection", "load t5"],
             inputs=[io.Combo.Input("file", options=files(ENCODERS), tooltip="A file written by Save Text Encoder.")],
             outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],

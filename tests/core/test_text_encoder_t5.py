@@ -262,6 +262,7 @@ def test_text_encoder_file_round_trip(tmp_path, t5_folder):
     assert saved.padding == Padding(max_tokens=33) and saved.target_std == 0.9 and saved.width == 32
     path = tmp_path / "models" / "sub folder" / t5_folder.name
     shutil.copytree(t5_folder, path)
+    (tmp_path / "models" / "another" / t5_folder.name).mkdir(parents=True)  # comes first and has no weights
     assert saved.find_t5([tmp_path / "absent", tmp_path / "models"]) == path
     again = load_t5(path, saved.projection, padding=saved.padding)
     saved.check_tokenizer(again.tokenizer.fingerprint)

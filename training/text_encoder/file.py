@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -82,8 +83,9 @@ class SavedTextEncoder:
                 f"not in {looked}. Put it there."
             )
         for place in places:
-            if file_hash(place) == self.t5_sha256:
-                return place
+            with suppress(FileNotFoundError):  # a folder of this name may hold something else, or not all its shards
+                if file_hash(place) == self.t5_sha256:
+                    return place
         self.check_t5(places[0])
         raise AssertionError("check_t5 accepted a T5 of another hash")
 
