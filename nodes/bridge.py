@@ -223,7 +223,10 @@ class ComfyTextEncoder:
 
 @contextmanager
 def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
-    """The model view of a MODEL, CLIP and VAE, ready to train while entered."""
+    """The model view of a MODEL, CLIP and VAE, ready to train while entered. Raises ValueError for an empty one."""
+    for name, part in (("model", model), ("clip", clip), ("vae", vae)):
+        if part is None:
+            raise ValueError(f"{name} is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
     with training_mode():
         denoiser = ComfyDenoiser(model)
         encoder = ComfyTextEncoder(clip)

@@ -76,6 +76,7 @@ class RetuneLoadDataset(io.ComfyNode):
                     tooltip="Stop and name images without a caption, or leave them out and count them.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 types.Dataset.Output(display_name="dataset", tooltip="Goes into a training node."),
                 io.String.Output(display_name="report", tooltip="Counts, sizes, captions, and what was left out."),
@@ -93,13 +94,12 @@ class RetuneLoadDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, resolution, **options):
-        import comfy.model_management
-
         from ..training.data.folder import FolderConfig, load_folder
+        from .progress import NodeCallbacks
 
         config = FolderConfig(folder=resolved(folder), resolution=resolution, **options)
-        check = comfy.model_management.throw_exception_if_processing_interrupted
-        dataset = load_folder(config, lambda done, total, text: check())
+        callbacks = NodeCallbacks(cls.hidden.unique_id if cls.hidden else None, "", 1)
+        dataset = load_folder(config, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
         return io.NodeOutput(dataset, dataset.report)
 
 

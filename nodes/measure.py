@@ -18,6 +18,8 @@ class MeasurableClip:
     """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
 
     def __init__(self, clip):
+        if clip is None:
+            raise ValueError("clip is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
         self.clip = clip
 
     def tokenize(self, texts: list[str]) -> dict:

@@ -233,7 +233,7 @@ def is_token(entry: Any, token: int) -> bool:
 
 def is_t5_clip(clip) -> bool:
     """Whether a CLIP was made by `load_t5_clip` (or is a clone of one)."""
-    return hasattr(clip.cond_stage_model, "retune_source")
+    return clip is not None and hasattr(clip.cond_stage_model, "retune_source")
 
 
 def t5_parts(clip) -> T5Parts:
@@ -347,6 +347,8 @@ def _patched_weights(clip) -> Iterator[tuple[str, Tensor]]:
 
 
 def expect_t5(clip) -> None:
+    if clip is None:
+        raise ValueError("clip is empty; expected a T5 from Load T5 or Load Text Encoder.")
     if not is_t5_clip(clip):
         raise ValueError(
             f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"

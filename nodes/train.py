@@ -258,7 +258,13 @@ class RetuneSamplePrompts(io.ComfyNode):
             search_aliases=["validation prompts", "preview while training"],
             inputs=[
                 io.String.Input("prompts", multiline=True, default="", tooltip="One prompt a line."),
-                io.Int.Input("every", default=d.every, min=1, max=100000, tooltip="Steps between two sets of samples."),
+                io.Int.Input(
+                    "every",
+                    default=d.every,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between two sets of samples; 0 is once per epoch.",
+                ),
                 io.Int.Input("steps", default=d.steps, min=1, max=1000, tooltip="Sampler steps (DDIM)."),
                 io.Float.Input("cfg", default=d.cfg, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale."),
                 io.Int.Input(

@@ -13,6 +13,7 @@ from pathlib import Path
 from .bench import BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
+from .comfyui_server import WorkflowFailed
 from .config import SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.folder import FolderConfig
 from .distributed import local_device, world
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         result = arguments.function(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkflowFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -26,7 +26,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 NOT_PACKAGED = (".*", "*.egg-info", "__pycache__", "build", "dist", "output", "tests")
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on 127.0.0.1
+COPY_MARK = ".copied-for-tests-and-demo"
 TEXT_EVENT = 3  # ComfyUI's BinaryEventTypes.TEXT; every other binary message is a preview image
+
+
+class WorkflowFailed(RuntimeError):
+    """A node failed or was interrupted, or ComfyUI itself ended."""
 
 
 class Server:
@@ -57,7 +62,7 @@ class Server:
         return json.loads(answer)["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """The history entry of a finished prompt; raises RuntimeError when it failed or was interrupted."""
+        """The history entry of a finished prompt; raises WorkflowFailed when it failed or was interrupted."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check_alive()
@@ -65,7 +70,7 @@ class Server:
                 entry = json.loads(self.request(f"/history/{prompt_id}")).get(prompt_id)
             except (urllib.error.URLError, ConnectionError) as error:
                 self.process.wait(30)  # it stopped answering because it is ending
-                raise RuntimeError(f"ComfyUI ended; its log ends:\n{tail(self.log)}") from error
+                raise WorkflowFailed(f"ComfyUI ended; its log ends:\n{tail(self.log)}") from error
             if entry:
                 raise_if_failed(entry["status"])
                 return entry
@@ -86,7 +91,7 @@ class Server:
 
     def check_alive(self) -> None:
         if self.process.poll() is not None:
-            raise RuntimeError(f"ComfyUI ended with code {self.process.returncode}; its log ends:\n{tail(self.log)}")
+            raise WorkflowFailed(f"ComfyUI ended with code {self.process.returncode}; its log ends:\n{tail(self.log)}")
 
     def kill(self) -> None:
         """End ComfyUI at once, as a power cut would."""
@@ -141,9 +146,9 @@ def raise_if_failed(status: dict) -> None:
     for kind, data in status["messages"]:
         if kind == "execution_error":
             where = f"node {data['node_id']} ({data['node_type']})"
-            raise RuntimeError(f"{where}: {data['exception_type']}: {data['exception_message']}".rstrip())
+            raise WorkflowFailed(f"{where}: {data['exception_type']}: {data['exception_message']}".rstrip())
         if kind == "execution_interrupted":
-            raise RuntimeError(f"interrupted in node {data['node_id']} ({data['node_type']})")
+            raise WorkflowFailed(f"interrupted in node {data['node_id']} ({data['node_type']})")
 
 
 def tail(log: Path, lines: int = 30) -> str:
@@ -161,15 +166,23 @@ def prepare(base_directory: Path) -> None:
 
 
 def link_package(link: Path) -> None:
-    """Put this package at `link`: a symbolic link, or a fresh copy where the system does not permit one (Windows)."""
+    """Put this package at `link`: a symbolic link, or a fresh copy where the system does not permit one (Windows).
+
+    Raises ValueError when a folder is there that no earlier call copied: it may be somebody's own clone.
+    """
     if link.is_symlink():
         link.unlink()
     elif link.exists():
+        if link.resolve() == PACKAGE:
+            return
+        if not (link / COPY_MARK).is_file():
+            raise ValueError(f"{link} is a folder of its own; expected none there. Give another base directory.")
         shutil.rmtree(link)
     try:
         link.symlink_to(PACKAGE, target_is_directory=True)
     except OSError:
         shutil.copytree(PACKAGE, link, ignore=shutil.ignore_patterns(*NOT_PACKAGED))
+        (link / COPY_MARK).touch()
 
 
 def free_port() -> int:
@@ -179,7 +192,7 @@ def free_port() -> int:
 
 
 def start(comfyui: Path, base_directory: Path, extra_args: tuple[str, ...] = ("--cpu",)) -> Server:
-    """Start ComfyUI on a free local port; raises RuntimeError with its log when it does not come up."""
+    """Start ComfyUI on a free local port; raises WorkflowFailed with its log when it does not come up."""
     base_directory = Path(base_directory).resolve()
     prepare(base_directory)
     port, log = free_port(), base_directory / "comfyui.log"
@@ -202,7 +215,7 @@ def wait_until_up(server: Server, timeout: float) -> None:
             return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
-    raise RuntimeError(f"ComfyUI was not up after {timeout:g} s; its log ends:\n{tail(server.log)}")
+    raise WorkflowFailed(f"ComfyUI was not up after {timeout:g} s; its log ends:\n{tail(server.log)}")
 
 
 @contextmanager
@@ -216,7 +229,7 @@ def server(
         connected = threading.Event()
         threading.Thread(target=listen_until_closed, args=(running, connected), daemon=True).start()
         if not connected.wait(30):
-            raise RuntimeError(f"ComfyUI's event stream did not open; the log is {running.log}")
+            raise WorkflowFailed(f"ComfyUI's event stream did not open; the log is {running.log}")
         yield running
     finally:
         if running.process.poll() is None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
+
+PATIENCE = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ def _size() -> int:
 
 
 def _state():
-    """accelerate's view of this process; without an accelerator it joins several processes only when told "cpu"."""
+    """accelerate's view of this process; without an accelerator it joins several processes only when told "cpu".
+
+    The others wait for the main process while it fills caches, draws and validates: torch's ten minutes are too short.
+    """
     from accelerate import PartialState
 
-    return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available())
+    return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -21,6 +21,15 @@ from filelock import FileLock, Timeout
 from .config import check_run_name
 from .files import read_json, sync, write_json
 
+FINGERPRINTS = {
+    "model": "the model (its weights, a reset, a LoRA)",
+    "text_encoder": "the text encoder (its weights, tokenizer, padding, a LoRA)",
+    "projection": "the text encoder's projection or scale",
+    "vae": "the VAE",
+    "dataset": "the data set (images, captions, sizes, repeats)",
+}
+"""What a run's identity holds only hashes of, in words."""
+
 
 class RunFolder:
     """One run's files. Open it with `RunFolder.open`, which also keeps other processes out."""
@@ -82,9 +91,12 @@ class RunFolder:
         old = self.config()
         if old is not None and old["identity"] != identity:
             where, before, now = _difference(old["identity"], identity)
+            what = f"{where} is {now!r}; run {self.name!r} was made with {before!r}"
+            if where in FINGERPRINTS:
+                what = f"{FINGERPRINTS[where]} differs from the one that run {self.name!r} was made with"
             raise ValueError(
-                f"{where} is {now!r}; run {self.name!r} was made with {before!r}. Use another run name such as "
-                f"{next_name(self.path)!r}, set it back to go on, or choose resume = restart."
+                f"{what}. Use another run name such as {next_name(self.path)!r}, set it back to go on, or choose "
+                "resume = restart."
             )
         write_json(self.path / "config.json", {"version": 1, "identity": identity, **details})
 

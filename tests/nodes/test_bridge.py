@@ -1,6 +1,8 @@
 """ComfyUI's MODEL, CLIP and VAE give the core the same numbers as diffusers, and come out of training untouched."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -106,6 +108,46 @@ def test_training_leaves_model_and_clip_bit_identical(demo, pictures, tmp_path):
     changed = with_unet_weights(model, trained.unet)
     assert not torch.equal(sampled(changed, clip), image)
     assert torch.equal(sampled(model, clip), image)
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def test_memory_is_given_back(demo, pictures, tmp_path):
+    import comfy.model_management
+    from retune.nodes.bridge import text_to_image
+    from retune.training.train_model import train_model
+
+    model, clip, vae = demo
+    sampled(model, clip)
+    before, held = live_bytes(), []
+    with torch.inference_mode(), text_to_image(model, clip, vae) as view:
+        patcher = weakref.ref(view.denoiser.patcher)
+        trained = train_model(view, pictures, train_config(train="whole UNet"), tmp_path)
+        held.append(live_bytes())
+    assert sum(v.numel() * 4 for v in trained.unet.values()) > 2**22  # enough to notice
+    del view, trained
+    assert live_bytes() - before < 2**20 < held[0] - before
+    assert patcher() is None
+    comfy.model_management.cleanup_models()
+    assert not any(loaded.model is None for loaded in comfy.model_management.current_loaded_models)
+
+
+@pytest.mark.parametrize("empty", ["model", "clip", "vae"])
+def test_an_empty_input_is_named(demo, empty):
+    from retune.nodes.bridge import text_to_image
+
+    parts = dict(zip(("model", "clip", "vae"), demo, strict=True)) | {empty: None}
+    with pytest.raises(ValueError, match=f"{empty} is empty; expected one"), text_to_image(**parts):
+        pass
 
 
 def test_trained_weights_arrive_exactly_and_a_lora_stays(demo, pictures, tmp_path):

@@ -54,6 +54,15 @@ def test_the_package_is_the_only_custom_node_and_a_second_start_keeps_it_so(tmp_
         assert (tmp_path / "custom_nodes" / "retune" / "__init__.py").is_file()
 
 
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    clone = tmp_path / "custom_nodes" / "retune"
+    clone.mkdir(parents=True)
+    (clone / "mine.txt").write_text("months of work", encoding="utf-8")
+    with pytest.raises(ValueError, match="retune is a folder of its own; expected none there"):
+        prepare(tmp_path)
+    assert (clone / "mine.txt").read_text(encoding="utf-8") == "months of work"
+
+
 def test_without_permission_for_links_the_package_is_copied(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("a required privilege is not held by the client")

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from retune.training.comfyui_server import server
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 
@@ -59,7 +61,7 @@ def test_the_whole_road(comfyui_server):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "event" not in row] == list(range(1, 7))
     assert sorted(p.name for p in (folder / "samples").iterdir())[0] == "000000_00.png"
-    assert len(list((folder / "samples").iterdir())) == 3 * 4
+    assert len(list((folder / "samples").iterdir())) == 3 * (4 + 1)  # and the sheet
     assert json.loads((folder / "config.json").read_text())["prompt"]["8"]["class_type"] == "RetuneTrainModel"
     steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
     assert steps == list(range(1, 7))
@@ -77,6 +79,65 @@ def test_the_whole_road(comfyui_server):
 
     first, second = (load_image(path) for path in pixels)
     assert (first - second).abs().max() <= 1 / 255  # the saved checkpoint and text encoder draw the same picture
+
+
+def test_a_lora_goes_on_top_and_a_saved_model_draws_the_same(comfyui_server):
+    base = comfyui_server.base_directory
+    write_lora(base / "models" / "loras" / "on_top.safetensors")
+    prompt = swap_prompt(run_name="with a lora")
+    for node, strength in (("30", 0.0), ("31", 3.0)):
+        inputs = {"model": ["8", 0], "lora_name": "on_top.safetensors", "strength_model": strength}
+        prompt[node] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    prompt["32"] = {"class_type": "ModelSave", "inputs": {"model": ["8", 0], "filename_prefix": "diffusion_models/t"}}
+    for number, model in enumerate((["8", 0], ["30", 0], ["31", 0])):
+        add_picture(prompt, number, model)
+    pictures = [picture(base, output) for output in images(comfyui_server.run(prompt))]
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+    (saved,) = (base / "output" / "diffusion_models").glob("t_*.safetensors")
+    inputs = {"text_encoder": "clip", "file": saved.name}
+    prompt = swap_prompt(run_name="with a lora") | {"33": {"class_type": "RetuneLoadDemoModel", "inputs": inputs}}
+    add_picture(prompt, 0, ["33", 0])
+    (reloaded,) = (picture(base, output) for output in images(comfyui_server.run(prompt)))
+    assert (pictures[0] - reloaded).abs().max() <= 1 / 255
+
+
+def write_lora(path: Path) -> None:
+    """A kohya-style LoRA of rank 2 on every key projection of the demo's cross-attention."""
+    from retune.training.demo.files import weights_path
+
+    tensors = {}
+    with safe_open(weights_path("demo.safetensors"), "pt") as file:
+        keys = [key for key in file.keys() if key.endswith("attn2.to_v.weight")]
+        for index, key in enumerate(keys):
+            rows, columns = file.get_slice(key).get_shape()
+            random = torch.Generator().manual_seed(index)
+            name = "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+            tensors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=random) * 0.2
+            tensors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=random) * 0.2
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+
+
+def add_picture(prompt: dict, number: int, model: list) -> None:
+    """Sampler, decoder and saved image for one more model."""
+    for node, changes in (("12", {"model": model}), ("13", {}), ("14", {"filename_prefix": f"picture{number}"})):
+        copied = json.loads(json.dumps(prompt[node]))
+        copied["inputs"] |= changes
+        prompt[f"9{node}{number}"] = copied
+    prompt[f"913{number}"]["inputs"]["samples"] = [f"912{number}", 0]
+    prompt[f"914{number}"]["inputs"]["images"] = [f"913{number}", 0]
+
+
+def images(outputs: dict) -> list[dict]:
+    return [outputs[node]["images"][0] for node in sorted(outputs) if node.startswith("914")]
+
+
+def picture(base: Path, output: dict) -> torch.Tensor:
+    from retune.training.data.images import load_image
+
+    return load_image(base / "output" / output["subfolder"] / output["filename"])
 
 
 def load_again(base: Path, text_encoder: str) -> dict:

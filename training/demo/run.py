@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +20,14 @@ from ..build import ModelConfig, apply_weights, build_model, with_t5
 from ..config import SamplePrompts, TrainingSettings, TrainModelConfig
 from ..data.folder import FolderConfig, load_folder
 from ..data.images import save_png
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..generate import draw
 from ..loop import Callbacks
 from ..model import TextToImage
 from ..report import write_report
 from ..run_folder import RunFolder
 from ..train_model import ARTIFACT, TrainedModel, read_trained, train_model
+from .files import weights_path
 from .judge import alignment
 from .scenes import caption, demo_examples, held_out_scenes
 
@@ -108,14 +110,29 @@ def judge(model: TextToImage, count: int, on_text: Callable[[str], None], what: 
 def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
     """Runs the whole demo and returns its figures; `report` is the path of the page to open."""
     began = time.monotonic()
-    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed}"
+    config = up_to_date(config)
+    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {edition()}"
     write_pictures(pictures, config.images, config.seed, callbacks.on_text)
     folder = FolderConfig(folder=pictures, resolution=128)
     dataset = load_folder(folder, lambda done, total, text: callbacks.on_text(text))
     model = swapped_model(config, dataset.captions)
     trained = train_model(model, dataset, config.training(), config.output, callbacks)
-    result = run_judged(trained.path.parent, config, callbacks)
-    return result | {"seconds": round(time.monotonic() - began, 1)}
+    return run_judged(trained.path.parent, config, callbacks, began)
+
+
+def edition() -> str:
+    """Changes with the demo's weights and with how its pictures are drawn."""
+    drawn = demo_examples(1, 0)[0].numpy().tobytes()
+    files = (weights_path(name).read_bytes() for name in ("demo.safetensors", "t5.safetensors"))
+    return sha256(b"".join([drawn, *files])).hexdigest()[:8]
+
+
+def up_to_date(config: DemoConfig) -> DemoConfig:
+    """The config, set to begin again when the run of this name was made with another edition of the demo."""
+    note, now = config.output / ".demo" / f"{config.run_name}.json", {"edition": edition()}
+    stale = note.exists() and read_json(note) != now
+    write_json(note, now)
+    return replace(config, restart=config.restart or stale)
 
 
 def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
@@ -126,8 +143,11 @@ def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
     return with_t5(model, ModelConfig(model="demo", t5="demo"), captions)
 
 
-def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks) -> dict:
-    """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5."""
+def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks, began: float) -> dict:
+    """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5.
+
+    began: `time.monotonic()` at the start. Returns the figures, then `seconds`, and `report` last.
+    """
     original = build_model(ModelConfig(model="demo"))
     trained = read_trained(run / ARTIFACT)
     rows, shown = {}, {}
@@ -136,19 +156,20 @@ def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks) -> dict:
         if name == "T5, trained":
             model = apply_weights(model, trained)
         rows[name], shown[name] = judge(model, config.judged, callbacks.on_text, name)
-    return _report(config, trained, rows, shown)
+    report = _report(config, trained, rows, shown)
+    return {
+        "alignment_clip": rows["CLIP"]["alignment"],
+        "alignment_t5_untrained": rows["T5, untrained"]["alignment"],
+        "alignment_t5_trained": rows["T5, trained"]["alignment"],
+        "seconds": round(time.monotonic() - began, 1),
+        "report": str(report.resolve()),
+    }
 
 
-def _report(config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], shown: dict[str, list[Tensor]]) -> dict:
+def _report(config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], shown: dict[str, list[Tensor]]) -> Path:
     captions = held_out_captions(16)
     table = [{"text encoder": name, **figures} for name, figures in rows.items()]
     pictures = {name: list(zip(captions, images, strict=False)) for name, images in shown.items()}
     folder = RunFolder(trained.path.parent)
     title = f"Held-out captions read back right by the judge (of {config.judged})"
-    report = write_report(folder, {title: table}, pictures)
-    return {
-        "alignment_clip": rows["CLIP"]["alignment"],
-        "alignment_t5_untrained": rows["T5, untrained"]["alignment"],
-        "alignment_t5_trained": rows["T5, trained"]["alignment"],
-        "report": str(report.resolve()),
-    }
+    return write_report(folder, {title: table}, pictures)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from ..comfyui_server import PACKAGE, server
 from ..loop import Callbacks
-from .run import DemoConfig, run_judged
+from .run import DemoConfig, run_judged, up_to_date
 
 WORKFLOW = PACKAGE / "tests" / "workflows" / "swap_text_encoder.json"
 TIMEOUT = 3600
 
 
 def demo_prompt(config: DemoConfig) -> dict:
-    """The example workflow in API format, at the demo's size."""
+    """The example workflow in API format, at the demo's size. Raises ValueError for a start that it does not have."""
+    if config.start != "fit":
+        raise ValueError(f"start is {config.start!r}; the example workflow has 'fit'. Use --no-comfyui for others.")
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     run = config.training()
     prompt["5"]["inputs"] |= {"count": config.images, "seed": config.seed}
@@ -26,8 +28,9 @@ def demo_prompt(config: DemoConfig) -> dict:
 
 
 def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks) -> dict:
-    """Runs the workflow, then judges its run; the same figures as `run_demo`. Raises RuntimeError when a node fails."""
+    """Runs the workflow, then judges its run; figures as `run_demo`. Raises WorkflowFailed when a node fails."""
     began = time.monotonic()
+    config = up_to_date(config)
     base = config.output.resolve()
     callbacks.on_text("starting ComfyUI")
 
@@ -38,5 +41,4 @@ def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks)
     with server(comfyui, base) as running:
         running.on_event = show
         running.run(demo_prompt(config), TIMEOUT)
-    result = run_judged(base / "output" / "retune" / config.run_name, config, callbacks)
-    return result | {"seconds": round(time.monotonic() - began, 1)}
+    return run_judged(base / "output" / "retune" / config.run_name, config, callbacks, began)

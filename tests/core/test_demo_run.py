@@ -1,0 +1,41 @@
+"""The demo from end to end at a size of seconds, and what the shipped model can do."""
+
+import json
+
+import pytest
+from retune.training.__main__ import main
+from retune.training.demo import run as demo_run
+from retune.training.demo.run import DemoConfig, edition, up_to_date
+from retune.training.run_folder import RunFolder
+
+SMALL = ["--images", "40", "--judged", "6", "--steps", "3", "--batch-size", "4"]
+KEYS = ["alignment_clip", "alignment_t5_untrained", "alignment_t5_trained", "seconds", "report"]
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_figures_and_a_report(tmp_path, capsys):
+    command = ["demo", "--json", "--output", str(tmp_path), *SMALL]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == KEYS
+    assert all(0 <= result[key] <= 1 for key in KEYS[:3]) and result["seconds"] > 0
+    folder = RunFolder(tmp_path / "demo T5 swap")
+    assert result["report"] == str((folder.path / "report.html").resolve())
+    page = (folder.path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("T5, untrained", "T5, trained", "alignment", "epoch", "loss curve"))
+    assert [row["step"] for row in folder.rows() if "event" not in row] == [1, 2, 3]
+    before = (folder.path / "model.safetensors").stat().st_mtime_ns
+    assert main(command) == 0  # answers from disk
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {key: again[key] for key in KEYS[:3]} == {key: result[key] for key in KEYS[:3]}
+    assert (folder.path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_of_another_edition_begins_again(tmp_path, monkeypatch):
+    config = DemoConfig(output=tmp_path)
+    assert not up_to_date(config).restart
+    assert not up_to_date(config).restart
+    monkeypatch.setattr(demo_run, "edition", lambda: "other")
+    assert up_to_date(config).restart
+    assert not up_to_date(config).restart
+    assert len(edition()) == 8
