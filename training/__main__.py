@@ -105,7 +105,6 @@ def parser() -> argparse.ArgumentParser:
     t.set_defaults(function=train)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
-    r.add_argument("--tokenizer", type=Path, help="not needed: only the UNet is read")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     add_flags(r, ResetConfig)
     r.set_defaults(function=reset)

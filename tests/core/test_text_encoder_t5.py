@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -264,6 +265,10 @@ def test_text_encoder_file_round_trip(tmp_path, t5_folder):
     shutil.copytree(t5_folder, path)
     (tmp_path / "models" / "another" / t5_folder.name).mkdir(parents=True)  # comes first and has no weights
     assert saved.find_t5([tmp_path / "absent", tmp_path / "models"]) == path
+    if os.name == "posix":
+        (tmp_path / "linked").mkdir()
+        (tmp_path / "linked" / "shared").symlink_to(path.parent, target_is_directory=True)
+        assert saved.find_t5([tmp_path / "linked"]).parent.name == "shared"
     again = load_t5(path, saved.projection, padding=saved.padding)
     saved.check_tokenizer(again.tokenizer.fingerprint)
     assert torch.equal(again.encode(again.tokenize(TEXTS)).context, t5.encode(t5.tokenize(TEXTS)).context)

@@ -7,10 +7,10 @@ where they are and are recognised by their hash.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from ..files import read_tensors, write_tensors
@@ -74,8 +74,7 @@ class SavedTextEncoder:
     def find_t5(self, folders: Iterable[str | Path]) -> Path:
         """The T5 under one of `folders`, by name and hash. Errors: as `check_t5`; FileNotFoundError names the file."""
         folders = [Path(folder) for folder in folders]
-        name = escape(Path(self.t5_file).name)
-        places = [place for folder in folders for place in sorted(folder.rglob(name))]
+        places = [place for folder in folders for place in _named(folder, Path(self.t5_file).name)]
         if not places:
             looked = ", ".join(str(folder) for folder in folders)
             raise FileNotFoundError(
@@ -88,6 +87,15 @@ class SavedTextEncoder:
                     return place
         self.check_t5(places[0])
         raise AssertionError("check_t5 accepted a T5 of another hash")
+
+
+def _named(root: Path, name: str) -> list[Path]:
+    """Files and folders of this name below a folder, linked folders included, sorted."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if name in folders or name in files:
+            found.append(Path(folder) / name)
+    return sorted(found)
 
 
 def save_text_encoder(path: str | Path, saved: SavedTextEncoder) -> None:
