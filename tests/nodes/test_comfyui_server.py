@@ -1,5 +1,6 @@
 """The headless ComfyUI that other tests and `run.py demo` work with."""
 
+import re
 import sys
 import time
 
@@ -45,6 +46,12 @@ def test_a_comfyui_that_does_not_start_shows_its_log(comfyui, tmp_path):
     with pytest.raises(RuntimeError, match="(?s)code 2.*--no-such-option"):
         with server(comfyui, tmp_path, ("--no-such-option",)):
             pass
+
+
+def test_comfyui_itself_counts_at_most_a_fifth_of_a_second_for_the_package(comfyui_server):
+    log = comfyui_server.log.read_text(encoding="utf-8", errors="replace")
+    seconds = re.findall(r"([\d.]+) seconds\b.*custom_nodes.retune", log)
+    assert seconds and float(seconds[0]) <= 0.2
 
 
 def test_the_package_is_the_only_custom_node_and_a_second_start_keeps_it_so(tmp_path):

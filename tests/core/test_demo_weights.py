@@ -1,0 +1,62 @@
+"""What the shipped demo model can do, measured on combinations that training never drew."""
+
+import pytest
+import torch
+from retune.training.build import ModelConfig, build_model
+from retune.training.demo.build_scorer import aesthetic, embeddings, image_embeddings, load_scorer, scorer_figures
+from retune.training.demo.build_scorer import tokens_of as scorer_tokens
+from retune.training.demo.build_t5 import probe
+from retune.training.demo.build_unet import clip_tokenizer
+from retune.training.demo.build_vae import pictures
+from retune.training.demo.files import WEIGHTS
+from retune.training.demo.judge import alignment
+from retune.training.demo.run import LOOK, held_out_captions
+from retune.training.demo.scenes import caption, held_out_scenes
+from retune.training.generate import draw
+from retune.training.generators import generator
+
+
+def test_all_weights_fit_in_16_megabytes():
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 16 * 2**20
+
+
+def test_reconstructions_are_read_right():
+    vae = build_model(ModelConfig(model="demo")).autoencoder
+    scenes = held_out_scenes(100, 77)
+    images = pictures(scenes, 77).float() / 255
+    with torch.no_grad():
+        rebuilt = torch.cat([vae.decode(vae.encode(batch)) for batch in images.split(10)])
+    assert alignment(rebuilt, scenes)["alignment"] >= 0.93
+
+
+@pytest.mark.slow
+def test_the_model_with_its_clip_follows_captions():
+    captions = held_out_captions(200)
+    images = draw(build_model(ModelConfig(model="demo")), captions, **LOOK, batch_size=50)
+    assert alignment(images, captions)["alignment"] >= 0.90
+
+
+def test_the_t5_tells_the_attributes_apart():
+    assert min(probe().values()) >= 0.95
+
+
+def test_the_scorer_finds_the_caption_and_the_head_the_polish():
+    figures = scorer_figures(100)
+    assert figures["top1"] >= 0.5 and figures["top5"] >= 0.9 and figures["r2"] >= 0.8
+
+
+def test_the_aesthetic_head_leaves_headroom_above_the_model():
+    captions = held_out_captions(8)
+    images = torch.stack(draw(build_model(ModelConfig(model="demo")), captions, **LOOK | {"steps": 8}))
+    scenes = held_out_scenes(40, 9)
+    polished = [scene for scene in scenes if scene.polish > 0.9]
+    assert aesthetic(pictures(polished, 9)).mean() > aesthetic(images).mean() + 2
+
+
+def test_the_scorer_prefers_the_true_caption():
+    scenes = held_out_scenes(30, 5)
+    texts = [caption(scene, generator(5, "text", i)) for i, scene in enumerate(scenes)]
+    with torch.no_grad():
+        text = embeddings(load_scorer(), None, scorer_tokens(clip_tokenizer(), texts))[1]
+    likeness = image_embeddings(pictures(scenes, 5)) @ text.T
+    assert likeness.diagonal().mean() > likeness.mean() + 0.2
