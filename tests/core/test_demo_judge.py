@@ -64,7 +64,7 @@ def test_only_named_attributes_count():
 
 def test_correct_compares_attribute_by_attribute():
     reading = Reading(shape="ring", colour="red", count=2)
-    assert correct(reading, "two red stars on the left") == {
+    assert correct(reading, "two red circles on the left") == {
         "count": True, "colour": True, "shape": False, "position": False
     }  # fmt: skip
 

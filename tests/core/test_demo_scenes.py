@@ -74,7 +74,7 @@ def test_dropping_leaves_attributes_out():
     assert min(sizes) <= 2 and max(sizes) >= 4
 
 
-@pytest.mark.parametrize("subset", ["red", "two circles", "glossy star", "heart"])
+@pytest.mark.parametrize("subset", ["red", "two circles", "glossy ring", "heart"])
 def test_subset_holds_in_every_caption(subset):
     images, captions = demo_examples(6, 0, subset)
     assert images.shape == (6, 3, 128, 128) and len(captions) == 6

@@ -77,7 +77,7 @@ def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
 
     model, clip, _ = demo
     (t5,) = run(RetuneLoadT5, "demo", "auto", model=model)
-    words = "a large blue star, white background"
+    words = "a large blue cross, white background"
     raw = encoded(t5, words)
     assert raw.shape[-1] == 128
     scaled, std, report = run(RetuneScaleTextEncoder, t5, "target std", 0.2)

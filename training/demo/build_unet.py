@@ -59,7 +59,7 @@ SCENES = 14_000
 STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 8000, 32, 1.5e-3, 0.1
 PLACES_FIRST = 2000
 """Steps in which half of the draws have high noise, where places are decided; then all levels alike, for the shapes."""
-CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 4.0
+CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 2.5
 
 
 def alphas_cumprod() -> Tensor:

@@ -77,10 +77,10 @@ def read(image: Tensor | np.ndarray) -> Reading:
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
     """The pieces and the shape they agree on: told apart by their cores or, thin shafts having none, as they are."""
     pieces = _pieces(coverage, peeled=True)
-    shape = _agreed(_shape_name(coverage * piece) for piece in pieces)
+    shape = _shape_name([coverage * piece for piece in pieces])
     if shape == UNSURE:
         whole = _pieces(coverage, peeled=False)
-        named = _agreed(_shape_name(coverage * piece) for piece in whole)
+        named = _shape_name([coverage * piece for piece in whole])
         if named != UNSURE:
             return whole, named
     return pieces, shape
@@ -177,16 +177,26 @@ def _templates() -> tuple[np.ndarray, list[str]]:
     return np.stack(patches), names
 
 
-def _shape_name(mask: np.ndarray) -> str:
+def _likeness(mask: np.ndarray) -> np.ndarray:
+    """(len(SHAPES),) best overlap (intersection over union, 0..1) with the templates of each shape."""
     if (mask > 0.4).sum() < _MIN_AREA:
-        return UNSURE
+        return np.zeros(len(SHAPES))
     patch = _patch(mask)
     templates, names = _templates()
     overlap = np.minimum(templates, patch).sum((1, 2)) / np.maximum(templates, patch).sum((1, 2))
-    scores = {shape: max(o for o, name in zip(overlap, names, strict=True) if name == shape) for shape in SHAPES}
-    best, second = sorted(scores, key=scores.get, reverse=True)[:2]
-    clear = scores[best] >= 0.72 and scores[best] - scores[second] >= 0.015
-    return best if clear else UNSURE
+    return np.array([max(o for o, name in zip(overlap, names, strict=True) if name == shape) for shape in SHAPES])
+
+
+def _shape_name(masks: list[np.ndarray]) -> str:
+    """The shape that all pieces look like on average; unsure when it is not clear, or clearly not one of them."""
+    if not masks:
+        return UNSURE
+    scores = np.stack([_likeness(mask) for mask in masks])
+    mean = scores.mean(0)
+    second, best = np.argsort(mean)[-2:]
+    clear = mean[best] >= 0.72 and mean[best] - mean[second] >= 0.015
+    another = (scores.max(1) - scores[:, best]).max() > 0.06
+    return SHAPES[best] if clear and not another else UNSURE
 
 
 def _colour_name(pixels: np.ndarray, mask: np.ndarray) -> str:
@@ -210,8 +220,8 @@ def _unit_area(shape: str) -> float:
 def _radius(mask: np.ndarray, piece: np.ndarray, shape: str) -> float:
     """Half extent in pixels, by the larger side of the bounding box and, for a known shape, as much by the area.
 
-    Blur wears off the tips of a star or fills the hole of a ring, but not both measures. `piece` is grown by two pixels
-    all around.
+    Blur wears off the tips of a cross or fills the hole of a ring, which changes one measure or the other. `piece` is
+    grown by two pixels all around.
     """
     rows, columns = np.nonzero(piece)
     radius = (max(np.ptp(rows), np.ptp(columns)) + 1 - 4) / 2

@@ -31,7 +31,7 @@ from .files import weights_path
 from .judge import alignment
 from .scenes import caption, demo_examples, held_out_scenes
 
-LOOK = {"width": 128, "height": 128, "steps": 20, "cfg": 4.0, "seed": 7}
+LOOK = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 
 
 @dataclass(frozen=True, kw_only=True)

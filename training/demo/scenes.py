@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from ..generators import generator as new_generator
 
 SIDE = 128
-NAMED_SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NAMED_SHAPES = ("circle", "square", "triangle", "cross", "ring")
 UNNAMED_SHAPES = ("heart", "crescent", "arrow")
 SHAPES = NAMED_SHAPES + UNNAMED_SHAPES
 COLOURS = {
@@ -182,10 +182,6 @@ def caption(scene: Scene, generator: Generator, drop: float = 0.0) -> str:
 
 def _polygon(shape: str) -> list[tuple[float, float]]:
     """Outline in -1..1, y down."""
-    if shape == "star":
-        radii = [1.05, 0.42] * 5
-        turns = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
-        return [(r * math.cos(t), r * math.sin(t) + 0.05) for r, t in zip(radii, turns, strict=True)]
     if shape == "heart":
         turns = [2 * math.pi * i / 48 for i in range(48)]
         waves = [(13, 1), (-5, 2), (-2, 3), (-1, 4)]
