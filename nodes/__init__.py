@@ -15,6 +15,7 @@ from .text_encoder import (
     RetuneScaleTextEncoder,
 )
 from .train import RetuneSamplePrompts, RetuneTrainingSettings, RetuneTrainModel
+from .vae import RetuneSwapVAE
 
 
 class RetuneExtension(ComfyExtension):
@@ -29,6 +30,7 @@ class RetuneExtension(ComfyExtension):
             RetuneSaveTextEncoder,
             RetuneLoadTextEncoder,
             RetuneResetAttention,
+            RetuneSwapVAE,
             RetuneLoadDataset,
             RetuneDatasetFromImages,
             RetuneTrainingSettings,

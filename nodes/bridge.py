@@ -233,7 +233,16 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
         with denoiser.casting_weights():
-            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, model.model.latent_format))
+            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)))
+
+
+def latent_format_of(model):
+    """The latent format that a MODEL samples with: the one RetuneSwapVAE gave it, else the model's own."""
+    import comfy.latent_formats
+
+    owner = getattr(model.get_model_object("process_latent_in"), "__self__", None)
+    swapped = isinstance(owner, comfy.latent_formats.LatentFormat)
+    return owner if swapped else model.get_model_object("latent_format")
 
 
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
