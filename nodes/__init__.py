@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .dataset import RetuneDatasetFromImages, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
+from .export import RetuneExportDiffusers
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
 from .text_encoder import (
@@ -29,6 +30,7 @@ class RetuneExtension(ComfyExtension):
             RetuneScaleConditioning,
             RetuneSaveTextEncoder,
             RetuneLoadTextEncoder,
+            RetuneExportDiffusers,
             RetuneResetAttention,
             RetuneSwapVAE,
             RetuneLoadDataset,

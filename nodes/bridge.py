@@ -50,7 +50,7 @@ class ComfyDenoiser:
     def __init__(self, patcher):
         self.patcher = patcher.clone(disable_dynamic=True) if _is_dynamic(patcher) else patcher.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
-        self.prediction_type = _prediction_type(self.sampling)
+        self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
         if not any(name.endswith("attn2.to_k.weight") for name, _ in self.network.named_parameters()):
             raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
@@ -316,7 +316,7 @@ def _clip_fingerprint(clip) -> str:
     return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
 
 
-def _prediction_type(sampling) -> str:
+def prediction_type_of(sampling) -> str:
     """ "eps", "v" or "flow", told by the very functions in use: subclasses of these in ComfyUI mean other things."""
     import comfy.model_sampling
 
