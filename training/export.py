@@ -109,7 +109,7 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
     unknown layout, or too little disk.
     """
     check_run_name(name, "folder_name")
-    unet, vae = _unet(images), _vae(images)
+    unet, vae = built_unet(images), built_vae(images)
     if text.width != unet.config.cross_attention_dim:
         raise ValueError(
             f"text encoder's width is {text.width}; the UNet reads {unet.config.cross_attention_dim}. Connect the text "
@@ -147,7 +147,8 @@ def scheduler(prediction_type: str):
     return DDIMScheduler(**SD1_SCHEDULER, **fixed, prediction_type=kind)
 
 
-def _unet(images: ImageParts) -> nn.Module:
+def built_unet(images: ImageParts) -> nn.Module:
+    """The UNet2DConditionModel of some parts. ValueError for SDXL, inpainting and other layouts."""
     from diffusers import UNet2DConditionModel
 
     shapes = {name: value.shape for name, value in images.unet.items()}
@@ -161,7 +162,8 @@ def _unet(images: ImageParts) -> nn.Module:
     return _filled(unet, ldm.to_diffusers(images.unet, ldm.unet_names(config)), "UNet")
 
 
-def _vae(images: ImageParts) -> nn.Module:
+def built_vae(images: ImageParts) -> nn.Module:
+    """The AutoencoderKL of some parts, with their scaling factor. ValueError for other layouts."""
     from diffusers import AutoencoderKL
 
     config = ldm.vae_config({name: value.shape for name, value in images.vae.items()})

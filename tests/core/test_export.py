@@ -3,7 +3,15 @@
 import pytest
 import torch
 from retune.training.diffusers_model import SD1_VAE
-from retune.training.export import BYT5, export_pipeline, find_tokenizer_file, scheduler
+from retune.training.export import (
+    BYT5,
+    ImageParts,
+    built_unet,
+    built_vae,
+    export_pipeline,
+    find_tokenizer_file,
+    scheduler,
+)
 from retune.training.formats import ldm
 from retune.training.text_encoder.tokenizers import load_tokenizer
 
@@ -28,6 +36,47 @@ def test_a_vae_is_described_from_its_shapes(layers, channels):
     assert shapes[0] == shapes[1]
     with pytest.raises(ValueError, match="expected an AutoencoderKL"):
         ldm.vae_config({"decoder.1.weight": torch.Size([64, 4, 3, 3])})
+
+
+SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SD2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def on_meta(heads=8, **config):
+    """Names and shapes of Stable Diffusion's UNet and VAE at their true size, without memory."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**config), AutoencoderKL(**SD1_VAE)
+    return unet, ImageParts(
+        unet=ldm.to_ldm(unet.state_dict(), ldm.unet_names(unet.config)),
+        num_heads=heads,
+        prediction_type="eps",
+        vae=ldm.to_ldm(vae.state_dict(), ldm.vae_names(vae.config)),
+        scaling_factor=0.13025,
+    )
+
+
+@pytest.mark.parametrize("heads, config", [(8, SD1), (None, SD2)])
+def test_the_true_layouts_are_rebuilt(heads, config):
+    unet, parts = on_meta(heads, **config)
+    built, vae = built_unet(parts), built_vae(parts)
+    assert len(built.state_dict()) == 686 and len(vae.state_dict()) == 248
+    counts = [[m.heads for m in one.modules() if hasattr(m, "heads")] for one in (unet, built)]
+    assert counts[0] == counts[1] and len(counts[0]) == 32
+    assert built.config.sample_size == 64 and vae.config.scaling_factor == 0.13025
+
+
+def test_other_kinds_of_unet_are_refused():
+    with pytest.raises(ValueError, match="MODEL is one of SDXL; expected a plain text-to-image model"):
+        built_unet(on_meta(**SD1, **SDXL)[1])
+    with pytest.raises(ValueError, match="MODEL is one of 9 input channels"):
+        built_unet(on_meta(**SD1, in_channels=9)[1])
 
 
 def test_the_scheduler_has_the_training_noise_levels():
