@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .dataset import RetuneDatasetFromImages, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
+from .export import RetuneExportDiffusers
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
 from .text_encoder import (
@@ -15,6 +16,7 @@ from .text_encoder import (
     RetuneScaleTextEncoder,
 )
 from .train import RetuneSamplePrompts, RetuneTrainingSettings, RetuneTrainModel
+from .vae import RetuneSwapVAE
 
 
 class RetuneExtension(ComfyExtension):
@@ -28,7 +30,9 @@ class RetuneExtension(ComfyExtension):
             RetuneScaleConditioning,
             RetuneSaveTextEncoder,
             RetuneLoadTextEncoder,
+            RetuneExportDiffusers,
             RetuneResetAttention,
+            RetuneSwapVAE,
             RetuneLoadDataset,
             RetuneDatasetFromImages,
             RetuneTrainingSettings,

@@ -50,7 +50,7 @@ class ComfyDenoiser:
     def __init__(self, patcher):
         self.patcher = patcher.clone(disable_dynamic=True) if _is_dynamic(patcher) else patcher.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
-        self.prediction_type = _prediction_type(self.sampling)
+        self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
         if not any(name.endswith("attn2.to_k.weight") for name, _ in self.network.named_parameters()):
             raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
@@ -233,7 +233,16 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
         with denoiser.casting_weights():
-            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, model.model.latent_format))
+            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)))
+
+
+def latent_format_of(model):
+    """The latent format that a MODEL samples with: the one RetuneSwapVAE gave it, else the model's own."""
+    import comfy.latent_formats
+
+    owner = getattr(model.get_model_object("process_latent_in"), "__self__", None)
+    swapped = isinstance(owner, comfy.latent_formats.LatentFormat)
+    return owner if swapped else model.get_model_object("latent_format")
 
 
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
@@ -307,7 +316,7 @@ def _clip_fingerprint(clip) -> str:
     return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
 
 
-def _prediction_type(sampling) -> str:
+def prediction_type_of(sampling) -> str:
     """ "eps", "v" or "flow", told by the very functions in use: subclasses of these in ComfyUI mean other things."""
     import comfy.model_sampling
 

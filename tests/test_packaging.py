@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"}
+COMFYUI_MODULES |= {"latent_preview"}
 HEAVY = {"accelerate", "diffusers", "lycoris", "matplotlib", "open_clip", "peft", "pandas", "sklearn"}
 HEAVY |= {"scipy", "torchvision", "transformers"}  # ComfyUI may have imported these itself
 COMMAND_LINE_ONLY = {"accelerate"}  # several processes or machines; ComfyUI trains in one

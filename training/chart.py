@@ -1,4 +1,8 @@
-"""A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss."""
+"""A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss.
+
+Where a validation has further figures (see `evaluate`), two small panels below show them: how much the text is used,
+and the held-out loss per range of noise levels.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,16 @@ from torch import Tensor
 
 WIDTH, HEIGHT, MARGIN = 960, 540, (76, 48, 24, 44)
 """Margins: left, top, right, bottom."""
-COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "grid": "#e4e4e4"}
+PANEL, GAP = 210, 90
+"""Height of the lower panels, and the space between the two."""
+COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "grid": "#e4e4e4", "text gap": "#2b8a5a"}
+BANDS = ("#fbb862", "#ef7f4d", "#cf4a5f", "#93307a", "#3f1d71")
+"""Noise levels from nearly clean to nearly pure noise."""
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+MAIN: Box = (MARGIN[0], MARGIN[1], WIDTH - MARGIN[2], HEIGHT - MARGIN[3])
+"""Left, top, right and bottom edge of the loss plot."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,13 @@ class Axes:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    box: Box = MAIN
 
     def place(self, point: Point) -> Point:
-        left, top, right, bottom = MARGIN
+        left, top, right, bottom = self.box
         across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
         up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
-        return left + across * (WIDTH - left - right), HEIGHT - bottom - up * (HEIGHT - top - bottom)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
 
 def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -41,20 +53,58 @@ def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
 
 
 def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
-    """The chart (HEIGHT, WIDTH, 3) in 0..1 of a run's metrics rows; a run without steps gives empty axes."""
+    """The chart (HEIGHT, WIDTH, 3) in 0..1 of a run's metrics rows; a run without steps gives empty axes.
+
+    PANEL higher when validations have further figures.
+    """
     from PIL import Image, ImageDraw
 
     steps = [(row["step"], row["loss"]) for row in rows if "event" not in row]
     curve = list(zip([s for s, _ in steps], smoothed([v for _, v in steps]), strict=True))
     validation = [(row["step"], row["loss"]) for row in rows if row.get("event") == "validation"]
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    figures = [row for row in rows if row.get("event") == "validation" and "bands" in row]
+    height = HEIGHT + PANEL * bool(figures)
+    image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
     axes = limits(steps, curve + validation)
     _grid(draw, axes)
     for points, key, width in ((steps, "loss", 1), (curve, "smoothed", 3), (validation, "validation", 3)):
         _line(draw, axes, points, COLOURS[key], width)
     _legend(draw, name, steps, curve, validation)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(HEIGHT, WIDTH, 3).float() / 255
+    if figures:
+        _panels(draw, axes.x, figures)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, WIDTH, 3).float() / 255
+
+
+def _panels(draw, steps: tuple[float, float], rows: list[dict[str, Any]]) -> None:
+    """The text gap on the left, the loss per band on the right, over the same steps as the plot above."""
+    left, _, right, _ = MAIN
+    middle, top, bottom = (left + right) / 2, HEIGHT + 24, HEIGHT + PANEL - MARGIN[3]
+    gap = [(row["step"], row["text_gap"]) for row in rows if "text_gap" in row]
+    if gap:
+        box = (left, top, middle - GAP / 2, bottom)
+        title = f"text gap {gap[-1][1]:.4f} (loss with shuffled captions minus loss)"
+        _panel(draw, steps, box, [(gap, COLOURS["text gap"])], title)
+    count = min(len(row["bands"]) for row in rows)
+    lines = [[(row["step"], row["bands"][band]) for row in rows] for band in range(count)]
+    colours = [BANDS[round(band * (len(BANDS) - 1) / max(1, count - 1))] for band in range(count)]
+    box = (middle + GAP / 2, top, right, bottom)
+    _panel(draw, steps, box, list(zip(lines, colours, strict=True)), "held-out loss, noise level:")
+    x = box[0] + draw.textlength("held-out loss, noise level: ", font_size=14)
+    for band, colour in enumerate(colours):
+        draw.text((x, top - 8), text := f"{100 * (band + 1) // count} %", fill=colour, anchor="ls", font_size=14)
+        x += draw.textlength(text + " ", font_size=14)
+
+
+def _panel(draw, steps: tuple[float, float], box: Box, lines: list[tuple[list[Point], str]], title: str) -> None:
+    values = [0.0, *(value for points, _ in lines for _, value in points)]
+    low, high = min(values), max(values)
+    room = 0.08 * (high - low) or 1.0
+    axes = Axes(steps, (low - room if low < 0 else 0.0, high + room), box)
+    _grid(draw, axes, 3)
+    for points, colour in lines:
+        _line(draw, axes, points, colour, 2)
+    draw.text((box[0], box[1] - 8), title, fill="#333333", anchor="ls", font_size=14)
 
 
 def limits(steps: Sequence[Point], smooth: Sequence[Point]) -> Axes:
@@ -73,12 +123,12 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(draw, axes: Axes) -> None:
-    for value in ticks(*axes.y):
+def _grid(draw, axes: Axes, count: int = 6) -> None:
+    for value in ticks(*axes.y, count):
         start, end = axes.place((axes.x[0], value)), axes.place((axes.x[1], value))
         draw.line([start, end], fill=COLOURS["grid"])
         draw.text((start[0] - 8, start[1]), f"{value:.4g}", fill="#555555", anchor="rm", font_size=15)
-    for value in ticks(*axes.x):
+    for value in ticks(*axes.x, count):
         x, y = axes.place((value, axes.y[0]))
         draw.text((x, y + 10), f"{value:.0f}", fill="#555555", anchor="mt", font_size=15)
 

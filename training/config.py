@@ -29,12 +29,12 @@ def check_range(config: Any, **limits: tuple[float, float]) -> None:
             raise ValueError(f"{name} is {value}; expected {low} to {high}.")
 
 
-def check_run_name(name: str) -> None:
+def check_run_name(name: str, what: str = "run name") -> None:
     """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
     bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
     if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
         raise ValueError(
-            f"run name is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
+            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
             "Leave out path separators and '..'."
         )
 

@@ -107,7 +107,8 @@ class LoopConfig:
 
 
 class Loop:
-    """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots."""
+    """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots, `evaluation` gives further
+    figures of them, once loaded, for the validation's row."""
 
     def __init__(
         self,
@@ -119,12 +120,13 @@ class Loop:
         *,
         sampler: Sampler | None = None,
         validation: list | None = None,
+        evaluation: Callable[[list], dict[str, Any]] | None = None,
         callbacks: Callbacks | None = None,
         device: torch.device | None = None,
     ):
         self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
         self.config, self.settings = config, config.settings
-        self.sampler, self.validation = sampler, validation or []
+        self.sampler, self.validation, self.evaluation = sampler, validation or [], evaluation
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
@@ -282,10 +284,11 @@ class Loop:
         self.callbacks.after_load()
         with self.trainable.attach(self.values()), self._autocast():
             loss = self.objective.validation(loaded)
+            figures = self.evaluation(loaded) if self.evaluation else {}
         if loss < self.best:
             write_tensors(self.folder.best, self.values(), {"step": str(self.step), "validation_loss": repr(loss)})
             self.best = loss
-        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss})
+        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss, **figures})
 
     @torch.no_grad()
     def _sample(self) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
+from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
@@ -186,6 +188,7 @@ def _train(
         ),
         sampler=_sampler(model, config, texts, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
+        evaluation=partial(evaluate, objective),
         callbacks=callbacks,
         device=model.denoiser.device,
     )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from retune.training.chart import COLOURS, HEIGHT, WIDTH, limits, run_chart, smoothed, ticks
+from retune.training.chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed, ticks
 
 
 def painted(image, colour):
     """(H, W) bool: pixels of a colour."""
-    rgb = torch.tensor([int(COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)])
+    colour = COLOURS.get(colour, colour)
+    rgb = torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
     return ((image * 255).round() == rgb).all(-1)
 
 
@@ -60,3 +61,30 @@ def test_short_runs_give_axes(given):
 def test_one_wild_value_does_not_flatten_the_rest():
     steps = [(float(i), 1.0) for i in range(100)] + [(100.0, 500.0)]
     assert limits(steps, [(i, 1.2) for i in range(101)]).y == (0.0, pytest.approx(1.08 * 1.2))
+
+
+def test_further_figures_of_validations_get_panels_below(tmp_path):
+    losses = [1.0] * 20
+    figures = [{"text_gap": gap, "bands": [0.1, 0.2, 0.3, 0.4, last]} for gap, last in ((0.0, 0.9), (0.5, 0.5))]
+    given = rows(losses) + [
+        {"event": "validation", "step": step, "loss": 0.5, **more} for step, more in zip((0, 20), figures, strict=True)
+    ]
+    image = run_chart("r", given)
+    assert image.shape == (HEIGHT + PANEL, WIDTH, 3)
+    plain = run_chart("r", rows(losses, [(0, 0.5), (20, 0.5)]))
+    assert torch.equal(image[:HEIGHT], plain)
+    gap, bands = painted(image, "text gap"), [painted(image, colour) for colour in BANDS]
+    assert gap[:, : WIDTH // 2].any() and not gap[:, WIDTH // 2 :].any() and not gap[:HEIGHT].any()
+    line = gap[HEIGHT + 24 :].nonzero()  # below the title
+    first, last = line[line[:, 1].argmin(), 0], line[line[:, 1].argmax(), 0]
+    assert first - last > 0.5 * (PANEL - 24 - 44)  # a growing gap goes up
+    middle = [band[HEIGHT + 24 :].nonzero()[:, 0].float().mean().item() for band in bands]
+    assert middle == sorted(middle, reverse=True)  # more error stands higher
+    assert all(band[:, WIDTH // 2 :].any() and not band[:HEIGHT].any() for band in bands)
+
+
+def test_equal_captions_leave_the_gap_panel_out():
+    given = rows([1.0] * 5) + [{"event": "validation", "step": 5, "loss": 0.5, "bands": [0.1, 0.2, 0.3, 0.4, 0.5]}]
+    image = run_chart("r", given)
+    assert image.shape[0] == HEIGHT + PANEL and not painted(image, "text gap").any()
+    assert all(painted(image, colour).any() for colour in BANDS)

@@ -166,6 +166,29 @@ def unet_config(shapes: Mapping[str, torch.Size], num_heads: int | None = None) 
     return config
 
 
+def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
+    """The AutoencoderKL config of an LDM VAE (prefix stripped), from shapes alone; without its scaling factor.
+
+    Raises ValueError when the tensors are not an AutoencoderKL's.
+    """
+    blocks = [m for name in shapes if (m := re.fullmatch(r"decoder\.up\.(\d+)\.block\.(\d+)\.conv2\.weight", name))]
+    if not blocks or "encoder.conv_in.weight" not in shapes:
+        raise ValueError(
+            "VAE holds no encoder and decoder of the original layout (encoder.conv_in, decoder.up); expected an "
+            "AutoencoderKL as in SD1.x, SD2 and SDXL. TAESD and other kinds do not go."
+        )
+    levels, layers = (1 + max(int(m[group]) for m in blocks) for group in (1, 2))
+    return {
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "block_out_channels": [shapes[f"decoder.up.{i}.block.0.conv2.weight"][0] for i in range(levels)],
+        "layers_per_block": layers - 1,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
 def _levels(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
     """One {channels, layers, depth} per resolution, walking the input blocks; depth 0 means no attention."""
     levels = [{"channels": 0, "layers": 0, "depth": 0}]

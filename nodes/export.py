@@ -1,0 +1,184 @@
+"""A MODEL with its text encoder and VAE as a diffusers folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from comfy_api.latest import io
+
+log = logging.getLogger(__name__)
+
+EXPORTED_OBJECTS = {"model_sampling", "process_latent_in", "process_latent_out"}
+"""Object patches of a MODEL that the folder's configs say."""
+
+
+class RetuneExportDiffusers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneExportDiffusers",
+            display_name="Export Diffusers",
+            category="retune/model",
+            description="Writes model, text encoder and VAE as a diffusers folder in output/diffusers: it runs without "
+            "ComfyUI and this pack. With a T5 the folder holds the few lines of code that run it.",
+            search_aliases=["save diffusers", "hugging face folder"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.x, SD2 or the demo model; LoRA and trained weights are written."),
+                io.Clip.Input("clip", tooltip="The SD1.x CLIP of this model, or a T5 from Load T5."),
+                io.Vae.Input("vae", tooltip="The VAE that the model samples with."),
+                io.String.Input(
+                    "folder_name",
+                    default="my model",
+                    tooltip="Folder in output/diffusers; a number is added when it exists.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The folder written.")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, folder_name):
+        import folder_paths
+
+        from ..training.config import check_run_name
+        from ..training.export import export_pipeline
+
+        check_run_name(folder_name, "folder_name")
+        for name, part in (("model", model), ("clip", clip), ("vae", vae)):
+            if part is None:
+                raise ValueError(
+                    f"{name} is empty; expected one. Does the checkpoint, or the loader's choice, hold it?"
+                )
+        images, text = image_parts(model, vae), text_part(clip)
+        path = export_pipeline(Path(folder_paths.get_output_directory()) / "diffusers", folder_name, images, text)
+        lines = [str(path), *left_out(model)]
+        for line in lines[1:]:
+            log.warning("%s", line)
+        return io.NodeOutput(str(path), ui={"text": lines})
+
+
+def image_parts(model, vae):
+    """UNet, VAE, kind of prediction and scale factor of a MODEL and VAE, patches applied, fp32 on the CPU.
+
+    Raises ValueError for noise levels or a latent scale that a diffusers config of Stable Diffusion cannot say.
+    """
+    from ..training.export import ImageParts
+    from .bridge import UNET, latent_format_of, patched_weight, prediction_type_of
+
+    sampling, network = model.get_model_object("model_sampling"), model.model.diffusion_model
+    prediction = prediction_type_of(sampling)
+    _check_sigmas(sampling.sigmas)
+    heads = {m.heads for m in network.modules() if hasattr(m, "to_q") and hasattr(m, "heads")}
+    return ImageParts(
+        unet={name: patched_weight(model, UNET + name) for name, _ in network.named_parameters()},
+        num_heads=heads.pop() if len(heads) == 1 else None,
+        prediction_type=prediction,
+        vae={name: patched_weight(vae.patcher, name) for name, _ in vae.first_stage_model.named_parameters()},
+        scaling_factor=_scale_of(latent_format_of(model)),
+    )
+
+
+def _check_sigmas(sigmas) -> None:
+    import torch
+
+    from ..training.diffusers_model import SD1_SCHEDULER, training_sigmas
+
+    expected = training_sigmas(SD1_SCHEDULER)
+    if sigmas.shape != expected.shape or not torch.allclose(sigmas.float().cpu(), expected, rtol=1e-3):
+        raise ValueError(
+            f"MODEL's noise levels end at {sigmas.max().item():.4g}; expected {expected.max().item():.4g}, Stable "
+            "Diffusion's own. Take off the node that changes its sampling (zero terminal SNR, another schedule)."
+        )
+
+
+def _scale_of(latent_format) -> float:
+    """A latent format's factor; ValueError when it does more than multiply."""
+    import torch
+
+    probe = torch.linspace(-2, 2, 4).view(1, 4, 1, 1)
+    if not torch.allclose(latent_format.process_in(probe), probe * latent_format.scale_factor):
+        raise ValueError(
+            f"MODEL's latent format {type(latent_format).__name__} does more than multiply; expected that of SD1.5 or "
+            "SDXL."
+        )
+    return float(latent_format.scale_factor)
+
+
+def text_part(clip):
+    """The exportable text encoder of a CLIP: SD1.x's own, or a T5 of this package. ValueError for others."""
+    from .t5_clip import is_t5_clip
+
+    return _t5_part(clip) if is_t5_clip(clip) else _clip_part(clip)
+
+
+def _clip_part(clip):
+    from ..training.clip_text import clip_config
+    from ..training.export import ClipPart
+    from .bridge import patched_weight
+
+    stage = clip.cond_stage_model
+    if [name for name, _ in stage.named_children()] != ["clip_l"]:
+        raise ValueError(f"the CLIP is {type(stage).__name__}; expected the CLIP of SD1.x or a T5 from Load T5.")
+    prefix = "clip_l.transformer.text_model."
+    names = [name for name, _ in stage.named_parameters() if name.startswith(prefix)]
+    kept = len(stage.clip_l.transformer.text_model.encoder.layers) + 1 + (-1 if not clip.layer_idx else clip.layer_idx)
+    state = {name.removeprefix(prefix): name for name in names}
+    state = {short: name for short, name in state.items() if _layer(short) < kept}
+    tensors = {short: patched_weight(clip.patcher, name) for short, name in state.items()}
+    config = clip_config(tensors) | _module_config(stage.clip_l)
+    return ClipPart(state=tensors, config=config, tokenizer=Path(clip.tokenizer.clip_l.tokenizer.name_or_path))
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a CLIP tensor belongs to; -1 outside them."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["encoder", "layers"] else -1
+
+
+def _module_config(clip_l) -> dict:
+    """What shapes do not tell about a CLIP: heads, activation, special tokens."""
+    from comfy.clip_model import ACTIVATIONS
+
+    text, special = clip_l.transformer.text_model, clip_l.special_tokens
+    first = text.encoder.layers[0]
+    return {
+        "num_attention_heads": first.self_attn.heads,
+        "hidden_act": next(name for name, function in ACTIVATIONS.items() if function is first.mlp.activation),
+        "layer_norm_eps": text.final_layer_norm.eps,
+        "bos_token_id": special["start"],
+        "eos_token_id": special["end"],
+        "pad_token_id": special["pad"],
+    }
+
+
+def _t5_part(clip):
+    import comfy.sd
+
+    from ..training.export import T5Part, find_tokenizer_file
+    from .t5_clip import core_text_encoder, t5_parts
+
+    if clip.layer_idx is not None:
+        raise ValueError("the T5 stops at an earlier layer (CLIP Set Last Layer); expected one without that node.")
+    source, encoder = t5_parts(clip).source, core_text_encoder(clip)
+    tokens = encoder.tokenize(["a"])[0]
+    length = encoder.padding.max_tokens if encoder.padding.pad == "max_tokens" else len(tokens)
+    shape = tuple(clip.encode_from_tokens(clip.tokenize("a", disable_weights=True)).shape)
+    if shape != (1, length, encoder.width):
+        raise ValueError(
+            f"the CLIP encodes 'a' to {shape}; its T5 and projection alone give {(1, length, encoder.width)}. Export "
+            "a T5 without another CLIP beside it."
+        )
+    comfyui = Path(comfy.sd.__file__).parents[1]
+    return T5Part(encoder=encoder, tokenizer=find_tokenizer_file(source.path, source.tokenizer.fingerprint, comfyui))
+
+
+def left_out(model) -> list[str]:
+    """What a MODEL carries beside weights, sampling and latent format, in words; the folder does not hold it."""
+    options = model.model_options
+    found = [name for name, value in options.get("transformer_options", {}).items() if value]
+    found += [name for name in options if name != "transformer_options" and options[name]]
+    found += [name for name in model.object_patches if name not in EXPORTED_OBJECTS]
+    if not found:
+        return []
+    return [f"The folder lacks what other nodes added to the MODEL's behaviour ({', '.join(sorted(found))})."]
