@@ -59,9 +59,16 @@ class HeldProjection:
         """Where `states` are, in fp32."""
         return self._on(states.context.device).project(states.to(torch.float32))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the copy on the device that encodes."""
+        return sum(tensor.nbytes for tensor in self.projection.state_dict().values())
+
     def _on(self, device: torch.device) -> Projection:
         if device.type == "cpu":
             return self.projection
+        if self.projection.tokens:  # a resampler is large (0.2 GB for SDXL): its copy goes again after each prompt
+            return detached_copy(self.projection).to(device)
         if self._elsewhere is None or self._elsewhere[0] != device:
             self._elsewhere = (device, detached_copy(self.projection).to(device))
         return self._elsewhere[1]
@@ -175,6 +182,10 @@ def _target(source: T5Source, held: HeldProjection, kept: KeptClip | None) -> Si
             mean = masked_mean(states, real) if self.projection.projection.pooled_width else None
             before = None if kept is None else kept.encode(tokens, besides=name).to(states.device, torch.float32)
             return Conditioning(states, mean, None, before)
+
+        def memory_estimation_function(self, tokens, device=None) -> int:
+            """Bytes that ComfyUI keeps free beside T5's weights: the copy of the projection."""
+            return self.projection.nbytes
 
         def encode_token_weights(self, tokens):
             from comfy.model_management import intermediate_device

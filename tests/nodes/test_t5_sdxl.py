@@ -30,7 +30,8 @@ def t5_folder(tmp_path_factory, write_t5_folder):
 
 
 def load(folder, width=2048, projection=None, options=None, **more):
-    projection = projection or Projection(64, width, **(options or {"pooled_width": 1280})).scaled(1.3)
+    options = {"pooled_width": 1280} if options is None else options
+    projection = projection or Projection(64, width, **options).scaled(1.3)
     with torch.inference_mode():
         return t5_clip.load_t5_clip(folder, projection, dtype="fp32", **more)
 
@@ -204,7 +205,7 @@ def small_sdxl_clip():
     import comfy.sd
     from comfy import sdxl_clip
 
-    small = {"num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2}
+    small = {"num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2}
     target = SimpleNamespace(clip=sdxl_clip.SDXLClipModel, tokenizer=sdxl_clip.SDXLTokenizer, params={})
     configs = {f"clip_{name}_model_config": small | {"hidden_size": width} for name, width in (("l", 32), ("g", 64))}
     clip = comfy.sd.CLIP(target, model_options=configs | {"dtype": torch.float32})
@@ -235,6 +236,23 @@ def test_a_kept_clip_comes_first(comfyui, t5_folder, demo, tmp_path):
         close(trained.context[row][trained.mask[row]].detach(), encode(both, text)[0][0])
         assert torch.equal(trained.pooled[row], encode(both, text)[1][0])
     assert all(equal(encode(kept, text), known) for text, known in zip(TEXTS, before, strict=True))
+
+
+def test_both_encoders_are_comfyuis_to_load_and_unload(comfyui, t5_folder, demo):
+    import comfy.model_management
+
+    both = load(t5_folder, 128, options={"kind": "resampler"}, keep_clip=demo[1])
+    before = encode(both, TEXTS[1])
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert any(one.is_clone(both.patcher) for one in loaded) and any(one.is_clone(demo[1].patcher) for one in loaded)
+    weights = sum(p.nbytes for p in t5_clip.t5_parts(both).projection.state_dict().values())
+    assert both.cond_stage_model.memory_estimation_function({}) == weights > 2**20
+    comfy.model_management.unload_all_models()
+    assert equal(encode(both, TEXTS[1]), before)
+    separate = both.clone()
+    separate.patcher = both.patcher.clone(force_deepcopy=True)
+    separate.cond_stage_model = separate.patcher.model
+    assert separate.cond_stage_model is not both.cond_stage_model and equal(encode(separate, TEXTS[1]), before)
 
 
 def test_scale_and_fit_leave_a_kept_clip_alone(comfyui, t5_folder, demo):
