@@ -194,7 +194,7 @@ class ComfyTextEncoder:
         self.clip = clip
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
-        self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else _clip_fingerprint(clip)
+        self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else clip_fingerprint(clip)
         self.width = self.projection.width if self._is_t5 else self.encode(self.tokenize([""])).context.shape[-1]
 
     def tokenize(self, texts: list[str]) -> list[str]:
@@ -206,9 +206,7 @@ class ComfyTextEncoder:
             return Conditioning.cat(self._one(text) for text in tokens)
 
     def project(self, states: Conditioning) -> Conditioning:
-        if self.projection is None:
-            return states
-        return Conditioning(self.projection(states.context), states.pooled, states.mask)
+        return states if self.projection is None else self.projection.project(states)
 
     def encode(self, tokens: list[str]) -> Conditioning:
         return self.project(self.backbone(tokens))
@@ -292,6 +290,15 @@ def context_width_of(model) -> int:
     raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
 
 
+def pooled_width_of(model) -> int:
+    """The width of the pooled text that a MODEL reads beside its picture sizes (SDXL: 1280); 0 when it reads none."""
+    import comfy.model_base
+
+    sizes = {comfy.model_base.SDXL: 6, comfy.model_base.SDXLRefiner: 5}  # numbers in embeddings of 256
+    counts = [count for kind, count in sizes.items() if isinstance(model.model, kind)]
+    return model.model.adm_channels - 256 * counts[0] if counts else 0
+
+
 def with_projection(clip, weights: Mapping[str, Tensor]):
     """A clone of a T5 CLIP whose projection has these weights; the CLIP itself when there are none."""
     if not weights:
@@ -310,7 +317,7 @@ def attention_weights(model) -> dict[str, Tensor]:
     return {name: patched_weight(model, UNET + name) for name in names}
 
 
-def _clip_fingerprint(clip) -> str:
+def clip_fingerprint(clip) -> str:
     """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded."""
     weights = ((name, patched_weight(clip.patcher, name)) for name, _ in clip.cond_stage_model.named_parameters())
     return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))

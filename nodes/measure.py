@@ -11,7 +11,8 @@ from torch import Tensor
 from ..training.model import Conditioning
 from ..training.text_encoder.fit import FitReport, fit_projection
 from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
-from .t5_clip import clone_with_projection, encode_states, expect_t5, is_token, t5_parts
+from .t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, own_context, t5_parts
+from .t5_tokens import is_token
 
 
 class MeasurableClip:
@@ -27,9 +28,16 @@ class MeasurableClip:
         return self.clip.tokenize(text, disable_weights=True)
 
     def encode(self, tokens: dict) -> Conditioning:
-        return Conditioning(self.clip.encode_from_tokens(tokens))
+        """Of a T5 beside a kept CLIP the T5's own tokens, which alone a scale changes."""
+        context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
+        return Conditioning(own_context(self.clip, context, tokens) if is_t5_clip(self.clip) else context, pooled)
 
     def real_tokens(self, tokens: dict) -> Tensor:
+        """(1, L) bool over what `encode` returns: see `prompt_tokens`; all tokens of a resampler."""
+        resampled = t5_parts(self.clip).projection.tokens if is_t5_clip(self.clip) else None
+        return torch.ones(1, resampled, dtype=torch.bool) if resampled else self.prompt_tokens(tokens)
+
+    def prompt_tokens(self, tokens: dict) -> Tensor:
         """(1, L) bool: without start tokens and what follows a section's first end token."""
         key, sections = next(iter(tokens.items()))
         owner = self.clip.tokenizer
@@ -41,6 +49,12 @@ class MeasurableClip:
         tokens = self.tokenize([prompt])
         with torch.inference_mode(False):
             return self.encode(tokens).context[0].clone(), self.real_tokens(tokens)[0]
+
+    def pooled(self, prompt: str) -> Tensor | None:
+        """(P,) pooled output of one prompt, or None."""
+        with torch.inference_mode(False):
+            pooled = self.encode(self.tokenize([prompt])).pooled
+            return None if pooled is None else pooled[0].clone()
 
     def scaled(self, factor: float) -> MeasurableClip:
         return MeasurableClip(clone_with_projection(self.clip, t5_parts(self.clip).projection.scaled(factor)))
@@ -59,11 +73,16 @@ class UnprojectedClip(MeasurableClip):
     def encode(self, tokens: dict) -> Conditioning:
         return encode_states(self.clip, tokens)
 
+    def real_tokens(self, tokens: dict) -> Tensor:
+        return self.prompt_tokens(tokens)
+
 
 def fit_clip(clip, reference, prompts: Sequence[str]) -> tuple[Any, FitReport]:
     """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
     expect_t5(clip)
-    projection, report = fit_projection(UnprojectedClip(clip), MeasurableClip(reference), prompts)
+    pooled_width = t5_parts(clip).projection.pooled_width
+    own, target = UnprojectedClip(clip), MeasurableClip(reference)
+    projection, report = fit_projection(own, target, prompts, pooled_width=pooled_width)
     return clone_with_projection(clip, projection), report
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,45 +20,31 @@ from ..training.demo.files import WEIGHTS, weights_path
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning
 from ..training.text_encoder.file import SavedTextEncoder
-from ..training.text_encoder.projection import Projection, detached_copy
-from ..training.text_encoder.t5 import Padding, T5TextEncoder, cut, t5_model
+from ..training.text_encoder.projection import Projection, detached_copy, masked_mean
+from ..training.text_encoder.t5 import Padding, T5TextEncoder, t5_model
 from ..training.text_encoder.t5_file import T5Weights, read_t5
-from ..training.text_encoder.tokenizers import T5Tokenizer, find_tokenizer
+from ..training.text_encoder.tokenizers import find_tokenizer
+from .kept_clip import KeptClip
+from .t5_tokens import T5Source, real_tokens, t5_tokenizer, warn_of_second_text
 
 DEMO = "demo"
 DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMFYUI_BUCKETS = 32
-XXL_WIDTH = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Source:
-    """Where the T5 of a CLIP came from and how it is read."""
-
-    path: Path
-    file_hash: str
-    config: dict
-    tokenizer: T5Tokenizer
-    padding: Padding
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        """ComfyUI's name of this encoder: prefix of its weights, key of its embeddings and tokenizer options."""
-        return "t5xxl" if self.config["d_model"] == XXL_WIDTH else "t5base"
 
 
 @dataclass(frozen=True)
 class T5Parts:
     """A T5 CLIP taken apart. patched: the T5 weights carry patches (a LoRA), which a saved text encoder leaves out.
 
-    target_std: what the projection's output was scaled to, before any training; None when it was not.
+    target_std: what the projection's output was scaled to, before any training; None when it was not. keeps_clip: the
+    context of a kept CLIP comes before the T5's.
     """
 
     source: T5Source
     projection: Projection
     patched: bool
     target_std: float | None
+    keeps_clip: bool
 
 
 class HeldProjection:
@@ -70,12 +55,20 @@ class HeldProjection:
         self.projection = detached_copy(projection).float().cpu().eval().requires_grad_(False)
         self._elsewhere: tuple[torch.device, Projection] | None = None
 
-    def __call__(self, states: Tensor) -> Tensor:
-        return self._on(states.device)(states.float())
+    def project(self, states: Conditioning) -> Conditioning:
+        """Where `states` are, in fp32."""
+        return self._on(states.context.device).project(states.to(torch.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the copy on the device that encodes."""
+        return sum(tensor.nbytes for tensor in self.projection.state_dict().values())
 
     def _on(self, device: torch.device) -> Projection:
         if device.type == "cpu":
             return self.projection
+        if self.projection.tokens:  # a resampler is large (0.2 GB for SDXL): its copy goes again after each prompt
+            return detached_copy(self.projection).to(device)
         if self._elsewhere is None or self._elsewhere[0] != device:
             self._elsewhere = (device, detached_copy(self.projection).to(device))
         return self._elsewhere[1]
@@ -90,15 +83,18 @@ def load_t5_clip(
     dtype: str = "default",
     tokenizer: str | Path | None = None,
     target_std: float | None = None,
+    keep_clip=None,
     embedding_directory: Sequence[str] | None = None,
     disable_dynamic: bool = False,
 ):
-    """A comfy.sd.CLIP of a T5 file, folder or "demo", followed by `projection`; pooled output is None.
+    """A comfy.sd.CLIP of a T5 file, folder or "demo", followed by `projection`.
 
+    Its pooled output is the projection's, if that has a map for it; else None. keep_clip: another CLIP, whose context
+    comes before the T5's in every encoding and whose pooled output, if any, is taken instead.
     dtype: how T5's weights are stored ("default": ComfyUI's choice, fp32 for the demo); it always computes in fp32.
     target_std: what the projection was scaled to; only remembered.
     Prompts longer than `max_tokens` are cut with a warning. Errors: ValueError or FileNotFoundError as `read_t5` and
-    `find_tokenizer`; ValueError for a projection of another width or an unknown dtype.
+    `find_tokenizer`; ValueError for a projection or kept CLIP of another width or an unknown dtype.
     """
     import comfy.model_management
     import comfy.sd
@@ -111,6 +107,7 @@ def load_t5_clip(
     is_demo = path.resolve() == (WEIGHTS / "t5.safetensors").resolve()
     storage = torch.float32 if is_demo and dtype == "default" else DTYPES[dtype]
     storage = storage or comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
+    kept = None if keep_clip is None else KeptClip.of(keep_clip, projection.width)
     weights = read_t5(path, storage)
     _check_fit(weights.config, projection, path)
     comfyui = Path(comfy.sd.__file__).parents[1]
@@ -119,7 +116,7 @@ def load_t5_clip(
         path=path, file_hash=weights.file_hash, config=weights.config, tokenizer=found, padding=padding, dtype=dtype
     )
     clip = comfy.sd.CLIP(
-        _target(source, HeldProjection(projection, target_std)),
+        _target(source, HeldProjection(projection, target_std), kept),
         embedding_directory=embedding_directory or folder_paths.get_folder_paths("embeddings"),
         parameters=sum(weight.numel() for weight in weights.state_dict.values()),
         state_dict=[weights.state_dict],
@@ -127,6 +124,7 @@ def load_t5_clip(
         disable_dynamic=disable_dynamic,
     )
     rebuild = {"max_tokens": max_tokens, "pad": pad, "dtype": dtype, "tokenizer": tokenizer, "target_std": target_std}
+    rebuild["keep_clip"] = keep_clip
     clip.patcher.cached_patcher_init = (_rebuilt_patcher, (t5, projection, rebuild, embedding_directory))
     return clip
 
@@ -150,7 +148,7 @@ def _check_fit(config: dict, projection: Projection, path: Path) -> None:
         )
 
 
-def _target(source: T5Source, held: HeldProjection) -> SimpleNamespace:
+def _target(source: T5Source, held: HeldProjection, kept: KeptClip | None) -> SimpleNamespace:
     """The model and tokenizer classes as comfy.sd.CLIP wants them."""
     from comfy import sd1_clip
     from comfy.text_encoders.t5 import T5
@@ -173,62 +171,35 @@ def _target(source: T5Source, held: HeldProjection) -> SimpleNamespace:
     class T5WithProjection(sd1_clip.SD1ClipModel):
         def __init__(self, device, dtype, model_options):
             super().__init__(device=device, dtype=dtype, model_options=model_options, name=name, clip_model=Backbone)
-            self.retune_source = source
+            self.retune_source, self.retune_kept = source, kept
             self.projection = held
 
-        def encode_states(self, tokens) -> Tensor:
-            """(1, L, d_model) before the projection, prompt weights applied, on the device that T5 ran on."""
+        def backbone(self, tokens) -> Conditioning:
+            """Before the projection, prompt weights applied, on the device that T5 ran on; see the core's encoder."""
             states = super().encode_token_weights(tokens)[0]
-            return states.to(getattr(self, name).execution_device or states.device)
+            states = states.to(getattr(self, name).execution_device or states.device)
+            real = real_tokens(tokens[name], source).to(states.device)[None]
+            mean = masked_mean(states, real) if self.projection.projection.pooled_width else None
+            before = None if kept is None else kept.encode(tokens, besides=name).to(states.device, torch.float32)
+            return Conditioning(states, mean, None, before)
+
+        def memory_estimation_function(self, tokens, device=None) -> int:
+            """Bytes that ComfyUI keeps free beside T5's weights: the copy of the projection."""
+            return self.projection.nbytes
 
         def encode_token_weights(self, tokens):
             from comfy.model_management import intermediate_device
 
-            return self.projection(self.encode_states(tokens)).to(intermediate_device()), None
+            if kept is None:
+                warn_of_second_text(tokens, source)
+            result = self.projection.project(self.backbone(tokens)).to(intermediate_device())
+            return result.context, result.pooled
 
     def tokenizer(embedding_directory=None, tokenizer_data=None):
-        segments = _segment_tokenizer(source, embedding_directory)
-        return sd1_clip.SD1Tokenizer(tokenizer_data={f"{name}_tokenizer_class": segments}, name=name)
+        sdxl, other = held.projection.pooled_width > 0, None if kept is None else kept.clip
+        return t5_tokenizer(source, embedding_directory, sdxl=sdxl, keep_clip=other)
 
     return SimpleNamespace(clip=T5WithProjection, tokenizer=tokenizer, params={})
-
-
-def _segment_tokenizer(source: T5Source, embedding_directory):
-    """Builds ComfyUI's tokenizer (prompt weights, `embedding:`) around ours, cut or padded as the encoder says."""
-    from comfy import sd1_clip
-
-    padding = source.padding
-
-    class Tokenizer(sd1_clip.SDTokenizer):
-        def __init__(self, **_):
-            super().__init__(
-                "",
-                embedding_directory=embedding_directory,
-                embedding_size=source.config["d_model"],
-                embedding_key=source.name,
-                tokenizer_class=SimpleNamespace(from_pretrained=lambda _: source.tokenizer),
-                has_start_token=False,
-                pad_with_end=False,
-                pad_to_max_length=False,
-                pad_token=source.config["pad_token_id"],
-                max_length=99999999,
-                min_length=1,
-            )
-
-        def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
-            (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
-            end = next(i for i, entry in enumerate(batch) if is_token(entry[0], self.end_token))
-            batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
-            if padding.pad == "max_tokens":
-                self.pad_tokens(batch, padding.max_tokens - len(batch))
-            return [batch if return_word_ids else [entry[:2] for entry in batch]]
-
-    return Tokenizer
-
-
-def is_token(entry: Any, token: int) -> bool:
-    """Entries are ids, or the vectors of an `embedding:`."""
-    return not isinstance(entry, Tensor) and entry == token
 
 
 def is_t5_clip(clip) -> bool:
@@ -241,7 +212,9 @@ def t5_parts(clip) -> T5Parts:
     expect_t5(clip)
     held = clip.patcher.get_model_object("projection")
     projection = detached_copy(held.projection).requires_grad_(True)
-    return T5Parts(clip.cond_stage_model.retune_source, projection, bool(clip.patcher.patches), held.target_std)
+    model = clip.cond_stage_model
+    keeps_clip = model.retune_kept is not None
+    return T5Parts(model.retune_source, projection, bool(clip.patcher.patches), held.target_std, keeps_clip)
 
 
 def t5_state(clip) -> dict[str, Tensor]:
@@ -259,8 +232,13 @@ def t5_state(clip) -> dict[str, Tensor]:
 
 
 def core_text_encoder(clip) -> T5TextEncoder:
-    """The core's own encoder (transformers, fp32, CPU) with this CLIP's weights, tokenizer, projection and padding."""
+    """The core's own encoder (transformers, fp32, CPU) with this CLIP's weights, tokenizer, projection and padding.
+
+    Raises ValueError for a T5 beside a kept CLIP, which the core's encoder does not have.
+    """
     parts = t5_parts(clip)
+    if parts.keeps_clip:
+        raise ValueError("the T5 stands beside a kept CLIP; expected a T5 alone. Load it without keep_clip.")
     source = parts.source
     model = t5_model(T5Weights(t5_state(clip), source.config, source.file_hash))
     return T5TextEncoder(model, source.tokenizer, parts.projection, source.padding, source.file_hash)
@@ -292,18 +270,21 @@ def saved_text_encoder(clip) -> SavedTextEncoder:
         tokenizer=source.tokenizer.fingerprint,
         target_std=parts.target_std,
         dtype=source.dtype,
+        keeps_clip=parts.keeps_clip,
     )
 
 
-def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Path], **options):
+def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Path], keep_clip=None, **options):
     """The CLIP of a saved text encoder; its T5 is looked for in `folders` and in the demo's weights.
 
-    options: as `load_t5_clip`. Errors: ValueError or FileNotFoundError that names the T5 or tokenizer that differs.
+    options: as `load_t5_clip`. Errors: ValueError or FileNotFoundError that names the T5 or tokenizer that differs;
+    ValueError when it stood beside a kept CLIP and none is given.
     """
+    saved.check_kept(keep_clip is not None)
     path = saved.find_t5([*folders, WEIGHTS])
     padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
     known = padding | {"dtype": saved.dtype, "target_std": saved.target_std}
-    clip = load_t5_clip(path, saved.projection, **known, **options)
+    clip = load_t5_clip(path, saved.projection, keep_clip=keep_clip, **known, **options)
     saved.check_tokenizer(clip.cond_stage_model.retune_source.tokenizer.fingerprint)
     return clip
 
@@ -321,19 +302,34 @@ def encode_states(clip, tokens: dict) -> Conditioning:
     clip.load_model(tokens)
     model.set_clip_options({"execution_device": clip.patcher.load_device})
     with torch.inference_mode(False), torch.no_grad():
-        states = model.encode_states(tokens).clone()
-        real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    return Conditioning(states, None, real if model.retune_source.padding.pad == "none" else None)
+        found = Conditioning.cat([model.backbone(tokens)])  # cat copies, so that nothing is an inference tensor
+        real = torch.ones(found.context.shape[:2], dtype=torch.bool, device=found.context.device)
+    return replace(found, mask=real if model.retune_source.padding.pad == "none" else None)
+
+
+def own_context(clip, context: Tensor, tokens: dict) -> Tensor:
+    """The T5's part of what a CLIP encoded: behind a kept CLIP's."""
+    model = clip.cond_stage_model
+    if model.retune_kept is None:
+        return context
+    resampled = clip.patcher.get_model_object("projection").projection.tokens
+    return context[:, -(resampled or sum(map(len, tokens[model.retune_source.name]))) :]
 
 
 def backbone_fingerprint(clip) -> str:
-    """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches."""
+    """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches.
+
+    So it does with whether there is a pooled output, and with a kept CLIP.
+    """
     expect_t5(clip)
-    source = clip.cond_stage_model.retune_source
+    model = clip.cond_stage_model
+    source, projection = model.retune_source, clip.patcher.get_model_object("projection").projection
     identity = (source.file_hash, source.dtype, source.tokenizer.fingerprint, source.padding, clip.layer_idx)
     patched = tensors_fingerprint(_patched_weights(clip)) if clip.patcher.patches else ""
     options = sorted(clip.tokenizer_options.items())
-    return hashlib.sha256(repr((*identity, patched, options)).encode()).hexdigest()
+    more = ("pooled",) if projection.pooled_width else ()
+    more += () if model.retune_kept is None else (model.retune_kept.fingerprint(),)
+    return hashlib.sha256(repr((*identity, patched, options, *more)).encode()).hexdigest()
 
 
 def _patched_weights(clip) -> Iterator[tuple[str, Tensor]]:

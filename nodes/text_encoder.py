@@ -11,6 +11,8 @@ log = logging.getLogger(__name__)
 
 ENCODERS = "text_encoders"
 DEMO = "demo"
+SDXL = "sdxl"
+SDXL_WIDTHS = (2048, 1280)
 
 
 class RetuneLoadT5(io.ComfyNode):
@@ -32,10 +34,10 @@ class RetuneLoadT5(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "context_width",
-                    options=["auto", "768", "1024"],
+                    options=["auto", "768", "1024", SDXL],
                     default="auto",
-                    tooltip="Width that the model's cross-attention reads: 768 for SD1.x, 1024 for SD2; "
-                    "auto asks the connected model, as the demo model needs.",
+                    tooltip="Width that the model's cross-attention reads: 768 for SD1.x, 1024 for SD2, sdxl for SDXL "
+                    "(2048, and a pooled output of 1280); auto asks the connected model, as the demo model needs.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model to fit; needed for context_width auto."),
                 io.Int.Input(
@@ -56,11 +58,11 @@ class RetuneLoadT5(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "projection",
-                    options=["orthogonal", "truncate", "mlp"],
+                    options=["orthogonal", "truncate", "mlp", "resampler"],
                     default="orthogonal",
                     optional=True,
-                    tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, or "
-                    "orthogonal plus a small trainable network.",
+                    tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, "
+                    "orthogonal plus a small trainable network, or a trainable resampler to 64 tokens as in ELLA.",
                 ),
                 io.Combo.Input(
                     "projection_file",
@@ -69,6 +71,7 @@ class RetuneLoadT5(io.ComfyNode):
                     optional=True,
                     tooltip="A saved text encoder whose projection is used instead of a new one.",
                 ),
+                keep_clip_input("A CLIP to keep beside the T5: its tokens come first, in sampling and in training."),
                 io.Combo.Input(
                     "dtype",
                     options=["default", "fp32", "fp16", "bf16"],
@@ -93,17 +96,22 @@ class RetuneLoadT5(io.ComfyNode):
     def execute(cls, encoder, context_width, model=None, **options):
         from ..training.text_encoder.projection import Projection
         from ..training.text_encoder.t5_file import read_t5_config
-        from .bridge import context_width_of
+        from .kept_clip import KeptClip
         from .t5_clip import load_t5_clip
 
         path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
-        width = int(context_width) if context_width != "auto" else context_width_of(model)
+        width, pooled_width = widths(context_width, model)
+        keep_clip = options.get("keep_clip")
+        if keep_clip is not None and KeptClip.of(keep_clip, width).gives_pooled(pooled_width):
+            pooled_width = 0
         kind, seed = options.pop("projection", "orthogonal"), options.pop("seed", 0)
         file = options.pop("projection_file", "none")
         if file == "none":
-            projection = Projection(read_t5_config(path)["d_model"], width, kind, seed=seed)
+            in_width = read_t5_config(path)["d_model"]
+            projection = Projection(in_width, width, kind, seed=seed, pooled_width=pooled_width)
         else:
             saved = saved_of_width(listed_file(file, ENCODERS), width)
+            saved.check_pooled(pooled_width)
             projection, options["target_std"] = saved.projection, saved.target_std
         return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
@@ -268,7 +276,13 @@ class RetuneSaveTextEncoder(io.ComfyNode):
                 f"{path.name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale "
                 "and padding are saved. Apply the LoRA again after Load Text Encoder."
             )
-            log.warning("%s", text[-1])
+        if saved.keeps_clip:
+            text.append(
+                f"{path.name} lacks the kept CLIP. Save or keep it elsewhere, and connect it to keep_clip of Load Text "
+                "Encoder."
+            )
+        for warning in text[1:]:
+            log.warning("%s", warning)
         return io.NodeOutput(str(path), ui={"text": text})
 
 
@@ -282,19 +296,37 @@ class RetuneLoadTextEncoder(io.ComfyNode):
             description="Loads what Save Text Encoder wrote. Needs the same T5 file or folder in models/text_encoders; "
             "its hash is checked.",
             search_aliases=["load projection", "load t5"],
-            inputs=[io.Combo.Input("file", options=files(ENCODERS), tooltip="A file written by Save Text Encoder.")],
+            inputs=[
+                io.Combo.Input("file", options=files(ENCODERS), tooltip="A file written by Save Text Encoder."),
+                keep_clip_input("The CLIP that the text encoder was made beside, if it was; it is not in the file."),
+            ],
             outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
         )
 
     @classmethod
-    def execute(cls, file):
+    def execute(cls, file, keep_clip=None):
         import folder_paths
 
         from ..training.text_encoder.file import read_text_encoder
         from .t5_clip import load_saved_text_encoder
 
         saved = read_text_encoder(listed_file(file, ENCODERS))
-        return io.NodeOutput(load_saved_text_encoder(saved, folder_paths.get_folder_paths(ENCODERS)))
+        folders = folder_paths.get_folder_paths(ENCODERS)
+        return io.NodeOutput(load_saved_text_encoder(saved, folders, keep_clip))
+
+
+def keep_clip_input(tooltip: str):
+    """The input of both loaders."""
+    return io.Clip.Input("keep_clip", optional=True, tooltip=tooltip)
+
+
+def widths(context_width: str, model) -> tuple[int, int]:
+    """Context and pooled width for a choice of Load T5; the latter is 0 where the model reads no pooled output."""
+    from .bridge import context_width_of, pooled_width_of
+
+    if context_width == "auto":
+        return context_width_of(model), pooled_width_of(model)
+    return SDXL_WIDTHS if context_width == SDXL else (int(context_width), 0)
 
 
 def prompt_lines(prompts: str) -> list[str]:

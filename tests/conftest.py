@@ -183,3 +183,27 @@ def pytest_terminal_summary(terminalreporter):
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "comfyui" in report.keywords]
     if skip_reason and skipped:
         terminalreporter.write_line(f"{len(skipped)} ComfyUI tests skipped: {skip_reason}")
+
+
+@pytest.fixture(scope="session")
+def sdxl_unet():
+    """A UNet of SDXL's layout (context 2048, pooled text and sizes 2816) at a tenth of its width, random weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "block_out_channels": (32, 64, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (1, 1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**config).eval()

@@ -43,7 +43,7 @@ class ModelConfig:
     """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
     comfyui: Path | None = None
     """An installed ComfyUI, to take tokenizers from."""
-    projection: Literal["orthogonal", "truncate", "mlp"] = "orthogonal"
+    projection: Literal["orthogonal", "truncate", "mlp", "resampler"] = "orthogonal"
     """Start of the map from T5's width to the UNet's."""
     projection_seed: int = 0
     """Names the random projection."""
@@ -104,13 +104,15 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
     fit_on: prompts on which the projection is fitted to the old one; without them it stays as `config.projection` says.
     """
     path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
-    width = model.denoiser.context_width
-    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, seed=config.projection_seed)
+    width, pooled_width = model.denoiser.context_width, model.denoiser.pooled_width
+    more = {"seed": config.projection_seed, "pooled_width": pooled_width}
+    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **more)
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
     encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
     if fit_on:
         old = CoreStates(model.text_encoder, before_projection=False)
-        fitted, report = fit_projection(CoreStates(encoder, before_projection=True), old, fit_on)
+        own = CoreStates(encoder, before_projection=True)
+        fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:

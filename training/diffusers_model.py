@@ -70,6 +70,7 @@ class DiffusersDenoiser:
         self.latent_channels = unet.config.out_channels
         self.input_channels = unet.config.in_channels
         self.context_width = unet.config.cross_attention_dim
+        self.pooled_width = _pooled_width(unet.config)
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +88,12 @@ class DiffusersDenoiser:
         scaled = noisy / (1 + _column(sigma) ** 2).sqrt()
         distance = (sigma.log().cpu()[:, None] - self._log_sigmas[None]).abs()
         times = distance.argmin(1).to(noisy.device)
-        added = self._size_conditioning(noisy, conditioning) if conditioning.pooled is not None else None
         return self.network(
             scaled,
             times,
             encoder_hidden_states=conditioning.context,
             encoder_attention_mask=conditioning.mask,
-            added_cond_kwargs=added,
+            added_cond_kwargs=self._size_conditioning(noisy, conditioning),
         ).sample
 
     def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -123,9 +123,18 @@ class DiffusersDenoiser:
         """SDXL's pooled text and (height, width, crop 0, 0, height, width) in pixels; None for models without it."""
         if self.network.config.addition_embed_type != "text_time":
             return None
+        if conditioning.pooled is None:
+            raise ValueError("text encoder gives no pooled output; expected one for this model (SDXL).")
         height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
         sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
         return {"text_embeds": conditioning.pooled, "time_ids": sizes.expand(len(noisy), -1)}
+
+
+def _pooled_width(config) -> int:
+    """The width of the pooled text that a UNet reads beside six picture sizes (SDXL: 1280); 0 when it reads none."""
+    if config.addition_embed_type != "text_time":
+        return 0
+    return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 
 class DiffusersAutoencoder:

@@ -21,11 +21,14 @@ class Conditioning:
 
     context: (B, L, D) token states. pooled: (B, P) or None. mask: (B, L) bool, True where a token is attended;
     None means every token is (a pad inside `context` that the mask keeps is attended like any other token).
+    before: only what a backbone returns has it: a second encoder's conditioning, already in the denoiser's width, which
+    `project` puts before its own tokens.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    before: Conditioning | None = None
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -35,7 +38,16 @@ class Conditioning:
         context = self.context.to(*args, **kwargs)
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
         mask = None if self.mask is None else self.mask.to(context.device)
-        return Conditioning(context, pooled, mask)
+        before = None if self.before is None else self.before.to(*args, **kwargs)
+        return Conditioning(context, pooled, mask, before)
+
+    def behind(self, first: Conditioning) -> Conditioning:
+        """One conditioning whose tokens are those of `first`, then these; `pooled` is `first`'s if it has one."""
+        masked = self.mask is not None or first.mask is not None
+        masks = [_padded_mask(part, part.context.shape[1]) for part in (first, self)] if masked else None
+        context = torch.cat([first.context, self.context], dim=1)
+        pooled = self.pooled if first.pooled is None else first.pooled
+        return Conditioning(context, pooled, torch.cat(masks, dim=1) if masks else None)
 
     @staticmethod
     def cat(items: Iterable[Conditioning]) -> Conditioning:
@@ -46,7 +58,8 @@ class Conditioning:
         context = torch.cat([nn.functional.pad(i.context, (0, 0, 0, longest - i.context.shape[1])) for i in items])
         mask = torch.cat([_padded_mask(item, longest) for item in items]) if padded else None
         pooled = None if items[0].pooled is None else torch.cat([item.pooled for item in items])
-        return Conditioning(context, pooled, mask)
+        before = None if items[0].before is None else Conditioning.cat(item.before for item in items)
+        return Conditioning(context, pooled, mask, before)
 
 
 def _padded_mask(item: Conditioning, length: int) -> Tensor:

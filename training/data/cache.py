@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,7 +112,8 @@ class TextCache:
     def get(self, caption: str) -> Conditioning:
         """The conditioning (batch 1) of a caption, encoded now if it is not on disk."""
         tensors = {name: tensor.clone() for name, tensor in self._store.get(self._job(caption)).items()}
-        return Conditioning(tensors["context"], tensors.get("pooled"), tensors.get("mask"))
+        before = _from_tensors(tensors, "before.") if "before.context" in tensors else None
+        return replace(_from_tensors(tensors), before=before)
 
     def fill(self, captions: Iterable[str], on_progress: Progress | None = None) -> int:
         """Encodes the missing ones of `captions`, one at a time; returns how many."""
@@ -125,8 +127,9 @@ class TextCache:
             found = tight(self._encode([caption]))
         if len(found) != 1:
             raise ValueError(f"the text encoder returned a batch of {len(found)} for one caption; expected 1.")
-        tensors = {"context": found.context, "pooled": found.pooled, "mask": found.mask}
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors = _to_tensors(found)
+        if found.before is not None:
+            tensors |= _to_tensors(tight(found.before), "before.")
         return _checked(tensors, f"the embedding of {caption!r}")
 
 
@@ -138,7 +141,17 @@ def tight(conditioning: Conditioning) -> Conditioning:
     attended = mask.any(0).nonzero()
     length = int(attended[-1]) + 1 if len(attended) else 1
     mask = mask[:, :length]
-    return Conditioning(conditioning.context[:, :length], conditioning.pooled, None if mask.all() else mask)
+    return replace(conditioning, context=conditioning.context[:, :length], mask=None if mask.all() else mask)
+
+
+def _to_tensors(conditioning: Conditioning, prefix: str = "") -> Tensors:
+    """Without what stands before it."""
+    parts = {name: getattr(conditioning, name) for name in ("context", "pooled", "mask")}
+    return {prefix + name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+def _from_tensors(tensors: Tensors, prefix: str = "") -> Conditioning:
+    return Conditioning(*(tensors.get(prefix + name) for name in ("context", "pooled", "mask")))
 
 
 class _Store:

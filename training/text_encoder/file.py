@@ -39,6 +39,8 @@ class SavedTextEncoder:
     """What the output was scaled to, before any training of the projection; None when it was not."""
     dtype: str = "default"
     """Storage dtype of the T5 in ComfyUI."""
+    keeps_clip: bool = False
+    """Whether a CLIP's context came before the T5's; that CLIP is not part of the file."""
     name: str = ""
     """The file this was read from, for messages."""
 
@@ -52,6 +54,23 @@ class SavedTextEncoder:
             raise ValueError(
                 f"text encoder {self.name} gives a width of {self.width}; expected the model's {width}. "
                 "Use the model it was made for, or a new projection."
+            )
+
+    def check_kept(self, given: bool) -> None:
+        """Raises ValueError when this stood beside a CLIP and none is `given`."""
+        if self.keeps_clip and not given:
+            raise ValueError(
+                f"text encoder {self.name} was made beside a CLIP, which is not part of its file; expected that CLIP. "
+                "Connect it to keep_clip."
+            )
+
+    def check_pooled(self, width: int) -> None:
+        """Raises ValueError when the denoiser reads a pooled output (`width` above 0) that this does not give."""
+        found = self.projection.pooled_width
+        if width and found != width:
+            raise ValueError(
+                f"text encoder {self.name} gives {f'a pooled output of {found}' if found else 'no pooled output'}; "
+                f"expected {width}. Use one made for SDXL, or a new projection."
             )
 
     def check_t5(self, path: str | Path) -> None:
@@ -112,6 +131,7 @@ def save_text_encoder(path: str | Path, saved: SavedTextEncoder) -> None:
         "max_tokens": saved.padding.max_tokens,
         "pad": saved.padding.pad,
         "dtype": saved.dtype,
+        "keeps_clip": saved.keeps_clip,
     }
     state = saved.projection.state_dict().items()
     tensors = {PREFIX + name: value.detach().float().cpu().contiguous().clone() for name, value in state}
@@ -153,5 +173,6 @@ def _from_description(name: str, description: dict, tensors: dict) -> SavedTextE
         tokenizer=description["tokenizer"],
         target_std=description["target_std"],
         dtype=description["dtype"],
+        keeps_clip=description.get("keeps_clip", False),
         name=name,
     )

@@ -24,58 +24,98 @@ class Encoder(Protocol):
         """(L, D) states and (L,) bool: words and end token, without start token and pads."""
         ...
 
+    def pooled(self, prompt: str) -> Tensor | None:
+        """(P,) pooled output of one prompt; None where there is none. Asked of the reference alone."""
+        ...
+
 
 class CoreStates:
     """`Encoder` over a text encoder of the core: its output, or what its backbone returns before the projection."""
 
     def __init__(self, encoder, *, before_projection: bool):
         self._encode = encoder.backbone if before_projection else encoder.encode
+        self._real = encoder.backbone_tokens if before_projection else encoder.real_tokens
         self._encoder = encoder
 
     def states(self, prompt: str) -> tuple[Tensor, Tensor]:
         tokens = self._encoder.tokenize([prompt])
-        return self._encode(tokens).context[0], self._encoder.real_tokens(tokens)[0]
+        return self._encode(tokens).context[0], self._real(tokens)[0]
+
+    def pooled(self, prompt: str) -> Tensor | None:
+        pooled = self._encode(self._encoder.tokenize([prompt])).pooled
+        return None if pooled is None else pooled[0]
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """explained: share of the targets' variance on held-out prompts (1 is perfect, 0 the mean; below 0 is worse)."""
+    """explained: share of the targets' variance on held-out prompts (1 is perfect, 0 the mean; below 0 is worse).
+
+    pooled_explained: the same for the pooled output; None without one."""
 
     explained: float
     prompts: int
     tokens: int
     held_out: int
+    pooled_explained: float | None = None
 
     def text(self) -> str:
         """One line for people."""
         fitted = f"fitted on {self.prompts} prompts ({self.tokens} tokens)"
-        return f"{fitted}; explains {self.explained:.1%} of the variance on {self.held_out} held-out prompts"
+        text = f"{fitted}; explains {self.explained:.1%} of the variance on {self.held_out} held-out prompts"
+        if self.pooled_explained is not None:
+            text += f", and {self.pooled_explained:.1%} of the pooled output's"
+        return text
 
 
 @torch.no_grad()
 def fit_projection(
-    encoder: Encoder, reference: Encoder, prompts: Sequence[str], *, ridge: float = 1e-3
+    encoder: Encoder, reference: Encoder, prompts: Sequence[str], *, ridge: float = 1e-3, pooled_width: int = 0
 ) -> tuple[Projection, FitReport]:
     """The linear projection with bias that maps `encoder`'s states nearest to `reference`'s, and how near it gets.
 
     ridge: penalty on the weights in units of the states' mean variance (Hoerl & Kennard 1970). Every fifth prompt is
-    held out to measure, and used again for the projection returned. Raises ValueError for under 10 different prompts.
+    held out to measure, and used again for the projection returned. pooled_width above 0: the pooled map is fitted too,
+    from each prompt's mean to the reference's pooled output. Raises ValueError for under 10 different prompts, or a
+    reference without such a pooled output.
     """
     prompts = list(dict.fromkeys(prompts))
     if len(prompts) < 10:
         raise ValueError(f"number of different prompts is {len(prompts)}; expected at least 10 to fit a projection on.")
-    pairs = [aligned(*encoder.states(prompt), *reference.states(prompt)) for prompt in prompts]
-    training = [pair for index, pair in enumerate(pairs) if index % 5]
-    measured = [pair for index, pair in enumerate(pairs) if index % 5 == 0]
-    weight, bias = _solve(training, ridge)
-    x, y = (torch.cat(part) for part in zip(*measured, strict=True))
-    error = (x @ weight.T + bias - y).square().sum() / (y - y.mean(0)).square().sum()
-    weight, bias = _solve(pairs, ridge)
-    projection = Projection(weight.shape[1], weight.shape[0], bias=True)
-    projection.linear.weight.copy_(weight)
-    projection.linear.bias.copy_(bias)
+    states = [encoder.states(prompt) for prompt in prompts]
+    pairs = [aligned(*own, *reference.states(prompt)) for own, prompt in zip(states, prompts, strict=True)]
+    weight, bias, explained = _fit(pairs, ridge)
+    projection = Projection(weight.shape[1], weight.shape[0], bias=True, pooled_width=pooled_width)
+    _fill(projection.linear, weight, bias)
+    pooled_explained = None
+    if pooled_width:
+        targets = [_pooled_target(reference, prompt, pooled_width) for prompt in prompts]
+        means = [own[real].double().cpu().mean(0, keepdim=True) for own, real in states]
+        weight, bias, pooled_explained = _fit(list(zip(means, targets, strict=True)), ridge)
+        _fill(projection.pooled, weight, bias)
     tokens = sum(len(x) for x, _ in pairs)
-    return projection, FitReport(1 - error.item(), len(prompts), tokens, len(measured))
+    return projection, FitReport(explained, len(prompts), tokens, len(pairs[::5]), pooled_explained)
+
+
+def _fit(pairs: Sequence[tuple[Tensor, Tensor]], ridge: float) -> tuple[Tensor, Tensor, float]:
+    """Weight and bias over all pairs, and the share of variance explained when every fifth is held out."""
+    weight, bias = _solve([pair for index, pair in enumerate(pairs) if index % 5], ridge)
+    x, y = (torch.cat(part) for part in zip(*pairs[::5], strict=True))
+    error = (x @ weight.T + bias - y).square().sum() / (y - y.mean(0)).square().sum()
+    return *_solve(pairs, ridge), 1 - error.item()
+
+
+def _fill(linear: torch.nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+
+
+def _pooled_target(reference: Encoder, prompt: str, width: int) -> Tensor:
+    """(1, width) float64. Raises ValueError when the reference gives none of this width."""
+    pooled = reference.pooled(prompt)
+    if pooled is None or pooled.shape != (width,):
+        found = "none" if pooled is None else f"one of {tuple(pooled.shape)}"
+        raise ValueError(f"the reference's pooled output is {found}; expected {width}. Use the CLIP of an SDXL model.")
+    return pooled.double().cpu()[None]
 
 
 def aligned(states: Tensor, real: Tensor, target: Tensor, target_real: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
 from ..generators import generator
+from ..model import Conditioning
+from .resampler import Resampler, hidden_width
 
-KINDS = ("orthogonal", "truncate", "mlp")
+KINDS = ("orthogonal", "truncate", "mlp", "resampler")
 METADATA = "retune.projection"
 
 
@@ -22,42 +24,88 @@ class Projection(nn.Module):
 
     kind "orthogonal": a semi-orthogonal matrix from generator(seed, "projection"), so that lengths (a narrower
     output: their expectation up to sqrt(width / in_width)) and angles survive. "truncate": the identity, cut or padded
-    with zeros. "mlp": "orthogonal" plus a GELU layer whose output starts at zero. `scale` is a buffer, 1.0 at first.
+    with zeros. "mlp": "orthogonal" plus a GELU layer whose output starts at zero. "resampler":
+    `scale * linear(resampler(x))`, (B, L, in_width) -> (B, tokens, width), with `layers` blocks (see `Resampler`).
+    `scale` is a buffer, 1.0 at first. pooled_width above 0 adds a second linear map for the pooled output (see `pool`).
     """
 
-    def __init__(self, in_width: int, width: int, kind: str = "orthogonal", *, bias: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        in_width: int,
+        width: int,
+        kind: str = "orthogonal",
+        *,
+        bias: bool = False,
+        seed: int = 0,
+        pooled_width: int = 0,
+        tokens: int = 64,
+        layers: int = 6,
+    ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"projection is {kind!r}; expected one of {', '.join(KINDS)}")
-        if in_width < 1 or width < 1:
-            raise ValueError(f"projection is {in_width} -> {width}; expected positive widths")
-        self.in_width, self.width, self.kind = in_width, width, kind
-        self.linear = nn.Linear(in_width, width, bias=bias)
+        if in_width < 1 or width < 1 or pooled_width < 0:
+            raise ValueError(f"projection is {in_width} -> {width} and {pooled_width}; expected positive widths")
+        self.in_width, self.width, self.kind, self.pooled_width = in_width, width, kind, pooled_width
+        hidden = hidden_width(width) if kind == "resampler" else in_width
+        self.linear = nn.Linear(hidden, width, bias=bias)
         self.register_buffer("scale", torch.tensor(1.0))
-        source = generator(seed, "projection")
         if kind == "mlp":
             self.hidden = nn.Linear(in_width, in_width)
             self.output = nn.Linear(in_width, width, bias=False)
-        self._initialise(source)
+        elif kind == "resampler":
+            self.resampler = Resampler(in_width, hidden, tokens=tokens, layers=layers)
+        if pooled_width:
+            self.pooled = nn.Linear(in_width, pooled_width, bias=bias)
+        self._initialise(seed)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens come out whatever goes in; None when it is as many as go in."""
+        return len(self.resampler.queries) if self.kind == "resampler" else None
 
     @torch.no_grad()
-    def _initialise(self, source: torch.Generator) -> None:
-        if self.kind == "truncate":
-            nn.init.eye_(self.linear.weight)
-        else:
-            nn.init.orthogonal_(self.linear.weight, generator=source)
-        if self.linear.bias is not None:
-            nn.init.zeros_(self.linear.bias)
+    def _initialise(self, seed: int) -> None:
+        source = generator(seed, "projection")
+        self._initialise_linear(self.linear, source)
         if self.kind == "mlp":
             nn.init.normal_(self.hidden.weight, std=self.in_width**-0.5, generator=source)
             nn.init.zeros_(self.hidden.bias)
             nn.init.zeros_(self.output.weight)
+        elif self.kind == "resampler":
+            self.resampler.initialise(source)
+        if self.pooled_width:
+            self._initialise_linear(self.pooled, generator(seed, "pooled projection"))
 
-    def forward(self, states: Tensor) -> Tensor:
+    def _initialise_linear(self, linear: nn.Linear, source: torch.Generator) -> None:
+        if self.kind == "truncate":
+            nn.init.eye_(linear.weight)
+        else:
+            nn.init.orthogonal_(linear.weight, generator=source)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: (B, L) bool, which states a resampler may read; the other kinds map every state by itself."""
+        if self.kind == "resampler":
+            return self.linear(self.resampler(states, mask)) * self.scale
         projected = self.linear(states)
         if self.kind == "mlp":
             projected = projected + self.output(nn.functional.gelu(self.hidden(states)))
         return projected * self.scale
+
+    def pool(self, mean: Tensor | None) -> Tensor | None:
+        """(B, in_width) mean of the real tokens' states -> (B, pooled_width), not scaled; None without that map."""
+        return self.pooled(mean) if self.pooled_width and mean is not None else None
+
+    def project(self, states: Conditioning) -> Conditioning:
+        """What a backbone returned (its `pooled` is the mean of the real tokens' states) -> what a denoiser hears.
+
+        All tokens of a resampler are attended. `states.before` comes first, not scaled, and so does its pooled output.
+        """
+        mask = None if self.tokens else states.mask
+        own = Conditioning(self(states.context, states.mask), self.pool(states.pooled), mask)
+        return own if states.before is None else own.behind(states.before)
 
     def scaled(self, factor: float) -> Projection:
         """A copy whose output is `factor` times this one's."""
@@ -69,17 +117,29 @@ class Projection(nn.Module):
     def config(self) -> dict:
         """What `from_state` needs beside the tensors."""
         bias = self.linear.bias is not None
-        return {"kind": self.kind, "in_width": self.in_width, "width": self.width, "bias": bias}
+        config = {"kind": self.kind, "in_width": self.in_width, "width": self.width, "bias": bias}
+        if self.pooled_width:
+            config["pooled_width"] = self.pooled_width
+        if self.kind == "resampler":
+            config |= {"tokens": self.tokens, "layers": len(self.resampler.blocks)}
+        return config
 
     @staticmethod
     def from_state(config: Mapping, state: Mapping[str, Tensor]) -> Projection:
         """Rebuilds a projection from `config()` and its tensors. Errors: ValueError naming what does not fit."""
         try:
-            result = Projection(config["in_width"], config["width"], config["kind"], bias=config["bias"])
+            more = {name: config[name] for name in ("pooled_width", "tokens", "layers") if name in config}
+            result = Projection(config["in_width"], config["width"], config["kind"], bias=config["bias"], **more)
             result.load_state_dict({name: value.float() for name, value in state.items()})
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the projection's tensors do not fit its description {dict(config)}: {error}") from error
         return result
+
+
+def masked_mean(states: Tensor, real: Tensor) -> Tensor:
+    """(B, D) mean of (B, L, D) states over the tokens where `real`, (B, L) bool, is True."""
+    weights = real.to(states)[..., None]
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 def detached_copy(projection: Projection) -> Projection:

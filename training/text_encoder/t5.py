@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Conditioning
-from .projection import Projection
+from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
 from .tokenizers import T5Tokenizer, find_tokenizer
 
@@ -40,7 +40,7 @@ class T5TextEncoder:
     """Implements `TextEncoder` with transformers' T5. Tokens are lists of ids, one list a prompt, not padded.
 
     Each row of a batch equals the row encoded alone: T5 always gets its attention mask. fingerprint covers weights,
-    tokenizer and padding, not the projection.
+    tokenizer, padding and whether there is a pooled output, not the projection.
     """
 
     def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
@@ -50,6 +50,7 @@ class T5TextEncoder:
         self.model, self.tokenizer, self.projection, self.padding = model, tokenizer, projection, padding
         self.file_hash = source
         identity = (source, tokenizer.fingerprint, padding.max_tokens, padding.pad)
+        identity += ("pooled",) if projection.pooled_width else ()
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property
@@ -65,19 +66,31 @@ class T5TextEncoder:
         return [cut(self.tokenizer.encode(text), self.padding.max_tokens, text) for text in texts]
 
     def backbone(self, tokens: list[list[int]]) -> Conditioning:
-        """Last states before the projection, (B, L, d_model). mask: real tokens, or None where pads are attended."""
+        """Last states before the projection, (B, L, d_model). mask: real tokens, or None where pads are attended.
+
+        pooled: the real tokens' mean, (B, d_model), when the projection has a map for it: a mask of None does not tell
+        them apart, and whoever caches this keeps the mean.
+        """
         ids, real = self._batch(tokens)
         states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
-        return Conditioning(states, None, real if self.padding.pad == "none" else None)
+        mean = masked_mean(states, real) if self.projection.pooled_width else None
+        return Conditioning(states, mean, real if self.padding.pad == "none" else None)
 
     def project(self, states: Conditioning) -> Conditioning:
-        return Conditioning(self.projection(states.context), None, states.mask)
+        return self.projection.project(states)
 
     def encode(self, tokens: list[list[int]]) -> Conditioning:
         return self.project(self.backbone(tokens))
 
     def real_tokens(self, tokens: list[list[int]]) -> Tensor:
-        """(B, L) bool: prompt tokens and </s>, without pads. Statistics are taken over these."""
+        """(B, L) bool over what `encode` returns: prompt tokens and </s> without pads; all tokens of a resampler."""
+        if self.projection.tokens:
+            device = self.token_embedding.weight.device
+            return torch.ones(len(tokens), self.projection.tokens, dtype=torch.bool, device=device)
+        return self.backbone_tokens(tokens)
+
+    def backbone_tokens(self, tokens: list[list[int]]) -> Tensor:
+        """(B, L) bool over what `backbone` returns: prompt tokens and </s>, without pads."""
         return self._batch(tokens)[1]
 
     def scaled(self, factor: float) -> T5TextEncoder:
