@@ -174,7 +174,7 @@ def test_too_small_a_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_says_what_is_needed_and_keeps_what_is_done(tmp_path, monkeypatch):
     from retune.training.data import cache as module
 
-    written, write = [], module.write_atomically
+    written, write = [], module.write_bytes
 
     def full_after_two(path, data):
         if len(written) == 2:
@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up_says_what_is_needed_and_keeps_what_is_done(tmp_pat
         written.append(path)
         write(path, data)
 
-    monkeypatch.setattr(module, "write_atomically", full_after_two)
+    monkeypatch.setattr(module, "write_bytes", full_after_two)
     with pytest.raises(OSError, match="Free space or choose another folder") as caught:
         LatentCache(tmp_path, Encoder(), "vae").fill(dataset(4))
     assert caught.value.errno == errno.ENOSPC and len(files(tmp_path)) == 2
