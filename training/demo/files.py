@@ -16,7 +16,7 @@ def weights_path(name: str) -> Path:
     path = WEIGHTS / name
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing. Reinstall the package, or build the demo model (about an hour on two CPU cores): "
+            f"{path} is missing. Reinstall the package, or build the demo model (about two hours on two CPU cores): "
             "python -m retune.training.demo.build"
         )
     return path
