@@ -107,8 +107,7 @@ def test_errors_are_one_line_and_code_two(tmp_path, capsys):
 
 def test_reset_changes_the_chosen_tensors_only(single_file, tmp_path, capsys):
     output = tmp_path / "new" / "reset.safetensors"
-    tokenizer = str(single_file.parent / "clip_tokenizer")
-    arguments = ["--model", str(single_file), "--tokenizer", tokenizer, "--output", str(output), "--seed", "3"]
+    arguments = ["--model", str(single_file), "--output", str(output), "--seed", "3"]
     assert main(["reset", *arguments, "--layers", "cross-attention K/V", "--json"]) == 0
     printed = capsys.readouterr()
     old, new = read_tensors(single_file)[0], read_tensors(output)[0]

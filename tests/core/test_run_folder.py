@@ -75,7 +75,7 @@ def test_claim_records_and_names_the_first_difference(tmp_path):
     assert folder.config()["environment"] == {"threads": 2} and folder.config()["version"] == 1
     with pytest.raises(ValueError, match=r"settings.loss is 'l1'; run 'r' was made with 'mse'.*'r 3'"):
         folder.claim(identity | {"settings": {"loss": "l1", "sizes": (1, 2)}}, {})
-    with pytest.raises(ValueError, match="model is None; run 'r' was made with 'abc'"):
+    with pytest.raises(ValueError, match=r"the model \(its weights, a reset, a LoRA\) differs from the one"):
         folder.claim({k: v for k, v in identity.items() if k != "model"}, {})
     with pytest.raises(ValueError, match="seed is 3; run 'r' was made with None"):
         folder.claim(identity | {"seed": 3}, {})

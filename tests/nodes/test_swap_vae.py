@@ -154,7 +154,8 @@ def test_a_change_of_scale_is_said_and_none_is_not(demo, caplog):
     model, _, vae = demo
     with torch.inference_mode(), caplog.at_level(logging.WARNING, "retune"):
         output = RetuneSwapVAE.execute(model, vae, "SDXL")
-        assert "changes from 0.52909 to 0.13025" in caplog.text and "train it" in caplog.text
+        before = model.model.latent_format.scale_factor
+        assert f"changes from {before:.5f} to 0.13025" in caplog.text and "train it" in caplog.text
         assert output.ui["text"] == [caplog.records[-1].getMessage()]
         caplog.clear()
         again = RetuneSwapVAE.execute(output.result[0], vae, "SDXL")
