@@ -219,12 +219,17 @@ class ComfyTextEncoder:
         return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
 
 
+def expect_given(**parts) -> None:
+    """Raises ValueError that names the first of some inputs (name=value) that is None."""
+    for name, part in parts.items():
+        if part is None:
+            raise ValueError(f"{name} is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
+
+
 @contextmanager
 def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
     """The model view of a MODEL, CLIP and VAE, ready to train while entered. Raises ValueError for an empty one."""
-    for name, part in (("model", model), ("clip", clip), ("vae", vae)):
-        if part is None:
-            raise ValueError(f"{name} is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
+    expect_given(model=model, clip=clip, vae=vae)
     with training_mode():
         denoiser = ComfyDenoiser(model)
         encoder = ComfyTextEncoder(clip)

@@ -43,13 +43,10 @@ class RetuneExportDiffusers(io.ComfyNode):
 
         from ..training.config import check_run_name
         from ..training.export import export_pipeline
+        from .bridge import expect_given
 
         check_run_name(folder_name, "folder_name")
-        for name, part in (("model", model), ("clip", clip), ("vae", vae)):
-            if part is None:
-                raise ValueError(
-                    f"{name} is empty; expected one. Does the checkpoint, or the loader's choice, hold it?"
-                )
+        expect_given(model=model, clip=clip, vae=vae)
         images, text = image_parts(model, vae), text_part(clip)
         path = export_pipeline(Path(folder_paths.get_output_directory()) / "diffusers", folder_name, images, text)
         lines = [str(path), *left_out(model)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..training.model import Conditioning
 from ..training.text_encoder.fit import FitReport, fit_projection
 from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
+from .bridge import expect_given
 from .t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, own_context, t5_parts
 from .t5_tokens import is_token
 
@@ -19,8 +20,7 @@ class MeasurableClip:
     """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
 
     def __init__(self, clip):
-        if clip is None:
-            raise ValueError("clip is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
+        expect_given(clip=clip)
         self.clip = clip
 
     def tokenize(self, texts: list[str]) -> dict:

@@ -38,6 +38,8 @@ class NodeCallbacks(Callbacks):
 
     def before_step(self, step: int) -> None:
         self._check()
+
+    def after_load(self) -> None:
         if self._denoiser is not None:
             self._denoiser.load(self._memory)
 
@@ -54,17 +56,10 @@ class NodeCallbacks(Callbacks):
         self._send("retune.step", {"step": info.step, "steps": info.steps, "loss": info.loss})
         self._check()
 
-    def after_load(self) -> None:
-        if self._denoiser is not None:
-            self._denoiser.load(self._memory)
-
     def on_samples(self, step: int, images: list[Tensor]) -> None:
-        from PIL import Image
+        from ..training.data.images import contact_sheet, to_pil
 
-        from ..training.data.images import contact_sheet
-
-        sheet = (contact_sheet(images).clamp(0, 1).movedim(0, -1) * 255).round().byte().numpy()
-        self._bar.update_absolute(self._step, self._steps, ("PNG", Image.fromarray(sheet), 512))
+        self._bar.update_absolute(self._step, self._steps, ("PNG", to_pil(contact_sheet(images)), 512))
         self._send("retune.sample", {"step": step, "count": len(images)})
         self._check()
 

@@ -45,10 +45,9 @@ class RetuneSwapVAE(io.ComfyNode):
     def execute(cls, model, vae, latent_format):
         import comfy.latent_formats
 
-        from .bridge import latent_format_of
+        from .bridge import expect_given, latent_format_of
 
-        if model is None:
-            raise ValueError("model is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
+        expect_given(model=model, vae=vae)
         check_vae(vae)
         before, after = latent_format_of(model), getattr(comfy.latent_formats, FORMATS[latent_format])()
         if before.latent_channels != after.latent_channels:
@@ -64,8 +63,6 @@ class RetuneSwapVAE(io.ComfyNode):
 
 def check_vae(vae) -> None:
     """Raises ValueError unless a VAE makes latents of 4 channels, 8 times smaller than the picture."""
-    if vae is None:
-        raise ValueError("vae is empty; expected one. Does the checkpoint, or the loader's choice, hold it?")
     shrink = vae.spacial_compression_encode()
     if vae.latent_channels != 4 or shrink != 8 or vae.latent_dim != 2:
         raise ValueError(

@@ -61,15 +61,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text, lines ended by a newline on every system, whole or not at all."""
-    with atomic_path(path, durable=True) as temporary:
+def write_text(path: str | Path, text: str, durable: bool = False) -> None:
+    """Writes UTF-8 text, lines ended by a newline on every system, whole or not at all; durable as `atomic_path`."""
+    with atomic_path(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    """Writes a value as indented JSON, whole or not at all; it is on the disk when this returns."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), durable=True)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -72,10 +72,10 @@ class Callbacks:
         """A phase in words: loading, caching, sampling."""
 
     def before_step(self, step: int) -> None:
-        """Make sure that models are where they should be."""
+        """A step, or the first drawing, comes next: a moment to look for a cancel."""
 
     def after_load(self) -> None:
-        """A batch was read and maybe encoded: bring the network back, weights are swapped into it next."""
+        """Pictures or texts were read and maybe encoded: bring the network back, weights are swapped into it next."""
 
     def on_step(self, info: StepInfo) -> None:
         """An optimiser step is done."""

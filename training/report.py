@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .chart import run_chart
+from .data.images import to_pil
 from .files import write_text
 from .run_folder import RunFolder
 
@@ -25,11 +26,9 @@ td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}img{max-width
 
 
 def data_url(image: Tensor) -> str:
-    """A picture (H, W, 3) in 0..1 as a data: URL."""
-    from PIL import Image
-
+    """A picture (3, H, W) in 0..1 as a data: URL."""
     buffer = io.BytesIO()
-    Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return _png_url(buffer.getvalue())
 
 
@@ -46,7 +45,8 @@ def write_report(
     rows = folder.rows()
     parts = [f"<h1>{html.escape(folder.name)}</h1>"]
     parts += [_table(title, table) for title, table in tables.items()]
-    parts.append(f'<h2>Loss</h2><figure><img alt="loss curve" src="{data_url(run_chart(folder.name, rows))}"></figure>')
+    chart = data_url(run_chart(folder.name, rows).movedim(-1, 0))
+    parts.append(f'<h2>Loss</h2><figure><img alt="loss curve" src="{chart}"></figure>')
     parts += [_pictures(title, shown) for title, shown in (pictures or {}).items()]
     parts.append("<h2>Samples while training</h2>")
     for row in rows:
@@ -78,7 +78,7 @@ def _strip(folder: RunFolder, row: Mapping) -> str:
 
 
 def _pictures(title: str, shown: Sequence[tuple[str, Tensor]]) -> str:
-    figures = "".join(_figure(caption, data_url(image.movedim(0, -1))) for caption, image in shown)
+    figures = "".join(_figure(caption, data_url(image)) for caption, image in shown)
     return f'<h2>{html.escape(title)}</h2><div class="strip">{figures}</div>'
 
 

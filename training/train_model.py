@@ -162,7 +162,7 @@ def _train(
             ["", *prompts, *dataset.captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})")
         )
     world().barrier()
-    callbacks.before_step(0)  # caching may have moved the UNet away
+    callbacks.after_load()
     trainable = _trainable(model, config)
     objective = DenoisingObjective(
         model.denoiser,

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from retune.training.__main__ import main
 from retune.training.demo import run as demo_run
-from retune.training.demo.run import DemoConfig, edition, up_to_date
+from retune.training.demo.run import edition, make_way
 from retune.training.run_folder import RunFolder
 
 SMALL = ["--images", "40", "--judged", "6", "--steps", "3", "--batch-size", "4"]
@@ -31,11 +32,22 @@ def test_the_demo_ends_with_figures_and_a_report(tmp_path, capsys):
     assert (folder.path / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_run_of_another_edition_begins_again(tmp_path, monkeypatch):
-    config = DemoConfig(output=tmp_path)
-    assert not up_to_date(config).restart
-    assert not up_to_date(config).restart
+def test_a_run_of_another_edition_is_moved_aside(tmp_path, monkeypatch):
+    run = tmp_path / "a run"
+    make_way(tmp_path, run.name)
+    run.mkdir()
+    make_way(tmp_path, run.name)
+    assert run.is_dir()
     monkeypatch.setattr(demo_run, "edition", lambda: "other")
-    assert up_to_date(config).restart
-    assert not up_to_date(config).restart
-    assert len(edition()) == 8
+    make_way(tmp_path, run.name)
+    assert not run.exists() and (tmp_path / "a run (old 1)").is_dir()
+    run.mkdir()
+    make_way(tmp_path, run.name)
+    assert run.is_dir()
+
+
+def test_the_edition_is_that_of_weights_and_drawings(monkeypatch):
+    before = edition()
+    assert len(before) == 8 and edition() == before
+    monkeypatch.setattr(demo_run, "demo_examples", lambda count, seed: (torch.zeros(count, 3, 2, 2), [""]))
+    assert edition() != before

@@ -70,6 +70,6 @@ def test_a_picture_survives_its_data_url():
     from PIL import Image
 
     image = torch.randint(0, 256, (5, 7, 3), generator=torch.Generator().manual_seed(0)) / 255
-    data = base64.b64decode(data_url(image).removeprefix("data:image/png;base64,"))
+    data = base64.b64decode(data_url(image.movedim(-1, 0)).removeprefix("data:image/png;base64,"))
     decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
     assert torch.equal(decoded, (image * 255).round().byte())

@@ -91,7 +91,7 @@ def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_dem
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_training_leaves_model_and_clip_bit_identical(demo, pictures, tmp_path):
+def test_training_leaves_model_and_clip_bit_identical(demo, sampled, pictures, tmp_path):
     from retune.nodes.bridge import text_to_image, with_unet_weights
     from retune.training.train_model import train_model
 
@@ -121,7 +121,7 @@ def live_bytes() -> int:
     return sum(found.values())
 
 
-def test_memory_is_given_back(demo, pictures, tmp_path):
+def test_memory_is_given_back(demo, sampled, pictures, tmp_path):
     import comfy.model_management
     from retune.nodes.bridge import text_to_image
     from retune.training.train_model import train_model
@@ -179,18 +179,3 @@ def test_unknown_models_are_refused(comfyui):
 
     with pytest.raises(ValueError, match="model is not connected"):
         context_width_of(None)
-
-
-def sampled(model, clip):
-    """Two DDIM steps through ComfyUI's own sampler."""
-    import comfy.sample
-
-    with torch.inference_mode():
-        positive = clip.encode_from_tokens_scheduled(clip.tokenize("two small red circles"))
-        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        latent = torch.zeros(1, 4, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, 1)
-        options = {"denoise": 1.0, "disable_pbar": True, "seed": 1}
-        return comfy.sample.sample(
-            model, noise, 2, 4.0, "ddim", "ddim_uniform", positive, negative, latent, **options
-        ).clone()

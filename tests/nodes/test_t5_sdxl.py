@@ -156,7 +156,9 @@ def test_an_sdxl_model_is_recognised(sdxl, demo):
     assert widths("auto", demo[0]) == (128, 0) and widths("1024", None) == (1024, 0)
 
 
-def test_sdxl_trains_with_t5_the_same_in_both_implementations(sdxl, demo, core_demo, pictures, t5_folder, tmp_path):
+def test_sdxl_trains_with_t5_the_same_in_both_implementations(
+    sdxl, demo, core_demo, pictures, sampled, t5_folder, tmp_path
+):
     from retune.nodes.bridge import text_to_image, with_projection, with_unet_weights
     from retune.training.train_model import train_model
 
@@ -181,21 +183,6 @@ def test_sdxl_trains_with_t5_the_same_in_both_implementations(sdxl, demo, core_d
     assert torch.equal(t5_clip.t5_parts(trained[1]).projection.pooled.weight, found.projection["pooled.weight"])
     pictures_of = [sampled(*pair) for pair in ((sdxl[0], clip), trained)]
     assert all(picture.isfinite().all() for picture in pictures_of) and not torch.equal(*pictures_of)
-
-
-def sampled(model, clip):
-    """Two steps through ComfyUI's own sampler."""
-    import comfy.sample
-
-    with torch.inference_mode():
-        positive = clip.encode_from_tokens_scheduled(clip.tokenize("two small red circles"))
-        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        latent = torch.zeros(1, 4, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, 1)
-        options = {"denoise": 1.0, "disable_pbar": True, "seed": 1}
-        return comfy.sample.sample(
-            model, noise, 2, 4.0, "ddim", "ddim_uniform", positive, negative, latent, **options
-        ).clone()
 
 
 def small_sdxl_clip():

@@ -71,13 +71,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise ImageError(path, _reason(error)) from error
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """A float (3, H, W) image in 0..1, clipped, as an 8-bit picture."""
+    pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
 def save_png(image: Tensor, path: str | Path) -> None:
     """Writes a float (3, H, W) image in 0..1 as an 8-bit PNG; the file appears only when it is complete."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image shape is {tuple(image.shape)}; expected (3, H, W).")
-    pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     with atomic_path(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
+        to_pil(image).save(temporary, format="PNG")
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from ..generate import draw
 from ..loop import Callbacks
 from ..model import TextToImage
 from ..report import write_report
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, move_aside
 from ..train_model import ARTIFACT, TrainedModel, read_trained, train_model
 from .files import weights_path
 from .judge import alignment
@@ -110,7 +110,7 @@ def judge(model: TextToImage, count: int, on_text: Callable[[str], None], what: 
 def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
     """Runs the whole demo and returns its figures; `report` is the path of the page to open."""
     began = time.monotonic()
-    config = up_to_date(config)
+    make_way(config.output, config.run_name)
     pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {edition()}"
     write_pictures(pictures, config.images, config.seed, callbacks.on_text)
     folder = FolderConfig(folder=pictures, resolution=128)
@@ -127,12 +127,12 @@ def edition() -> str:
     return sha256(b"".join([drawn, *files])).hexdigest()[:8]
 
 
-def up_to_date(config: DemoConfig) -> DemoConfig:
-    """The config, set to begin again when the run of this name was made with another edition of the demo."""
-    note, now = config.output / ".demo" / f"{config.run_name}.json", {"edition": edition()}
-    stale = note.exists() and read_json(note) != now
+def make_way(runs: Path, name: str) -> None:
+    """Moves a run in the folder of all runs aside when it was made with another edition of the demo."""
+    note, now = runs / ".demo" / f"{name}.json", {"edition": edition()}
+    if note.exists() and read_json(note) != now:
+        move_aside(runs / name)
     write_json(note, now)
-    return replace(config, restart=config.restart or stale)
 
 
 def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:

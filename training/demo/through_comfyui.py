@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..comfyui_server import PACKAGE, server
 from ..loop import Callbacks
-from .run import DemoConfig, run_judged, up_to_date
+from .run import DemoConfig, make_way, run_judged
 
 WORKFLOW = PACKAGE / "tests" / "workflows" / "swap_text_encoder.json"
 TIMEOUT = 3600
@@ -30,8 +30,9 @@ def demo_prompt(config: DemoConfig) -> dict:
 def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks) -> dict:
     """Runs the workflow, then judges its run; figures as `run_demo`. Raises WorkflowFailed when a node fails."""
     began = time.monotonic()
-    config = up_to_date(config)
     base = config.output.resolve()
+    runs = base / "output" / "retune"
+    make_way(runs, config.run_name)
     callbacks.on_text("starting ComfyUI")
 
     def show(event: dict) -> None:
@@ -41,4 +42,4 @@ def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks)
     with server(comfyui, base) as running:
         running.on_event = show
         running.run(demo_prompt(config), TIMEOUT)
-    return run_judged(base / "output" / "retune" / config.run_name, config, callbacks, began)
+    return run_judged(runs / config.run_name, config, callbacks, began)
