@@ -10,12 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from .bench import BenchConfig, run_bench
+from .bench import STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .comfyui_server import WorkflowFailed
 from .config import SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.folder import FolderConfig
+from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
 from .layers import ResetConfig, reset_weights
 from .loop import Callbacks, StepInfo
@@ -87,7 +88,11 @@ def demo(arguments: argparse.Namespace) -> dict:
 
 
 def bench(arguments: argparse.Namespace) -> dict:
-    return run_bench(read_flags(arguments, BenchConfig))
+    config = read_flags(arguments, BenchConfig)
+    if config.name not in STUDIES:
+        return run_bench(config)
+    result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
+    return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     b = verbs.add_parser("bench", help="measure variants side by side on the demo model")
     b.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
     add_flags(b, BenchConfig, skip=("name",))
+    add_flags(b, StudyConfig, skip=("batch_size",))
     b.set_defaults(function=bench)
     for verb in (t, r, d, b):
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -1,6 +1,7 @@
 """Benchmarks on the demo model: `python run.py bench [name]`. Variants take turns in one run; read the ratios.
 
-A machine's absolute times drift; medians of interleaved rounds, compared side by side, hold.
+A machine's absolute times drift; medians of interleaved rounds, compared side by side, hold. The studies, under the
+same command, compare what training reaches rather than how long it takes: see `demo.study`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .build import ModelConfig, build_model
 from .config import TrainingSettings
 from .data.dataset import from_images
 from .data.order import BatchOrder
+from .demo import projection_study, reset_study
 from .generate import draw
 from .layers import select
 from .objectives import DenoisingObjective
@@ -30,15 +32,15 @@ class BenchConfig:
     """What to measure and how often."""
 
     name: str = ""
-    """training-step, drawing or text; empty lists them."""
+    """Which benchmark or study; empty lists them."""
     rounds: int = 7
     """Turns of every variant, after one that is not counted."""
     batch_size: int = 16
     """Pictures or captions at a time."""
 
     def __post_init__(self) -> None:
-        if self.name and self.name not in BENCHES:
-            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join(BENCHES)}.")
+        if self.name and self.name not in {**BENCHES, **STUDIES}:
+            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join([*BENCHES, *STUDIES])}.")
         if self.rounds < 1 or self.batch_size < 1:
             raise ValueError(f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected at least 1.")
 
@@ -58,7 +60,7 @@ def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.p
 def run_bench(config: BenchConfig) -> dict:
     """Seconds of every variant and, for all but the first, how many times the first one's that is."""
     if not config.name:
-        return {name: function.__doc__ for name, function in BENCHES.items()}
+        return {name: function.__doc__ for name, function in BENCHES.items()} | {n: s.about for n, s in STUDIES.items()}
     found = medians(BENCHES[config.name](config), config.rounds)
     first = next(iter(found.values()))
     figures = {name: {"seconds": round(value, 4), "ratio": round(value / first, 3)} for name, value in found.items()}
@@ -136,3 +138,4 @@ BENCHES: dict[str, Callable[[BenchConfig], Variants]] = {
     "drawing": _drawing,
     "text": _text,
 }
+STUDIES = {"reset-study": reset_study.STUDY, "projection-start": projection_study.STUDY}

@@ -1,0 +1,114 @@
+"""Studies: a trial is measured once, goes on where it stopped, and rows say what the trials measured."""
+
+import json
+import statistics
+
+import pytest
+from retune.training.__main__ import main
+from retune.training.bench import STUDIES
+from retune.training.demo import reset_study
+from retune.training.demo.study import Study, StudyConfig, run_study, summary, table, verdict
+
+SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
+
+
+def row(**figures):
+    return {key: value for name, (mean, se) in figures.items() for key, value in ((name, mean), (f"{name}_se", se))}
+
+
+def test_rows_are_means_with_standard_errors():
+    found = [{"reset": "QK", "seed": seed, "loss": loss, "when": when} for seed, (loss, when) in enumerate(FIGURES)]
+    (found_row, alone) = summary([*found, {"reset": "none", "seed": 0, "loss": 1.0, "when": None}], ["reset"])
+    losses = [loss for loss, _ in FIGURES]
+    assert found_row["n"] == 3 and found_row["loss"] == pytest.approx(statistics.fmean(losses))
+    assert found_row["loss_se"] == pytest.approx(statistics.stdev(losses) / 3**0.5)
+    assert found_row["when"] == 150 and found_row["when_se"] == pytest.approx(50)
+    assert alone["loss_se"] is None and alone["when"] is None
+    lines = table([found_row, alone]).splitlines()
+    assert lines[0] == "| reset | n | loss | when |"
+    assert lines[2:] == ["| QK | 3 | 0.400 ± 0.058 | 150 ± 50 |", "| none | 1 | 1.000 | never |"]
+
+
+FIGURES = ((0.3, 100.0), (0.4, None), (0.5, 200.0))
+
+
+def test_a_difference_counts_from_two_standard_errors_on():
+    low, high, near = row(loss=(0.1, 0.03)), row(loss=(0.3, 0.04)), row(loss=(0.19, 0.04))
+    assert verdict(low, high, "loss", lowest=True).startswith("holds by loss (0.100 ± 0.030 against 0.300")
+    assert verdict(low, high, "loss").startswith("does not hold by loss")
+    assert verdict(low, near, "loss", lowest=True).startswith("cannot be told by loss")
+    assert verdict(low, row(loss=(0.3, None)), "loss").startswith("one trial each cannot tell")
+
+
+def test_a_study_goes_on_where_its_budget_ended(tmp_path):
+    begun = []
+
+    def figures(trial):
+        begun.append(trial.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return {"loss": trial.seed + trial.labels["rate"]}
+
+    study = Study("", [{"layers": "a/b", "rate": 0.5}, {"layers": "c", "rate": 1.0}], figures, lambda rows: ["so"])
+    config = StudyConfig(output=tmp_path, seeds=2, images=100)
+    with pytest.raises(KeyboardInterrupt):
+        run_study("x", study, config)
+    assert run_study("x", study, StudyConfig(output=tmp_path, seeds=2, images=100, budget=1e-9))["done"] == 1
+    result = run_study("x", study, config)
+    assert begun == ["a-b 0.5 seed 0", "c 1.0 seed 0", "c 1.0 seed 0", "a-b 0.5 seed 1", "c 1.0 seed 1"]
+    assert result["done"] == result["trials"] == 4
+    assert [r["loss"] for r in result["rows"]] == [1.0, 1.5] and result["findings"] == ["so"]
+    assert run_study("x", study, config)["rows"] == result["rows"] and len(begun) == 5
+
+
+def test_a_trial_killed_while_training_ends_with_the_same_figures(tmp_path):
+    from retune.training.loop import Callbacks
+
+    class Stop(Callbacks):
+        def on_step(self, info):
+            if info.step == 1:
+                raise KeyboardInterrupt
+
+    study = Study("", reset_study.STUDY.cells[1:2], reset_study.figures, reset_study.findings)
+    with pytest.raises(KeyboardInterrupt):
+        run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL), Stop())
+    rows = run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL))["rows"]
+    assert rows == run_study("r", study, StudyConfig(output=tmp_path / "b", seeds=1, **SMALL))["rows"]
+    (only,) = rows
+    assert only["reset"] == "cross-attention" and only["loss"] > 0 and 0 <= only["alignment"] <= only["attributes"]
+    assert not list((tmp_path / "a").rglob("*.safetensors.tmp")) and not list((tmp_path / "a").rglob("state"))
+
+
+def test_findings_of_the_resets_follow_the_figures():
+    rates = reset_study.RATES
+    good, bad = (
+        row(alignment=(0.5, 0.01), attributes=(0.9, 0.01), loss=(0.1, 0.001)),
+        row(alignment=(0.1, 0.01), attributes=(0.5, 0.01), loss=(0.2, 0.001)),
+    )
+    rows = [
+        {"reset": "cross-attention", "learning rate": rates[0], "n": 3, **good},
+        {"reset": "all attention", "learning rate": rates[0], "n": 3, **bad},
+        {"reset": "QK", "learning rate": rates[0], "n": 3, **good},
+    ]
+    useful, poor, best = reset_study.findings(rows)
+    assert useful.count("holds by") == 3 and "does not" not in useful
+    assert poor.count("cannot be told") == 3
+    assert best.startswith("Best alignment: reset of cross-attention at 0.0002, 0.500 ± 0.010")
+    assert reset_study.findings([]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_runs_from_the_command_line(tmp_path, capsys, name):
+    sizes = [
+        word for key, value in {**SMALL, "steps": 1}.items() for word in ("--" + key.replace("_", "-"), str(value))
+    ]
+    command = ["bench", name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["done"] == result["trials"] == len(STUDIES[name].cells) == len(result["rows"])
+    assert all(
+        value is None or value >= -1 for r in result["rows"] for value in r.values() if not isinstance(value, str)
+    )
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
