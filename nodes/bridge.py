@@ -58,6 +58,7 @@ class ComfyDenoiser:
         self.sigmas = self.sampling.sigmas.detach().float().cpu().clone()
         self.latent_channels = self.patcher.model.latent_format.latent_channels
         self.context_width = next(p for n, p in self.network.named_parameters() if "attn2.to_k." in n).shape[1]
+        self.pooled_width = pooled_width_of(self.patcher)
         self.input_channels = self.network.in_channels
         weights = [*self.network.named_parameters(), ("sigmas", self.sigmas)]
         self.fingerprint = tensors_fingerprint(weights, self.prediction_type)
@@ -195,7 +196,11 @@ class ComfyTextEncoder:
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
         self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else clip_fingerprint(clip)
-        self.width = self.projection.width if self._is_t5 else self.encode(self.tokenize([""])).context.shape[-1]
+        self.width, self.pooled_width = t5_clip.widths_of(clip) if self._is_t5 else self._measured_widths()
+
+    def _measured_widths(self) -> tuple[int, int]:
+        empty = self.encode(self.tokenize([""]))
+        return empty.context.shape[-1], 0 if empty.pooled is None else empty.pooled.shape[-1]
 
     def tokenize(self, texts: list[str]) -> list[str]:
         """The texts themselves: ComfyUI tokenizes and encodes one prompt at a time."""
@@ -229,6 +234,9 @@ def expect_given(**parts) -> None:
 @contextmanager
 def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
     """The model view of a MODEL, CLIP and VAE, ready to train while entered. Raises ValueError for an empty one."""
+    from ..training.demo.judge import judge_samples
+    from .demo_model import is_demo
+
     expect_given(model=model, clip=clip, vae=vae)
     with training_mode():
         denoiser = ComfyDenoiser(model)
@@ -236,7 +244,8 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
         with denoiser.casting_weights():
-            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)))
+            judge = judge_samples if is_demo(model) else None
+            yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)), judge)
 
 
 def latent_format_of(model):

@@ -15,6 +15,7 @@ from ..training.files import read_tensors
 from ..training.formats import ldm
 
 BUILT_IN = "demo.safetensors"
+DEMO_CLASS = "RetuneDemoModel"
 
 
 class Ratio(Fraction):
@@ -99,7 +100,12 @@ def _prediction_of(scheduler: dict, base: type) -> type:
     from comfy.model_base import ModelType
 
     kind = ModelType.V_PREDICTION if scheduler["prediction_type"] == "v_prediction" else ModelType.EPS
-    return type("DemoModel", (base,), {"model_type": lambda self, state_dict, prefix="": kind})
+    return type(DEMO_CLASS, (base,), {"model_type": lambda self, state_dict, prefix="": kind})
+
+
+def is_demo(model) -> bool:
+    """Whether a MODEL is the demo model, however trained."""
+    return type(model.model.model_config).__name__ == DEMO_CLASS
 
 
 def _vae(tensors: dict[str, Tensor], config: dict):

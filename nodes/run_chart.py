@@ -12,8 +12,8 @@ class RetuneRunChart(io.ComfyNode):
             node_id="RetuneRunChart",
             display_name="Run Chart",
             category="retune/training",
-            description="Loss (raw and smoothed), validation loss, text gap and loss per noise level of a run, read "
-            "from its folder.",
+            description="Loss (raw and smoothed), validation loss, text gap and loss per noise level of a run, and the "
+            "demo model's alignment, read from its folder.",
             search_aliases=["loss graph", "loss curve"],
             is_output_node=True,
             inputs=[types.Run.Input("run", tooltip="From a training node.")],

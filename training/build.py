@@ -67,6 +67,10 @@ def build_model(config: ModelConfig) -> TextToImage:
     """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
     path, tokenizer = _checkpoint(config)
     model = load_model(path, tokenizer=tokenizer)
+    if config.model == DEMO:
+        from .demo.judge import judge_samples
+
+        model = replace(model, judge=judge_samples)
     if config.t5 is not None:
         prompts = config.fit.read_text(encoding="utf-8").splitlines() if config.fit else []
         model = with_t5(model, config, [line.strip() for line in prompts if line.strip()])

@@ -1,7 +1,7 @@
 """A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss.
 
-Where a validation has further figures (see `evaluate`), two small panels below show them: how much the text is used,
-and the held-out loss per range of noise levels.
+Where a validation has further figures (see `evaluate`), small panels below show them: how much the text is used, and
+the held-out loss per range of noise levels. So does one the alignment of samples, where something judged them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ WIDTH, HEIGHT, MARGIN = 960, 540, (76, 48, 24, 44)
 """Margins: left, top, right, bottom."""
 PANEL, GAP = 210, 90
 """Height of the lower panels, and the space between the two."""
-COLOURS = {"loss": "#c9d6ea", "smoothed": "#2457a6", "validation": "#d1622b", "grid": "#e4e4e4", "text gap": "#2b8a5a"}
+COLOURS = {
+    "loss": "#c9d6ea",
+    "smoothed": "#2457a6",
+    "validation": "#d1622b",
+    "grid": "#e4e4e4",
+    "text gap": "#2b8a5a",
+    "alignment": "#7a4fb0",
+}
 BANDS = ("#fbb862", "#ef7f4d", "#cf4a5f", "#93307a", "#3f1d71")
 """Noise levels from nearly clean to nearly pure noise."""
 
@@ -55,7 +62,7 @@ def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
 def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     """The chart (HEIGHT, WIDTH, 3) in 0..1 of a run's metrics rows; a run without steps gives empty axes.
 
-    PANEL higher when validations have further figures.
+    PANEL higher for every two panels below.
     """
     from PIL import Image, ImageDraw
 
@@ -63,7 +70,8 @@ def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     curve = list(zip([s for s, _ in steps], smoothed([v for _, v in steps]), strict=True))
     validation = [(row["step"], row["loss"]) for row in rows if row.get("event") == "validation"]
     figures = [row for row in rows if row.get("event") == "validation" and "bands" in row]
-    height = HEIGHT + PANEL * bool(figures)
+    panels = _panels(figures, [row for row in rows if row.get("event") == "sample" and "alignment" in row])
+    height = HEIGHT + PANEL * math.ceil(len(panels) / 2)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
     axes = limits(steps, curve + validation)
@@ -71,40 +79,58 @@ def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     for points, key, width in ((steps, "loss", 1), (curve, "smoothed", 3), (validation, "validation", 3)):
         _line(draw, axes, points, COLOURS[key], width)
     _legend(draw, name, steps, curve, validation)
-    if figures:
-        _panels(draw, axes.x, figures)
+    for number, panel in enumerate(panels):
+        _draw_panel(draw, axes.x, panel, number)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, WIDTH, 3).float() / 255
 
 
-def _panels(draw, steps: tuple[float, float], rows: list[dict[str, Any]]) -> None:
-    """The text gap on the left, the loss per band on the right, over the same steps as the plot above."""
-    left, _, right, _ = MAIN
-    middle, top, bottom = (left + right) / 2, HEIGHT + 24, HEIGHT + PANEL - MARGIN[3]
-    gap = [(row["step"], row["text_gap"]) for row in rows if "text_gap" in row]
+@dataclass(frozen=True)
+class _Panel:
+    """A small plot: coloured lines, a title, and words in the lines' colours after it."""
+
+    title: str
+    lines: list[tuple[list[Point], str]]
+    legend: tuple[str, ...] = ()
+    highest: float | None = None
+
+
+def _panels(validations: list[dict[str, Any]], samples: list[dict[str, Any]]) -> list[_Panel]:
+    found = []
+    gap = [(row["step"], row["text_gap"]) for row in validations if "text_gap" in row]
     if gap:
-        box = (left, top, middle - GAP / 2, bottom)
         title = f"text gap {gap[-1][1]:.4f} (loss with shuffled captions minus loss)"
-        _panel(draw, steps, box, [(gap, COLOURS["text gap"])], title)
-    count = min(len(row["bands"]) for row in rows)
-    lines = [[(row["step"], row["bands"][band]) for row in rows] for band in range(count)]
-    colours = [BANDS[round(band * (len(BANDS) - 1) / max(1, count - 1))] for band in range(count)]
-    box = (middle + GAP / 2, top, right, bottom)
-    _panel(draw, steps, box, list(zip(lines, colours, strict=True)), "held-out loss, noise level:")
-    x = box[0] + draw.textlength("held-out loss, noise level: ", font_size=14)
-    for band, colour in enumerate(colours):
-        draw.text((x, top - 8), text := f"{100 * (band + 1) // count} %", fill=colour, anchor="ls", font_size=14)
-        x += draw.textlength(text + " ", font_size=14)
+        found.append(_Panel(title, [(gap, COLOURS["text gap"])]))
+    if validations:
+        count = min(len(row["bands"]) for row in validations)
+        lines = [[(row["step"], row["bands"][band]) for row in validations] for band in range(count)]
+        colours = [BANDS[round(band * (len(BANDS) - 1) / max(1, count - 1))] for band in range(count)]
+        legend = tuple(f"{100 * (band + 1) // count} %" for band in range(count))
+        found.append(_Panel("held-out loss, noise level:", list(zip(lines, colours, strict=True)), legend))
+    aligned = [(row["step"], row["alignment"]) for row in samples]
+    if aligned:
+        title = f"alignment {aligned[-1][1]:.2f} (share of the samples read back right)"
+        found.append(_Panel(title, [(aligned, COLOURS["alignment"])], highest=1.0))
+    return found
 
 
-def _panel(draw, steps: tuple[float, float], box: Box, lines: list[tuple[list[Point], str]], title: str) -> None:
-    values = [0.0, *(value for points, _ in lines for _, value in points)]
-    low, high = min(values), max(values)
+def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) -> None:
+    """The panel of this number (from 0), two in a row below the plot, over the same steps."""
+    left, _, right, _ = MAIN
+    width, row = (right - left - GAP) / 2, HEIGHT + PANEL * (number // 2)
+    left += (width + GAP) * (number % 2)
+    box = (left, row + 24, left + width, row + PANEL - MARGIN[3])
+    values = [0.0, *(value for points, _ in panel.lines for _, value in points)]
+    low, high = min(values), panel.highest or max(values)
     room = 0.08 * (high - low) or 1.0
     axes = Axes(steps, (low - room if low < 0 else 0.0, high + room), box)
     _grid(draw, axes, 3)
-    for points, colour in lines:
+    for points, colour in panel.lines:
         _line(draw, axes, points, colour, 2)
-    draw.text((box[0], box[1] - 8), title, fill="#333333", anchor="ls", font_size=14)
+    draw.text((left, box[1] - 8), panel.title, fill="#333333", anchor="ls", font_size=14)
+    x = left + draw.textlength(panel.title + " ", font_size=14)
+    for text, (_, colour) in zip(panel.legend, panel.lines, strict=False):
+        draw.text((x, box[1] - 8), text, fill=colour, anchor="ls", font_size=14)
+        x += draw.textlength(text + " ", font_size=14)
 
 
 def limits(steps: Sequence[Point], smooth: Sequence[Point]) -> Axes:

@@ -44,10 +44,14 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sample pictures in two moves: `draw` runs with the trained weights attached, `decode` without them."""
+    """Sample pictures in two moves: `draw` runs with the trained weights attached, `decode` without them.
+
+    `judge` gives figures of the pictures and their prompts for the samples' row.
+    """
 
     draw: Callable[[], list[Tensor]]
     decode: Callable[[list[Tensor]], list[Tensor]]
+    judge: Callable[[list[Tensor], list[str]], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -304,7 +308,8 @@ class Loop:
         save_png(contact_sheet(images), self.folder.samples / grid)
         about = {"step": self.step, "epoch": round(self.step / self.config.steps_per_epoch, 2)}
         prompts = list(self.config.samples.prompts)
-        self.folder.add_row({"event": "sample", **about, "files": files, "grid": grid, "prompts": prompts})
+        figures = self.sampler.judge(images, prompts) if self.sampler.judge else {}
+        self.folder.add_row({"event": "sample", **about, **figures, "files": files, "grid": grid, "prompts": prompts})
         self.callbacks.on_samples(self.step, images)
 
     def _save(self) -> None:

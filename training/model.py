@@ -6,7 +6,7 @@ for ComfyUI's MODEL, CLIP and VAE.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,6 +83,8 @@ class Denoiser(Protocol):
     input_channels: int
     """More than latent_channels for inpainting and edit models."""
     context_width: int
+    pooled_width: int
+    """Width of the pooled text that is read beside the context (SDXL: 1280); 0 when none is."""
     device: torch.device
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
@@ -114,6 +116,8 @@ class TextEncoder(Protocol):
     fingerprint: str
     """Changes whenever `backbone` would return something else; caches are keyed by it."""
     width: int
+    pooled_width: int
+    """Width of the pooled output; 0 when there is none."""
     token_embedding: nn.Embedding
     projection: nn.Module | None
     """The trainable part between backbone and denoiser, or None."""
@@ -147,3 +151,5 @@ class TextToImage:
     denoiser: Denoiser
     text_encoder: TextEncoder
     autoencoder: Autoencoder
+    judge: Callable[[Sequence[Tensor], Sequence[str]], dict[str, float]] | None = None
+    """Figures of how well pictures (3, H, W) show their prompts, where something can tell: the demo model's has one."""

@@ -88,3 +88,19 @@ def test_equal_captions_leave_the_gap_panel_out():
     image = run_chart("r", given)
     assert image.shape[0] == HEIGHT + PANEL and not painted(image, "text gap").any()
     assert all(painted(image, colour).any() for colour in BANDS)
+
+
+def test_alignment_of_samples_has_a_panel_from_0_to_1():
+    samples = [
+        {"event": "sample", "step": step, "alignment": value} for step, value in ((0, 0.0), (10, 0.5), (20, 0.5))
+    ]
+    image = run_chart("r", rows([1.0] * 20) + samples)
+    assert image.shape[0] == HEIGHT + PANEL
+    line = painted(image, "alignment")[HEIGHT + 24 :].nonzero()
+    first, last = line[line[:, 1].argmin(), 0].item(), line[line[:, 1].argmax(), 0].item()
+    assert first - last == pytest.approx(0.5 / 1.08 * (PANEL - 24 - 44), abs=4)
+    figures = {"text_gap": 0.5, "bands": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    whole = run_chart("r", rows([1.0] * 20) + [{"event": "validation", "step": 20, "loss": 0.5, **figures}, *samples])
+    assert whole.shape[0] == HEIGHT + 2 * PANEL
+    assert painted(whole, "alignment")[HEIGHT + PANEL :, : WIDTH // 2].any()
+    assert not painted(whole, "alignment")[: HEIGHT + PANEL].any()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from retune.training.demo.judge import UNSURE, Reading, alignment, correct, parse_caption, read
-from retune.training.demo.scenes import ATTRIBUTES, Scene, draw, training_scenes
+from retune.training.demo.judge import UNSURE, Reading, alignment, correct, judge_samples, parse_caption, read
+from retune.training.demo.scenes import ATTRIBUTES, Scene, caption, draw, training_scenes
 from retune.training.generators import generator
 from torch.nn import functional
 
@@ -72,3 +72,17 @@ def test_correct_compares_attribute_by_attribute():
 def test_wrong_image_size_is_refused():
     with pytest.raises(ValueError, match=r"image has shape \(3, 64, 64\)"):
         read(torch.zeros(3, 64, 64))
+
+
+def test_samples_are_judged_by_those_that_can_be_read():
+    random = generator(3, "test")
+    scenes = training_scenes(6, 0)
+    images = [draw(scene, generator(3, "test", i)) for i, scene in enumerate(scenes)]
+    captions = [caption(scene, random) for scene in scenes]
+    whole = alignment(images, captions)["alignment"]
+    assert judge_samples(images, captions) == {"alignment": whole} and whole > 0.8
+    blank = torch.full((3, 128, 128), 0.5)
+    assert judge_samples([*images[:1], blank], captions[:2]) == {"alignment": 0.5}
+    others = [torch.zeros(3, 64, 64), blank]
+    assert judge_samples([*images[:1], *others], [captions[0], captions[1], "a photo of my cat"]) == {"alignment": 1.0}
+    assert judge_samples(others, [captions[0], "a photo of my cat"]) == {}

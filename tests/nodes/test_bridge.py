@@ -91,6 +91,16 @@ def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_dem
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
+    from retune.nodes.bridge import text_to_image, with_unet_weights
+    from retune.training.demo.judge import judge_samples
+
+    model, clip, vae = demo
+    for given in (model, with_unet_weights(model, {})):
+        with torch.inference_mode(), text_to_image(given, clip, vae) as view:
+            assert view.judge is judge_samples
+
+
 def test_training_leaves_model_and_clip_bit_identical(demo, sampled, pictures, tmp_path):
     from retune.nodes.bridge import text_to_image, with_unet_weights
     from retune.training.train_model import train_model

@@ -94,6 +94,7 @@ def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kin
         weights, _ = reset_weights(attention_weights(model), ResetConfig(layers="cross-attention"))
         model = with_unet_weights(model, weights)
         with text_to_image(model, swapped, vae) as view:
+            assert view.judge is None
             trained = train_model(view, dataset, run, tmp_path / "runs")
         assert len(trained.unet) == 16 * 5
         model = with_unet_weights(model, trained.unet)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,6 +32,7 @@ from .scenes import (
 
 UNSURE = "unsure"
 FIGURE = "figure"
+ALIGNMENT = "alignment"
 _GRID = 24
 _MIN_AREA = 40
 """Pixels; the smallest drawn shape covers about 100."""
@@ -296,9 +297,20 @@ def alignment(images: Iterable[Tensor], captions: Iterable[Scene | dict | str]) 
     checks = [correct(read(image), caption) for image, caption in zip(images, captions, strict=True)]
     if not checks:
         raise ValueError("images is empty; expected at least one image and caption.")
-    figures = {"alignment": float(np.mean([all(check.values()) for check in checks]))}
+    figures = {ALIGNMENT: float(np.mean([all(check.values()) for check in checks]))}
     for name in ATTRIBUTES:
         named = [check[name] for check in checks if name in check]
         if named:
             figures[name] = float(np.mean(named))
     return figures
+
+
+def judge_samples(images: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, float]:
+    """Alignment of sample pictures, of those alone that can be read: of the demo's size, their prompt naming something.
+
+    Empty without any.
+    """
+    readable = [
+        (i, p) for i, p in zip(images, prompts, strict=True) if i.shape[1:] == (SIDE, SIDE) and parse_caption(p)
+    ]
+    return {ALIGNMENT: alignment(*zip(*readable, strict=True))[ALIGNMENT]} if readable else {}
