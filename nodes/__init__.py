@@ -7,6 +7,7 @@ from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .export import RetuneExportDiffusers
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
+from .settings import RetuneSamplePrompts, RetuneTrainingSettings
 from .text_encoder import (
     RetuneFitProjection,
     RetuneLoadT5,
@@ -15,7 +16,7 @@ from .text_encoder import (
     RetuneScaleConditioning,
     RetuneScaleTextEncoder,
 )
-from .train import RetuneSamplePrompts, RetuneTrainingSettings, RetuneTrainModel
+from .train import RetuneTrainModel
 from .vae import RetuneSwapVAE
 
 

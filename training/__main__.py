@@ -14,7 +14,7 @@ from .bench import STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .comfyui_server import WorkflowFailed
-from .config import SamplePrompts, TrainingSettings, TrainModelConfig
+from .config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.folder import FolderConfig
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
@@ -95,8 +95,8 @@ def bench(arguments: argparse.Namespace) -> dict:
     return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
 
 
-def parser() -> argparse.ArgumentParser:
-    """All verbs and their flags."""
+def parser(preset: str = "custom") -> argparse.ArgumentParser:
+    """All verbs and their flags; a preset changes defaults of `train`."""
     top = argparse.ArgumentParser(prog="retune", description="Change how a text-to-image model listens to text.")
     top.add_argument("--verbose", action="store_true")
     verbs = top.add_subparsers(dest="verb", required=True)
@@ -105,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     add_flags(t, FolderConfig)
     add_flags(t, TrainModelConfig, skip=("settings", "samples"))
     add_flags(t, TrainingSettings)
+    t.add_argument("--preset", choices=PRESETS, default="custom", help="other defaults for the flags it names")
+    t.set_defaults(**PRESETS[preset], **PRESET_RUNS.get(preset, {}))
     add_flags(t, SamplePrompts, "sample_")
     t.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
     t.set_defaults(function=train)
@@ -131,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if getattr(arguments, "preset", "custom") != "custom":
+        arguments = parser(arguments.preset).parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )

@@ -55,6 +55,9 @@ class TrainingSettings:
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     gradient_accumulation: int = 1
     """Batches summed up before an optimiser step."""
+    total_batch: int = 0
+    """Images per optimiser step, a multiple of the batch size: so many batches are summed up; 0 leaves it to
+    gradient_accumulation."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass (autocast). Trained weights and optimiser states are always fp32."""
     ema_decay: float = 0.0
@@ -110,6 +113,7 @@ class TrainingSettings:
             weight_decay=(0, 10),
             max_grad_norm=(0, 10**6),
             gradient_accumulation=(1, 10**5),
+            total_batch=(0, 10**7),
             ema_decay=(0, 0.999999),
             snr_gamma=(0.01, 1000),
             min_timestep=(0, 999),
@@ -132,8 +136,17 @@ class TrainingSettings:
 PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},
+    "T5 swap, source notes": {
+        "optimizer": "AdamW",
+        "lr_schedule": "cosine",
+        "total_batch": 64,
+        "loss_weighting": "min-SNR",
+        "snr_gamma": 5.0,
+    },
 }
 """Named groups of settings; a preset other than "custom" wins over the values it names."""
+PRESET_RUNS: dict[str, dict[str, Any]] = {"T5 swap, source notes": {"learning_rate": 4e-5, "steps": 10_000}}
+"""What some presets say of the run besides: the best that their source reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +201,16 @@ class TrainModelConfig:
         check_run_name(self.run_name)
         check_choices(self)
         check_range(self, steps=(1, 10**8), batch_size=(1, 10**5), learning_rate=(0, 10), seed=(0, 2**64 - 1))
+        if self.settings.total_batch % self.batch_size:
+            raise ValueError(
+                f"total_batch is {self.settings.total_batch}; expected a multiple of batch_size, {self.batch_size}. "
+                "Choose a batch_size that divides it, or total_batch 0."
+            )
+
+    @property
+    def gradient_accumulation(self) -> int:
+        """Batches summed up before an optimiser step."""
+        return self.settings.total_batch // self.batch_size or self.settings.gradient_accumulation
 
 
 RESUMABLE = {"run_name", "steps", "samples", "resume"}

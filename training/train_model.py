@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -98,8 +98,9 @@ def _check_steps(folder: RunFolder, steps: int) -> None:
 
 
 def check_fit(model: TextToImage, config: TrainModelConfig) -> None:
-    """Raises ValueError for what could only fail after long work: width, precision, loss weighting, channels."""
+    """Raises ValueError for what could only fail after long work: widths, precision, loss weighting, channels."""
     check_width(model)
+    check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
@@ -119,6 +120,16 @@ def check_width(model: TextToImage) -> None:
         raise ValueError(
             f"text encoder's width is {width}; the UNet reads {expected}. Load the text encoder with context_width "
             f"{expected} (or 'auto' with this model connected)."
+        )
+
+
+def check_pooled(model: TextToImage) -> None:
+    """Raises ValueError when the UNet reads a pooled text (SDXL) that the text encoder does not give."""
+    width, expected = model.text_encoder.pooled_width, model.denoiser.pooled_width
+    if expected and width != expected:
+        raise ValueError(
+            f"text encoder's pooled output is {width or 'none'}; the UNet reads one of {expected}, as SDXL does. Load "
+            "the text encoder with context_width 'sdxl' (or 'auto' with this model connected)."
         )
 
 
@@ -182,9 +193,9 @@ def _train(
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
-            settings=config.settings,
+            settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
-            steps_per_epoch=order.steps_per_epoch / config.settings.gradient_accumulation,
+            steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
         ),
         sampler=_sampler(model, config, texts, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
@@ -214,7 +225,7 @@ def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, cal
             on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
         )
 
-    return Sampler(draw, lambda latents: decode(model, latents))
+    return Sampler(draw, lambda latents: decode(model, latents), model.judge)
 
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:

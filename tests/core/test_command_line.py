@@ -98,6 +98,21 @@ def test_bad_choices_stop_before_anything(capsys):
     assert capsys.readouterr().err == "error: steps is 0; expected 1 to 100000000.\n"
 
 
+def test_a_preset_changes_defaults_and_flags_win():
+    flags = [*REQUIRED, "--preset", "T5 swap, source notes", "--steps", "7"]
+    found = parser("T5 swap, source notes").parse_args(flags)
+    assert (found.learning_rate, found.steps, found.total_batch, found.loss_weighting) == (4e-5, 7, 64, "min-SNR")
+    assert parser().parse_args(REQUIRED).total_batch == 0
+
+
+def test_the_preset_reaches_the_run(train_arguments, tmp_path):
+    flags = ("--preset", "T5 swap, source notes", "--batch-size", "2", "--total-batch", "4", "--steps", "1")
+    assert main(train_arguments(tmp_path / "out", *flags)) == 0
+    config = json.loads((tmp_path / "out" / "r" / "config.json").read_text(encoding="utf-8"))["config"]
+    assert config["settings"]["loss_weighting"] == "min-SNR" and config["settings"]["lr_schedule"] == "cosine"
+    assert config["settings"]["total_batch"] == 4 and config["steps"] == 1
+
+
 def test_errors_are_one_line_and_code_two(tmp_path, capsys):
     output = str(tmp_path / "out.safetensors")
     assert main(["reset", "--model", str(tmp_path / "no"), "--layers", "QK", "--output", output]) == 2

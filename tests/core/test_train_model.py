@@ -8,6 +8,7 @@ import pytest
 import torch
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
 from retune.training.loop import Callbacks, TrainingDiverged
+from retune.training.run_folder import RunFolder
 from retune.training.train_model import train_model
 
 
@@ -176,3 +177,30 @@ def test_too_little_disk_is_refused_before_training(tiny_model, pictures, tmp_pa
     with pytest.raises((ValueError, OSError), match="free"):
         train_model(tiny_model, pictures, config(), tmp_path)
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+def test_a_total_batch_is_summed_up_from_batches(tiny_model, pictures, tmp_path):
+    """The same run as with that many batches, and refused where batches do not add up to it."""
+    settings = {"caption_dropout": 0.0, "save_every": 100}
+    total = TrainingSettings(**settings, total_batch=4)
+    batches = TrainingSettings(**settings, gradient_accumulation=2)
+    runs = {"total": config(run_name="total", settings=total), "batches": config(run_name="batches", settings=batches)}
+    for made in runs.values():
+        train_model(tiny_model, pictures, made, tmp_path)
+    assert digest(tmp_path, "total")["metrics.jsonl"] == digest(tmp_path, "batches")["metrics.jsonl"]
+    with pytest.raises(ValueError, match="total_batch is 5; expected a multiple of batch_size, 2"):
+        config(settings=TrainingSettings(total_batch=5))
+
+
+def test_samples_are_judged_where_something_can(tiny_model, pictures, tmp_path):
+    judged = []
+
+    def judge(images, prompts):
+        judged.append((len(images), list(prompts)))
+        return {"alignment": 0.25 * len(judged)}
+
+    run = config(steps=4, settings=TrainingSettings())
+    train_model(dataclasses.replace(tiny_model, judge=judge), pictures, run, tmp_path)
+    rows = [row for row in RunFolder(tmp_path / "r").rows() if row.get("event") == "sample"]
+    assert judged == [(1, ["a red circle"])] * 2
+    assert [(row["step"], row["alignment"]) for row in rows] == [(0, 0.25), (4, 0.5)]

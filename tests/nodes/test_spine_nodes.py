@@ -139,10 +139,12 @@ def test_folders_and_images_become_datasets(comfyui, tmp_path):
 
 
 def test_settings_presets_win_and_bad_values_are_named(comfyui):
-    from retune.nodes.train import RetuneSamplePrompts, RetuneTrainingSettings
+    from retune.nodes.settings import RetuneSamplePrompts, RetuneTrainingSettings
 
-    (settings,) = run(RetuneTrainingSettings, preset="T5 swap", lr_schedule="constant", weight_decay=0.5)
-    assert settings.lr_schedule == "cosine" and settings.weight_decay == 0.5
+    settings, rate, steps = run(RetuneTrainingSettings, preset="T5 swap", lr_schedule="constant", weight_decay=0.5)
+    assert settings.lr_schedule == "cosine" and settings.weight_decay == 0.5 and (rate, steps) == (1e-5, 500)
+    settings, rate, steps = run(RetuneTrainingSettings, preset="T5 swap, source notes", total_batch=8)
+    assert settings.total_batch == 64 and settings.loss_weighting == "min-SNR" and (rate, steps) == (4e-5, 10000)
     with pytest.raises(ValueError, match="min_timestep is 600, above max_timestep 500"):
         run(RetuneTrainingSettings, min_timestep=600, max_timestep=500)
     (samples,) = run(RetuneSamplePrompts, " a \n\n b ", every=5, steps=2, cfg=1.0, seed=0, width=64, height=64)
