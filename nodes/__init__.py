@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .dataset import RetuneDatasetFromImages, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .export import RetuneExportDiffusers
+from .lora import RetuneApplyLora
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
 from .settings import RetuneSamplePrompts, RetuneTrainingSettings
@@ -40,4 +41,5 @@ class RetuneExtension(ComfyExtension):
             RetuneSamplePrompts,
             RetuneTrainModel,
             RetuneRunChart,
+            RetuneApplyLora,
         ]

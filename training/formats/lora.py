@@ -1,0 +1,369 @@
+"""LoRA files of every trainer in one form: layers by name, each with the tensors of one kind under LyCORIS's names.
+
+Layouts: kohya (`lora_unet_<layer>.lora_down.weight`, `alpha`), LyCORIS in the same naming (`hada_*`, `lokr_*`,
+`dora_scale`, `diff`), diffusers and peft (`unet.<layer>.lora_A.weight`, alpha in the metadata), OneTrainer (kohya's
+names, or `unet.input_blocks.<...>`), ComfyUI's own (`diffusion_model.<layer>`). Without alpha in a file, alpha = rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors
+
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+BIAS = ("diff_b", "b_norm")
+SCALES = ("alpha", "dora_scale", "rescale", "reshape_weight")
+PEFT = "lora_adapter_metadata"
+"""The metadata entry in which diffusers keeps peft's settings, as JSON."""
+
+_LYCORIS = (DOWN, UP, MID, *LOHA, "hada_t1", "hada_t2", *LOKR, *GLORA, "oft_blocks", "diff", "set_weight", "w_norm")
+ENDINGS = {f".{name}": name for name in (*_LYCORIS, *BIAS, *SCALES)} | {
+    ".lora_A.weight": DOWN,
+    ".lora_B.weight": UP,
+    ".lora_A.default.weight": DOWN,
+    ".lora_B.default.weight": UP,
+    ".lora_A": DOWN,
+    ".lora_B": UP,
+    ".lora.down.weight": DOWN,
+    ".lora.up.weight": UP,
+    "_lora.down.weight": DOWN,
+    "_lora.up.weight": UP,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_linear_layer.up.weight": UP,
+    ".lora_magnitude_vector": "dora_scale",
+    ".lora_magnitude_vector.weight": "dora_scale",
+    ".lora_magnitude_vector.default.weight": "dora_scale",
+}
+"""How a key ends -> LyCORIS's name of that tensor."""
+
+_KOHYA = {
+    "unet.": ("lora_unet_",),
+    "text_encoder.": ("lora_te_", "lora_te1_"),
+    "text_encoder_2.": ("lora_te2_",),
+    "text_encoder_3.": ("lora_te3_",),
+    "clip_l.": ("lora_te_", "lora_te1_"),
+    "clip_g.": ("lora_te2_",),
+    "t5.": ("lora_te3_", "lora_te_"),
+    "lycoris_": ("lora_unet_", "lora_te_"),
+    "base_model.model.": ("lora_unet_", "lora_te_"),
+    "unet.base_model.model.": ("lora_unet_",),
+}
+"""How the layer names of other tools begin -> kohya's beginnings that mean the same."""
+
+_TEXT = re.compile(
+    r"lora_(prior_)?te\d?_|text_encoders?(_\d)?\.|clip_[lgh]\.|t5\.|base_model\.model\.(text_model|encoder)\."
+)
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """What a file holds for one layer: tensors by LyCORIS's names, and the key that each has in the file."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    keys: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, BOFT or full diff; with DoRA where there is a magnitude."""
+        magnitude = "dora_scale" in self.tensors
+        if DOWN in self.tensors:
+            kernel = self.tensors.get(MID, self.tensors[DOWN]).shape[2:]
+            plain = "LoCon" if math.prod(kernel) > 1 else "LoRA"
+            return "DoRA" if magnitude and plain == "LoRA" else plain + " with DoRA" * magnitude
+        known = {"hada_w1_a": "LoHa", "a1.weight": "GLoRA"} | dict.fromkeys(LOKR, "LoKr")
+        found = next((kind for name, kind in known.items() if name in self.tensors), "full diff")
+        if "oft_blocks" in self.tensors:
+            found = "BOFT" if self.tensors["oft_blocks"].ndim == 4 else "OFT"
+        return found + " with DoRA" * magnitude
+
+    @property
+    def rank(self) -> int | None:
+        """r of the decomposition; None where there is none."""
+        for name in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+            if name in self.tensors:
+                return self.tensors[name].shape[0]
+        return None
+
+    @property
+    def alpha(self) -> float | None:
+        return self.tensors["alpha"].item() if "alpha" in self.tensors else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the name is one of a text encoder's layers."""
+        return _TEXT.match(self.name) is not None
+
+    @cached_property
+    def shape(self) -> tuple[int, int | None] | None:
+        """(rows, columns) of the weight it is for, a convolution's kernel counted to the columns; None for unknown.
+
+        ValueError when its tensors are incomplete or do not go together.
+        """
+        try:
+            return _shape(self.tensors)
+        except KeyError as missing:
+            raise ValueError(f"layer {self.name} lacks {missing.args[0]}") from missing
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"layer {self.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of any kind. other_keys: what is no part of one, such as the embeddings OneTrainer bundles."""
+
+    name: str
+    modules: dict[str, LoraModule]
+    other_keys: tuple[str, ...]
+    metadata: dict[str, str]
+
+    @property
+    def key_count(self) -> int:
+        return sum(len(module.keys) for module in self.modules.values()) + len(self.other_keys)
+
+
+def read_lora(path: str | Path, name: str | None = None) -> Lora:
+    """Reads a LoRA file; name: what messages call it. Errors: as `read_lora_tensors` and `parse_lora`."""
+    return parse_lora(name or Path(path).name, *read_lora_tensors(path))
+
+
+def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or of a pickle that holds tensors only.
+
+    peft's settings beside adapter_model.* (adapter_config.json) are put into the metadata as diffusers does. Errors:
+    FileNotFoundError, or ValueError for a damaged file.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        tensors, metadata = read_tensors(path)
+    else:
+        tensors, metadata = _read_pickle(path), {}
+    config = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and config.is_file():
+        metadata = metadata | {PEFT: config.read_text(encoding="utf-8")}
+    return tensors, metadata
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Lora:
+    """Sorts a file's or LORA_MODEL's tensors by layer. Raises ValueError, with keys, unless they are a whole LoRA.
+
+    peft's alpha (`lora_alpha`, `alpha_pattern`, `use_rslora` of the metadata) becomes a tensor as everywhere else.
+    """
+    metadata = dict(metadata or {})
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[str, dict[str, str]] = defaultdict(dict)
+    others = []
+    for key, tensor in tensors.items():
+        layer, role = split_key(key)
+        if role is None or role in layers[layer]:
+            others.append(key)
+            continue
+        layers[layer][role], keys[layer][role] = _canonical(tensor.detach(), key), key
+    modules = {n: LoraModule(n, parts, keys[n]) for n, parts in layers.items() if parts.keys() - set(SCALES)}
+    others += [key for n in layers if n not in modules for key in keys[n].values()]
+    if not modules:
+        shown = f", but {some(others)}" if others else " and no tensors at all"
+        raise ValueError(f"{name} holds no LoRA{shown}; expected keys such as <layer>.lora_down.weight. Is it a LoRA?")
+    lora = Lora(name, modules, tuple(others), metadata)
+    _check(lora)
+    _add_peft_alphas(lora)
+    return lora
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """Layer and LyCORIS's name of a tensor; (key, None) for one that is no part of a LoRA."""
+    for ending, role in ENDINGS.items():
+        if key.endswith(ending) and len(key) > len(ending) and not key.startswith("bundle_emb."):
+            return key.removesuffix(ending), role
+    return key, None
+
+
+def aliases(layer: str) -> Iterator[str]:
+    """The names under which a table of kohya's, ComfyUI's and old diffusers' names may hold a layer; its own first."""
+    yield layer
+    for prefix in sorted(_KOHYA, key=len, reverse=True):
+        if layer.startswith(prefix):
+            path = _diffusers_path(layer.removeprefix(prefix), text=prefix.startswith("text"))
+            for start in _KOHYA[prefix]:
+                yield start + path.replace(".", "_")
+                if start != "lora_unet_" and path.startswith("encoder.layers."):  # transformers 5 names
+                    yield f"{start}text_model_" + path.replace(".", "_")
+
+
+def _diffusers_path(path: str, text: bool) -> str:
+    """Layer paths of diffusers before peft as they are today."""
+    path = path.replace(".processor.", ".")
+    if text:
+        path = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", path)
+        return re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", path)
+    return re.sub(r"(\.attn\d\.to_out)$", r"\1.0", path)
+
+
+def dora_axis(scale: Tensor, shape: tuple[int, ...]) -> int:
+    """The axis of a weight of this shape, 0 output or 1 input, that a DoRA magnitude has one number for.
+
+    LyCORIS and OneTrainer write (out, 1, ...) or (1, in, ...), peft (out,). ValueError when it fits neither.
+    """
+    count = scale.numel()
+    if count == shape[0] and (scale.shape[0] == count or len(shape) < 2 or count != shape[1]):
+        return 0
+    if len(shape) > 1 and count == shape[1]:
+        return 1
+    raise ValueError(f"dora_scale has {count} numbers; expected {shape[0]} outputs or {tuple(shape[1:2])} inputs")
+
+
+def some(names: list[str] | tuple[str, ...], most: int = 4) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _canonical(tensor: Tensor, key: str) -> Tensor:
+    """Magnitudes of the output axis as LyCORIS's (out, 1); peft has (out,), for convolutions (1, out, 1, 1)."""
+    is_flat = key.endswith(".dora_scale") and tensor.ndim == 1
+    return tensor.reshape(-1, 1) if is_flat or ".lora_magnitude_vector" in key else tensor
+
+
+def _check(lora: Lora) -> None:
+    """Raises ValueError that names the layers that are incomplete, not finite, or of two kinds at once."""
+    for module in lora.modules.values():
+        try:
+            _ = module.shape
+        except ValueError as error:
+            raise ValueError(f"{lora.name}: {error}. The file is damaged; download or save it again.") from error
+        if "alpha" in module.tensors and module.tensors["alpha"].numel() != 1:
+            found = tuple(module.tensors["alpha"].shape)
+            raise ValueError(f"{lora.name}: alpha of {module.name} has the shape {found}; expected one number.")
+    bad = [m.keys[n] for m in lora.modules.values() for n, value in m.tensors.items() if not _finite(value)]
+    if bad:
+        raise ValueError(f"{lora.name} holds NaN or infinity in {some(bad)}; expected numbers. Use an earlier save.")
+
+
+def _finite(tensor: Tensor) -> bool:
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 knows no isfinite
+    return bool(torch.isfinite(tensor).all())
+
+
+def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int | None] | None:
+    """(rows, columns) of what the tensors make; KeyError for a missing one, ValueError for ones that do not agree."""
+    shapes = [shape(tensors) for names, shape in _SHAPES if not tensors.keys().isdisjoint(names)]
+    if len(shapes) > 1:
+        raise ValueError("it holds two kinds of LoRA at once")
+    return shapes[0] if shapes else None
+
+
+def _lora_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    if MID in t:
+        return _tucker(t[MID], t[UP].flatten(1).T, t[DOWN].flatten(1))
+    return _product(t[UP], t[DOWN])
+
+
+def _loha_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    pairs = (("hada_t1", *LOHA[:2]), ("hada_t2", *LOHA[2:]))
+    tucker = "hada_t1" in t or "hada_t2" in t
+    first, second = (_tucker(t[core], t[a], t[b]) if tucker else _product(t[a], t[b]) for core, a, b in pairs)
+    if first != second:
+        raise ValueError(f"its factors make {first} and {second}")
+    return first
+
+
+def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    first = _flat(t["lokr_w1"]) if "lokr_w1" in t else _product(t["lokr_w1_a"], t["lokr_w1_b"])
+    if "lokr_w2" in t:
+        second = _flat(t["lokr_w2"])
+    elif "lokr_t2" in t:
+        second = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        second = _product(t["lokr_w2_a"], t["lokr_w2_b"])
+    return first[0] * second[0], first[1] * second[1]
+
+
+def _glora_shape(t: Mapping[str, Tensor]) -> None:
+    for name in GLORA:
+        _ = t[name]
+
+
+def _oft_shape(t: Mapping[str, Tensor]) -> tuple[int, None]:
+    return math.prod(t["oft_blocks"].shape[-3:-1]), None
+
+
+def _full_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    return _flat(next(t[name] for name in ("diff", "set_weight", "w_norm") if name in t))
+
+
+_SHAPES = (
+    ((DOWN, UP, MID), _lora_shape),
+    ((*LOHA, "hada_t1", "hada_t2"), _loha_shape),
+    (LOKR, _lokr_shape),
+    (GLORA, _glora_shape),
+    (("oft_blocks",), _oft_shape),
+    (("diff", "set_weight", "w_norm"), _full_shape),
+)
+
+
+def _flat(tensor: Tensor) -> tuple[int, int]:
+    return (tensor.shape[0], tensor.shape[1:].numel()) if tensor.ndim else (1, 1)
+
+
+def _product(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """Shape of a b, kernels counted to the columns."""
+    (rows, inner), (rank, columns) = _flat(a), _flat(b)
+    if inner != rank or not rank or min(a.ndim, b.ndim) < 2:
+        raise ValueError(f"its factors are {tuple(a.shape)} and {tuple(b.shape)}, whose ranks differ")
+    return rows, columns
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> tuple[int, int]:
+    """Shape of the product of a core (r, r, kernel), a (r, rows) and b (r, columns)."""
+    if core.ndim < 2 or not core.shape[0] == core.shape[1] == a.shape[0] == b.shape[0]:
+        raise ValueError(f"its core is {tuple(core.shape)}; its factors are {tuple(a.shape)} and {tuple(b.shape)}")
+    return a.shape[1], b.shape[1] * core.shape[2:].numel()
+
+
+def _add_peft_alphas(lora: Lora) -> None:
+    """Puts the alpha that peft's settings give a layer beside its tensors, where the file has none.
+
+    With rsLoRA the scale is alpha / sqrt(r) (arXiv 2312.03732), so alpha sqrt(r) stands for it.
+    """
+    if PEFT not in lora.metadata:
+        return
+    try:
+        settings = json.loads(lora.metadata[PEFT])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{lora.name}: the metadata {PEFT} is no JSON ({error}). Save the file again.") from error
+    for module in lora.modules.values():
+        component = module.name.partition(".")[0]
+        own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
+        own = own or settings
+        patterns = own.get("alpha_pattern") or {}
+        matching = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module.name))
+        alpha = next(matching, own.get("lora_alpha"))
+        if alpha is not None and module.rank and "alpha" not in module.tensors:
+            alpha *= math.sqrt(module.rank) if own.get("use_rslora") else 1
+            module.tensors["alpha"] = torch.tensor(float(alpha))

@@ -1,0 +1,90 @@
+"""Weights per UNet block for a LoRA, as users of sd-webui-lora-block-weight write them, or as `regex=weight` lines."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
+_SHORT = {"input_blocks": "IN", "middle_block": "M", "output_blocks": "OUT"}
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Rules in order, the first that is found in a parameter's name counts; 1 where none is."""
+
+    rules: tuple[tuple[re.Pattern, float], ...] = ()
+
+    def of(self, name: str) -> float:
+        """name: of a parameter, such as `diffusion_model.output_blocks.3.1.proj_in.weight`."""
+        return next((weight for pattern, weight in self.rules if pattern.search(name)), 1.0)
+
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """The expressions that are found in none of the names."""
+        names = list(names)
+        return [pattern.pattern for pattern, _ in self.rules if not any(pattern.search(name) for name in names)]
+
+
+def block_names(names: Iterable[str], with_attention: bool = False) -> list[str]:
+    """Blocks of a UNet by parameter names, in order: IN00, ..., M00, OUT00, ...; or those with attention only."""
+    found = set()
+    for name in names:
+        match = _BLOCK.search(name)
+        if match and (not with_attention or "transformer_blocks" in name):
+            found.add((match[1], 0 if match[1] == "middle_block" else int(match[2])))
+    return [f"{_SHORT[kind]}{number:02}" for kind, number in sorted(found)]
+
+
+def block_weights(text: str, names: Iterable[str]) -> BlockWeights:
+    """Reads block weights for a UNet with parameters of these names; an empty text means 1 everywhere.
+
+    Either comma-separated numbers, BASE (text encoder and whatever is in no block) first, then one for each block with
+    attention (17 for SD1.x, 12 for SDXL; blocks without get 0) or for every block (26, 20). Or lines `regex=weight`.
+    Errors: ValueError for another count, an invalid expression, or what is no number.
+    """
+    if not text.strip():
+        return BlockWeights()
+    if "=" in text:
+        lines = (line.strip() for line in re.split(r"[\n;]", text))
+        return BlockWeights(tuple(_rule(line) for line in lines if line))
+    names = list(names)
+    weights = [_number(part) for part in text.strip().rstrip(",").split(",")]
+    every, short = block_names(names), block_names(names, with_attention=True)
+    if not every:
+        raise ValueError(f"blocks is {text!r}, but the model has no input_blocks; expected lines such as regex=weight.")
+    listed = {1 + len(every): every, 1 + len(short): short}.get(len(weights))
+    if listed is None:
+        raise ValueError(
+            f"blocks has {len(weights)} numbers; expected {1 + len(short)} (BASE, {', '.join(short)}) or "
+            f"{1 + len(every)} (BASE, {', '.join(every)}). Or write lines regex=weight."
+        )
+    given = dict.fromkeys(every, 0.0) | dict(zip(listed, weights[1:], strict=True))
+    rules = tuple((re.compile(_expression(block)), weight) for block, weight in given.items())
+    return BlockWeights((*rules, (re.compile(""), weights[0])))
+
+
+def _expression(block: str) -> str:
+    kind, number = next((kind, block.removeprefix(s)) for kind, s in _SHORT.items() if re.fullmatch(rf"{s}\d+", block))
+    return rf"\b{kind}\." + ("" if kind == "middle_block" else rf"{int(number)}\.")
+
+
+def _rule(line: str) -> tuple[re.Pattern, float]:
+    expression, separator, weight = line.rpartition("=")
+    if not separator:
+        raise ValueError(f"blocks has the line {line!r}; expected regex=weight, such as output_blocks=0.5.")
+    try:
+        return re.compile(expression.strip()), _number(weight)
+    except re.error as error:
+        raise ValueError(f"blocks has {expression!r}, which is no regular expression ({error}).") from error
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"blocks has {text.strip()!r}; expected a number, such as 0.5.")
+    return value

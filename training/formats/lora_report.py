@@ -1,0 +1,138 @@
+"""What a LoRA file is, by its names, tensors and metadata, and what became of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .lora import Lora, some
+
+WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
+"""Width of the text that cross-attention reads -> model family."""
+
+_LAYOUTS = {
+    "LyCORIS (diffusers names)": r"lycoris_",
+    "kohya": r"lora_(unet|te\d?)_",
+    "ComfyUI": r"(diffusion_model|text_encoders)\.",
+    "OneTrainer": r"unet\.(input|middle|output)_block|clip_[lg]\.",
+    "diffusers": r"(unet|transformer|text_encoder(_\d)?)\.",
+    "peft": r"base_model\.model\.",
+}
+_FAMILIES = {
+    "SDXL": r"sdxl|stable-diffusion-xl",
+    "SD1.x": r"(sd|stable-diffusion)[-_]?v?1",
+    "SD2.x": r"(sd|stable-diffusion)[-_]?v?2",
+}
+"""Model family -> how the names begin that trainers give it in metadata."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model family that a LoRA was trained on and what says so; an empty family when nothing does."""
+
+    family: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.family} ({self.source})" if self.family else "not said"
+
+
+@dataclass
+class LoraUse:
+    """What became of one file: layers used in the model and the text encoder, keys not used, warnings.
+
+    family: of the model that it was put on, empty when unknown. silenced: layers that block weights set to 0.
+    """
+
+    lora: Lora
+    strength_model: float
+    strength_clip: float
+    family: str = ""
+    has_clip: bool = True
+    model_layers: int = 0
+    text_layers: int = 0
+    silenced: int = 0
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """One line each, beginning with the file's name: no key used, another base, some keys not used."""
+        name, base = self.lora.name, base_of(self.lora)
+        found = [f"{name}: {note}" for note in self.notes]
+        if base.family and self.family and base.family != self.family:
+            found.append(f"{name} was made for {base}; the model is {self.family}.")
+        excused = set() if self.has_clip else self._text_keys()
+        idle = [key for key in self.unused if key not in excused]
+        if not self.model_layers + self.text_layers:
+            found.append(f"{name}: no key fits this model, nothing was applied: {some(self.unused)}.")
+        elif idle:
+            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {some(idle)}.")
+        return found
+
+    def text(self) -> str:
+        """Format, rank, alpha, base and keys, in a few lines; warnings last."""
+        lora, count = self.lora, self.lora.key_count
+        layers = f"{self.model_layers} layers of the model, {self.text_layers} of the text encoder"
+        lines = [
+            f"{lora.name}: {layout_of(lora)} {kinds_of(lora)}, {_ranks(lora)}, {_alphas(lora)}, base {base_of(lora)}",
+            f"  strength {self.strength_model:g} on the model, {self.strength_clip:g} on the text encoder",
+            f"  {count - len(self.unused)} of {count} keys used: {layers}",
+        ]
+        if self.silenced:
+            lines.append(f"  {self.silenced} layers have block weight 0")
+        if self.unused:
+            lines.append(f"  not used: {some(self.unused, most=20)}")
+        if not self.has_clip and self._text_keys():
+            lines.append("  the keys of the text encoder need the clip input")
+        return "\n".join(lines + [f"  warning: {line}" for line in self.warnings()])
+
+    def _text_keys(self) -> set[str]:
+        return {key for module in self.lora.modules.values() if module.is_text for key in module.keys.values()}
+
+
+def layout_of(lora: Lora) -> str:
+    """The tool whose way of naming layers most of the names follow."""
+    if "ot_branch" in lora.metadata or any(key.startswith("bundle_emb.") for key in lora.other_keys):
+        return "OneTrainer"
+    counts = Counter(next((n for n, p in _LAYOUTS.items() if re.match(p, name)), "other") for name in lora.modules)
+    return counts.most_common(1)[0][0]
+
+
+def kinds_of(lora: Lora) -> str:
+    """All kinds in the file, the most frequent first; full diffs of biases and norms beside another kind left out."""
+    kinds = [kind for kind, _ in Counter(module.kind for module in lora.modules.values()).most_common()]
+    return " + ".join(kind for kind in kinds if kind != "full diff" or len(kinds) == 1)
+
+
+def base_of(lora: Lora) -> Base:
+    """From modelspec.architecture, else ss_base_model_version, else ss_v2, else the width of cross-attention."""
+    data = lora.metadata
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if said := data.get(key, ""):
+            known = (family for family, start in _FAMILIES.items() if re.match(start, said))
+            return Base(next(known, said.split("/")[0]), f"{key} {said}")
+    if data.get("ss_v2") == "True":
+        return Base("SD2.x", "ss_v2 True")
+    for module in lora.modules.values():
+        if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and module.shape and module.shape[1] in WIDTHS:
+            return Base(WIDTHS[module.shape[1]], f"cross-attention reads a width of {module.shape[1]}")
+    return Base()
+
+
+def _ranks(lora: Lora) -> str:
+    ranks = {module.rank for module in lora.modules.values()} - {None}
+    return f"rank {_span(ranks)}" if ranks else "no rank"
+
+
+def _alphas(lora: Lora) -> str:
+    ranked = [module for module in lora.modules.values() if module.rank is not None]
+    alphas = {module.alpha for module in ranked}
+    if None not in alphas and alphas:
+        return f"alpha {_span(alphas)}"
+    return "alpha not given (as the rank)" if alphas == {None} else "no alpha" if not alphas else "alpha in part"
+
+
+def _span(values: set[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
