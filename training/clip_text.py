@@ -1,4 +1,4 @@
-"""The CLIP text encoder of Stable Diffusion 1.x and 2.x, over transformers' CLIPTextModel."""
+"""The CLIP text encoders of Stable Diffusion 1.x, 2.x and XL, over transformers' CLIPTextModel."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ class ClipTextEncoder:
     """TextEncoder over CLIPTextModel: final hidden states, every window padded to the full 77 tokens.
 
     Prompts longer than a window are split every 75 tokens into windows that are encoded apart and joined, as ComfyUI
-    does. Pads are attended, as the model was trained.
+    does. Pads are attended, as the model was trained. Over CLIPTextModelWithProjection the pooled output is that of the
+    first window. penultimate: the states before the last layer and without the final norm, as SDXL reads them. pad: id
+    that fills a window; by default the tokenizer's.
     """
 
-    def __init__(self, network: nn.Module, tokenizer_folder: Path):
+    def __init__(
+        self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
+    ):
         from transformers import CLIPTokenizer
 
         folder = Path(tokenizer_folder)
-        if not (folder / "vocab.json").exists():
+        if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
             raise ValueError(
                 f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
                 "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
@@ -33,22 +37,39 @@ class ClipTextEncoder:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
+        self.pooled_width = network.config.projection_dim if hasattr(network, "text_projection") else 0
         self.projection = None
+        self._penultimate = penultimate
+        self._pad = self.tokenizer.pad_token_id if pad is None else pad
         shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
-        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, _tokenizer_digest(folder))
+        more = ("penultimate", self._pad) if penultimate else ()
+        digest = _tokenizer_digest(folder)
+        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, digest, *more)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], config: Mapping | None, tokenizer: Path | None) -> ClipTextEncoder:
-        """From `text_model.*` tensors of a checkpoint; the config is read from their shapes when not given."""
-        from transformers import CLIPTextConfig, CLIPTextModel
+    def from_state(
+        cls,
+        state: Mapping[str, Tensor],
+        config: Mapping | None,
+        tokenizer: Path | None,
+        *,
+        projected: bool = False,
+        **options,
+    ) -> ClipTextEncoder:
+        """From `text_model.*` tensors of a checkpoint; the config is read from their shapes when not given.
+
+        projected: `text_projection.weight` is among them, for a pooled output. options: as the class takes them.
+        """
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         state = {k.removeprefix("text_model."): v.float() for k, v in state.items() if "position_ids" not in k}
         if "embeddings.token_embedding.weight" not in state:
             raise ValueError("checkpoint holds no CLIP text encoder (cond_stage_model.transformer.text_model...).")
         if tokenizer is None:
             raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
+        kind = CLIPTextModelWithProjection if projected else CLIPTextModel
         with torch.device("meta"):
-            network = CLIPTextModel(CLIPTextConfig(**(config or clip_config(state))))
+            network = kind(CLIPTextConfig(**(config or clip_config(state))))
         own = {k.removeprefix("text_model."): k for k in network.state_dict()}
         missing = own.keys() - state.keys()
         if missing:
@@ -57,7 +78,7 @@ class ClipTextEncoder:
         for module in network.modules():
             if "position_ids" in module._buffers:
                 module.position_ids = torch.arange(network.config.max_position_embeddings)[None]
-        return cls(network, tokenizer)
+        return cls(network, tokenizer, **options)
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -66,7 +87,7 @@ class ClipTextEncoder:
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """One list of windows a text; a window is start, up to 75 tokens, end, pads."""
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        pad, room = self.tokenizer.pad_token_id, self.window - 2
+        pad, room = self._pad, self.window - 2
         windows = []
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -77,11 +98,14 @@ class ClipTextEncoder:
     def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
         device = self.token_embedding.weight.device
         flat = torch.tensor([window for windows in tokens for window in windows], device=device)
-        states = self.network(input_ids=flat).last_hidden_state
-        rows = states.split([len(windows) for windows in tokens])
-        return Conditioning.cat(Conditioning(row.reshape(1, -1, row.shape[-1])) for row in rows)
+        output = self.network(input_ids=flat, output_hidden_states=self._penultimate)
+        states = output.hidden_states[-2] if self._penultimate else output.last_hidden_state
+        counts = [len(windows) for windows in tokens]
+        pooled = [text[:1] for text in output.text_embeds.split(counts)] if self.pooled_width else [None] * len(tokens)
+        rows = (row.reshape(1, -1, row.shape[-1]) for row in states.split(counts))
+        return Conditioning.cat(Conditioning(row, text) for row, text in zip(rows, pooled, strict=True))
 
-    def project(self, states: Conditioning) -> Conditioning:
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
         return states
 
     def encode(self, tokens: list[list[list[int]]]) -> Conditioning:
@@ -108,12 +132,13 @@ def _tokenizer_digest(folder: Path) -> str:
 
 def clip_config(state: Mapping[str, Tensor]) -> dict:
     """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768."""
+    projected = state.get("text_projection.weight")
     vocabulary, width = state["embeddings.token_embedding.weight"].shape
     layers = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layers."))
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "projection_dim": width,
+        "projection_dim": width if projected is None else projected.shape[0],
         "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": layers,
         "num_attention_heads": width // 64,

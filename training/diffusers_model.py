@@ -1,7 +1,8 @@
 """The model view over diffusers and transformers modules: for the command line, tests and several machines.
 
-Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x by shape; the demo model by its
-metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from ComfyUI's folder.
+Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x and SDXL by shape; the demo model by
+its metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from ComfyUI's
+folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .clip_text import ClipTextEncoder
 from .files import read_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
-from .model import Conditioning, TextToImage
+from .model import Conditioning, TextEncoder, TextToImage
+from .sdxl_text import SECOND_PAD, SdxlTextEncoder
 
 SD1_VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -28,6 +30,7 @@ SD1_VAE = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
+SDXL_VAE = SD1_VAE | {"scaling_factor": 0.13025}
 SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -159,7 +162,8 @@ class DiffusersAutoencoder:
 def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:
     """A text-to-image model in fp32 from a diffusers folder or a single-file checkpoint in the original layout.
 
-    tokenizer: folder of a CLIP tokenizer; needed for a single file other than the demo model.
+    tokenizer: folder of a CLIP tokenizer (of both of SDXL's encoders); needed for a single file other than the demo
+    model.
     """
     path = _existing_model(path)
     return _load_folder(path, tokenizer) if path.is_dir() else _load_file(path, tokenizer)
@@ -199,14 +203,33 @@ def _folder_denoiser(path: Path) -> DiffusersDenoiser:
 
 def _load_folder(path: Path, tokenizer: Path | None) -> TextToImage:
     from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel
 
     _expect_parts(path, "unet", "vae", "text_encoder")
     denoiser = _folder_denoiser(path)
     vae = AutoencoderKL.from_pretrained(path / "vae", local_files_only=True, torch_dtype=torch.float32)
-    text = CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=torch.float32)
-    words = ClipTextEncoder(text, tokenizer or path / "tokenizer")
+    words = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
     return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+
+
+def _folder_text(path: Path, tokenizer: Path | None) -> ClipTextEncoder:
+    from transformers import CLIPTextModel
+
+    text = CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=torch.float32)
+    return ClipTextEncoder(text, tokenizer or path / "tokenizer")
+
+
+def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    _expect_parts(path, "text_encoder", "text_encoder_2")
+    options = {"local_files_only": True, "dtype": torch.float32}
+    first = CLIPTextModel.from_pretrained(path / "text_encoder", **options)
+    second = CLIPTextModelWithProjection.from_pretrained(path / "text_encoder_2", **options)
+    pad = None if tokenizer is None else SECOND_PAD
+    return SdxlTextEncoder(
+        ClipTextEncoder(first, tokenizer or path / "tokenizer", penultimate=True),
+        ClipTextEncoder(second, tokenizer or path / "tokenizer_2", penultimate=True, pad=pad),
+    )
 
 
 def _file_denoiser(tensors: Mapping[str, Tensor], config: Mapping) -> DiffusersDenoiser:
@@ -228,12 +251,19 @@ def _load_file(path: Path, tokenizer: Path | None) -> TextToImage:
     config = json.loads(metadata.get("retune.config", "{}"))
     denoiser = _file_denoiser(tensors, config)
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config.get("vae") or SD1_VAE)
+        vae = AutoencoderKL.from_config(config.get("vae") or (SDXL_VAE if denoiser.pooled_width else SD1_VAE))
     vae_state = _stripped(tensors, ldm.VAE_PREFIX)
     vae_state = {k: v for k, v in vae_state.items() if k.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
     _assign(vae, ldm.to_diffusers(vae_state, ldm.vae_names(vae.config)), "VAE")
-    words = ClipTextEncoder.from_state(_stripped(tensors, ldm.CLIP_PREFIX), config.get("clip"), tokenizer)
+    words = _file_text(tensors, config, tokenizer, sdxl=denoiser.pooled_width > 0)
     return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+
+
+def _file_text(tensors: Mapping[str, Tensor], config: Mapping, tokenizer: Path | None, *, sdxl: bool) -> TextEncoder:
+    if sdxl:
+        states = tuple(_stripped(tensors, prefix) for prefix in ldm.SDXL_CLIP_PREFIXES)
+        return SdxlTextEncoder.from_state(states, (config.get("clip"), config.get("clip_2")), tokenizer)
+    return ClipTextEncoder.from_state(_stripped(tensors, ldm.CLIP_PREFIX), config.get("clip"), tokenizer)
 
 
 def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

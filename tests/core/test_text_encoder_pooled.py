@@ -13,7 +13,7 @@ from retune.training.text_encoder.file import SavedTextEncoder, read_text_encode
 from retune.training.text_encoder.fit import fit_projection
 from retune.training.text_encoder.projection import Projection, read_projection, save_projection
 from retune.training.text_encoder.t5 import Padding, load_t5
-from retune.training.train_model import train_model
+from retune.training.train_model import check_fit, train_model
 
 TEXTS = ["a red circle", "two small blue squares on a green ground, and a star", ""]
 PADDINGS = [{}, {"pad": "max_tokens", "max_tokens": 60}]
@@ -140,11 +140,12 @@ class Made:
         return states[real].mean(0) @ self.weight.T + 1 + self.noise * torch.randn(4, generator=random).double()
 
 
-def test_the_pooled_map_is_found_exactly():
+@pytest.mark.parametrize("method", ["ridge", "mean-covariance"])
+def test_the_pooled_map_is_found_exactly(method):
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     words = [f"word{i} and {i * 7 % 11} more"[: 5 + i] for i in range(60)]
     made = Made(weight)
-    projection, report = fit_projection(made, made, words, ridge=1e-9, pooled_width=4)
+    projection, report = fit_projection(made, made, words, ridge=1e-9, pooled_width=4, method=method)
     torch.testing.assert_close(projection.pooled.weight.double(), weight, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(projection.pooled.bias, torch.ones(4), atol=1e-4, rtol=1e-4)
     assert report.pooled_explained == pytest.approx(1, abs=1e-6) and "100.0% of the pooled output's" in report.text()
@@ -172,3 +173,17 @@ def test_sdxl_trains_with_t5(kind, tiny_model, sdxl_unet, pictures, t5_folder, t
         assert (again.state_dict()[name] - t5.projection.state_dict()[name]).abs().max() > 1e-5
     with pytest.raises(ValueError, match="text encoder gives no pooled output"):
         denoiser.predict(torch.zeros(1, 4, 8, 8), torch.ones(1), Conditioning(torch.zeros(1, 3, 2048)))
+
+
+@pytest.mark.parametrize("pooled_width, found", [(0, "none"), (20, "20")])
+def test_a_pooled_output_that_does_not_fit_is_refused_first(
+    pooled_width, found, tiny_model, sdxl_unet, pictures, t5_folder, tmp_path
+):
+    t5 = encoder(t5_folder, 2048, pooled_width)
+    model = replace(tiny_model, denoiser=DiffusersDenoiser(sdxl_unet), text_encoder=t5)
+    run = TrainModelConfig(run_name="r", steps=2, batch_size=2)
+    with pytest.raises(ValueError, match=f"pooled output is {found}; the UNet reads one of 1280"):
+        train_model(model, pictures, run, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    check_fit(replace(tiny_model, text_encoder=encoder(t5_folder, 32, pooled_width)), run)  # reads none
+    assert tiny_model.text_encoder.pooled_width == 0

@@ -1,14 +1,31 @@
-"""A checkpoint of SD1.5's true layout and size (random weights) goes the whole road."""
+"""A checkpoint of SD1.5's true layout and size, and one of SDXL's layout (random weights), go the whole road."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
 from retune.training.config import TrainingSettings, TrainModelConfig
+from retune.training.diffusers_model import load_model
 from retune.training.formats import ldm
+from retune.training.model import Conditioning
 from safetensors.torch import save_file
 
 UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL_UNET = {
+    "block_out_channels": (320, 640, 320),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 5),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 def random_like(shapes, prefix, seed):
@@ -103,16 +120,15 @@ def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kin
     del model, clip, vae, swapped, view, weights
     gc.collect()
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([1.0])
-    context = torch.randn(1, 7, 768, generator=torch.Generator().manual_seed(4))
-    in_comfyui = predicted_by_comfyui(saved, trained.unet, noisy, sigma, context)
+    words = Conditioning(torch.randn(1, 7, 768, generator=torch.Generator().manual_seed(4)))
+    in_comfyui = predicted_by_comfyui(saved, trained.unet, noisy, sigma, words)
     gc.collect()
-    torch.testing.assert_close(predicted_by_diffusers(saved, noisy, sigma, context), in_comfyui, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(predicted_by_diffusers(saved, noisy, sigma, words), in_comfyui, atol=1e-3, rtol=1e-3)
 
 
-def predicted_by_comfyui(saved, trained, noisy, sigma, context):
+def predicted_by_comfyui(saved, trained, noisy, sigma, words):
     import comfy.sd
     from retune.nodes.bridge import ComfyDenoiser, training_mode
-    from retune.training.model import Conditioning
 
     with torch.inference_mode():
         model = comfy.sd.load_checkpoint_guess_config(str(saved), output_clip=False, output_vae=False)[0]
@@ -120,15 +136,108 @@ def predicted_by_comfyui(saved, trained, noisy, sigma, context):
         for name, value in trained.items():
             torch.testing.assert_close(state[name].float(), value, atol=1e-3, rtol=1e-3)  # a half precision file
         with training_mode(), torch.no_grad():
-            return ComfyDenoiser(model).predict(noisy, sigma, Conditioning(context)).clone()
+            return ComfyDenoiser(model).predict(noisy, sigma, words).clone()
 
 
-def predicted_by_diffusers(saved, noisy, sigma, context):
+def predicted_by_diffusers(saved, noisy, sigma, words):
     import comfy.sd1_clip
-    from retune.training.diffusers_model import load_model
-    from retune.training.model import Conditioning
 
     tokenizer = comfy.sd1_clip.__file__.replace("sd1_clip.py", "sd1_tokenizer")
     model = load_model(saved, tokenizer=tokenizer)
     with torch.no_grad():
-        return model.denoiser.predict(noisy, sigma, Conditioning(context))
+        return model.denoiser.predict(noisy, sigma, words)
+
+
+@pytest.fixture
+def sdxl_checkpoint(tmp_path, cheap_noise):
+    """SDXL's UNet under LDM names, fp16, 397 M parameters instead of 2.6 B: its third level is 320 wide, not 1280.
+
+    All else is true, and with it all that ComfyUI knows SDXL by: the 1680 names, the first two widths, transformers of
+    0, 2 and 10 blocks, heads of 64, a context of 2048, and 2816 numbers of pooled text and sizes.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+    state = {}
+    for seed, (name, value) in enumerate(ldm.to_ldm(unet.state_dict(), ldm.unet_names(unet.config)).items()):
+        if value.ndim > 1:
+            state[ldm.UNET_PREFIX + name] = cheap_noise(value.shape, seed) * (0.7 * value.shape[1:].numel() ** -0.5)
+        else:
+            state[ldm.UNET_PREFIX + name] = torch.full(value.shape, float(name.endswith("weight")))
+    assert len(state) == 1680
+    path = tmp_path / "sdxl.safetensors"
+    save_file({name: value.half() for name, value in state.items()}, path)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.slow
+def test_sdxl_trains_with_t5_and_comes_back_in_both_implementations(
+    comfyui, sdxl_checkpoint, small_sdxl_clip, demo, core_demo, write_t5_folder, tmp_path
+):
+    """Two steps with a T5's context (2048) and pooled output (1280); then what ComfyUI saves, SDXL's own two CLIPs (at
+    small size) included, gives the same numbers in the core."""
+    import comfy.model_base
+    import comfy.sd
+    from retune.nodes import t5_clip
+    from retune.nodes.bridge import text_to_image, with_projection, with_unet_weights
+    from retune.nodes.text_encoder import widths
+    from retune.training.data.dataset import from_images
+    from retune.training.text_encoder.projection import Projection
+    from retune.training.train_model import train_model
+
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    dataset = from_images([images], ["a red cat (sitting)", "two blue birds"])
+    settings = TrainingSettings(warmup_steps=1, optimizer="SGD")
+    run = TrainModelConfig(
+        run_name="r", steps=2, batch_size=1, learning_rate=1e-2, settings=settings, train="cross-attention K/V"
+    )
+    saved = tmp_path / "trained.safetensors"
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(sdxl_checkpoint), output_clip=False, output_vae=False)[0]
+        assert type(model.model) is comfy.model_base.SDXL
+        width, pooled_width = widths("auto", model)
+        assert (width, pooled_width) == (2048, 1280)
+        projection = Projection(64, width, pooled_width=pooled_width)
+        clip = t5_clip.load_t5_clip(write_t5_folder(tmp_path / "t5"), projection)
+        with text_to_image(model, clip, demo[2]) as view:
+            trained = train_model(view, dataset, run, tmp_path / "runs")
+        assert len(trained.unet) == 2 * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2)
+        for name in ("linear.weight", "pooled.weight"):
+            assert not torch.equal(trained.projection[name], projection.state_dict()[name])
+        assert t5_clip.widths_of(with_projection(clip, trained.projection)) == (2048, 1280)
+        shutil.rmtree(tmp_path / "runs")  # pytest keeps the folders of three runs
+        model = with_unet_weights(model, trained.unet)
+        comfy.sd.save_checkpoint(
+            str(saved), model, small_sdxl_clip, demo[2], metadata={"retune.config": small_parts(core_demo)}
+        )
+    del model, clip, view
+    gc.collect()
+    noisy, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([1.0])
+    words = Conditioning(
+        *(torch.randn(1, *s, generator=torch.Generator().manual_seed(4)) for s in ((7, 2048), (1280,)))
+    )
+    in_comfyui = predicted_by_comfyui(saved, trained.unet, noisy, sigma, words)
+    gc.collect()
+    core = load_model(saved, tokenizer=comfyui / "comfy" / "sd1_tokenizer")
+    saved.unlink()
+    with torch.no_grad():
+        prediction = core.denoiser.predict(noisy, sigma, words)
+    assert prediction.std() > 0.1
+    torch.testing.assert_close(prediction, in_comfyui, atol=1e-3, rtol=1e-3)
+    for text in ("a red cat, sitting", "", "one " * 90):
+        with torch.inference_mode():
+            own = small_sdxl_clip.encode_from_tokens(small_sdxl_clip.tokenize(text), return_pooled=True)
+            found = core.text_encoder.encode(core.text_encoder.tokenize([text]))
+        torch.testing.assert_close(found.context, own[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.pooled, own[1], atol=1e-4, rtol=1e-4)
+
+
+def small_parts(core_demo):
+    """What cannot be read from the shapes of the demo's VAE and of `small_sdxl_clip`, as JSON."""
+    text = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 49408}
+    text |= {"bos_token_id": 49406, "eos_token_id": 49407}
+    first = text | {"hidden_size": 32, "hidden_act": "quick_gelu"}
+    second = text | {"hidden_size": 64, "hidden_act": "gelu", "projection_dim": 64}
+    return json.dumps({"vae": dict(core_demo.autoencoder.network.config), "clip": first, "clip_2": second})

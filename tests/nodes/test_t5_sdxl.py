@@ -185,22 +185,40 @@ def test_sdxl_trains_with_t5_the_same_in_both_implementations(
     assert all(picture.isfinite().all() for picture in pictures_of) and not torch.equal(*pictures_of)
 
 
-def small_sdxl_clip():
-    """comfy.sd.CLIP of SDXL's two encoders at small size."""
-    from types import SimpleNamespace
+@pytest.mark.parametrize("pooled_width, found", [(0, "none"), (64, "64")])
+def test_a_pooled_output_that_does_not_fit_is_refused_first(
+    sdxl, demo, pictures, t5_folder, tmp_path, pooled_width, found
+):
+    from retune.nodes.bridge import text_to_image
+    from retune.training.train_model import check_fit, train_model
 
-    import comfy.sd
-    from comfy import sdxl_clip
+    clip = load(t5_folder, options={"pooled_width": pooled_width})
+    run = TrainModelConfig(run_name="r", steps=2, batch_size=2)
+    with torch.inference_mode(), text_to_image(sdxl[0], clip, demo[2]) as view:
+        with pytest.raises(ValueError, match=f"pooled output is {found}; the UNet reads one of 1280"):
+            train_model(view, pictures, run, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    clip = load(t5_folder, 128, options={"pooled_width": pooled_width})
+    with torch.inference_mode(), text_to_image(demo[0], clip, demo[2]) as view:
+        check_fit(view, run)  # reads none
 
-    small = {"num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2}
-    target = SimpleNamespace(clip=sdxl_clip.SDXLClipModel, tokenizer=sdxl_clip.SDXLTokenizer, params={})
-    configs = {f"clip_{name}_model_config": small | {"hidden_size": width} for name, width in (("l", 32), ("g", 64))}
-    clip = comfy.sd.CLIP(target, model_options=configs | {"dtype": torch.float32})
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in clip.cond_stage_model.parameters():
-            parameter.normal_(generator=source)
-    return clip
+
+def test_the_view_knows_the_width_of_the_pooled_output(t5_folder, demo, small_sdxl_clip):
+    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+
+    clips = {
+        demo[1]: encode(demo[1], "")[1].shape[-1],
+        small_sdxl_clip: 64,
+        load(t5_folder): 1280,
+        load(t5_folder, 96, options={}): 0,
+        load(t5_folder, 96, options={}, keep_clip=small_sdxl_clip): 64,
+        load(t5_folder, 96, keep_clip=small_sdxl_clip): 64,
+    }
+    with training_mode():
+        for clip, width in clips.items():
+            encoder = ComfyTextEncoder(clip)
+            pooled = encoder.encode(encoder.tokenize(["a red circle"])).pooled
+            assert encoder.pooled_width == width == (0 if pooled is None else pooled.shape[-1])
 
 
 def test_a_kept_clip_comes_first(comfyui, t5_folder, demo, tmp_path):
@@ -256,10 +274,10 @@ def test_scale_and_fit_leave_a_kept_clip_alone(comfyui, t5_folder, demo):
     assert torch.equal(encode(beside, TEXTS[0])[0][:, length:], encode(fitted, TEXTS[0])[0])
 
 
-def test_a_kept_sdxl_clip_with_two_texts(comfyui, t5_folder):
+def test_a_kept_sdxl_clip_with_two_texts(comfyui, t5_folder, small_sdxl_clip):
     from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 
-    kept = small_sdxl_clip()
+    kept = small_sdxl_clip
     both, alone = load(t5_folder, 96, options={}, keep_clip=kept), load(t5_folder, 96, options={})
     sizes = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
     with torch.inference_mode():
@@ -293,14 +311,14 @@ def test_fingerprint_and_file_know_of_the_kept_clip(comfyui, t5_folder, demo, tm
         t5_clip.core_text_encoder(both)
 
 
-def test_a_kept_clip_must_fit(comfyui, t5_folder, demo):
+def test_a_kept_clip_must_fit(comfyui, t5_folder, demo, small_sdxl_clip):
     from retune.nodes.kept_clip import KeptClip
 
     with pytest.raises(ValueError, match="keep_clip gives a width of 128; expected the projection's 96"):
         load(t5_folder, 96, options={}, keep_clip=demo[1])
     with pytest.raises(ValueError, match="keep_clip is a T5"):
         load(t5_folder, 96, options={}, keep_clip=load(t5_folder, 96, options={}))
-    kept = KeptClip.of(small_sdxl_clip(), 96)
+    kept = KeptClip.of(small_sdxl_clip, 96)
     assert kept.gives_pooled(0) and not KeptClip(None, 96, 0).gives_pooled(1280)
     with pytest.raises(ValueError, match="keep_clip gives a pooled output of .*; expected the model's 1280"):
         kept.gives_pooled(1280)

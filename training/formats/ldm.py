@@ -14,6 +14,7 @@ from torch import Tensor
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
+SDXL_CLIP_PREFIXES = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
 _UNET_RESNET = {
     "in_layers.0": "norm1",

@@ -58,6 +58,10 @@ class T5TextEncoder:
         return self.projection.width
 
     @property
+    def pooled_width(self) -> int:
+        return self.projection.pooled_width
+
+    @property
     def token_embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
@@ -76,8 +80,8 @@ class T5TextEncoder:
         mean = masked_mean(states, real) if self.projection.pooled_width else None
         return Conditioning(states, mean, real if self.padding.pad == "none" else None)
 
-    def project(self, states: Conditioning) -> Conditioning:
-        return self.projection.project(states)
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
+        return self.projection.project(states, time)
 
     def encode(self, tokens: list[list[int]]) -> Conditioning:
         return self.project(self.backbone(tokens))

@@ -1,0 +1,44 @@
+"""OpenCLIP's text encoder layout, which SDXL's second encoder (and SD2's) has in the original checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_OUTSIDE_BLOCKS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+    "text_projection.weight": "text_projection.weight",
+}
+_IN_BLOCKS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An OpenCLIP text encoder's tensors under CLIPTextModelWithProjection's names, `text_model.` left out.
+
+    q, k and v lie in one tensor there, and the projection of the original file is transposed.
+    """
+    result = {}
+    for name, tensor in state.items():
+        block = _BLOCK.fullmatch(name)
+        if name in _OUTSIDE_BLOCKS:
+            result[_OUTSIDE_BLOCKS[name]] = tensor
+        elif name == "text_projection":
+            result["text_projection.weight"] = tensor.T.contiguous()
+        elif block and block[2] == "attn.in_proj":
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"encoder.layers.{block[1]}.self_attn.{part}_proj.{block[3]}"] = rows
+        elif block and block[2] in _IN_BLOCKS:
+            result[f"encoder.layers.{block[1]}.{_IN_BLOCKS[block[2]]}.{block[3]}"] = tensor
+    return result

@@ -1,0 +1,81 @@
+"""SDXL's two CLIP text encoders as one (Podell et al. 2023, arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .clip_text import ClipTextEncoder
+from .formats import open_clip
+from .model import Conditioning
+
+Windows = list[list[int]]
+SECOND_PAD = 0
+"""The second encoder was trained with windows filled up with "!"."""
+
+
+class SdxlTextEncoder:
+    """TextEncoder over SDXL's pair: penultimate states side by side (768 + 1280 wide), the second's pooled output.
+
+    Both encoders read the same tokens, split into windows as `ClipTextEncoder` says; only their pads differ.
+    """
+
+    def __init__(self, first: ClipTextEncoder, second: ClipTextEncoder):
+        if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
+            raise ValueError(
+                "SDXL's tokenizers have different vocabularies; expected the same in both. Use one model's."
+            )
+        self.first, self.second = first, second
+        self.network = nn.ModuleList([first.network, second.network])
+        self.width, self.pooled_width = first.width + second.width, second.pooled_width
+        self.projection = None
+        self.fingerprint = hashlib.sha256(f"{first.fingerprint} {second.fingerprint}".encode()).hexdigest()
+
+    @classmethod
+    def from_state(
+        cls,
+        states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        configs: tuple[Mapping | None, Mapping | None],
+        tokenizer: Path | None,
+    ) -> SdxlTextEncoder:
+        """From both encoders' tensors in a checkpoint; configs are read from their shapes where None."""
+        for index, state in enumerate(states):
+            if not state:
+                raise ValueError(
+                    f"checkpoint lacks SDXL's text encoder conditioner.embedders.{index}; expected both. Give a "
+                    "complete checkpoint or a diffusers folder."
+                )
+        first, second = states[0], open_clip.to_transformers(states[1])
+        options = {"penultimate": True, "pad": SECOND_PAD}
+        return cls(
+            ClipTextEncoder.from_state(first, configs[0], tokenizer, penultimate=True),
+            ClipTextEncoder.from_state(second, configs[1], tokenizer, projected=True, **options),
+        )
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The first encoder's."""
+        return self.first.token_embedding
+
+    def tokenize(self, texts: list[str]) -> list[tuple[Windows, Windows]]:
+        """The windows of both encoders, one pair a text."""
+        return list(zip(self.first.tokenize(texts), self.second.tokenize(texts), strict=True))
+
+    def backbone(self, tokens: list[tuple[Windows, Windows]]) -> Conditioning:
+        first, second = zip(*tokens, strict=True)
+        left, right = self.first.backbone(list(first)), self.second.backbone(list(second))
+        return Conditioning(torch.cat([left.context, right.context], dim=-1), right.pooled, left.mask)
+
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
+        return states
+
+    def encode(self, tokens: list[tuple[Windows, Windows]]) -> Conditioning:
+        return self.backbone(tokens)
+
+    def real_tokens(self, tokens: list[tuple[Windows, Windows]]) -> Tensor:
+        """(B, L) bool: the words of each prompt and the first end token, without start token and pads."""
+        return self.first.real_tokens([windows for windows, _ in tokens])
