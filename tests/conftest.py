@@ -147,6 +147,20 @@ def _write_t5_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
+@pytest.fixture(scope="session")
+def cheap_noise():
+    """`draw(shape, seed)`: standard normal numbers, a million of them again and again: a real size takes minutes."""
+    import torch
+
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+
+    def draw(shape, seed: int = 0):
+        start, count = 7919 * seed % len(noise), math.prod(shape)
+        return noise.repeat(1 + (start + count) // len(noise))[start : start + count].view(shape)
+
+    return draw
+
+
 class SkippedTest(pytest.Item):
     """Stands for a test whose file cannot be imported without ComfyUI."""
 

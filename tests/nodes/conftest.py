@@ -47,3 +47,22 @@ def sampled(comfyui):
             ).clone()
 
     return sample
+
+
+@pytest.fixture
+def small_sdxl_clip(comfyui):
+    """comfy.sd.CLIP of SDXL's two encoders at small size (32 + 64 wide), random weights."""
+    from types import SimpleNamespace
+
+    import comfy.sd
+    from comfy import sdxl_clip
+
+    small = {"num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2}
+    target = SimpleNamespace(clip=sdxl_clip.SDXLClipModel, tokenizer=sdxl_clip.SDXLTokenizer, params={})
+    configs = {f"clip_{name}_model_config": small | {"hidden_size": width} for name, width in (("l", 32), ("g", 64))}
+    clip = comfy.sd.CLIP(target, model_options=configs | {"dtype": torch.float32})
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.normal_(std=0.2, generator=source)
+    return clip
