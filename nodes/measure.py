@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..training.model import Conditioning
 from ..training.text_encoder.fit import FitReport, fit_projection
-from ..training.text_encoder.scale import PROMPTS, ScaleReport, scale_to, token_std
+from ..training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, measure, scale_to
 from .bridge import expect_given
 from .t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, own_context, t5_parts
 from .t5_tokens import is_token
@@ -67,6 +67,27 @@ def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tup
     return clone_with_projection(clip, t5_parts(scaled.clip).projection, report.target), report
 
 
+def scaled_or_measured(
+    clip, mode: str, target_std: float, reference, prompts: Sequence[str]
+) -> tuple[Any, dict[str, TokenStatistics], str]:
+    """A scaled clone, or with mode "off" the CLIP itself; statistics by name ("before" and "after", or "measured", and
+    "reference" when one is given); a report. ValueError for mode "match reference" without one, and for a CLIP to scale
+    that is no T5."""
+    if mode != "off":
+        expect_t5(clip)
+    if mode == "match reference" and reference is None:
+        raise ValueError("reference is not connected; expected the original CLIP for 'match reference'.")
+    beside = {} if reference is None else {"reference": clip_statistics(reference, prompts)}
+    if mode == "off":
+        figures = {"measured": clip_statistics(clip, prompts)} | beside
+        text = f"std of real tokens: {figures['measured'].std:.4f} over {len(prompts)} prompts (unchanged)"
+    else:
+        target = beside["reference"].std if mode == "match reference" else target_std
+        clip, report = scale_clip(clip, target, prompts)
+        figures, text = {"before": report.before, "after": report.after} | beside, report.text()
+    return clip, figures, "\n".join([text, *(f"{name}: {one.text()}" for name, one in figures.items())])
+
+
 class UnprojectedClip(MeasurableClip):
     """A T5 CLIP as far as fitting its projection goes: its states before the projection."""
 
@@ -77,18 +98,28 @@ class UnprojectedClip(MeasurableClip):
         return self.prompt_tokens(tokens)
 
 
-def fit_clip(clip, reference, prompts: Sequence[str]) -> tuple[Any, FitReport]:
+def fit_clip(clip, reference, prompts: Sequence[str], method: str = "ridge") -> tuple[Any, FitReport]:
     """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
     expect_t5(clip)
     pooled_width = t5_parts(clip).projection.pooled_width
     own, target = UnprojectedClip(clip), MeasurableClip(reference)
-    projection, report = fit_projection(own, target, prompts, pooled_width=pooled_width)
+    projection, report = fit_projection(own, target, prompts, pooled_width=pooled_width, method=method)
     return clone_with_projection(clip, projection), report
 
 
+def is_fitted(clip) -> bool:
+    """Whether a CLIP is a T5 whose projection was fitted: no other has a bias."""
+    return is_t5_clip(clip) and t5_parts(clip).projection.linear.bias is not None
+
+
+def clip_statistics(clip, prompts: Sequence[str] = PROMPTS) -> TokenStatistics:
+    """How loud the real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5) are."""
+    return measure(MeasurableClip(clip), prompts)
+
+
 def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:
-    """std over all elements of real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5)."""
-    return token_std(MeasurableClip(clip), prompts)
+    """std over all elements of real tokens; the CLIP as for `clip_statistics`."""
+    return clip_statistics(clip, prompts).std
 
 
 def _real(section: list, segments) -> list[bool]:

@@ -13,6 +13,10 @@ ENCODERS = "text_encoders"
 DEMO = "demo"
 SDXL = "sdxl"
 SDXL_WIDTHS = (2048, 1280)
+FITTED_ELSEWHERE = (
+    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may be far "
+    "louder or quieter. Give the prompts of the fit."
+)
 
 
 class RetuneLoadT5(io.ComfyNode):
@@ -58,11 +62,12 @@ class RetuneLoadT5(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "projection",
-                    options=["orthogonal", "truncate", "mlp", "resampler"],
+                    options=["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"],
                     default="orthogonal",
                     optional=True,
                     tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, "
-                    "orthogonal plus a small trainable network, or a trainable resampler to 64 tokens as in ELLA.",
+                    "orthogonal plus a small trainable network, or a trainable resampler to 64 tokens as in ELLA, "
+                    "which may know the noise level.",
                 ),
                 io.Combo.Input(
                     "projection_file",
@@ -124,8 +129,8 @@ class RetuneFitProjection(io.ComfyNode):
             display_name="Fit Projection",
             category="retune/text encoder",
             description="Gives a T5 the linear projection that comes nearest to another CLIP's output on your "
-            "prompts, in closed form (ridge regression): something like its old encoder before any training.",
-            search_aliases=["align t5", "ridge projection"],
+            "prompts, in closed form: something like its old encoder before any training.",
+            search_aliases=["align t5", "ridge projection", "whitening", "covariance"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5; its projection is replaced."),
                 io.Clip.Input("reference", tooltip="The CLIP to come near to: the one the model was trained with."),
@@ -136,20 +141,31 @@ class RetuneFitProjection(io.ComfyNode):
                     tooltip="Prompts to fit on, one a line: the more and the more like your own the better, ten at "
                     "least. Empty uses a built-in list of varied ones.",
                 ),
+                io.Combo.Input(
+                    "method",
+                    options=["ridge", "mean-covariance"],
+                    default="ridge",
+                    optional=True,
+                    tooltip="ridge: nearest to the reference, but quieter, since what the T5 does not tell is left "
+                    "out. mean-covariance: with the reference's mean and covariance, so as loud and as varied, and as "
+                    "near as that allows.",
+                ),
             ],
             outputs=[
                 io.Clip.Output(tooltip="The T5 with the fitted projection."),
                 io.String.Output(
-                    display_name="report", tooltip="How much of the variance is explained on held-out prompts."
+                    display_name="report",
+                    tooltip="How much of the variance is explained on held-out prompts, and how near std and "
+                    "covariance come.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip, reference, prompts):
+    def execute(cls, clip, reference, prompts, method="ridge"):
         from .measure import fit_clip
 
-        fitted, report = fit_clip(clip, reference, prompt_lines(prompts))
+        fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
         return io.NodeOutput(fitted, report.text())
 
 
@@ -181,36 +197,41 @@ class RetuneScaleTextEncoder(io.ComfyNode):
                     tooltip="Standard deviation over all elements of real tokens. 0.2 is the figure of published "
                     "retraining notes; SD1.5's own CLIP is near 0.9.",
                 ),
-                io.Clip.Input("reference", optional=True, tooltip="The original CLIP, for 'match reference'."),
+                io.Clip.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="The original CLIP, for 'match reference'; with the other modes it is shown beside.",
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="Prompts to measure on, one a line; empty uses a built-in list of varied ones.",
+                    tooltip="Prompts to measure on, one a line; empty uses a built-in list of varied ones. After Fit "
+                    "Projection give those of the fit.",
                 ),
             ],
             outputs=[
                 io.Clip.Output(tooltip="The scaled text encoder."),
                 io.Float.Output(display_name="std", tooltip="Standard deviation afterwards."),
-                io.String.Output(display_name="report", tooltip="Figures before and after."),
+                io.String.Output(display_name="report", tooltip="Figures before and after, and of the reference."),
+                io.Image.Output(
+                    display_name="histogram", tooltip="RMS of the tokens before, after and of the reference."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from .measure import clip_std, scale_clip
+        from ..training.text_encoder.histogram import histogram
+        from .measure import is_fitted, scaled_or_measured
 
-        lines = prompt_lines(prompts)
-        if mode == "off":
-            std = clip_std(clip, lines)
-            return io.NodeOutput(clip, std, f"std of real tokens: {std:.4f} over {len(lines)} prompts (unchanged)")
-        if mode == "match reference":
-            if reference is None:
-                raise ValueError("reference is not connected; expected the original CLIP for 'match reference'.")
-            target_std = clip_std(reference, lines)
-        scaled, report = scale_clip(clip, target_std, lines)
-        return io.NodeOutput(scaled, report.after.std, report.text())
+        clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
+        if not prompts.strip() and is_fitted(clip):
+            text += "\n" + FITTED_ELSEWHERE
+            log.warning("%s", FITTED_ELSEWHERE)
+        std = figures["measured" if mode == "off" else "after"].std
+        return io.NodeOutput(clip, std, text, histogram(figures)[None])
 
 
 class RetuneScaleConditioning(io.ComfyNode):

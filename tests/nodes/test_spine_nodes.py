@@ -80,10 +80,10 @@ def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
     words = "a large blue cross, white background"
     raw = encoded(t5, words)
     assert raw.shape[-1] == 128
-    scaled, std, report = run(RetuneScaleTextEncoder, t5, "target std", 0.2)
+    scaled, std, report, _ = run(RetuneScaleTextEncoder, t5, "target std", 0.2)
     assert std == pytest.approx(0.2, rel=1e-3) and "->" in report
     assert torch.equal(encoded(t5, words), raw)
-    matched, std, _ = run(RetuneScaleTextEncoder, t5, "match reference", 0.2, reference=clip)
+    matched, std, *_ = run(RetuneScaleTextEncoder, t5, "match reference", 0.2, reference=clip)
     measured = run(RetuneScaleTextEncoder, clip, "off", 0.2)[1]
     assert std == pytest.approx(measured, rel=1e-3)
     with pytest.raises(ValueError, match="reference is not connected"):

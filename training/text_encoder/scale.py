@@ -20,6 +20,7 @@ from .prompts import PROMPTS
 
 Encoder = TypeVar("Encoder", bound=TextEncoder)
 RealTokens = Callable[[Any], Tensor]
+QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class TokenStatistics:
     token_rms: tuple[float, ...]
     """Root mean square of each token's state."""
 
+    def rms_quantiles(self) -> tuple[float, float, float]:
+        """RMS per token that 5 %, half and 95 % of the tokens are under."""
+        low, middle, high = torch.tensor(self.token_rms, dtype=torch.float64).quantile(QUANTILES).tolist()
+        return low, middle, high
+
+    def text(self) -> str:
+        """std and RMS with their spread, on one line."""
+        prompts = torch.tensor(self.prompt_std, dtype=torch.float64)
+        spread = f"{prompts.mean():.4f} +- {prompts.std(correction=0):.4f} over {len(prompts)} prompts"
+        low, middle, high = (f"{value:.4f}" for value in self.rms_quantiles())
+        return f"std {self.std:.4f}, per prompt {spread}; RMS per token {middle} (5 % to 95 %: {low} to {high})"
+
 
 @dataclass(frozen=True)
 class ScaleReport:
@@ -44,13 +57,9 @@ class ScaleReport:
     after: TokenStatistics
 
     def text(self) -> str:
-        """A few lines for people."""
-        rows = [f"std of real tokens: {self.before.std:.4f} -> {self.after.std:.4f} (target {self.target:.4f})"]
-        rows.append(f"factor: {self.factor:.4f} over {len(self.after.prompt_std)} prompts")
-        for title, values in (("std per prompt", self.after.prompt_std), ("rms per token", self.after.token_rms)):
-            low, middle, high = (_quantile(values, share) for share in (0.05, 0.5, 0.95))
-            rows.append(f"{title}: median {middle:.4f}, 5 % to 95 %: {low:.4f} to {high:.4f}")
-        return "\n".join(rows)
+        """Two lines for people."""
+        change = f"std of real tokens: {self.before.std:.4f} -> {self.after.std:.4f} (target {self.target:.4f})"
+        return f"{change}\nfactor: {self.factor:.4f} over {len(self.after.prompt_std)} prompts"
 
 
 @torch.no_grad()
@@ -123,10 +132,6 @@ def _real_states(encoder: TextEncoder, prompt: str, real_tokens: RealTokens | No
     mask = real_tokens(tokens) if real_tokens is not None else conditioning.mask
     states = conditioning.context.double()
     return states.flatten(0, 1) if mask is None else states[mask.to(states.device)]
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 def scale_context(context: Tensor, target_std: float) -> Tensor:
