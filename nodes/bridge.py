@@ -210,8 +210,8 @@ class ComfyTextEncoder:
         with torch.no_grad():
             return Conditioning.cat(self._one(text) for text in tokens)
 
-    def project(self, states: Conditioning) -> Conditioning:
-        return states if self.projection is None else self.projection.project(states)
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
+        return states if self.projection is None else self.projection.project(states, time)
 
     def encode(self, tokens: list[str]) -> Conditioning:
         return self.project(self.backbone(tokens))

@@ -160,6 +160,7 @@ def _t5_part(clip):
     source, encoder = t5_parts(clip).source, core_text_encoder(clip)
     tokens = encoder.tokenize(["a"])[0]
     length = encoder.padding.max_tokens if encoder.padding.pad == "max_tokens" else len(tokens)
+    length = encoder.projection.tokens or length
     shape = tuple(clip.encode_from_tokens(clip.tokenize("a", disable_weights=True)).shape)
     if shape != (1, length, encoder.width):
         raise ValueError(

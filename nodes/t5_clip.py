@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from ..training.text_encoder.t5_file import T5Weights, read_t5
 from ..training.text_encoder.tokenizers import find_tokenizer
 from .kept_clip import KeptClip
 from .t5_tokens import T5Source, real_tokens, t5_tokenizer, warn_of_second_text
+from .timed_clip import timed
 
 DEMO = "demo"
 DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,9 +57,9 @@ class HeldProjection:
         self.projection = detached_copy(projection).float().cpu().eval().requires_grad_(False)
         self._elsewhere: tuple[torch.device, Projection] | None = None
 
-    def project(self, states: Conditioning) -> Conditioning:
-        """Where `states` are, in fp32."""
-        return self._on(states.context.device).project(states.to(torch.float32))
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
+        """Where `states` are, in fp32; time as `Projection.project`."""
+        return self._on(states.context.device).project(states.to(torch.float32), time)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,7 @@ def load_t5_clip(
     rebuild = {"max_tokens": max_tokens, "pad": pad, "dtype": dtype, "tokenizer": tokenizer, "target_std": target_std}
     rebuild["keep_clip"] = keep_clip
     clip.patcher.cached_patcher_init = (_rebuilt_patcher, (t5, projection, rebuild, embedding_directory))
-    return clip
+    return timed(clip) if projection.bands else clip
 
 
 def _rebuilt_patcher(t5, projection: Projection, options: dict, embedding_directory, disable_dynamic: bool = False):
@@ -173,6 +175,21 @@ def _target(source: T5Source, held: HeldProjection, kept: KeptClip | None) -> Si
             super().__init__(device=device, dtype=dtype, model_options=model_options, name=name, clip_model=Backbone)
             self.retune_source, self.retune_kept = source, kept
             self.projection = held
+            self.retune_time: Tensor | None = None
+            self._remembered: Conditioning | None = None
+            self._remembers = False
+
+        @contextmanager
+        def remembering(self, remembers: bool) -> Iterator[None]:
+            """While entered, one prompt is encoded once and projected as often as it is asked for, at `retune_time`.
+
+            remembers: False runs T5 each time, as weights that hooks change need it.
+            """
+            self._remembers = remembers
+            try:
+                yield
+            finally:
+                self._remembers, self._remembered, self.retune_time = False, None, None
 
         def backbone(self, tokens) -> Conditioning:
             """Before the projection, prompt weights applied, on the device that T5 ran on; see the core's encoder."""
@@ -192,7 +209,10 @@ def _target(source: T5Source, held: HeldProjection, kept: KeptClip | None) -> Si
 
             if kept is None:
                 warn_of_second_text(tokens, source)
-            result = self.projection.project(self.backbone(tokens)).to(intermediate_device())
+            states = self._remembered or self.backbone(tokens)
+            if self._remembers:
+                self._remembered = states
+            result = self.projection.project(states, self.retune_time).to(intermediate_device())
             return result.context, result.pooled
 
     def tokenizer(embedding_directory=None, tokenizer_data=None):
@@ -215,6 +235,13 @@ def t5_parts(clip) -> T5Parts:
     model = clip.cond_stage_model
     keeps_clip = model.retune_kept is not None
     return T5Parts(model.retune_source, projection, bool(clip.patcher.patches), held.target_std, keeps_clip)
+
+
+def widths_of(clip) -> tuple[int, int]:
+    """Widths of a T5 CLIP's context and pooled output (0: none); a kept CLIP's pooled output wins."""
+    expect_t5(clip)
+    projection, kept = clip.patcher.get_model_object("projection").projection, clip.cond_stage_model.retune_kept
+    return projection.width, (kept.pooled_width if kept is not None else 0) or projection.pooled_width
 
 
 def t5_state(clip) -> dict[str, Tensor]:
@@ -254,7 +281,7 @@ def clone_with_projection(clip, projection: Projection, target_std: float | None
     _check_fit(source.config, projection, source.path)
     clone = clip.clone()
     clone.patcher.add_object_patch("projection", HeldProjection(projection, target_std))
-    return clone
+    return timed(clone) if projection.bands else clone
 
 
 def saved_text_encoder(clip) -> SavedTextEncoder:

@@ -43,7 +43,7 @@ class ModelConfig:
     """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
     comfyui: Path | None = None
     """An installed ComfyUI, to take tokenizers from."""
-    projection: Literal["orthogonal", "truncate", "mlp", "resampler"] = "orthogonal"
+    projection: Literal["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"] = "orthogonal"
     """Start of the map from T5's width to the UNet's."""
     projection_seed: int = 0
     """Names the random projection."""
@@ -55,6 +55,8 @@ class ModelConfig:
     """Contexts as long as their prompts, or always padded."""
     fit: Path | None = None
     """Text file of prompts, one a line: the projection is fitted on them to the text encoder that the T5 replaces."""
+    fit_method: Literal["ridge", "mean-covariance"] = "ridge"
+    """Fit nearest to that encoder, or nearest with its mean and covariance."""
     reset: str | None = None
     """Layers to reset; None keeps all."""
     reset_seed: int = 0
@@ -116,7 +118,7 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
     if fit_on:
         old = CoreStates(model.text_encoder, before_projection=False)
         own = CoreStates(encoder, before_projection=True)
-        fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width)
+        fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:

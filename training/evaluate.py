@@ -65,9 +65,11 @@ def _errors(objective: DenoisingObjective, index: int, caption: str, latent: Ten
     """(bands,) errors of one image under a caption; noise and timesteps depend on the image's index only."""
     denoiser = objective.denoiser
     latents = latent[None].to(denoiser.device).expand(bands, -1, -1, -1)
-    conditioning = objective.project(Conditioning.cat([objective.text_of(caption).to(denoiser.device)] * bands))
     sources = [generator(0, "evaluation", index, band) for band in range(bands)]
-    times = [_timestep(len(denoiser.sigmas), band, bands, source) for band, source in enumerate(sources)]
+    total = len(denoiser.sigmas)
+    times = [_timestep(total, band, bands, source) for band, source in enumerate(sources)]
+    states = Conditioning.cat([objective.text_of(caption).to(denoiser.device)] * bands)
+    conditioning = objective.project(states, torch.tensor(times) / (total - 1))
     noise = torch.stack([torch.randn(latent.shape, generator=source) for source in sources]).to(latents)
     sigma = denoiser.sigmas[times].to(latents)
     prediction = denoiser.predict(denoiser.add_noise(latents, noise, sigma), sigma, conditioning)

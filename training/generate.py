@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .model import Conditioning, TextToImage
-from .sampling import initial_noise, sample
+from .sampling import Heard, initial_noise, sample
 
 TextOf = Callable[[str], Conditioning]
 
@@ -40,17 +40,17 @@ def draw_latents(
 ) -> list[Tensor]:
     """One latent for each prompt of a width x height picture; latent i always starts from noise (seed, i).
 
-    text_of: prompt -> Conditioning of batch 1 after the projection; encodes with the model's text encoder by default.
+    text_of: prompt -> Conditioning of batch 1 before the projection; the model's text encoder's backbone by default.
     on_batch(done, total) is called after every sampler step and may raise to cancel.
     """
-    text_of = text_of or (lambda prompt: model.text_encoder.encode(model.text_encoder.tokenize([prompt])))
-    denoiser, cells = model.denoiser, model.autoencoder.downscale
+    encoder, denoiser, cells = model.text_encoder, model.denoiser, model.autoencoder.downscale
+    text_of = text_of or (lambda prompt: encoder.backbone(encoder.tokenize([prompt])))
     drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         noise = [initial_noise(denoiser, height // cells, width // cells, seed, start + i) for i in range(len(part))]
-        cond = Conditioning.cat(text_of(prompt) for prompt in part).to(denoiser.device)
-        uncond = Conditioning.cat([text_of("")] * len(part)).to(denoiser.device)
+        cond = _heard(model, [text_of(prompt) for prompt in part])
+        uncond = _heard(model, [text_of("")] * len(part))
         on_step = None if on_batch is None else (lambda _, done=start: on_batch(done, len(prompts)))
         drawn += sample(
             denoiser, torch.stack(noise).to(denoiser.device), cond, uncond, steps=steps, cfg=cfg, on_step=on_step
@@ -58,3 +58,15 @@ def draw_latents(
         if on_batch:
             on_batch(len(drawn), len(prompts))
     return drawn
+
+
+def _heard(model: TextToImage, states: list[Conditioning]) -> Heard:
+    """What the denoiser hears of encoded prompts: always the same, or a function of the time, where that matters."""
+    encoder, device = model.text_encoder, model.denoiser.device
+    states = [one.to(device) for one in states]
+
+    def at(time: Tensor) -> Conditioning:
+        return Conditioning.cat(encoder.project(one, time[None]) for one in states)
+
+    timed = encoder.projection is not None and encoder.projection.bands
+    return at if timed else Conditioning.cat(encoder.project(one) for one in states)

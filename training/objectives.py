@@ -93,7 +93,7 @@ class DenoisingObjective:
         *,
         latent_of: Callable,
         text_of: Callable[[str], Conditioning],
-        project: Callable[[Conditioning], Conditioning],
+        project: Callable[[Conditioning, Tensor], Conditioning],
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project = latent_of, text_of, project
@@ -106,9 +106,10 @@ class DenoisingObjective:
         indices = [index for index, _ in batch]
         latents = torch.stack([latent for _, (_, latent) in batch]).to(self.denoiser.device)
         captions = [self._caption(caption, step, index) for index, (caption, _) in batch]
-        conditioning = self.project(Conditioning.cat(self.text_of(c) for c in captions).to(self.denoiser.device))
         total = len(self.denoiser.sigmas)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
+        states = Conditioning.cat(self.text_of(c) for c in captions).to(self.denoiser.device)
+        conditioning = self.project(states, torch.tensor(times) / (total - 1))
         noise = torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]).to(latents)
         return Loss(self._error(latents, noise, torch.tensor(times), conditioning, step, indices))
 
@@ -142,7 +143,7 @@ class DenoisingObjective:
         for index, (caption, one) in enumerate(loaded):
             latent = one[None].to(self.denoiser.device).expand(levels, -1, -1, -1)
             text = self.text_of(caption).to(self.denoiser.device)
-            conditioning = self.project(Conditioning.cat([text] * levels))
+            conditioning = self.project(Conditioning.cat([text] * levels), inner / (total - 1))
             shape = latent.shape[1:]
             noise = [torch.randn(shape, generator=generator(0, "validation", index, i)) for i in range(levels)]
             noise = torch.stack(noise).to(latent)

@@ -35,8 +35,12 @@ def guided(
     return negative + cfg * (positive - negative)
 
 
+Heard = Conditioning | Callable[[Tensor], Conditioning]
+"""Conditioning, or what gives it for a time (a scalar): the training timestep as a share, 0 (clean) to 1."""
+
+
 def ddim_steps(
-    denoiser: Denoiser, noise: Tensor, cond: Conditioning, uncond: Conditioning | None, *, steps: int, cfg: float
+    denoiser: Denoiser, noise: Tensor, cond: Heard, uncond: Heard | None, *, steps: int, cfg: float
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step index, latent) after each DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0).
 
@@ -44,12 +48,15 @@ def ddim_steps(
     eps and v models, and x' = (1 - sigma') D + sigma' * noise estimate for flow models.
     """
     flow = denoiser.prediction_type == "flow"
-    chosen = [denoiser.sigmas[t] for t in timesteps(steps, len(denoiser.sigmas))] + [torch.tensor(0.0)]
+    total = len(denoiser.sigmas)
+    times = timesteps(steps, total)
+    chosen = [denoiser.sigmas[t] for t in times] + [torch.tensor(0.0)]
     sigmas = torch.stack([s.to(noise.device, noise.dtype) for s in chosen])
     x = noise * sigmas[0] if flow else noise * torch.sqrt(1 + sigmas[0] ** 2)
     for i in range(steps):
         sigma, following = sigmas[i], sigmas[i + 1]
-        clean = guided(denoiser, x, sigma.expand(len(x)), cond, uncond, cfg)
+        heard = [at(torch.tensor(times[i] / (total - 1))) if callable(at) else at for at in (cond, uncond)]
+        clean = guided(denoiser, x, sigma.expand(len(x)), *heard, cfg)
         if flow:
             x = (1 - following) * clean + following * (x - (1 - sigma) * clean) / sigma
         else:
@@ -60,8 +67,8 @@ def ddim_steps(
 def sample(
     denoiser: Denoiser,
     noise: Tensor,
-    cond: Conditioning,
-    uncond: Conditioning | None,
+    cond: Heard,
+    uncond: Heard | None,
     *,
     steps: int,
     cfg: float,

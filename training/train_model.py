@@ -221,7 +221,7 @@ def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, cal
             cfg=samples.cfg,
             seed=samples.seed,
             batch_size=max(1, config.batch_size // 2),
-            text_of=lambda prompt: model.text_encoder.project(texts.get(prompt).to(model.denoiser.device)),
+            text_of=texts.get,
             on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
         )
 

@@ -32,7 +32,7 @@ class Reader:
         return (noisy - conditioning.context.view_as(noisy)) / sigma.view(-1, 1, 1, 1)
 
 
-def objective(denoiser, text_of, project=lambda states: states):
+def objective(denoiser, text_of, project=lambda states, time: states):
     return DenoisingObjective(denoiser, TrainingSettings(), 7, latent_of=None, text_of=text_of, project=project)
 
 

@@ -92,7 +92,7 @@ def objective(model, settings, seed=4):
         return Conditioning(torch.full((1, 3, 32), float(len(caption)) / 10))
 
     return DenoisingObjective(
-        model.denoiser, settings, seed, latent_of=None, text_of=text_of, project=lambda states: states
+        model.denoiser, settings, seed, latent_of=None, text_of=text_of, project=lambda states, time: states
     )
 
 
