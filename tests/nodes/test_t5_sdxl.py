@@ -336,4 +336,4 @@ def test_the_loader_puts_it_together(comfyui, demo):
     assert encode(kept, "a red circle")[0].shape[1] == encode(demo[1], "a red circle")[0].shape[1] + 64
     schema = {entry.id: entry for entry in RetuneLoadT5.define_schema().inputs}
     assert schema["context_width"].options == ["auto", "768", "1024", "sdxl"]
-    assert schema["projection"].options == ["orthogonal", "truncate", "mlp", "resampler"]
+    assert schema["projection"].options == ["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"]
