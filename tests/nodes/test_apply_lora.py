@@ -452,7 +452,7 @@ def test_every_layout_reaches_every_layer_of_the_text_encoder(sd15, clips, t5, l
         expected[key] = add_layer(tensors, before, layer, call(text_path(layer)), endings, seed)
     _, patched, report = apply(sd15[0], clip, write(tensors))
     after = weights_of(patched.patcher)
-    assert len(expected) >= 15 and differ(before, after) == set(expected)
+    assert len(expected) >= 14 and differ(before, after) == set(expected)
     for key, value in expected.items():
         torch.testing.assert_close(after[key], value, atol=1e-5, rtol=1e-5)
     assert f"used: 0 layers of the model, {len(expected)} of the text encoder" in report and "warning" not in report
