@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import write_tensors
+from ..files import read_tensors, write_tensors
 from ..generators import generator
 from .build_vae import SEED, latents_of, load_vae, pictures, run_steps
 from .scenes import SIDE, training_scenes
@@ -51,7 +51,7 @@ def train_decoder(work: Path) -> None:
     """Trains decoder and `post_quant_conv` on fixed latents; rewrites `vae.safetensors` as it goes; resumable."""
     file = work / "vae.safetensors"
     vae, config = load_vae(work)
-    if not (work / "decoder.state.pt").exists() and config.get("sharpened"):
+    if not (work / "decoder.state.pt").exists() and "sharpened" in read_tensors(file)[1]:
         return
     images = pictures(training_scenes(SCENES, SEED + 1000), SEED + 1000)
     latents = latents_of(vae, images, 1.0)
@@ -75,6 +75,6 @@ def train_decoder(work: Path) -> None:
 
     def after(done: int) -> None:
         if done % 150 == 0 or done == CROP_STEPS + FULL_STEPS:
-            write_tensors(file, vae.state_dict(), {"config": json.dumps(config | {"sharpened": done})})
+            write_tensors(file, vae.state_dict(), {"config": json.dumps(config), "sharpened": str(done)})
 
     run_steps("decoder", trained, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work, after)

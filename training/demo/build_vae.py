@@ -170,7 +170,7 @@ def load_vae(work: Path) -> tuple[nn.Module, dict]:
     with safe_open(work / "vae.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    vae = AutoencoderKL(**{name: value for name, value in config.items() if name != "sharpened"})
+    vae = AutoencoderKL(**config)
     vae.load_state_dict(tensors)
     return vae.eval().requires_grad_(False), config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..build import ModelConfig, build_model, with_t5
 from ..files import read_json, write_json
@@ -26,8 +27,10 @@ def figures(trial: Trial) -> dict[str, float | None]:
     description = ModelConfig(model="demo", t5="demo", projection=kind, projection_seed=trial.seed)
     captions = trial.dataset.captions if start == "fitted" else ()
 
+    encoder = with_t5(build_model(ModelConfig(model="demo")), description, captions).text_encoder
+
     def fresh() -> TextToImage:
-        return with_t5(build_model(ModelConfig(model="demo")), description, captions)
+        return replace(build_model(ModelConfig(model="demo")), text_encoder=encoder)
 
     wanted, stride = SHARE * clip_alignment(trial), max(1, trial.config.steps // 6)
     first = None
