@@ -332,8 +332,14 @@ def attention_weights(model) -> dict[str, Tensor]:
 
 
 def clip_fingerprint(clip) -> str:
-    """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded."""
-    weights = ((name, patched_weight(clip.patcher, name)) for name, _ in clip.cond_stage_model.named_parameters())
+    """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded.
+
+    The text projection is left out but for SDXL's second CLIP: no UNet reads another's, most files lack it, and ComfyUI
+    then leaves whatever was in that memory, so that the same file would have another fingerprint in every process.
+    """
+    names = [name for name, _ in clip.cond_stage_model.named_parameters()]
+    read = [name for name in names if name.startswith("clip_g.") or not name.endswith(".text_projection.weight")]
+    weights = ((name, patched_weight(clip.patcher, name)) for name in read)
     return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
 
 

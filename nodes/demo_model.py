@@ -135,6 +135,8 @@ def _clip(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
 
     prefix = "cond_stage_model."
     state = {"clip_l." + n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    # The file has none, as SD1.5's has none, and ComfyUI would leave whatever was in that memory, NaN included.
+    state["clip_l.transformer.text_projection.weight"] = torch.eye(config["clip"]["hidden_size"])
     return comfy.sd.CLIP(
         _clip_target(config["clip"]),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),

@@ -1,12 +1,13 @@
 """Short names for the content of big things, to key caches and to tell one base model from another."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 SAMPLES = 1024
+SKETCHED = 8
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) -> str:
@@ -17,8 +18,39 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) ->
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() > SAMPLES:
-            flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
-        digest.update(flat.float().cpu().numpy().tobytes())
+        digest.update(_spaced(tensor, SAMPLES).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def tensors_sketch(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list]:
+    """Name -> [shape, up to 8 evenly spaced values] of each tensor, to compare with `sketches_match`.
+
+    For what is computed rather than loaded: a fit or a measured scale has other last bits on another machine, or with
+    another number of threads.
+    """
+    return {
+        name: [list(t.shape), _spaced(t, SKETCHED).tolist()] for name, t in sorted(tensors, key=lambda item: item[0])
+    }
+
+
+def sketches_match(one: Mapping[str, Sequence], other: Mapping[str, Sequence]) -> bool:
+    """Whether two sketches have equal names and shapes, and values within a thousandth of each tensor's largest."""
+    if one.keys() != other.keys():
+        return False
+    return all(_near(one[name], other[name]) for name in one)
+
+
+def _near(one: Sequence, other: Sequence) -> bool:
+    (shape, values), (other_shape, other_values) = one, other
+    if list(shape) != list(other_shape):
+        return False
+    largest = max((abs(value) for value in [*values, *other_values]), default=0.0)
+    return all(abs(a - b) <= 1e-3 * largest for a, b in zip(values, other_values, strict=True))
+
+
+def _spaced(tensor: Tensor, count: int) -> Tensor:
+    """At most `count` evenly spaced values, fp32, on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > count:
+        flat = flat[torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)]
+    return flat.float().cpu()

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from .config import check_run_name
 from .files import read_json, sync, write_json
+from .fingerprint import sketches_match
 
 FINGERPRINTS = {
     "model": "the model (its weights, a reset, a LoRA)",
@@ -28,7 +29,9 @@ FINGERPRINTS = {
     "vae": "the VAE",
     "dataset": "the data set (images, captions, sizes, repeats)",
 }
-"""What a run's identity holds only hashes of, in words."""
+"""What a run's identity holds no more of than hashes or sketches, in words."""
+SKETCHES = ("projection",)
+"""Of these, the ones that are compared as `sketches_match` does."""
 
 
 class RunFolder:
@@ -89,8 +92,9 @@ class RunFolder:
         """
         identity = json.loads(json.dumps(identity))
         old = self.config()
-        if old is not None and old["identity"] != identity:
-            where, before, now = _difference(old["identity"], identity)
+        before_now = _difference(old["identity"], identity) if old is not None else None
+        if before_now is not None:
+            where, before, now = before_now
             what = f"{where} is {now!r}; run {self.name!r} was made with {before!r}"
             if where in FINGERPRINTS:
                 what = f"{FINGERPRINTS[where]} differs from the one that run {self.name!r} was made with"
@@ -145,10 +149,14 @@ def move_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.name} (old {number})"))
 
 
-def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any]:
-    """The first path at which two JSON values differ, with both values."""
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first path at which two JSON values differ, with both values; None where they agree."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if where in SKETCHES:
+            return None if sketches_match(old, new) else (where, old, new)
         for key in [*new, *(k for k in old if k not in new)]:
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    return where, old, new
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (where, old, new)

@@ -21,7 +21,7 @@ from .data.order import BatchOrder, Slot
 from .distributed import world
 from .evaluate import evaluate
 from .files import read_tensors, write_tensors
-from .fingerprint import tensors_fingerprint
+from .fingerprint import tensors_sketch
 from .formats import ldm
 from .generate import decode, draw_latents
 from .generators import generator
@@ -136,7 +136,7 @@ def check_pooled(model: TextToImage) -> None:
 def run_identity(model: TextToImage, dataset: Dataset, config: TrainModelConfig) -> dict:
     """Everything that must be equal for a run to go on."""
     projection = model.text_encoder.projection
-    start = tensors_fingerprint(projection.state_dict().items()) if projection is not None else ""
+    start = tensors_sketch(projection.state_dict().items()) if projection is not None else None
     return {
         "kind": "model",
         **identity(config),

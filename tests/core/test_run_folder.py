@@ -10,6 +10,7 @@ import torch
 from retune.training.checkpoint import load_state, restore_optimizer, save_state
 from retune.training.config import TrainingSettings
 from retune.training.files import check_free_disk, read_tensors, write_json, write_tensors
+from retune.training.fingerprint import tensors_sketch
 from retune.training.optim import build_optimizer
 from retune.training.run_folder import RunFolder, move_aside, next_name
 
@@ -80,6 +81,21 @@ def test_claim_records_and_names_the_first_difference(tmp_path):
     with pytest.raises(ValueError, match="seed is 3; run 'r' was made with None"):
         folder.claim(identity | {"seed": 3}, {})
     assert folder.config()["identity"]["settings"]["loss"] == "mse"
+
+
+def test_a_projection_computed_again_may_differ_in_its_last_bits(tmp_path):
+    folder = RunFolder(tmp_path / "r")
+    folder.path.mkdir()
+    weight, scale = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.2)
+    folder.claim({"projection": tensors_sketch({"weight": weight, "scale": scale}.items())}, {})
+    again = {"weight": weight * (1 + 1e-6) - 1e-7, "scale": scale * (1 - 1e-6)}
+    folder.claim({"projection": tensors_sketch(again.items())}, {})
+    others = (again | {"scale": scale * 1.01}, again | {"weight": weight.T}, {"weight": weight}, {})
+    for other in others:
+        with pytest.raises(ValueError, match="projection or scale differs from the one that run 'r'"):
+            folder.claim({"projection": tensors_sketch(other.items())}, {})
+    with pytest.raises(ValueError, match="projection or scale differs"):
+        folder.claim({"projection": None}, {})
 
 
 def test_rows_are_appended_and_cut_to_the_byte(tmp_path):

@@ -2,12 +2,15 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 from retune.training.__main__ import main
 from retune.training.bench import STUDIES
-from retune.training.demo import reset_study
+from retune.training.demo import projection_study, reset_study
+from retune.training.demo.projection_study import crossing
 from retune.training.demo.study import Study, StudyConfig, run_study, summary, table, verdict
+from retune.training.loop import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
 
@@ -62,8 +65,6 @@ def test_a_study_goes_on_where_its_budget_ended(tmp_path):
 
 
 def test_a_trial_killed_while_training_ends_with_the_same_figures(tmp_path):
-    from retune.training.loop import Callbacks
-
     class Stop(Callbacks):
         def on_step(self, info):
             if info.step == 1:
@@ -95,6 +96,30 @@ def test_findings_of_the_resets_follow_the_figures():
     assert poor.count("cannot be told") == 3
     assert best.startswith("Best alignment: reset of cross-attention at 0.0002, 0.500 ± 0.010")
     assert reset_study.findings([]) == []
+
+
+def test_the_crossing_lies_on_the_line_between_two_judgements():
+    points = [(0, 0.0), (300, 0.2), (600, 0.6), (900, 0.5)]
+    assert crossing(points, 0.5) == pytest.approx(525)
+    assert crossing(points, 0.6) == 600 and crossing(points, 0.61) is None
+    assert crossing(points[2:], 0.5) == 600
+
+
+def test_a_projection_trial_killed_after_a_judgement_goes_on(tmp_path):
+    class Stop(Callbacks):
+        def on_step(self, info):
+            if info.step == 6:
+                raise KeyboardInterrupt
+
+    study = replace(projection_study.STUDY, cells=projection_study.STUDY.cells[:1])
+    config = StudyConfig(output=tmp_path / "a", seeds=1, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        run_study("p", study, config, Stop())
+    (curve,) = (tmp_path / "a").rglob("judged/*.json")
+    assert [steps for steps, _ in json.loads(curve.read_text())] == [0, 2, 4]
+    rows = run_study("p", study, config)["rows"]
+    assert rows == run_study("p", study, replace(config, output=tmp_path / "b"))["rows"]
+    assert rows[0]["reached"] == 0 and [s for s, _ in json.loads(curve.read_text())] == [0, 2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.slow

@@ -91,6 +91,29 @@ def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_dem
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_a_clip_is_told_by_the_weights_that_a_unet_reads(small_sdxl_clip):
+    from retune.nodes.bridge import clip_fingerprint
+
+    weights = small_sdxl_clip.cond_stage_model
+    before = clip_fingerprint(small_sdxl_clip)
+    with torch.no_grad():
+        weights.get_parameter("clip_l.transformer.text_projection.weight").fill_(float("nan"))
+        assert clip_fingerprint(small_sdxl_clip) == before
+        for name in (
+            "clip_g.transformer.text_projection.weight",
+            "clip_l.transformer.text_model.final_layer_norm.bias",
+        ):
+            weights.get_parameter(name).add_(1)
+            assert clip_fingerprint(small_sdxl_clip) != before
+            before = clip_fingerprint(small_sdxl_clip)
+
+
+def test_the_demo_clip_holds_no_stray_memory(demo):
+    clip = demo[1]
+    projection = clip.cond_stage_model.get_parameter("clip_l.transformer.text_projection.weight")
+    assert torch.equal(projection, torch.eye(len(projection)))
+
+
 def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
     from retune.nodes.bridge import text_to_image, with_unet_weights
     from retune.training.demo.judge import judge_samples

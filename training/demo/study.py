@@ -41,7 +41,7 @@ class StudyConfig:
     budget: float = 0.0
     """Minutes after which no further trial starts; the same command goes on later. 0 = to the end."""
     steps: int = 300
-    """Optimiser steps of a trial; projection-start takes up to three times as many."""
+    """Optimiser steps of a trial; projection-start takes up to six times as many."""
     batch_size: int = 16
     """Pictures per step."""
     images: int = 1000
@@ -83,9 +83,18 @@ class Trial:
         """The file of its figures."""
         return self.folder / f"{self.name}.json"
 
-    def train(self, fresh: Callable[[], TextToImage], *, steps: int, rate: float, schedule: str, **more) -> TextToImage:
+    def train(
+        self,
+        fresh: Callable[[], TextToImage],
+        *,
+        steps: int,
+        rate: float,
+        schedule: str,
+        ema_decay: float = 0.0,
+        **more,
+    ) -> TextToImage:
         """Trains what `fresh` gives, or goes on with it, and returns the result; more: fields of TrainModelConfig."""
-        settings = TrainingSettings(lr_schedule=schedule, warmup_steps=20, loss_weighting="none")
+        settings = TrainingSettings(lr_schedule=schedule, warmup_steps=20, loss_weighting="none", ema_decay=ema_decay)
         config = TrainModelConfig(
             run_name=self.name,
             steps=steps,
