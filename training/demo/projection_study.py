@@ -14,7 +14,7 @@ from .study import Study, Trial, in_words
 STARTS = ("orthogonal", "truncate", "fitted")
 RATE = 2e-3
 EMA_DECAY = 0.99
-STRETCH = 6
+STRETCH = 12
 """A run is given up after this many times `steps`."""
 SHARE = 0.8
 """Of the CLIP's alignment: what counts as nearly reached."""

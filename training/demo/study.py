@@ -41,7 +41,7 @@ class StudyConfig:
     budget: float = 0.0
     """Minutes after which no further trial starts; the same command goes on later. 0 = to the end."""
     steps: int = 300
-    """Optimiser steps of a trial; projection-start takes up to six times as many."""
+    """Optimiser steps of a trial; projection-start takes up to twelve times as many."""
     batch_size: int = 16
     """Pictures per step."""
     images: int = 1000
