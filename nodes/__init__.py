@@ -18,6 +18,7 @@ from .text_encoder import (
     RetuneScaleTextEncoder,
 )
 from .train import RetuneTrainModel
+from .train_lora import RetuneTrainLora
 from .vae import RetuneSwapVAE
 
 
@@ -42,4 +43,5 @@ class RetuneExtension(ComfyExtension):
             RetuneTrainModel,
             RetuneRunChart,
             RetuneApplyLora,
+            RetuneTrainLora,
         ]

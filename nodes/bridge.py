@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning, TextToImage
 from . import t5_clip
-
-UNET = "diffusion_model."
+from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
 
 
 @contextmanager
@@ -34,21 +33,15 @@ def training_mode() -> Iterator[None]:
             comfy.model_management.in_training = before
 
 
-def without_inference_tensors(module: nn.Module) -> None:
-    """Replaces parameters and buffers made under inference mode by ordinary copies of the same values."""
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers):
-            for name, value in store.items():
-                if value is not None and value.is_inference():
-                    copy = value.detach().clone()
-                    store[name] = nn.Parameter(copy, requires_grad=False) if store is owner._parameters else copy
-
-
 class ComfyDenoiser:
-    """Denoiser over a ModelPatcher of a UNet that reads text by cross-attention (SD1.x, SD2, SDXL, the demo model)."""
+    """Denoiser over a ModelPatcher of a UNet that reads text by cross-attention (SD1.x, SD2, SDXL, the demo model).
+
+    beside: ModelPatchers that `load` keeps loaded together with the UNet, such as a text encoder that trains.
+    """
 
     def __init__(self, patcher):
-        self.patcher = patcher.clone(disable_dynamic=True) if _is_dynamic(patcher) else patcher.clone()
+        self.beside: list = []
+        self.patcher = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
@@ -68,8 +61,10 @@ class ComfyDenoiser:
         """Brings the whole UNet, patches applied, to its device; `memory` bytes are kept free for activations."""
         import comfy.model_management
 
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
-        without_inference_tensors(self.patcher.model)
+        patchers = [self.patcher, *self.beside]
+        comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+        for patcher in patchers:
+            without_inference_tensors(patcher.model)
 
     def activation_memory(self, batch_size: int, height: int, width: int) -> int:
         """Bytes to keep free for a training step: ComfyUI's estimate for inference, times six for kept activations."""
@@ -189,10 +184,11 @@ class ComfyTextEncoder:
     """TextEncoder over a CLIP. Captions are plain text: brackets in them are no prompt weights.
 
     For a T5 CLIP of this package `projection` is a copy that may train; for any other CLIP there is none.
+    denoiser: the one it trains beside; needed for `training` alone.
     """
 
-    def __init__(self, clip):
-        self.clip = clip
+    def __init__(self, clip, denoiser: ComfyDenoiser | None = None):
+        self.clip, self._denoiser, self._trains = clip, denoiser, False
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
         self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else clip_fingerprint(clip)
@@ -216,12 +212,57 @@ class ComfyTextEncoder:
     def encode(self, tokens: list[str]) -> Conditioning:
         return self.project(self.backbone(tokens))
 
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        found = self._plain_clip().cond_stage_model.named_modules()
+        return {f"text_encoders.{path}": layer for path, layer in found if isinstance(layer, nn.Linear)}
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """ComfyUI's residuals are added in place, which would destroy what the norms before them keep for backward."""
+        from comfy.text_encoders.t5 import T5LayerNorm
+
+        patcher, modules = self._plain_clip().patcher, self.clip.cond_stage_model.modules()
+        norms = [module for module in modules if isinstance(module, (nn.LayerNorm, T5LayerNorm))]
+        hooks = [norm.register_forward_pre_hook(_copy_first) for norm in norms]
+        self._denoiser.beside.append(patcher)
+        self._trains = True
+        try:
+            self._denoiser.load()
+            yield
+        finally:
+            self._trains = False
+            self._denoiser.beside.remove(patcher)
+            for hook in hooks:
+                hook.remove()
+
+    def _plain_clip(self):
+        """The CLIP; under dynamic VRAM a copy of its own, since there weights come and go while a module runs."""
+        if is_dynamic(self.clip.patcher):
+            self.clip = self.clip.clone(disable_dynamic=True)
+            self.clip.cond_stage_model = self.clip.patcher.model
+        return self.clip
+
     def _one(self, text: str) -> Conditioning:
         tokens = self.clip.tokenize(text, disable_weights=True)
         if self._is_t5:
-            return t5_clip.encode_states(self.clip, tokens)
+            return t5_clip.encode_states(self.clip, tokens, trains=self._trains)
+        if self._trains:
+            return _encode_loaded(self.clip, tokens)
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
+
+
+def _copy_first(_module, inputs: tuple) -> tuple:
+    return inputs[0].clone(), *inputs[1:]
+
+
+def _encode_loaded(clip, tokens: dict) -> Conditioning:
+    """What `clip.encode_from_tokens` gives, of a CLIP that is loaded already, with gradients."""
+    model = clip.cond_stage_model
+    t5_clip.set_options(clip)
+    context, pooled = model.encode_token_weights(tokens)[:2]
+    return Conditioning(context.float(), None if pooled is None else pooled.float())
 
 
 def expect_given(**parts) -> None:
@@ -240,7 +281,7 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
     expect_given(model=model, clip=clip, vae=vae)
     with training_mode():
         denoiser = ComfyDenoiser(model)
-        encoder = ComfyTextEncoder(clip)
+        encoder = ComfyTextEncoder(clip, denoiser)
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
         with denoiser.casting_weights():
@@ -255,43 +296,6 @@ def latent_format_of(model):
     owner = getattr(model.get_model_object("process_latent_in"), "__self__", None)
     swapped = isinstance(owner, comfy.latent_formats.LatentFormat)
     return owner if swapped else model.get_model_object("latent_format")
-
-
-def with_unet_weights(model, weights: Mapping[str, Tensor]):
-    """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`).
-
-    `set` patches, exact in fp32. A weight that carries other patches (a LoRA) keeps them and gets the difference as one
-    more patch, since a `set` would wipe them; earlier `set` patches (a reset) are replaced.
-    """
-    result = model.clone()
-    for name, value in weights.items():
-        key = UNET + name
-        if all(_is_set(patch) for patch in model.patches.get(key, [])):
-            result.patches.pop(key, None)
-        if key in result.patches:
-            difference = value.detach().cpu() - patched_weight(model, key)
-            result.add_patches({key: ("diff", (difference,))})
-        else:
-            result.add_patches({key: ("set", (value.detach().cpu(),))})
-    return result
-
-
-def _is_set(patch: tuple) -> bool:
-    """Whether an entry of ModelPatcher.patches is a `set`: (strength, value, strength of the model, ...)."""
-    value = patch[1]
-    return isinstance(value, tuple) and len(value) == 2 and value[0] == "set"
-
-
-def patched_weight(model, key: str) -> Tensor:
-    """A weight of a MODEL in fp32 on the CPU, its patches applied, wherever the model is loaded."""
-    import comfy.lora
-    import comfy.utils
-
-    held = model.backup.get(key)
-    weight = comfy.utils.get_attr(model.model, key) if held is None else held.weight
-    with torch.inference_mode(False), torch.no_grad():
-        weight = weight.detach().to("cpu", torch.float32, copy=True)
-        return comfy.lora.calculate_weight(model.patches[key], weight, key) if key in model.patches else weight
 
 
 def context_width_of(model) -> int:
@@ -323,26 +327,6 @@ def with_projection(clip, weights: Mapping[str, Tensor]):
     return t5_clip.clone_with_projection(clip, parts.projection, parts.target_std)
 
 
-def attention_weights(model) -> dict[str, Tensor]:
-    """Names (without `diffusion_model.`) and fp32 values of a MODEL's attention weights, patches applied."""
-    names = [
-        name for name, _ in model.model.diffusion_model.named_parameters() if ".attn1." in name or ".attn2." in name
-    ]
-    return {name: patched_weight(model, UNET + name) for name in names}
-
-
-def clip_fingerprint(clip) -> str:
-    """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded.
-
-    The text projection is left out but for SDXL's second CLIP: no UNet reads another's, most files lack it, and ComfyUI
-    then leaves whatever was in that memory, so that the same file would have another fingerprint in every process.
-    """
-    names = [name for name, _ in clip.cond_stage_model.named_parameters()]
-    read = [name for name in names if name.startswith("clip_g.") or not name.endswith(".text_projection.weight")]
-    weights = ((name, patched_weight(clip.patcher, name)) for name in read)
-    return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
-
-
 def prediction_type_of(sampling) -> str:
     """ "eps", "v" or "flow", told by the very functions in use: subclasses of these in ComfyUI mean other things."""
     import comfy.model_sampling
@@ -355,10 +339,6 @@ def prediction_type_of(sampling) -> str:
             return prediction
     found = ", ".join(base.__name__ for base in type(sampling).__bases__)
     raise ValueError(f"MODEL's sampling is {found}; expected eps, v or flow prediction.")
-
-
-def _is_dynamic(patcher) -> bool:
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
 
 
 def _column(sigma: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def image_parts(model, vae):
     Raises ValueError for noise levels or a latent scale that a diffusers config of Stable Diffusion cannot say.
     """
     from ..training.export import ImageParts
-    from .bridge import UNET, latent_format_of, patched_weight, prediction_type_of
+    from .bridge import latent_format_of, prediction_type_of
+    from .weights import UNET, patched_weight
 
     sampling, network = model.get_model_object("model_sampling"), model.model.diffusion_model
     prediction = prediction_type_of(sampling)
@@ -112,7 +113,7 @@ def text_part(clip):
 def _clip_part(clip):
     from ..training.clip_text import clip_config
     from ..training.export import ClipPart
-    from .bridge import patched_weight
+    from .weights import patched_weight
 
     stage = clip.cond_stage_model
     if [name for name, _ in stage.named_children()] != ["clip_l"]:

@@ -50,7 +50,7 @@ class KeptClip:
 
     def fingerprint(self) -> str:
         """Changes with the CLIP's weights, patches, layer choice and tokenizer options."""
-        from .bridge import clip_fingerprint
+        from .weights import clip_fingerprint
 
         with torch.inference_mode(False):
             return clip_fingerprint(self.clip)

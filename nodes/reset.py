@@ -68,7 +68,7 @@ class RetuneResetAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, layers, init, strength, include_output, blocks, seed):
         from ..training.layers import ResetConfig, reset_weights
-        from .bridge import attention_weights, with_unet_weights
+        from .weights import attention_weights, with_unet_weights
 
         config = ResetConfig(
             layers=layers,

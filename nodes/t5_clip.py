@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,19 +316,27 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
     return clip
 
 
-def encode_states(clip, tokens: dict) -> Conditioning:
-    """T5 states before the projection, (1, L, d_model), ordinary tensors; tokens as `clip.tokenize` returns them.
-
-    The mask is None where pads are part of the context ("max_tokens"), else all True, as in the core's encoder.
-    """
-    expect_t5(clip)
+def set_options(clip) -> None:
+    """The layer and device with which a CLIP's model encodes, as ComfyUI sets them before."""
     model = clip.cond_stage_model
     model.reset_clip_options()
     if clip.layer_idx is not None:
         model.set_clip_options({"layer": clip.layer_idx})
-    clip.load_model(tokens)
     model.set_clip_options({"execution_device": clip.patcher.load_device})
-    with torch.inference_mode(False), torch.no_grad():
+
+
+def encode_states(clip, tokens: dict, *, trains: bool = False) -> Conditioning:
+    """T5 states before the projection, (1, L, d_model), ordinary tensors; tokens as `clip.tokenize` returns them.
+
+    The mask is None where pads are part of the context ("max_tokens"), else all True, as in the core's encoder.
+    trains: the T5 is loaded already, and gradients are kept.
+    """
+    expect_t5(clip)
+    model = clip.cond_stage_model
+    set_options(clip)
+    if not trains:
+        clip.load_model(tokens)
+    with torch.inference_mode(False), nullcontext() if trains else torch.no_grad():
         found = Conditioning.cat([model.backbone(tokens)])  # cat copies, so that nothing is an inference tensor
         real = torch.ones(found.context.shape[:2], dtype=torch.bool, device=found.context.device)
     return replace(found, mask=real if model.retune_source.padding.pad == "none" else None)

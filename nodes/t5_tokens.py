@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.text_encoder.t5 import Padding, cut
+from ..training.text_encoder.t5 import Padding, comfyui_name, cut
 from ..training.text_encoder.tokenizers import T5Tokenizer
 
 log = logging.getLogger(__name__)
 
-XXL_WIDTH = 4096
 SDXL_KEYS = ("g", "l")
 """What CLIPTextEncodeSDXL asks for beside the encoder's own tokens."""
 
@@ -35,7 +34,7 @@ class T5Source:
     @property
     def name(self) -> str:
         """ComfyUI's name of this encoder: prefix of its weights, key of its embeddings and tokenizer options."""
-        return "t5xxl" if self.config["d_model"] == XXL_WIDTH else "t5base"
+        return comfyui_name(self.config["d_model"])
 
 
 def t5_tokenizer(source: T5Source, embedding_directory, *, sdxl: bool, keep_clip=None):

@@ -71,9 +71,10 @@ class RetuneTrainModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, **values):
         from ..training.train_model import train_model
-        from .bridge import text_to_image, with_projection, with_unet_weights
+        from .bridge import text_to_image, with_projection
         from .paths import runs_folder
         from .progress import NodeCallbacks
+        from .weights import with_unet_weights
 
         config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)

@@ -12,7 +12,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """Field name -> the docstring below it in the class's source."""
+    """Field name -> the docstring below it in the class's source, or in that of a class it extends."""
+    docs = {}
+    for base in reversed([kind for kind in config.__mro__ if dataclasses.is_dataclass(kind)]):
+        docs |= _own_docs(base)
+    return docs
+
+
+def _own_docs(config: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body
     docs = {}
     for field, text in zip(body, body[1:], strict=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from .fingerprint import tensors_fingerprint
 from .model import Conditioning
+
+SD2_WIDTH = 1024
 
 
 class ClipTextEncoder:
@@ -83,6 +86,20 @@ class ClipTextEncoder:
     @property
     def token_embedding(self) -> nn.Embedding:
         return self.network.get_input_embeddings()
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Of a text encoder alone: SD1.x's is ComfyUI's clip_l, SD2's clip_h."""
+        return self.layers_as("clip_h" if self.width == SD2_WIDTH else "clip_l")
+
+    def layers_as(self, name: str) -> dict[str, nn.Module]:
+        """`layers` under ComfyUI's name of this encoder. transformers 5 has no `text_model.` in its paths."""
+        start = f"text_encoders.{name}.transformer.text_model."
+        found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
+        return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+
+    def training(self) -> AbstractContextManager:
+        return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """One list of windows a text; a window is start, up to 75 tokens, end, pads."""

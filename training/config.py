@@ -175,15 +175,11 @@ class SamplePrompts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainModelConfig:
-    """Retrain parts of a UNet (and the projection behind a text encoder) on captioned images."""
+class RunConfig:
+    """What every training on captioned images is asked for."""
 
     run_name: str
     """Folder name of the run."""
-    train: Literal[LAYERS] = "cross-attention"  # type: ignore[valid-type]
-    """Which layers of the UNet train."""
-    train_projection: bool = True
-    """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
     steps: int = 500
     """Optimiser steps in all."""
     batch_size: int = 1
@@ -211,6 +207,16 @@ class TrainModelConfig:
     def gradient_accumulation(self) -> int:
         """Batches summed up before an optimiser step."""
         return self.settings.total_batch // self.batch_size or self.settings.gradient_accumulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainModelConfig(RunConfig):
+    """Retrain parts of a UNet (and the projection behind a text encoder) on captioned images."""
+
+    train: Literal[LAYERS] = "cross-attention"  # type: ignore[valid-type]
+    """Which layers of the UNet train."""
+    train_projection: bool = True
+    """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
 
 
 RESUMABLE = {"run_name", "steps", "samples", "resume"}

@@ -31,7 +31,7 @@ from .files import check_free_disk, read_tensors, write_tensors
 from .objectives import Objective
 from .optim import build_optimizer, group_rate, learning_rate_factor
 from .run_folder import RunFolder
-from .trainable import SelectedWeights
+from .trainable import Trainable
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Loop:
     def __init__(
         self,
         folder: RunFolder,
-        trainable: SelectedWeights,
+        trainable: Trainable,
         objective: Objective,
         batches: Batches,
         config: LoopConfig,
@@ -207,7 +207,7 @@ class Loop:
                 )
             loaded = self.objective.load(list(slots))
             self.callbacks.after_load()
-            with self.trainable.attach(), self._autocast():
+            with self.trainable.attach(draw=(step, indices[0])), self._autocast():
                 result = self.objective(list(zip(indices, loaded, strict=True)), step)
                 part = result.per_sample.sum() / total
                 self.scaler.scale(part).backward()

@@ -121,6 +121,8 @@ class TextEncoder(Protocol):
     token_embedding: nn.Embedding
     projection: nn.Module | None
     """The trainable part between backbone and denoiser, or None."""
+    layers: dict[str, nn.Module]
+    """Linear layers of the backbone by their names in ComfyUI's LoRA files, `text_encoders.clip_l.transformer...`."""
 
     def tokenize(self, texts: list[str]) -> Any: ...
 
@@ -133,6 +135,10 @@ class TextEncoder(Protocol):
         ...
 
     def encode(self, tokens: Any) -> Conditioning: ...
+
+    def training(self) -> AbstractContextManager:
+        """While entered, gradients reach adapters on `layers` through `backbone`."""
+        ...
 
 
 class Autoencoder(Protocol):

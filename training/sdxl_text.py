@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -60,6 +61,13 @@ class SdxlTextEncoder:
     def token_embedding(self) -> nn.Embedding:
         """The first encoder's."""
         return self.first.token_embedding
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        return self.first.layers_as("clip_l") | self.second.layers_as("clip_g")
+
+    def training(self) -> AbstractContextManager:
+        return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[tuple[Windows, Windows]]:
         """The windows of both encoders, one pair a text."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import TrainModelConfig, identity
+from .config import RunConfig, TrainModelConfig, identity
 from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
 from .data.examples import Dataset
@@ -23,14 +23,14 @@ from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
 from .formats import ldm
-from .generate import decode, draw_latents
+from .generate import TextOf, decode, draw_latents
 from .generators import generator
 from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
-from .model import TextToImage
+from .model import Conditioning, TextEncoder, TextToImage
 from .objectives import DenoisingObjective, snr_weight
 from .run_folder import RunFolder
-from .trainable import SelectedWeights, targets
+from .trainable import SelectedWeights, Trainable, targets
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +65,16 @@ def train_model(
     """
     callbacks, here = callbacks or Callbacks(), world()
     check_fit(model, config)
-    with _opened(Path(root), config) as folder:
+    with open_run(Path(root), config) as folder:
         if here.is_main:
-            _check_steps(folder, config.steps)
+            check_steps(folder, config.steps)
             about = {"config": asdict(config), "environment": environment(model), **(details or {})}
-            folder.claim(run_identity(model, dataset, config), about)
+            folder.claim(run_identity("model", model, dataset, config), about)
         here.barrier()
         if finished(folder, config.steps):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return read_trained(folder.path / ARTIFACT)
-        values = _train(model, dataset, config, folder, callbacks)
+        values = train_denoising(model, dataset, config, folder, callbacks, _trainable(model, config))
         if here.is_main:
             _write(folder, values, config, model.text_encoder.projection)
             folder.set_status("finished", config.steps)
@@ -82,14 +82,14 @@ def train_model(
         return read_trained(folder.path / ARTIFACT)
 
 
-def _opened(root: Path, config: TrainModelConfig) -> AbstractContextManager[RunFolder]:
+def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]:
     """The run folder, locked by the main process alone."""
     if world().is_main:
         return RunFolder.open(root, config.run_name, resume=config.resume)
     return nullcontext(RunFolder(root / config.run_name))
 
 
-def _check_steps(folder: RunFolder, steps: int) -> None:
+def check_steps(folder: RunFolder, steps: int) -> None:
     done = folder.status()["step"]
     if done > steps:
         raise ValueError(
@@ -97,7 +97,7 @@ def _check_steps(folder: RunFolder, steps: int) -> None:
         )
 
 
-def check_fit(model: TextToImage, config: TrainModelConfig) -> None:
+def check_fit(model: TextToImage, config: RunConfig) -> None:
     """Raises ValueError for what could only fail after long work: widths, precision, loss weighting, channels."""
     check_width(model)
     check_pooled(model)
@@ -133,12 +133,12 @@ def check_pooled(model: TextToImage) -> None:
         )
 
 
-def run_identity(model: TextToImage, dataset: Dataset, config: TrainModelConfig) -> dict:
-    """Everything that must be equal for a run to go on."""
+def run_identity(kind: str, model: TextToImage, dataset: Dataset, config: RunConfig) -> dict:
+    """Everything that must be equal for a run to go on. kind: what is made, "model" or "lora"."""
     projection = model.text_encoder.projection
     start = tensors_sketch(projection.state_dict().items()) if projection is not None else None
     return {
-        "kind": "model",
+        "kind": kind,
         **identity(config),
         "model": model.denoiser.fingerprint,
         "text_encoder": model.text_encoder.fingerprint,
@@ -154,33 +154,45 @@ def environment(model: TextToImage) -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
 
 
-def finished(folder: RunFolder, steps: int) -> bool:
+def finished(folder: RunFolder, steps: int, artifact: str = ARTIFACT) -> bool:
     """Whether the folder holds the result of exactly this many steps."""
     status = folder.status()
-    return status["state"] == "finished" and status["step"] == steps and (folder.path / ARTIFACT).exists()
+    return status["state"] == "finished" and status["step"] == steps and (folder.path / artifact).exists()
 
 
-def _train(
-    model: TextToImage, dataset: Dataset, config: TrainModelConfig, folder: RunFolder, callbacks: Callbacks
+def train_denoising(
+    model: TextToImage,
+    dataset: Dataset,
+    config: RunConfig,
+    folder: RunFolder,
+    callbacks: Callbacks,
+    trainable: Trainable,
+    *,
+    text_trains: bool = False,
 ) -> Mapping[str, Tensor]:
+    """The loop with the denoising objective; returns the trained values.
+
+    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
+    """
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
     crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
     prompts = config.samples.prompts
     if world().is_main:
         latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
+    if world().is_main and not text_trains:
         texts.fill(
             ["", *prompts, *dataset.captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})")
         )
     world().barrier()
     callbacks.after_load()
-    trainable = _trainable(model, config)
+    text_of = partial(_heard_now, model.text_encoder) if text_trains else texts.get
     objective = DenoisingObjective(
         model.denoiser,
         config.settings,
         config.seed,
         latent_of=lambda slot: _latent(latents, slot, crops[slot.example.key], config.seed),
-        text_of=texts.get,
+        text_of=text_of,
         project=model.text_encoder.project,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
@@ -197,17 +209,22 @@ def _train(
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
         ),
-        sampler=_sampler(model, config, texts, callbacks) if prompts else None,
+        sampler=_sampler(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
-    with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+    text = model.text_encoder.training() if text_trains else nullcontext()
+    with text, model.denoiser.checkpointing(config.settings.gradient_checkpointing):
         return loop.run()
 
 
-def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, callbacks: Callbacks) -> Sampler:
+def _heard_now(encoder: TextEncoder, caption: str) -> Conditioning:
+    return encoder.backbone(encoder.tokenize([caption]))
+
+
+def _sampler(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
     """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
     samples = config.samples
 
@@ -221,7 +238,7 @@ def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, cal
             cfg=samples.cfg,
             seed=samples.seed,
             batch_size=max(1, config.batch_size // 2),
-            text_of=texts.get,
+            text_of=text_of,
             on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
         )
 

@@ -9,11 +9,30 @@ dtype; the network casts per operation (autocast, or ComfyUI's own casting).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Trainable(Protocol):
+    """Named fp32 masters that `attach` puts in effect on a network."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def values(self) -> dict[str, Tensor]: ...
+
+    def load(self, values: Mapping[str, Tensor]) -> None: ...
+
+    def rate(self, name: str) -> float:
+        """A parameter's learning rate as a multiple of the run's."""
+        ...
+
+    def attach(
+        self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()
+    ) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -72,10 +91,14 @@ class SelectedWeights:
                 )
             parameter.copy_(values[name])
 
+    def rate(self, name: str) -> float:
+        return 1.0
+
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
         """Puts the masters (or other `values` of the same names, such as an average) in effect on the networks.
 
+        draw: names this moment of a run for those kinds that draw something while attached; nothing here does.
         Everything else is frozen meanwhile, and all of it is put back on the way out, also after an exception.
         """
         values = self.parameters if values is None else values

@@ -92,7 +92,7 @@ def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_dem
 
 
 def test_a_clip_is_told_by_the_weights_that_a_unet_reads(small_sdxl_clip):
-    from retune.nodes.bridge import clip_fingerprint
+    from retune.nodes.weights import clip_fingerprint
 
     weights = small_sdxl_clip.cond_stage_model
     before = clip_fingerprint(small_sdxl_clip)
@@ -115,7 +115,8 @@ def test_the_demo_clip_holds_no_stray_memory(demo):
 
 
 def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
-    from retune.nodes.bridge import text_to_image, with_unet_weights
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.weights import with_unet_weights
     from retune.training.demo.judge import judge_samples
 
     model, clip, vae = demo
@@ -125,7 +126,8 @@ def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
 
 
 def test_training_leaves_model_and_clip_bit_identical(demo, sampled, pictures, tmp_path):
-    from retune.nodes.bridge import text_to_image, with_unet_weights
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.weights import with_unet_weights
     from retune.training.train_model import train_model
 
     model, clip, vae = demo
@@ -184,7 +186,8 @@ def test_an_empty_input_is_named(demo, empty):
 
 
 def test_trained_weights_arrive_exactly_and_a_lora_stays(demo, pictures, tmp_path):
-    from retune.nodes.bridge import patched_weight, text_to_image, with_unet_weights
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.weights import patched_weight, with_unet_weights
     from retune.training.train_model import train_model
 
     model, clip, vae = demo

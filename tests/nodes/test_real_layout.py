@@ -91,7 +91,8 @@ T5S = {
 def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kind):
     import comfy.sd
     from retune.nodes import measure, t5_clip
-    from retune.nodes.bridge import attention_weights, text_to_image, with_unet_weights
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.weights import attention_weights, with_unet_weights
     from retune.training.data.dataset import from_images
     from retune.training.layers import ResetConfig, reset_weights
     from retune.training.text_encoder.projection import Projection
@@ -181,8 +182,9 @@ def test_sdxl_trains_with_t5_and_comes_back_in_both_implementations(
     import comfy.model_base
     import comfy.sd
     from retune.nodes import t5_clip
-    from retune.nodes.bridge import text_to_image, with_projection, with_unet_weights
+    from retune.nodes.bridge import text_to_image, with_projection
     from retune.nodes.text_encoder import widths
+    from retune.nodes.weights import with_unet_weights
     from retune.training.data.dataset import from_images
     from retune.training.text_encoder.projection import Projection
     from retune.training.train_model import train_model

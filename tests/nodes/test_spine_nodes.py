@@ -42,8 +42,8 @@ def test_demo_dataset_gives_pictures_and_captions(comfyui):
 
 
 def test_reset_changes_what_it_says_and_nothing_else(demo):
-    from retune.nodes.bridge import patched_weight
     from retune.nodes.reset import RetuneResetAttention
+    from retune.nodes.weights import patched_weight
 
     model = demo[0]
     counts = {}

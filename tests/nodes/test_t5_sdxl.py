@@ -159,7 +159,8 @@ def test_an_sdxl_model_is_recognised(sdxl, demo):
 def test_sdxl_trains_with_t5_the_same_in_both_implementations(
     sdxl, demo, core_demo, pictures, sampled, t5_folder, tmp_path
 ):
-    from retune.nodes.bridge import text_to_image, with_projection, with_unet_weights
+    from retune.nodes.bridge import text_to_image, with_projection
+    from retune.nodes.weights import with_unet_weights
     from retune.training.train_model import train_model
 
     settings = TrainingSettings(warmup_steps=1)

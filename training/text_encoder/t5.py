@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .tokenizers import T5Tokenizer, find_tokenizer
 logger = logging.getLogger(__name__)
 
 PADDINGS = ("none", "max_tokens")
+XXL_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,15 @@ class T5TextEncoder:
     @property
     def token_embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        start = f"text_encoders.{comfyui_name(self.model.config.d_model)}.transformer."
+        found = self.model.named_modules()
+        return {start + path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+
+    def training(self) -> AbstractContextManager:
+        return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids that end in </s>, at most `max_tokens` of them."""
@@ -113,6 +124,11 @@ class T5TextEncoder:
             ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
             real[row, : len(prompt)] = True
         return ids, real
+
+
+def comfyui_name(width: int) -> str:
+    """What ComfyUI calls a T5 of this width: prefix of its weights, key of its embeddings and tokenizer options."""
+    return "t5xxl" if width == XXL_WIDTH else "t5base"
 
 
 def cut(ids: list[int], max_tokens: int, text: str) -> list[int]:

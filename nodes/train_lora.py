@@ -1,0 +1,168 @@
+"""Training a LoRA."""
+
+from comfy_api.latest import io
+
+from ..training.config import SamplePrompts, TrainingSettings
+from ..training.lora_config import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
+from . import types
+from .settings import STEPS
+from .types import LoraModel
+
+LEARNING_RATE = 1e-4
+
+
+def rate_input(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip)
+
+
+def share_input(name: str, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=0.0, min=0.0, max=0.99, step=0.01, optional=True, tooltip=tooltip)
+
+
+class RetuneTrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        d = LoraConfig(run_name="my LoRA")
+        return io.Schema(
+            node_id="RetuneTrainLora",
+            display_name="Train LoRA",
+            category="retune/lora",
+            description="Trains low-rank adapters of a UNet, and of its text encoder if you like, on captioned images. "
+            "The run is a folder in output/retune: it can be stopped, killed and queued again, and goes on where it "
+            "was.",
+            search_aliases=["lora training", "locon", "lokr", "loha", "dora", "dreambooth", "finetune"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to learn on; a patched clone comes out."),
+                io.Clip.Input("clip", tooltip="The text encoder that the captions are read with."),
+                io.Vae.Input("vae", tooltip="Encodes the images."),
+                types.Dataset.Input("dataset", tooltip="Captioned images."),
+                io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
+                rate_input("learning_rate", LEARNING_RATE, "Peak learning rate of the UNet's adapters."),
+                io.Int.Input("rank", default=d.rank, min=1, max=4096, tooltip="Rank of the adapters."),
+                io.Float.Input(
+                    "alpha",
+                    default=d.alpha,
+                    min=0.001,
+                    max=4096.0,
+                    step=0.5,
+                    round=False,
+                    tooltip="Scale of the adapters: alpha / rank multiplies them. It does not train.",
+                ),
+                io.Combo.Input(
+                    "algorithm",
+                    options=list(ALGORITHMS),
+                    default=d.algorithm,
+                    tooltip="LoRA; LoCon adapts 3x3 convolutions too; LoHa and LoKr (LyCORIS); DoRA learns magnitudes.",
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=list(TARGET_CHOICES),
+                    default=d.targets,
+                    tooltip="Layers that get an adapter; all adds the residual blocks. regex: see target_regex.",
+                ),
+                rate_input(
+                    "text_encoder_learning_rate",
+                    d.text_encoder_learning_rate,
+                    "Peak learning rate of the text encoder's adapters; 0 leaves the text encoder alone.",
+                ),
+                io.String.Input("run_name", default=d.run_name, tooltip="Folder of the run in output/retune."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Names every random draw of the run.",
+                ),
+                io.String.Input(
+                    "target_regex",
+                    default="",
+                    optional=True,
+                    tooltip="For targets regex: found in names such as diffusion_model.input_blocks.1.1.proj_in.",
+                ),
+                types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
+                types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
+                io.Combo.Input(
+                    "resume",
+                    options=["auto", "restart"],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
+                    "folder aside. Steps, samples, validate_every and save_every may change.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(LORA_PRESETS),
+                    default="custom",
+                    optional=True,
+                    tooltip="A named group of values wins over those above that it names; see the help page.",
+                ),
+                io.Int.Input(
+                    "conv_rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    tooltip="Rank for 3x3 convolutions; 0: rank.",
+                ),
+                io.Float.Input(
+                    "conv_alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    round=False,
+                    optional=True,
+                    tooltip="Scale for 3x3 convolutions; 0: alpha.",
+                ),
+                io.Int.Input(
+                    "lokr_factor",
+                    default=-1,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    tooltip="LoKr: size of the smaller factor; -1: near the square root.",
+                ),
+                share_input("dropout", "Share of each adapter's inputs set to zero while training."),
+                share_input("rank_dropout", "Share of the ranks left out while training."),
+                share_input("module_dropout", "Share of the adapters left out while training."),
+                io.Float.Input(
+                    "lora_plus_ratio",
+                    default=1.0,
+                    min=0.001,
+                    max=1000.0,
+                    step=0.5,
+                    round=False,
+                    optional=True,
+                    tooltip="LoRA+ (arXiv 2402.12354): how much faster the matrix that starts at zero learns; the "
+                    "paper has 16.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the trained LoRA at strength 1."),
+                io.Clip.Output(tooltip="The text encoder with the trained LoRA, or as it came if it did not train."),
+                LoraModel.Output(display_name="lora", tooltip="For Save LoRA, Apply LoRA and ComfyUI's LoRA nodes."),
+                types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", **values):
+        from ..training.train_lora import train_lora
+        from .bridge import text_to_image
+        from .lora_patches import Row, apply_loras, lora_of
+        from .paths import runs_folder
+        from .progress import NodeCallbacks
+
+        values |= LORA_PRESETS[preset]
+        config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with text_to_image(model, clip, vae) as view:
+            callbacks.keep_loaded(view, dataset, config.batch_size)
+            trained = train_lora(view, dataset, config, runs_folder(), callbacks, {"prompt": cls.hidden.prompt})
+        row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
+        model, patched, _ = apply_loras(model, clip, [row])
+        return io.NodeOutput(model, patched if config.trains_text else clip, trained.tensors, trained.path.parent)

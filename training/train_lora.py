@@ -1,0 +1,96 @@
+"""Training low-rank adapters of a UNet, and of its text encoder, on captioned images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .adapters import UNET, Adapters, layers_of, select_layers
+from .data.examples import Dataset
+from .distributed import world
+from .files import read_tensors, write_tensors
+from .loop import Callbacks
+from .lora_config import LoraConfig
+from .model import Denoiser, TextToImage
+from .run_folder import RunFolder
+from .train_model import check_fit, check_steps, environment, finished, open_run, run_identity, train_denoising
+
+ARTIFACT = "lora.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedLora:
+    """What a run made: its file, and ComfyUI's LORA_MODEL (fp32 tensors, alphas included)."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+
+def train_lora(
+    model: TextToImage,
+    dataset: Dataset,
+    config: LoraConfig,
+    root: Path,
+    callbacks: Callbacks | None = None,
+    details: dict | None = None,
+) -> TrainedLora:
+    """Trains, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
+
+    root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
+    The model is left bit-identical. Raises ValueError before any training for targets that match nothing, a text
+    encoder that does not fit the UNet, or a run of other settings under this name.
+    """
+    callbacks, here = callbacks or Callbacks(), world()
+    check_fit(model, config)
+    chosen = select_layers(trainable_layers(model, config), config)
+    with open_run(Path(root), config) as folder:
+        if here.is_main:
+            check_steps(folder, config.steps)
+            about = {"config": asdict(config), "environment": environment(model), **(details or {})}
+            folder.claim(run_identity("lora", model, dataset, config), about)
+        here.barrier()
+        if finished(folder, config.steps, ARTIFACT):
+            callbacks.on_text(f"run {folder.name} is finished; reading its result")
+            return read_lora_run(folder.path)
+        callbacks.after_load()
+        adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
+        values = train_denoising(model, dataset, config, folder, callbacks, adapters, text_trains=config.trains_text)
+        if here.is_main:
+            write_lora(folder, adapters.lora_model(values), config)
+            folder.set_status("finished", config.steps)
+        here.barrier()
+        return read_lora_run(folder.path)
+
+
+def trainable_layers(model: TextToImage, config: LoraConfig) -> dict[str, nn.Module]:
+    """Every layer that may get an adapter, by its name in ComfyUI's LoRA files; the text encoder's if it trains."""
+    found = unet_layers(model.denoiser)
+    return found | model.text_encoder.layers if config.trains_text else found
+
+
+def unet_layers(denoiser: Denoiser) -> dict[str, nn.Module]:
+    """Linear and convolution layers of the UNet, `diffusion_model.` before their canonical names."""
+    return layers_of(
+        denoiser.network, lambda path: UNET + denoiser.canonical_name(f"{path}.weight").removesuffix(".weight")
+    )
+
+
+def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """What is frozen while adapters train: the UNet, and the chosen layers of the text encoder."""
+    return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
+
+
+def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """The run's result, under the names that ComfyUI's own LoRA files have."""
+    about = {"run": config.run_name, "algorithm": config.algorithm, "steps": config.steps}
+    write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
+
+
+def read_lora_run(path: Path) -> TrainedLora:
+    """The result of a run from its folder."""
+    file = Path(path) / ARTIFACT
+    return TrainedLora(file, read_tensors(file)[0])
