@@ -7,7 +7,7 @@ comfy.model_management: loaded through `load_models_gpu`, never edited; masters 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -203,7 +203,7 @@ class ComfyTextEncoder:
         return texts
 
     def backbone(self, tokens: list[str]) -> Conditioning:
-        with torch.no_grad():
+        with nullcontext() if self._trains else torch.no_grad():
             return Conditioning.cat(self._one(text) for text in tokens)
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
