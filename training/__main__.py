@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
 from .layers import ResetConfig, reset_weights
 from .loop import Callbacks, StepInfo
+from .lora_config import LORA_PRESETS, LoraConfig
 
 
 class Terminal(Callbacks):
@@ -66,6 +68,23 @@ def train(arguments: argparse.Namespace) -> dict:
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
 
+def lora(arguments: argparse.Namespace) -> dict:
+    from .data.folder import load_folder
+    from .train_lora import train_lora
+
+    config = read_flags(
+        arguments,
+        LoraConfig,
+        settings=read_flags(arguments, TrainingSettings),
+        samples=read_flags(arguments, SamplePrompts, "sample_"),
+    )
+    terminal = Terminal()
+    dataset = load_folder(read_flags(arguments, FolderConfig), lambda done, total, text: terminal.on_text(text))
+    print(dataset.report, file=sys.stderr)
+    trained = train_lora(open_model(arguments), dataset, config, arguments.output, terminal)
+    return {"run": str(trained.path.parent), "result": str(trained.path)}
+
+
 def reset(arguments: argparse.Namespace) -> dict:
     from .build import open_unet, save_unet
 
@@ -96,7 +115,7 @@ def bench(arguments: argparse.Namespace) -> dict:
 
 
 def parser(preset: str = "custom") -> argparse.ArgumentParser:
-    """All verbs and their flags; a preset changes defaults of `train`."""
+    """All verbs and their flags; a preset changes defaults of `train` and `lora`."""
     top = argparse.ArgumentParser(prog="retune", description="Change how a text-to-image model listens to text.")
     top.add_argument("--verbose", action="store_true")
     verbs = top.add_subparsers(dest="verb", required=True)
@@ -105,11 +124,15 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(t, FolderConfig)
     add_flags(t, TrainModelConfig, skip=("settings", "samples"))
     add_flags(t, TrainingSettings)
-    t.add_argument("--preset", choices=PRESETS, default="custom", help="other defaults for the flags it names")
-    t.set_defaults(**PRESETS[preset], **PRESET_RUNS.get(preset, {}))
-    add_flags(t, SamplePrompts, "sample_")
-    t.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
-    t.set_defaults(function=train)
+    _add_run_flags(t, PRESETS)
+    t.set_defaults(**PRESETS.get(preset, {}), **PRESET_RUNS.get(preset, {}), function=train)
+    o = verbs.add_parser("lora", help="train a LoRA on captioned images")
+    add_flags(o, ModelConfig)
+    add_flags(o, FolderConfig)
+    add_flags(o, LoraConfig, skip=("settings", "samples"))
+    add_flags(o, TrainingSettings)
+    _add_run_flags(o, LORA_PRESETS)
+    o.set_defaults(**LORA_PRESETS.get(preset, {}), function=lora)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
@@ -126,9 +149,15 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(b, BenchConfig, skip=("name",))
     add_flags(b, StudyConfig, skip=("batch_size",))
     b.set_defaults(function=bench)
-    for verb in (t, r, d, b):
+    for verb in (t, o, r, d, b):
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return top
+
+
+def _add_run_flags(verb: argparse.ArgumentParser, presets: Iterable[str]) -> None:
+    verb.add_argument("--preset", choices=presets, default="custom", help="other defaults for the flags it names")
+    add_flags(verb, SamplePrompts, "sample_")
+    verb.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Training a LoRA through ComfyUI: the same numbers as the core's, results that stock nodes read, nothing left behind."""
+"""Training a LoRA through ComfyUI: the core's numbers, results that stock nodes read, nothing left behind."""
 
 import json
 
@@ -108,9 +108,8 @@ def test_what_comes_out_predicts_what_the_attached_adapters_predict(demo, pictur
 
 
 def test_the_node_trains_and_hands_out_what_stock_nodes_take(comfyui, demo, sampled, pictures):
-    from retune.nodes.train_lora import RetuneTrainLora
-
     import folder_paths
+    from retune.nodes.train_lora import RetuneTrainLora
 
     model, clip, vae = demo
     node = RetuneTrainLora.PREPARE_CLASS_CLONE(None)
@@ -135,4 +134,9 @@ def test_the_node_trains_and_hands_out_what_stock_nodes_take(comfyui, demo, samp
         assert all(torch.equal(again[name], value) for name, value in lora.items())
         other = node.execute(model, clip, vae, pictures, **(values | {"preset": "SDXL", "run_name": "preset"})).args[2]
     assert next(v for n, v in other.items() if n.endswith("to_q.lora_down.weight")).shape[0] == 32
-    assert {n.rsplit(".lora", 1)[0].rsplit(".alpha", 1)[0].split(".")[-1] for n in lora} == {"to_q", "to_k", "to_v", "0"}
+    assert {n.rsplit(".lora", 1)[0].rsplit(".alpha", 1)[0].split(".")[-1] for n in lora} == {
+        "to_q",
+        "to_k",
+        "to_v",
+        "0",
+    }
