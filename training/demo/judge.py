@@ -37,6 +37,7 @@ _GRID = 24
 _MIN_AREA = 40
 """Pixels; the smallest drawn shape covers about 100."""
 _PEEL, _CORE = 1.0, 0.6
+_INSIDE = 0.6
 _BLURS = (0.0, 1.4, 2.4)
 """Pixels: templates are drawn sharp and blurred, since an autoencoder rounds corners."""
 _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
@@ -73,6 +74,13 @@ def read(image: Tensor | np.ndarray) -> Reading:
         position=_position_name(pieces),
         background=background,
     )
+
+
+def shapes_of(pixels: np.ndarray) -> list[np.ndarray]:
+    """The inside of each shape as a mask (128, 128), of an image (3, 128, 128) in 0..1; none on a rough background."""
+    back, rough = _background(pixels)
+    coverage = _coverage(pixels, back)
+    return [] if rough else [coverage * piece > _INSIDE for piece in _shapes(coverage)[0]]
 
 
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:

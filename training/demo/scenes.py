@@ -55,6 +55,8 @@ POSITIONS = {
 STYLES = ("glossy", "flat")
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "background")
 STYLED_SHARE = 0.22
+LOOKS = {"plain": "above", "lit from below": "below"}
+"""How a set of pictures looks, and where its light comes from."""
 _SUPERSAMPLING = 4
 
 
@@ -246,8 +248,13 @@ def _jittered(rgb: tuple[float, float, float], generator: Generator) -> np.ndarr
     return np.clip(np.asarray(rgb, dtype=np.float32) + offset, 0.02, 0.98)
 
 
-def draw(scene: Scene, generator: Generator) -> Tensor:
-    """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator."""
+def draw(scene: Scene, generator: Generator, light: str = "above") -> Tensor:
+    """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator.
+
+    light: where shading and highlights come from, as far as the scene is polished: "above" (the upper left, as in all
+    pictures that the demo model was trained on) or "below" (the lower right: a style for it to learn).
+    """
+    towards = {"above": 1, "below": -1}[light]
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
@@ -256,19 +263,23 @@ def draw(scene: Scene, generator: Generator) -> Tensor:
     shine = 0.55 if scene.shape == "ring" else 0.28
     for x, y in _places(scene, radius, generator):
         mask = shape_mask(scene.shape, radius, x, y, _uniform(generator, -0.12, 0.12))[..., None]
-        u, v = (columns - x) / radius, (rows - y) / radius
+        u, v = towards * (columns - x) / radius, towards * (rows - y) / radius
         shaded = front * (1 - 0.28 * scene.polish * (u + v))[..., None]
         highlight = np.exp(-((u + shine) ** 2 + (v + shine) ** 2) / (2 * 0.24**2))[..., None] * 0.65 * scene.polish
         image += mask * (shaded + highlight * (1 - shaded) - image)
     return torch.from_numpy(np.clip(image, 0, 1).astype(np.float32).transpose(2, 0, 1).copy())
 
 
-def demo_examples(count: int, seed: int, subset: str = "") -> tuple[Tensor, list[str]]:
+def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") -> tuple[Tensor, list[str]]:
     """Training images (count, 3, 128, 128) in 0..1 and their captions.
+
+    look: one of LOOKS; "lit from below" is a style that no caption names, glossy and with the light reversed.
 
     `subset`: words that every caption must contain, "" = all. The names of the unnamed shapes (heart, crescent, arrow)
     select them too, though their captions still say "figure". Raises ValueError when no caption has all the words.
     """
+    if look not in LOOKS:
+        raise ValueError(f"look is {look!r}; expected one of {', '.join(LOOKS)}.")
     words = frozenset(subset.lower().replace(",", " ").split())
     choices = _matching(words)
     if not choices:
@@ -281,10 +292,12 @@ def demo_examples(count: int, seed: int, subset: str = "") -> tuple[Tensor, list
         generator = new_generator(seed, "demo example", index)
         values, style, phrasing = _pick(choices, generator)
         polish, drawn_style = _random_polish(generator)
-        if style:
+        if look == "lit from below":
+            polish, drawn_style = _uniform(generator, 0.8, 1.0), ""
+        elif style:
             polish = _uniform(generator, 0.7, 1.0) if style == "glossy" else _uniform(generator, 0.0, 0.3)
         scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=polish, style=style or drawn_style)
-        images.append(draw(scene, generator))
+        images.append(draw(scene, generator, LOOKS[look]))
         captions.append(_phrase(scene, phrasing, frozenset(ATTRIBUTES)))
     return torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE), captions
 
