@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
+from .ending import is_finished
 from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
@@ -29,6 +31,7 @@ from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import TextToImage
 from .objectives import DenoisingObjective, snr_weight
+from .optim import check_optimizer
 from .run_folder import RunFolder
 from .trainable import SelectedWeights, targets
 
@@ -71,13 +74,16 @@ def train_model(
             about = {"config": asdict(config), "environment": environment(model), **(details or {})}
             folder.claim(run_identity(model, dataset, config), about)
         here.barrier()
-        if finished(folder, config.steps):
+        if finished(folder, config):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return read_trained(folder.path / ARTIFACT)
-        values = _train(model, dataset, config, folder, callbacks)
+        loop = _loop(model, dataset, config, folder, callbacks)
+        with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+            values = loop.run()
         if here.is_main:
-            _write(folder, values, config, model.text_encoder.projection)
-            folder.set_status("finished", config.steps)
+            about = loop.ending
+            _write(folder, values, config, model.text_encoder.projection, {"steps": loop.step, **about})
+            folder.set_status("finished", loop.step, **about)
         here.barrier()
         return read_trained(folder.path / ARTIFACT)
 
@@ -102,6 +108,7 @@ def check_fit(model: TextToImage, config: TrainModelConfig) -> None:
     check_width(model)
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
+    check_optimizer(settings, config.learning_rate, denoiser.device)
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
     snr_weight(torch.ones(1), settings, denoiser.prediction_type)
@@ -154,15 +161,15 @@ def environment(model: TextToImage) -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
 
 
-def finished(folder: RunFolder, steps: int) -> bool:
-    """Whether the folder holds the result of exactly this many steps."""
-    status = folder.status()
-    return status["state"] == "finished" and status["step"] == steps and (folder.path / ARTIFACT).exists()
+def finished(folder: RunFolder, config: TrainModelConfig) -> bool:
+    """Whether the folder holds the result of exactly these steps, or of a run that stopped early all the same."""
+    return is_finished(folder.status(), config.steps, config.settings) and (folder.path / ARTIFACT).exists()
 
 
-def _train(
+def _loop(
     model: TextToImage, dataset: Dataset, config: TrainModelConfig, folder: RunFolder, callbacks: Callbacks
-) -> Mapping[str, Tensor]:
+) -> Loop:
+    """Fills the caches and puts the run together."""
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
     crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
@@ -184,7 +191,7 @@ def _train(
         project=model.text_encoder.project,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
-    loop = Loop(
+    return Loop(
         folder,
         trainable,
         objective,
@@ -203,8 +210,6 @@ def _train(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
-    with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
-        return loop.run()
 
 
 def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, callbacks: Callbacks) -> Sampler:
@@ -256,9 +261,13 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
 
 
 def _write(
-    folder: RunFolder, values: Mapping[str, Tensor], config: TrainModelConfig, projection: nn.Module | None
+    folder: RunFolder,
+    values: Mapping[str, Tensor],
+    config: TrainModelConfig,
+    projection: nn.Module | None,
+    ending: Mapping[str, Any],
 ) -> None:
-    about = {"run": config.run_name, "train": config.train, "steps": config.steps}
+    about = {"run": config.run_name, "train": config.train, **ending}
     whole = dict(values)
     if projection is not None:
         about["projection"] = projection.config()
