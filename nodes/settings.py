@@ -31,14 +31,23 @@ class RetuneTrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "optimizer",
-                    options=["AdamW", "Adafactor", "SGD"],
+                    options=["AdamW", "Adafactor", "SGD", "AdamW8bit", "Prodigy", "AdamWScheduleFree", "Lion", "CAME"],
                     default=d.optimizer,
                     optional=True,
-                    tooltip="AdamW; Adafactor needs less memory; SGD with momentum 0.9.",
+                    tooltip="AdamW; Adafactor needs less memory; SGD with momentum 0.9. The others need a package of "
+                    "their own, which an error names: see the help page.",
                 ),
                 io.Combo.Input(
                     "lr_schedule",
-                    options=["constant", "linear", "cosine"],
+                    options=[
+                        "constant",
+                        "linear",
+                        "cosine",
+                        "cosine with restarts",
+                        "polynomial",
+                        "REX",
+                        "warm-up-stable-decay",
+                    ],
                     default=d.lr_schedule,
                     optional=True,
                     tooltip="Learning rate after the warm-up: kept, or down towards zero at the end.",
@@ -212,6 +221,8 @@ class RetuneTrainingSettings(io.ComfyNode):
                     "leaves it to gradient_accumulation.",
                     **number,
                 ),
+                *_schedule(d),
+                *_ending(d),
             ],
             outputs=[
                 types.Settings.Output(display_name="settings", tooltip="Goes into a training node."),
@@ -232,6 +243,66 @@ class RetuneTrainingSettings(io.ComfyNode):
     def execute(cls, preset="custom", **values):
         run = {"learning_rate": LEARNING_RATE, "steps": STEPS} | PRESET_RUNS.get(preset, {})
         return io.NodeOutput(TrainingSettings(**(values | PRESETS[preset])), run["learning_rate"], run["steps"])
+
+
+def _schedule(default: TrainingSettings) -> list:
+    """What only some schedules of the learning rate read."""
+    return [
+        io.Int.Input(
+            "lr_cycles",
+            default=default.lr_cycles,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="Times that lr_schedule 'cosine with restarts' goes from the peak to zero.",
+        ),
+        io.Float.Input(
+            "lr_power",
+            default=default.lr_power,
+            min=0.01,
+            max=100.0,
+            step=0.1,
+            round=False,
+            optional=True,
+            advanced=True,
+            tooltip="Exponent of lr_schedule 'polynomial'; 1 is a line, more falls faster at first.",
+        ),
+        io.Float.Input(
+            "lr_decay_share",
+            default=default.lr_decay_share,
+            min=0.001,
+            max=1.0,
+            step=0.01,
+            round=False,
+            optional=True,
+            advanced=True,
+            tooltip="Share of the steps after the warm-up in which lr_schedule 'warm-up-stable-decay' goes down to "
+            "zero.",
+        ),
+    ]
+
+
+def _ending(default: TrainingSettings) -> list:
+    """When to stop, and which weights to keep."""
+    return [
+        io.Int.Input(
+            "early_stop_after",
+            default=default.early_stop_after,
+            min=0,
+            max=100000,
+            optional=True,
+            tooltip="Validations in a row without a lower loss that end the run, with its best weights as the result; "
+            "0 trains all steps.",
+        ),
+        io.Combo.Input(
+            "result",
+            options=["last", "best"],
+            default=default.result,
+            optional=True,
+            tooltip="The last weights, or those of the lowest validation loss.",
+        ),
+    ]
 
 
 def _stages(default: TrainingSettings) -> list:

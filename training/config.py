@@ -43,10 +43,17 @@ def check_run_name(name: str, what: str = "run name") -> None:
 class TrainingSettings:
     """How to train: optimiser, schedule, loss, noise. Defaults are those most trainers ship for Stable Diffusion."""
 
-    optimizer: Literal["AdamW", "Adafactor", "SGD"] = "AdamW"
-    """AdamW (Loshchilov & Hutter 2017), Adafactor (little memory), or SGD with momentum 0.9."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after warm-up: kept, or lowered in a line or half a cosine to zero just after the last step."""
+    optimizer: Literal["AdamW", "Adafactor", "SGD", "AdamW8bit", "Prodigy", "AdamWScheduleFree", "Lion", "CAME"] = (
+        "AdamW"
+    )
+    """AdamW (arXiv 1711.05101), Adafactor (1804.04235, little memory), SGD with momentum 0.9; with packages of their
+    own AdamW8bit (2110.02861), Prodigy (2306.06101), AdamWScheduleFree (2405.15682), Lion (2302.06675), CAME
+    (2307.02047)."""
+    lr_schedule: Literal[
+        "constant", "linear", "cosine", "cosine with restarts", "polynomial", "REX", "warm-up-stable-decay"
+    ] = "cosine"
+    """Learning rate after warm-up: kept, or lowered to zero just after the last step. warm-up-stable-decay keeps it
+    until the last lr_decay_share of the run."""
     warmup_steps: int = 10
     """Steps in which the learning rate rises from zero, linearly."""
     weight_decay: float = 0.01
@@ -104,6 +111,16 @@ class TrainingSettings:
     """Step at which self-attention (attn1) begins to train; before, it stays as it is."""
     unfreeze_rest: int = 0
     """Step at which everything else in the UNet begins to train; before, it stays as it is."""
+    lr_cycles: int = 1
+    """Times that lr_schedule "cosine with restarts" goes from the peak to zero."""
+    lr_power: float = 1.0
+    """Exponent of lr_schedule "polynomial"; 1 is a line, more falls faster at first."""
+    lr_decay_share: float = 0.2
+    """Share of the steps after the warm-up in which lr_schedule "warm-up-stable-decay" goes down to zero."""
+    early_stop_after: int = 0
+    """Validations in a row without a lower loss that end the run, with the best weights as its result; 0 = never."""
+    result: Literal["last", "best"] = "last"
+    """Which weights a run that was not stopped early ends with: the last, or those of the lowest validation loss."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -124,12 +141,20 @@ class TrainingSettings:
             validation_fraction=(0, 0.5),
             validate_every=(1, 10**7),
             save_every=(1, 10**7),
+            lr_cycles=(1, 10**5),
+            lr_power=(0.01, 100),
+            lr_decay_share=(0.001, 1),
+            early_stop_after=(0, 10**7),
             **{f"lr_{group}": (0, 1000) for group in GROUPS},
             **{f"unfreeze_{group}": (0, 10**8) for group in GROUPS},
         )
         if self.min_timestep > self.max_timestep:
             raise ValueError(
                 f"min_timestep is {self.min_timestep}, above max_timestep {self.max_timestep}; expected min <= max."
+            )
+        if self.optimizer == "AdamWScheduleFree" and self.ema_decay:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay}; expected 0 with AdamWScheduleFree, which averages the weights itself."
             )
 
 
@@ -202,6 +227,12 @@ class RunConfig:
                 f"total_batch is {self.settings.total_batch}; expected a multiple of batch_size, {self.batch_size}. "
                 "Choose a batch_size that divides it, or total_batch 0."
             )
+        wants_validation = self.settings.early_stop_after or self.settings.result == "best"
+        if wants_validation and not self.settings.validation_fraction:
+            raise ValueError(
+                "validation_fraction is 0; expected more with early_stop_after or result 'best', which go by the loss "
+                "of held-out images. 0.05 to 0.1 is usual."
+            )
 
     @property
     def gradient_accumulation(self) -> int:
@@ -221,7 +252,7 @@ class TrainModelConfig(RunConfig):
 
 RESUMABLE = {"run_name", "steps", "samples", "resume"}
 """Fields that may differ when a run goes on."""
-RESUMABLE_SETTINGS = {"validate_every", "save_every"}
+RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result"}
 
 
 def identity(config: Any) -> dict[str, Any]:

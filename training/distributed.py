@@ -36,6 +36,14 @@ class World:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def from_main(self, number: int, device: torch.device) -> int:
+        """The main process's number on every process; all wait for it here."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number if self.is_main else 0], device=device)
+        torch.distributed.all_reduce(shared)
+        return int(shared)
+
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()

@@ -3,7 +3,7 @@
     for every optimiser step:
         put the masters in effect; sum the loss and its gradient over the accumulated batches
         clip, step the optimiser, update the average
-        log a row; now and then validate, draw samples, save the state
+        log a row; now and then validate, draw samples, save the state; stop early when validation gets no better
 
 A run is a function of its config: killed anywhere and started again it goes on from the last state, rewrites the rows
 after it and ends with the same files, bit for bit (at the same number of threads).
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,9 +26,10 @@ from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
 from .data.images import contact_sheet, save_png
 from .distributed import World, world
-from .files import check_free_disk, read_tensors, write_tensors
+from .ending import best_values, result_kind, stopped_early
+from .files import check_free_disk, write_tensors
 from .objectives import Objective
-from .optim import build_optimizer, group_rate, learning_rate_factor
+from .optim import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .run_folder import RunFolder
 from .trainable import Trainable
 
@@ -134,25 +134,31 @@ class Loop:
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
-        self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, config.settings)
-        self._check_groups()
+        self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, config.settings, trainable.rate)
+        self._check()
         self.ema = self._fresh_average()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         self.step, self.saved_step, self.seconds_per_step = 0, -1, 0.0
-        self.best = math.inf
+        self.best, self.stale = math.inf, 0
+        self.ending: dict[str, Any] = {}
         self.events: set[tuple[str, int]] = set()
 
-    def _check_groups(self) -> None:
-        """Raises ValueError when nothing would train at the first step: a schedule nobody means."""
+    def _check(self) -> None:
+        """Raises ValueError when nothing would train at the first step, or no validation tell when to stop."""
         groups = [group["name"] for group in self.optimizer.param_groups]
         if not any(group_rate(group, 1, self.settings) for group in groups):
             raise ValueError(
                 f"learning rates of {', '.join(groups)} are 0 at the first step; expected one that trains. Raise an "
                 "lr_... setting or set its unfreeze_... to 0."
             )
+        if not self.validation and (self.settings.early_stop_after or self.settings.result == "best"):
+            raise ValueError(
+                "number of held-out images is 0; expected some with early_stop_after or result 'best'. Raise "
+                "validation_fraction."
+            )
 
     def run(self) -> dict[str, Tensor]:
-        """Trains to the end and returns the result's values: the average when there is one, else the masters.
+        """Trains to the end and returns the result's values: the last ones or, by `ending.result_kind`, the best.
 
         Raises TrainingDiverged on a non-finite loss or gradient. The state on disk then stays that of the last regular
         save, if there was one: weights just before the end are finite, but may have gone astray already.
@@ -163,7 +169,7 @@ class Loop:
         try:
             self.callbacks.before_step(self.step)
             self._after_step()
-            while self.step < self.config.steps:
+            while self.step < self.config.steps and not self.stopped_early:
                 self.callbacks.before_step(self.step + 1)
                 began = time.perf_counter()
                 row = self._gradients(self.step + 1)
@@ -183,11 +189,27 @@ class Loop:
                 self.folder.set_status(state, self.step, message=str(error) or type(error).__name__)
             raise
         self._save()
-        return self.values()
+        return self._result()
 
     def values(self) -> Mapping[str, Tensor]:
-        """What samples, validation and the result use."""
-        return self.ema or self.trainable.values()
+        """What samples, validation and the result use: the average when there is one, else the masters."""
+        return self.ema or evaluation_weights(self.optimizer, self.trainable.parameters)
+
+    @property
+    def stopped_early(self) -> bool:
+        return stopped_early(self.stale, self.settings)
+
+    def _result(self) -> Mapping[str, Tensor]:
+        """The last values or the best; `ending` then says which and why, for status.json."""
+        kind = result_kind(self.stale, self.settings)
+        self.ending = {"stopped_early": self.stopped_early, "result": kind, "stale": self.stale}
+        if kind == "last":
+            return self.values()
+        best = best_values(self.folder)
+        if best is None:
+            raise ValueError("no validation loss was a number, so no weights are the best; expected result 'last'.")
+        self.ending["best_step"] = int(best[1]["step"])
+        return best[0]
 
     def _gradients(self, step: int) -> dict[str, Any]:
         """Sums loss and gradient over the accumulated batches; returns the step's row for metrics.jsonl."""
@@ -239,7 +261,7 @@ class Loop:
     def _update(self, row: dict[str, Any]) -> None:
         """Steps the optimiser and the average, logs the row."""
         for group in self.optimizer.param_groups:
-            group["lr"] = row["learning_rate"] * group_rate(group["name"], row["step"], self.settings)
+            group["lr"] = row["learning_rate"] * group["rate"] * group_rate(group["name"], row["step"], self.settings)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._average()
@@ -267,31 +289,36 @@ class Loop:
 
     def _after_step(self) -> None:
         """Validation, samples and state when they are due; each is skipped when a resumed run has done it already."""
-        if not self.world.is_main:
-            self.world.barrier()
-            return
-        last = self.step == self.config.steps
-        due = self.step % self.settings.validate_every == 0 or last
+        if self.world.is_main:
+            self._look()
+        self.stale = self.world.from_main(self.stale, self.device)
+        if self.stopped_early and self.step < self.config.steps:
+            self.callbacks.on_text(f"stopping at step {self.step}: {self.stale} validations without a lower loss")
+
+    def _look(self) -> None:
+        due = self.step % self.settings.validate_every == 0 or self.step == self.config.steps
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
+        last = self.step == self.config.steps or self.stopped_early
         due = self.step % self.config.sample_every == 0 or last
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
         if self.step and self.step % self.settings.save_every == 0 and not last:
             self._save()
             self.folder.set_status("running", self.step)
-        self.world.barrier()
 
     def _validate(self) -> None:
         self.callbacks.on_text(f"validating at step {self.step}")
         loaded = self.objective.load(self.validation)
         self.callbacks.after_load()
-        with self.trainable.attach(self.values()), self._autocast():
+        values = self.values()
+        with self.trainable.attach(values), self._autocast():
             loss = self.objective.validation(loaded)
             figures = self.evaluation(loaded) if self.evaluation else {}
+        self.stale += 1
         if loss < self.best:
-            write_tensors(self.folder.best, self.values(), {"step": str(self.step), "validation_loss": repr(loss)})
-            self.best = loss
+            write_tensors(self.folder.best, values, {"step": str(self.step), "validation_loss": repr(loss)})
+            self.best, self.stale = loss, 0
         self.folder.add_row({"event": "validation", "step": self.step, "loss": loss, **figures})
 
     @torch.no_grad()
@@ -314,7 +341,8 @@ class Loop:
 
     def _save(self) -> None:
         if self.world.is_main:
-            extra = {"best": self.best if math.isfinite(self.best) else None, "scaler": self.scaler.state_dict()}
+            best = self.best if math.isfinite(self.best) else None
+            extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
             self.saved_step = self.step
 
@@ -333,6 +361,7 @@ class Loop:
             self.ema = {k: state.ema[k].to(v) for k, v in self.ema.items()}
             restore_optimizer(self.optimizer, state.optimizer)
             self.best = state.extra["best"] if state.extra["best"] is not None else math.inf
+            self.stale = state.extra.get("stale", 0)  # none in states of earlier versions
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step
@@ -369,8 +398,3 @@ class Loop:
         return StepInfo(
             self.folder.name, self.step, self.config.steps, row["loss"], row["learning_rate"], self.seconds_per_step
         )
-
-
-def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
-    return read_tensors(folder.best) if Path(folder.best).exists() else None

@@ -1,7 +1,7 @@
 """A run is a folder: config, metrics, samples, state and result, each written whole or not at all.
 
 <run>/config.json       what was asked for, and on what machine
-<run>/status.json       running, interrupted, failed or finished; step; message
+<run>/status.json       running, interrupted, failed or finished; step; message; how it ended (see `ending`)
 <run>/metrics.jsonl     one row per optimiser step, and rows with `event`; no clock times, so equal runs are equal files
 <run>/samples/          pictures, `<step>_<index>.png`
 <run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors (masters)

@@ -17,7 +17,7 @@ from .loop import Callbacks
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
 from .run_folder import RunFolder
-from .train_model import check_fit, check_steps, environment, finished, open_run, run_identity, train_denoising
+from .train_model import check_fit, check_steps, denoising_loop, environment, finished, open_run, run_identity, run_loop
 
 ARTIFACT = "lora.safetensors"
 
@@ -53,15 +53,17 @@ def train_lora(
             about = {"config": asdict(config), "environment": environment(model), **(details or {})}
             folder.claim(run_identity("lora", model, dataset, config), about)
         here.barrier()
-        if finished(folder, config.steps, ARTIFACT):
+        if finished(folder, config, ARTIFACT):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return read_lora_run(folder.path)
         callbacks.after_load()
         adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
-        values = train_denoising(model, dataset, config, folder, callbacks, adapters, text_trains=config.trains_text)
+        text = {"text_trains": config.trains_text}
+        loop = denoising_loop(model, dataset, config, folder, callbacks, adapters, **text)
+        values = run_loop(loop, model, config, **text)
         if here.is_main:
-            write_lora(folder, adapters.lora_model(values), config)
-            folder.set_status("finished", config.steps)
+            write_lora(folder, adapters.lora_model(values), config, {"steps": loop.step, **loop.ending})
+            folder.set_status("finished", loop.step, **loop.ending)
         here.barrier()
         return read_lora_run(folder.path)
 
@@ -84,9 +86,9 @@ def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
-def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """The run's result, under the names that ComfyUI's own LoRA files have."""
-    about = {"run": config.run_name, "algorithm": config.algorithm, "steps": config.steps}
+def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig, ending: Mapping) -> None:
+    """The run's result, under the names that ComfyUI's own LoRA files have; ending: how it ended, for its metadata."""
+    about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
     write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
 
 

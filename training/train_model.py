@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
+from .ending import is_finished
 from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
@@ -29,6 +31,7 @@ from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import Conditioning, TextEncoder, TextToImage
 from .objectives import DenoisingObjective, snr_weight
+from .optim import check_optimizer
 from .run_folder import RunFolder
 from .trainable import SelectedWeights, Trainable, targets
 
@@ -71,13 +74,15 @@ def train_model(
             about = {"config": asdict(config), "environment": environment(model), **(details or {})}
             folder.claim(run_identity("model", model, dataset, config), about)
         here.barrier()
-        if finished(folder, config.steps):
+        if finished(folder, config):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return read_trained(folder.path / ARTIFACT)
-        values = train_denoising(model, dataset, config, folder, callbacks, _trainable(model, config))
+        loop = denoising_loop(model, dataset, config, folder, callbacks, _trainable(model, config))
+        values = run_loop(loop, model, config)
         if here.is_main:
-            _write(folder, values, config, model.text_encoder.projection)
-            folder.set_status("finished", config.steps)
+            about = loop.ending
+            _write(folder, values, config, model.text_encoder.projection, {"steps": loop.step, **about})
+            folder.set_status("finished", loop.step, **about)
         here.barrier()
         return read_trained(folder.path / ARTIFACT)
 
@@ -102,6 +107,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     check_width(model)
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
+    check_optimizer(settings, config.learning_rate, denoiser.device)
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
     snr_weight(torch.ones(1), settings, denoiser.prediction_type)
@@ -154,13 +160,12 @@ def environment(model: TextToImage) -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
 
 
-def finished(folder: RunFolder, steps: int, artifact: str = ARTIFACT) -> bool:
-    """Whether the folder holds the result of exactly this many steps."""
-    status = folder.status()
-    return status["state"] == "finished" and status["step"] == steps and (folder.path / artifact).exists()
+def finished(folder: RunFolder, config: RunConfig, artifact: str = ARTIFACT) -> bool:
+    """Whether the folder holds the result of exactly these steps, or of a run that stopped early all the same."""
+    return is_finished(folder.status(), config.steps, config.settings) and (folder.path / artifact).exists()
 
 
-def train_denoising(
+def denoising_loop(
     model: TextToImage,
     dataset: Dataset,
     config: RunConfig,
@@ -169,8 +174,8 @@ def train_denoising(
     trainable: Trainable,
     *,
     text_trains: bool = False,
-) -> Mapping[str, Tensor]:
-    """The loop with the denoising objective; returns the trained values.
+) -> Loop:
+    """Fills the caches and puts a run of the denoising objective together, for `run_loop`.
 
     text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
     """
@@ -196,7 +201,7 @@ def train_denoising(
         project=model.text_encoder.project,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
-    loop = Loop(
+    return Loop(
         folder,
         trainable,
         objective,
@@ -215,6 +220,10 @@ def train_denoising(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
+
+
+def run_loop(loop: Loop, model: TextToImage, config: RunConfig, *, text_trains: bool = False) -> Mapping[str, Tensor]:
+    """The trained values. text_trains: as `denoising_loop` was told."""
     text = model.text_encoder.training() if text_trains else nullcontext()
     with text, model.denoiser.checkpointing(config.settings.gradient_checkpointing):
         return loop.run()
@@ -273,9 +282,13 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
 
 
 def _write(
-    folder: RunFolder, values: Mapping[str, Tensor], config: TrainModelConfig, projection: nn.Module | None
+    folder: RunFolder,
+    values: Mapping[str, Tensor],
+    config: TrainModelConfig,
+    projection: nn.Module | None,
+    ending: Mapping[str, Any],
 ) -> None:
-    about = {"run": config.run_name, "train": config.train, "steps": config.steps}
+    about = {"run": config.run_name, "train": config.train, **ending}
     whole = dict(values)
     if projection is not None:
         about["projection"] = projection.config()

@@ -272,3 +272,64 @@ def test_a_cancel_between_steps_saves_too(tmp_path):
     assert json.loads((tmp_path / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted"
     tensors, _ = read_tensors(loop.folder.latest)
     assert {"master.w.weight", "optimizer.0.momentum_buffer"} <= tensors.keys()
+
+
+STOPS = {"size": 1, "rate": 0.1, "validation": [3], "validate_every": 1}
+"""The weight follows the numbers 0, 1, 2, ... after a while: away from 3 for five steps, nearest to it after the
+seventh, then away from it for good."""
+
+
+def validated(loop):
+    return [row["loss"] for row in loop.folder.rows() if row.get("event") == "validation"]
+
+
+@pytest.mark.parametrize("patience, stop, best", [(3, 3, 0), (6, 13, 7), (0, 20, 7)])
+def test_a_run_stops_early_with_its_best_weights(tmp_path, patience, stop, best):
+    loop = built(tmp_path, steps=20, early_stop_after=patience, result="best", samples=("x",), **STOPS)
+    result = loop.run()["w.weight"].item()
+    weights = [2.0, *loop.callbacks.masters]
+    assert len(weights) == stop + 1 and weights != sorted(weights)
+    assert validated(loop) == pytest.approx([(weight - 3) ** 2 for weight in weights], rel=1e-4)
+    assert result == weights[best]
+    stale = stop - best
+    assert loop.ending == {"stopped_early": patience > 0, "result": "best", "stale": stale, "best_step": best}
+    drawn = [row["step"] for row in loop.folder.rows() if row.get("event") == "sample"]
+    assert drawn[-1] == stop == load_state(loop.folder).step
+
+
+def test_after_an_early_stop_the_last_weights_are_never_the_result(tmp_path):
+    stopped = built(tmp_path / "stopped", steps=20, early_stop_after=3, result="last", **STOPS)
+    assert stopped.run()["w.weight"].item() == 2.0 and stopped.ending["result"] == "best"
+    whole = built(tmp_path / "whole", steps=20, early_stop_after=14, result="last", **STOPS)
+    assert whole.run()["w.weight"].item() == whole.callbacks.masters[-1]
+    assert whole.ending == {"stopped_early": False, "result": "last", "stale": 13}
+
+
+@pytest.mark.parametrize("stop", [1, 6, 9])
+def test_an_early_stop_comes_at_the_same_step_after_a_break(tmp_path, stop):
+    options = {"steps": 20, "early_stop_after": 6, "save_every": 4, **STOPS}
+    whole = built(tmp_path / "whole", **options)
+    expected = whole.run()
+    assert whole.step == 13
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path / "parts", stop=stop, **options).run()
+    again = built(tmp_path / "parts", **options)
+    assert torch.equal(again.run()["w.weight"], expected["w.weight"]) and again.ending == whole.ending
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_stopped_early_goes_on_when_asked_for_more(tmp_path):
+    whole = built(tmp_path / "whole", steps=20, **STOPS)
+    expected = whole.run()
+    stopped = built(tmp_path / "parts", steps=20, early_stop_after=3, **STOPS)
+    stopped.run()
+    assert stopped.step < 20
+    again = built(tmp_path / "parts", steps=20, **STOPS)
+    assert torch.equal(again.run()["w.weight"], expected["w.weight"])
+    assert validated(again) == validated(whole)
+
+
+def test_the_best_weights_need_a_validation(tmp_path):
+    for options in ({"early_stop_after": 1}, {"result": "best"}):
+        with pytest.raises(ValueError, match="number of held-out images is 0"):
+            built(tmp_path, **options)

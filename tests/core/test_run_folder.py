@@ -219,6 +219,19 @@ def test_optimiser_goes_on_bit_for_bit_from_its_file(tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
 
 
+def test_a_state_of_before_group_values_were_saved_is_read(tmp_path):
+    folder, weights = RunFolder(tmp_path), fresh()
+    save_state(folder, 3, {"w": weights[0].data}, {}, trained("AdamW", range(3), weights), {})
+    tensors, metadata = read_tensors(folder.latest)
+    about = json.loads(metadata["retune.state"])
+    assert about.pop("groups")[0]["name"] == "rest"
+    write_tensors(folder.latest, tensors, {"retune.state": json.dumps(about)})
+    optimizer = build_optimizer(dict(enumerate_names(weights)), 0.01, TrainingSettings(weight_decay=0.1))
+    restore_optimizer(optimizer, load_state(folder).optimizer)
+    assert [optimizer.state[w]["step"].item() for w in weights] == [3, 3]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
 @pytest.mark.parametrize("damage", [b"", b"torn", None])
 def test_a_damaged_state_is_named(tmp_path, damage):
     folder = RunFolder(tmp_path)

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import sys
 
 import pytest
 import torch
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.files import read_tensors
 from retune.training.loop import Callbacks, TrainingDiverged
 from retune.training.run_folder import RunFolder
 from retune.training.train_model import train_model
@@ -204,3 +206,60 @@ def test_samples_are_judged_where_something_can(tiny_model, pictures, tmp_path):
     rows = [row for row in RunFolder(tmp_path / "r").rows() if row.get("event") == "sample"]
     assert judged == [(1, ["a red circle"])] * 2
     assert [(row["step"], row["alignment"]) for row in rows] == [(0, 0.25), (4, 0.5)]
+
+
+def stopping(patience, **changes):
+    """A learning rate at which the held-out loss soon goes up and down."""
+    settings = dataclasses.replace(config().settings, early_stop_after=patience, validate_every=2, ema_decay=0.0)
+    return config(learning_rate=0.3, steps=12, settings=dataclasses.replace(settings, **changes))
+
+
+def weights_at(path):
+    return {name: value for name, value in read_tensors(path)[0].items() if not name.startswith("projection.")}
+
+
+def test_a_run_that_stopped_early_is_finished(tiny_model, pictures, tmp_path):
+    train_model(tiny_model, pictures, stopping(0), tmp_path / "whole")
+    losses = [row["loss"] for row in RunFolder(tmp_path / "whole" / "r").rows() if row.get("event") == "validation"]
+    last = next(i for i, loss in enumerate(losses) if loss > min(losses[:i], default=loss))
+    trained = train_model(tiny_model, pictures, stopping(1), tmp_path)
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    early = {"stopped_early": True, "result": "best", "stale": 1, "best_step": 2 * last - 2}
+    assert status == {"state": "finished", "step": 2 * last, **early} and last < 6
+    best = weights_at(tmp_path / "r" / "state" / "best.safetensors")
+    found = weights_at(trained.path)
+    assert found.keys() == best.keys() and all(torch.equal(found[key], best[key]) for key in best)
+    before = digest(tmp_path)
+    for asked in (stopping(1), dataclasses.replace(stopping(1), steps=20)):
+        train_model(tiny_model, pictures, asked, tmp_path, Dies(2 * last + 1))  # it would, were it not read from disk
+        assert digest(tmp_path) == before
+    train_model(tiny_model, pictures, stopping(0), tmp_path)
+    shared = digest(tmp_path / "whole").items() - digest(tmp_path).items()
+    assert {name for name, _ in shared} == {"metrics.jsonl"}  # it has one more set of samples, of the early stop
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["result"] == "last"
+
+
+def test_the_best_weights_of_a_finished_run_may_be_asked_for(tiny_model, pictures, tmp_path):
+    last = train_model(tiny_model, pictures, stopping(0), tmp_path)
+    rows = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    best = train_model(tiny_model, pictures, stopping(0, result="best"), tmp_path, Dies(13))
+    kept = weights_at(tmp_path / "r" / "state" / "best.safetensors")
+    found = weights_at(best.path)
+    assert all(torch.equal(found[key], kept[key]) for key in kept)
+    assert not all(torch.equal(last.unet[key], value) for key, value in best.unet.items())
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == rows
+    again = train_model(tiny_model, pictures, stopping(0), tmp_path)
+    assert all(torch.equal(last.unet[key], value) for key, value in again.unet.items())
+
+
+def test_early_stop_without_held_out_images_is_refused():
+    for changes in ({"early_stop_after": 3}, {"result": "best"}):
+        with pytest.raises(ValueError, match="validation_fraction is 0; expected more with early_stop_after"):
+            config(settings=TrainingSettings(**changes))
+
+
+def test_a_missing_package_is_named_before_anything_is_made(tiny_model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ValueError, match="pip install pytorch-optimizer"):
+        train_model(tiny_model, pictures, config(settings=TrainingSettings(optimizer="CAME")), tmp_path)
+    assert not (tmp_path / "r").exists()
