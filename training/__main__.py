@@ -50,6 +50,7 @@ def open_model(arguments: argparse.Namespace):
 
 
 def train(arguments: argparse.Namespace) -> dict:
+    from .data.dataset import join
     from .data.folder import load_folder
     from .train_model import train_model
 
@@ -60,10 +61,24 @@ def train(arguments: argparse.Namespace) -> dict:
         samples=read_flags(arguments, SamplePrompts, "sample_"),
     )
     terminal = Terminal()
-    dataset = load_folder(read_flags(arguments, FolderConfig), lambda done, total, text: terminal.on_text(text))
+
+    def progress(done: int, total: int, text: str) -> None:
+        terminal.on_text(text)
+
+    dataset = load_folder(read_flags(arguments, FolderConfig), progress)
+    if arguments.reg_folder:
+        dataset = join(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
     print(dataset.report, file=sys.stderr)
     trained = train_model(open_model(arguments), dataset, config, arguments.output, terminal)
     return {"run": str(trained.path.parent), "result": str(trained.path)}
+
+
+def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
+    """Read as the training folder is, but for its own flags, and without masks."""
+    changes = {"folder": arguments.reg_folder, "weight": arguments.reg_weight, "repeats": arguments.reg_repeats}
+    if arguments.reg_caption:
+        changes |= {"captions": "one caption", "caption": arguments.reg_caption}
+    return replace(read_flags(arguments, FolderConfig), masks="none", **changes)
 
 
 def reset(arguments: argparse.Namespace) -> dict:
@@ -103,6 +118,11 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     t = verbs.add_parser("train", help="retrain layers of a UNet on captioned images")
     add_flags(t, ModelConfig)
     add_flags(t, FolderConfig)
+    g = t.add_argument_group("regularisation images")
+    g.add_argument("--reg-folder", type=Path, help="images that keep the model what it was; an epoch shows as many")
+    g.add_argument("--reg-weight", type=float, default=1.0, help="factor of their loss (default: 1.0)")
+    g.add_argument("--reg-repeats", type=int, default=1, help="repeats of each, before they are balanced (default: 1)")
+    g.add_argument("--reg-caption", default="", help="one caption for all of them (default: as --captions says)")
     add_flags(t, TrainModelConfig, skip=("settings", "samples"))
     add_flags(t, TrainingSettings)
     t.add_argument("--preset", choices=PRESETS, default="custom", help="other defaults for the flags it names")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import TrainModelConfig, identity
+from .config import TrainingSettings, TrainModelConfig, identity
 from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
 from .data.examples import Dataset
@@ -28,7 +28,8 @@ from .generators import generator
 from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import TextToImage
-from .objectives import DenoisingObjective, snr_weight
+from .noise import zero_terminal_sigmas
+from .objectives import DenoisingObjective, check_objective
 from .run_folder import RunFolder
 from .trainable import SelectedWeights, targets
 
@@ -104,7 +105,7 @@ def check_fit(model: TextToImage, config: TrainModelConfig) -> None:
     denoiser, settings = model.denoiser, config.settings
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
-    snr_weight(torch.ones(1), settings, denoiser.prediction_type)
+    check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
     if channels != denoiser.latent_channels:
         raise ValueError(
@@ -163,15 +164,15 @@ def finished(folder: RunFolder, steps: int) -> bool:
 def _train(
     model: TextToImage, dataset: Dataset, config: TrainModelConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Mapping[str, Tensor]:
+    model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
     crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
     prompts = config.samples.prompts
+    captions = (held_out if config.settings.varies_captions else dataset).captions
     if world().is_main:
         latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-        texts.fill(
-            ["", *prompts, *dataset.captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})")
-        )
+        texts.fill(["", *prompts, *captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     world().barrier()
     callbacks.after_load()
     trainable = _trainable(model, config)
@@ -179,9 +180,11 @@ def _train(
         model.denoiser,
         config.settings,
         config.seed,
-        latent_of=lambda slot: _latent(latents, slot, crops[slot.example.key], config.seed),
+        latent_of=lambda slot: _shown(latents.get, slot, crops[slot.example.key], config.seed),
         text_of=texts.get,
         project=model.text_encoder.project,
+        mask_of=lambda slot: _shown(latents.mask, slot, crops[slot.example.key], config.seed),
+        varied_text_of=texts.once,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     loop = Loop(
@@ -207,6 +210,15 @@ def _train(
         return loop.run()
 
 
+def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:
+    """The model at the noise levels it trains and draws samples at."""
+    if not settings.zero_terminal_snr:
+        return model
+    if settings.loss_weighting == "min-SNR":
+        log.warning("min-SNR gives pure noise no weight; for zero_terminal_snr set loss_weighting to none or debiased.")
+    return replace(model, denoiser=model.denoiser.with_sigmas(zero_terminal_sigmas(model.denoiser.sigmas)))
+
+
 def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, callbacks: Callbacks) -> Sampler:
     """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
     samples = config.samples
@@ -230,16 +242,19 @@ def _sampler(model: TextToImage, config: TrainModelConfig, texts: TextCache, cal
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:
     encoder, autoencoder = model.text_encoder, model.autoencoder
-    latents = LatentCache(root / "latents", autoencoder.encode, autoencoder.fingerprint)
+    latents = LatentCache(
+        root / "latents", autoencoder.encode, autoencoder.fingerprint, downscale=autoencoder.downscale
+    )
     texts = TextCache(root / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
     return latents, texts
 
 
-def _latent(latents: LatentCache, slot: Slot, crop: str, seed: int) -> Tensor:
+def _shown(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
+    """The latent or the mask of a slot, whichever `get` gives, cropped alike."""
     if crop == "random":
         random = generator(seed, "crop", slot.epoch, slot.index, slot.example.key)
-        return latents.get(slot.example, slot.flip, crop=crop, generator=random)
-    return latents.get(slot.example, slot.flip)
+        return get(slot.example, slot.flip, crop=crop, generator=random)
+    return get(slot.example, slot.flip)
 
 
 def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
