@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from .dataset import RetuneDatasetFromImages, RetuneLoadDataset
+from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .export import RetuneExportDiffusers
 from .lora import RetuneApplyLora
@@ -44,4 +44,5 @@ class RetuneExtension(ComfyExtension):
             RetuneRunChart,
             RetuneApplyLora,
             RetuneTrainLora,
+            RetuneJoinDatasets,
         ]

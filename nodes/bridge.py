@@ -6,6 +6,7 @@ comfy.model_management: loaded through `load_models_gpu`, never edited; masters 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -104,6 +105,13 @@ class ComfyDenoiser:
 
     def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         return self.sampling.calculate_denoised(sigma, output, noisy)
+
+    def with_sigmas(self, sigmas: Tensor) -> ComfyDenoiser:
+        other = copy.copy(self)
+        other.sampling = copy.deepcopy(self.sampling)
+        other.sampling.set_sigmas(sigmas.to(self.sampling.sigmas.device))
+        other.sigmas = sigmas
+        return other
 
     @contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:

@@ -75,6 +75,24 @@ class RetuneLoadDataset(io.ComfyNode):
                     optional=True,
                     tooltip="Stop and name images without a caption, or leave them out and count them.",
                 ),
+                io.Combo.Input(
+                    "masks",
+                    options=["none", "alpha", "files"],
+                    default="none",
+                    optional=True,
+                    tooltip="Which part of an image counts: all of it, where it is opaque, or where a picture called "
+                    "name-masklabel.png, or of the same name in a sub-folder 'masks', is white.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    round=False,
+                    optional=True,
+                    tooltip="Factor of these images' loss; for regularisation images that should count less.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -132,6 +150,42 @@ class RetuneDatasetFromImages(io.ComfyNode):
 
         lines = captions[0].splitlines() if len(captions) == 1 and captions[0].strip() else captions
         return io.NodeOutput(from_images([image.clone() for image in images], [line.strip() for line in lines]))
+
+
+class RetuneJoinDatasets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneJoinDatasets",
+            display_name="Join Datasets",
+            category="retune/data",
+            description="Two datasets as one. As regularisation images, an epoch shows as many of the second as of the "
+            "first.",
+            search_aliases=["regularisation images", "regularization", "prior preservation", "merge datasets"],
+            inputs=[
+                types.Dataset.Input("first", tooltip="The images to learn."),
+                types.Dataset.Input("second", tooltip="More images, or regularisation images."),
+                io.Combo.Input(
+                    "second_is",
+                    options=["regularisation images", "more images"],
+                    default="regularisation images",
+                    optional=True,
+                    tooltip="Regularisation images: repeated or thinned out to as many as the first, never held out "
+                    "for validation. More images: shown as often as they say.",
+                ),
+            ],
+            outputs=[
+                types.Dataset.Output(display_name="dataset", tooltip="Goes into a training node."),
+                io.String.Output(display_name="report", tooltip="What is in it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, first, second, second_is="regularisation images"):
+        from ..training.data.dataset import join
+
+        dataset = join(first, second, regularisation=second_is == "regularisation images")
+        return io.NodeOutput(dataset, dataset.report)
 
 
 def resolved(folder: str) -> Path:

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..training.config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings
 from . import types
+from .objective_inputs import objective_inputs
 
 STEPS, LEARNING_RATE = 500, 1e-5
 """What the training node starts with."""
@@ -107,10 +108,11 @@ class RetuneTrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "loss",
-                    options=["mse", "huber", "l1"],
+                    options=["mse", "huber", "l1", "pseudo-huber", "smooth-l1"],
                     default=d.loss,
                     optional=True,
-                    tooltip="Distance between prediction and target.",
+                    tooltip="Distance between prediction and target; pseudo-huber and smooth-l1 are sd-scripts' huber "
+                    "and smooth_l1.",
                 ),
                 io.Combo.Input(
                     "loss_weighting",
@@ -131,10 +133,11 @@ class RetuneTrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "timestep_sampling",
-                    options=["uniform", "logit-normal"],
+                    options=["uniform", "logit-normal", "high noise", "low noise"],
                     default=d.timestep_sampling,
                     optional=True,
-                    tooltip="Draw all noise levels alike, or mostly the middle ones (arXiv 2403.03206).",
+                    tooltip="Draw all noise levels alike, mostly the middle ones (arXiv 2403.03206), or mostly high or "
+                    "low ones (arXiv 2302.08453).",
                 ),
                 io.Int.Input(
                     "min_timestep",
@@ -223,6 +226,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                 ),
                 *_schedule(d),
                 *_ending(d),
+                *objective_inputs(d),
             ],
             outputs=[
                 types.Settings.Output(display_name="settings", tooltip="Goes into a training node."),

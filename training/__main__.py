@@ -16,6 +16,7 @@ from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .comfyui_server import WorkflowFailed
 from .config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings, TrainModelConfig
+from .data.examples import Dataset
 from .data.folder import FolderConfig
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
@@ -51,8 +52,22 @@ def open_model(arguments: argparse.Namespace):
     return build_model(config if config.device else replace(config, device=str(local_device())))
 
 
-def train(arguments: argparse.Namespace) -> dict:
+def open_dataset(arguments: argparse.Namespace, terminal: Terminal) -> Dataset:
+    """The training folder, joined with the regularisation images if there are any; prints what it holds."""
+    from .data.dataset import join
     from .data.folder import load_folder
+
+    def progress(done: int, total: int, text: str) -> None:
+        terminal.on_text(text)
+
+    dataset = load_folder(read_flags(arguments, FolderConfig), progress)
+    if arguments.reg_folder:
+        dataset = join(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
+    print(dataset.report, file=sys.stderr)
+    return dataset
+
+
+def train(arguments: argparse.Namespace) -> dict:
     from .train_model import train_model
 
     config = read_flags(
@@ -62,14 +77,12 @@ def train(arguments: argparse.Namespace) -> dict:
         samples=read_flags(arguments, SamplePrompts, "sample_"),
     )
     terminal = Terminal()
-    dataset = load_folder(read_flags(arguments, FolderConfig), lambda done, total, text: terminal.on_text(text))
-    print(dataset.report, file=sys.stderr)
+    dataset = open_dataset(arguments, terminal)
     trained = train_model(open_model(arguments), dataset, config, arguments.output, terminal)
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
 
 def lora(arguments: argparse.Namespace) -> dict:
-    from .data.folder import load_folder
     from .train_lora import train_lora
 
     config = read_flags(
@@ -79,10 +92,17 @@ def lora(arguments: argparse.Namespace) -> dict:
         samples=read_flags(arguments, SamplePrompts, "sample_"),
     )
     terminal = Terminal()
-    dataset = load_folder(read_flags(arguments, FolderConfig), lambda done, total, text: terminal.on_text(text))
-    print(dataset.report, file=sys.stderr)
+    dataset = open_dataset(arguments, terminal)
     trained = train_lora(open_model(arguments), dataset, config, arguments.output, terminal)
     return {"run": str(trained.path.parent), "result": str(trained.path)}
+
+
+def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
+    """Read as the training folder is, but for its own flags, and without masks."""
+    changes = {"folder": arguments.reg_folder, "weight": arguments.reg_weight, "repeats": arguments.reg_repeats}
+    if arguments.reg_caption:
+        changes |= {"captions": "one caption", "caption": arguments.reg_caption}
+    return replace(read_flags(arguments, FolderConfig), masks="none", **changes)
 
 
 def reset(arguments: argparse.Namespace) -> dict:
@@ -121,14 +141,14 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True)
     t = verbs.add_parser("train", help="retrain layers of a UNet on captioned images")
     add_flags(t, ModelConfig)
-    add_flags(t, FolderConfig)
+    _add_data_flags(t)
     add_flags(t, TrainModelConfig, skip=("settings", "samples"))
     add_flags(t, TrainingSettings)
     _add_run_flags(t, PRESETS)
     t.set_defaults(**PRESETS.get(preset, {}), **PRESET_RUNS.get(preset, {}), function=train)
     o = verbs.add_parser("lora", help="train a LoRA on captioned images")
     add_flags(o, ModelConfig)
-    add_flags(o, FolderConfig)
+    _add_data_flags(o)
     add_flags(o, LoraConfig, skip=("settings", "samples"))
     add_flags(o, TrainingSettings)
     _add_run_flags(o, LORA_PRESETS)
@@ -152,6 +172,15 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     for verb in (t, o, r, d, b):
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return top
+
+
+def _add_data_flags(verb: argparse.ArgumentParser) -> None:
+    add_flags(verb, FolderConfig)
+    g = verb.add_argument_group("regularisation images")
+    g.add_argument("--reg-folder", type=Path, help="images that keep the model what it was; an epoch shows as many")
+    g.add_argument("--reg-weight", type=float, default=1.0, help="factor of their loss (default: 1.0)")
+    g.add_argument("--reg-repeats", type=int, default=1, help="repeats of each, before they are balanced (default: 1)")
+    g.add_argument("--reg-caption", default="", help="one caption for all of them (default: as --captions says)")
 
 
 def _add_run_flags(verb: argparse.ArgumentParser, presets: Iterable[str]) -> None:

@@ -69,14 +69,15 @@ class TrainingSettings:
     """Arithmetic of the forward pass (autocast). Trained weights and optimiser states are always fp32."""
     ema_decay: float = 0.0
     """Exponential moving average of the trained weights, used for samples and the result; 0 = off."""
-    loss: Literal["mse", "huber", "l1"] = "mse"
-    """Distance between prediction and target; huber has its knee at 0.1."""
+    loss: Literal["mse", "huber", "l1", "pseudo-huber", "smooth-l1"] = "mse"
+    """Distance between prediction and target; huber, pseudo-huber and smooth-l1 have their knee at huber_c."""
     loss_weighting: Literal["none", "min-SNR", "debiased"] = "min-SNR"
     """Weight by noise level: min-SNR (arXiv 2303.09556) or debiased estimation (arXiv 2310.08442)."""
     snr_gamma: float = 5.0
     """Cap of the signal-to-noise ratio for min-SNR."""
-    timestep_sampling: Literal["uniform", "logit-normal"] = "uniform"
-    """Which noise levels are drawn: all alike, or mostly the middle ones (arXiv 2403.03206)."""
+    timestep_sampling: Literal["uniform", "logit-normal", "high noise", "low noise"] = "uniform"
+    """Which noise levels are drawn: all alike, mostly the middle ones (arXiv 2403.03206), or mostly the high or the low
+    ones (cubic, arXiv 2302.08453)."""
     min_timestep: int = 0
     """Lowest training timestep drawn (0 is nearly clean)."""
     max_timestep: int = 999
@@ -121,6 +122,32 @@ class TrainingSettings:
     """Validations in a row without a lower loss that end the run, with the best weights as its result; 0 = never."""
     result: Literal["last", "best"] = "last"
     """Which weights a run that was not stopped early ends with: the last, or those of the lowest validation loss."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
+    """Knee of the Huber losses over the noise levels: the same, or from 1 at clean images down to huber_c at pure noise
+    (sd-scripts' schedules)."""
+    huber_c: float = 0.1
+    """Knee of the Huber losses: errors below it count squared, larger ones about linearly."""
+    multires_iterations: int = 0
+    """Layers of coarser noise added to the noise (pyramid noise), 6 to 10 is usual; 0 = off."""
+    multires_discount: float = 0.3
+    """Strength of each coarser layer of pyramid noise, as a share of the one before."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise levels so that the last one is pure noise (arXiv 2305.08891); for v-prediction models only, and
+    sampling then needs the same levels."""
+    timestep_mean: float = 0.0
+    """Centre of logit-normal timesteps; above 0 more noise, below 0 less."""
+    timestep_std: float = 1.0
+    """Spread of logit-normal timesteps; small values keep to the centre."""
+    mask_weight: float = 0.1
+    """Weight of the area outside an image's mask, for data sets with masks; 0 leaves it out."""
+    mask_normalize: bool = True
+    """Divide a masked loss by the mask's mean, so that images with a small masked area count as much as others."""
+    caption_shuffle: bool = False
+    """Put the comma-separated tags of a caption in a new order each time it is shown."""
+    keep_tokens: int = 0
+    """The first tags of a caption, so many, that are neither shuffled nor left out."""
+    tag_dropout: float = 0.0
+    """Share of a caption's comma-separated tags that is left out each time it is shown."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -145,6 +172,14 @@ class TrainingSettings:
             lr_power=(0.01, 100),
             lr_decay_share=(0.001, 1),
             early_stop_after=(0, 10**7),
+            huber_c=(1e-6, 1),
+            multires_iterations=(0, 20),
+            multires_discount=(0, 1),
+            timestep_mean=(-10, 10),
+            timestep_std=(0.01, 10),
+            mask_weight=(0, 1),
+            keep_tokens=(0, 1000),
+            tag_dropout=(0, 1),
             **{f"lr_{group}": (0, 1000) for group in GROUPS},
             **{f"unfreeze_{group}": (0, 10**8) for group in GROUPS},
         )
@@ -156,6 +191,11 @@ class TrainingSettings:
             raise ValueError(
                 f"ema_decay is {self.ema_decay}; expected 0 with AdamWScheduleFree, which averages the weights itself."
             )
+
+    @property
+    def varies_captions(self) -> bool:
+        """Whether an image's caption changes from one showing to the next (dropping all of it aside)."""
+        return self.caption_shuffle or self.tag_dropout > 0
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ folder.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .files import read_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
 from .model import Conditioning, TextEncoder, TextToImage
+from .noise import zero_terminal_sigmas
 from .sdxl_text import SECOND_PAD, SdxlTextEncoder
 
 SD1_VAE = {
@@ -37,13 +39,11 @@ SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 def training_sigmas(scheduler: Mapping) -> Tensor:
     """(T,) noise levels sigma_t = sqrt((1 - a_t) / a_t) of a discrete beta schedule, ascending, fp32.
 
-    Raises ValueError for a schedule other than linear or scaled_linear, listed betas, and zero terminal SNR.
+    Rescaled to zero terminal SNR where the scheduler is. Raises ValueError for a schedule other than linear or
+    scaled_linear, and for listed betas.
     """
-    for option in ("trained_betas", "rescale_betas_zero_snr"):
-        if scheduler.get(option):
-            raise ValueError(
-                f"scheduler's {option} is set; expected a plain beta schedule. Its noise levels would differ."
-            )
+    if scheduler.get("trained_betas"):
+        raise ValueError("scheduler's trained_betas is set; expected a plain beta schedule. Its noise levels differ.")
     start, end = scheduler["beta_start"], scheduler["beta_end"]
     count = scheduler.get("num_train_timesteps", 1000)
     kind = scheduler.get("beta_schedule", "scaled_linear")
@@ -54,7 +54,8 @@ def training_sigmas(scheduler: Mapping) -> Tensor:
     else:
         raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
     kept = torch.cumprod(1 - betas, dim=0)
-    return ((1 - kept) / kept).sqrt().float()
+    sigmas = ((1 - kept) / kept).sqrt().float()
+    return zero_terminal_sigmas(sigmas) if scheduler.get("rescale_betas_zero_snr") else sigmas
 
 
 class DiffusersDenoiser:
@@ -109,6 +110,11 @@ class DiffusersDenoiser:
         if self.prediction_type == "eps":
             return noisy - sigma * output
         return noisy / (1 + sigma**2) - sigma * output / (1 + sigma**2).sqrt()
+
+    def with_sigmas(self, sigmas: Tensor) -> DiffusersDenoiser:
+        other = copy.copy(self)
+        other.sigmas, other._log_sigmas = sigmas, sigmas.log()
+        return other
 
     @contextmanager
     def checkpointing(self, enabled: bool):

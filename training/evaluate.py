@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .generators import generator
 from .model import Conditioning
-from .objectives import distance
 
 if TYPE_CHECKING:
-    from .objectives import DenoisingObjective
+    from .objectives import DenoisingObjective, Shown
 
 BANDS = 5
 """Equal ranges of training timesteps, from nearly clean to nearly pure noise."""
@@ -26,23 +25,23 @@ MOST = 32
 
 
 @torch.no_grad()
-def evaluate(objective: DenoisingObjective, loaded: Sequence[tuple[str, Tensor]], bands: int = BANDS) -> dict[str, Any]:
+def evaluate(objective: DenoisingObjective, loaded: Sequence[Shown], bands: int = BANDS) -> dict[str, Any]:
     """Further figures of a validation; {} for fewer than two held-out images.
 
-    loaded: (caption, latent) pairs as `DenoisingObjective.load` gives them. "bands": unweighted squared error, as in
-    the validation loss, per range of timesteps, the least noise first; each image has one timestep in each. "text_gap":
-    that error with the captions shuffled among the images minus the error with the true ones, same noise and levels:
-    near 0 for a model that does not read its text. It is left out when all captions are equal.
+    loaded: as `DenoisingObjective.load` gives them; (caption, latent) pairs will do. "bands": unweighted squared error,
+    as in the validation loss, per range of timesteps, the least noise first; each image has one timestep in each.
+    "text_gap": that error with the captions shuffled among the images minus the error with the true ones, same noise
+    and levels: near 0 for a model that does not read its text. It is left out when all captions are equal.
     """
     loaded = list(loaded)[:MOST]
     if len(loaded) < 2:
         return {}
-    captions = [caption for caption, _ in loaded]
-    own = torch.stack([_errors(objective, i, c, x, bands) for i, (c, x) in enumerate(loaded)])
+    captions = [caption for caption, *_ in loaded]
+    own = torch.stack([_errors(objective, i, one[0], one, bands) for i, one in enumerate(loaded)])
     figures: dict[str, Any] = {"bands": own.mean(0).tolist()}
     if len(set(captions)) > 1:
         others = zip(shuffled(captions), loaded, strict=True)
-        other = torch.stack([_errors(objective, i, c, x, bands) for i, (c, (_, x)) in enumerate(others)])
+        other = torch.stack([_errors(objective, i, caption, one, bands) for i, (caption, one) in enumerate(others)])
         figures = {"text_gap": (other - own).mean().item(), **figures}
     return figures
 
@@ -61,9 +60,9 @@ def shuffled(captions: Sequence[str]) -> list[str]:
     return result
 
 
-def _errors(objective: DenoisingObjective, index: int, caption: str, latent: Tensor, bands: int) -> Tensor:
+def _errors(objective: DenoisingObjective, index: int, caption: str, shown: Shown, bands: int) -> Tensor:
     """(bands,) errors of one image under a caption; noise and timesteps depend on the image's index only."""
-    denoiser = objective.denoiser
+    denoiser, (_, latent, *more) = objective.denoiser, shown
     latents = latent[None].to(denoiser.device).expand(bands, -1, -1, -1)
     sources = [generator(0, "evaluation", index, band) for band in range(bands)]
     total = len(denoiser.sigmas)
@@ -73,7 +72,7 @@ def _errors(objective: DenoisingObjective, index: int, caption: str, latent: Ten
     noise = torch.stack([torch.randn(latent.shape, generator=source) for source in sources]).to(latents)
     sigma = denoiser.sigmas[times].to(latents)
     prediction = denoiser.predict(denoiser.add_noise(latents, noise, sigma), sigma, conditioning)
-    return distance(prediction, denoiser.target(latents, noise, sigma), "mse").cpu()
+    return objective.squared_error(prediction, denoiser.target(latents, noise, sigma), *more[:1]).cpu()
 
 
 def _timestep(total: int, band: int, bands: int, source: torch.Generator) -> int:

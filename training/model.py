@@ -101,6 +101,10 @@ class Denoiser(Protocol):
         """The clean latent that a raw output stands for."""
         ...
 
+    def with_sigmas(self, sigmas: Tensor) -> Denoiser:
+        """The same network at other training noise levels, (T,) ascending; eps and v models only."""
+        ...
+
     def checkpointing(self, enabled: bool) -> AbstractContextManager:
         """While entered (and enabled), blocks recompute their activations in the backward pass to save memory."""
         ...

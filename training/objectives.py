@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .config import TrainingSettings
+from .data.captions import vary_tags
 from .generators import generator
 from .model import Conditioning, Denoiser
+from .noise import draw_noise, draw_timestep
 
 
 @dataclass(frozen=True)
@@ -55,34 +57,111 @@ def snr_weight(sigma: Tensor, settings: TrainingSettings, prediction_type: str) 
     return weight.to(sigma.dtype)
 
 
-def distance(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Mean over everything but the batch: squared, absolute, or Huber error (knee 0.1), in fp32."""
+HUBER = ("huber", "pseudo-huber", "smooth-l1")
+"""Losses with a knee."""
+
+
+def check_objective(settings: TrainingSettings, prediction_type: str) -> None:
+    """Raises ValueError for a weighting, schedule or noise level that a model of this prediction type cannot have."""
+    one = torch.ones(1)
+    snr_weight(one, settings, prediction_type)
+    if settings.loss in HUBER:
+        huber_knee(one, one, settings, prediction_type)
+    if settings.zero_terminal_snr and prediction_type != "v":
+        raise ValueError(
+            f"zero_terminal_snr is on for a model of {prediction_type} prediction; expected v prediction (arXiv "
+            "2305.08891). Switch it off: an eps model learns nothing at pure noise, a flow model ends there anyway."
+        )
+
+
+def huber_knee(sigma: Tensor, time: Tensor, settings: TrainingSettings, prediction_type: str) -> Tensor:
+    """Knee of the Huber losses per noise level, (B,) float64; time: training timesteps as a share of their number.
+
+    sd-scripts' schedules (`get_huber_threshold_if_needed` in library/train_util.py), with c = huber_c: constant: c;
+    exponential: c^time; snr: (1 - c) / (1 + sigma)^2 + c. ValueError for snr on a flow model.
+    """
+    knee, sigma = settings.huber_c, sigma.double()
+    if settings.huber_schedule == "exponential":
+        return knee ** time.double()
+    if settings.huber_schedule == "snr":
+        if prediction_type == "flow":
+            raise ValueError(
+                "huber_schedule is 'snr' on a flow model; expected 'constant' or 'exponential'. Its formula is for the "
+                "noise levels of eps and v models."
+            )
+        return (1 - knee) / (1 + sigma) ** 2 + knee
+    return torch.full_like(sigma, knee)
+
+
+def distance(
+    prediction: Tensor, target: Tensor, kind: str, knee: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Error of each sample, (B,) fp32: the mean over everything but the batch.
+
+    kind: "mse" d^2; "l1" |d|; "huber" d^2 / 2c up to |d| = c, then |d| - c / 2; "pseudo-huber" 2c (sqrt(d^2 + c^2) - c)
+    and "smooth-l1" 2 (sqrt(d^2 + c^2) - c), which sd-scripts calls huber and smooth_l1 (`conditional_loss` in
+    library/train_util.py). knee: c per sample, (B,), 0.1 without it. weights: (B, 1, h, w) factors of the cells.
+    """
     prediction, target = prediction.float(), target.float()
-    match kind:
-        case "mse":
-            error = (prediction - target) ** 2
-        case "l1":
-            error = (prediction - target).abs()
-        case _:
-            error = torch.nn.functional.huber_loss(prediction, target, reduction="none", delta=0.1) / 0.1
+    if kind == "mse":
+        error = (prediction - target) ** 2
+    elif kind == "l1":
+        error = (prediction - target).abs()
+    else:
+        knee = torch.full((len(target),), 0.1, dtype=torch.float64) if knee is None else knee
+        error = _huber(prediction, target, kind, knee)
+    if weights is not None:
+        error = error * weights
     return error.flatten(1).mean(1)
 
 
-def draw_timestep(settings: TrainingSettings, total: int, random: torch.Generator) -> int:
-    """One training timestep in min_timestep..max_timestep."""
-    low, high = settings.min_timestep, min(settings.max_timestep, total - 1)
-    if settings.timestep_sampling == "uniform":
-        share = torch.rand((), generator=random, dtype=torch.float64)
-    else:  # Esser et al. 2024, arXiv 2403.03206, eq. 19 with m = 0, s = 1
-        share = torch.randn((), generator=random, dtype=torch.float64).sigmoid()
-    return min(low + int(share * (high - low + 1)), high)
+def _huber(prediction: Tensor, target: Tensor, kind: str, knee: Tensor) -> Tensor:
+    if kind == "huber":
+        function = torch.nn.functional.huber_loss
+        pairs = zip(prediction, target, knee.tolist(), strict=True)
+        return torch.stack([function(a, b, reduction="none", delta=c) / c for a, b, c in pairs])
+    knee = knee.to(target).view(-1, *[1] * (target.ndim - 1))
+    error = 2 * (((prediction - target) ** 2 + knee**2).sqrt() - knee)
+    return knee * error if kind == "pseudo-huber" else error
+
+
+def mask_weights(masks: Sequence[Tensor | None], settings: TrainingSettings, shape: torch.Size) -> Tensor | None:
+    """(B, 1, h, w) factors of a batch's errors, or None when no sample has a mask.
+
+    masks: (1, h, w) in 0..1, 1 where the image counts; None counts whole. Values below mask_weight are raised to it
+    and, with mask_normalize, divided by their mean: `masked_losses` of OneTrainer (modules/util/loss/masked_loss.py),
+    its unmasked_weight (default 0.1) and normalize_masked_area_loss.
+    """
+    if all(mask is None for mask in masks):
+        return None
+    whole = torch.ones(1, *shape[-2:])
+    weights = torch.stack([whole if mask is None else mask for mask in masks]).clamp(settings.mask_weight, 1)
+    if settings.mask_normalize:
+        weights = weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return weights
+
+
+class Shown(NamedTuple):
+    """A sample as the objective works on it."""
+
+    caption: str
+    latent: Tensor
+    """(C, h, w)."""
+    mask: Tensor | None = None
+    """(1, h, w) in 0..1, 1 where the image counts; None: all of it."""
+    weight: float = 1.0
+    """Factor of its loss."""
+    text: Conditioning | None = None
+    """The caption encoded, where it may be shown only this once; None: `text_of` knows it."""
 
 
 class DenoisingObjective:
     """Objective: predict eps, v or the flow at a drawn noise level, from the latent and its caption.
 
     latent_of(slot) -> (C, h, w); text_of(caption) -> Conditioning before the projection, batch 1; project maps a batch
-    of those to what the denoiser listens to. All draws of sample `index` in a step come from generators named by it.
+    of those to what the denoiser listens to. mask_of(slot) -> (1, h, w) or None. varied_text_of: text_of for captions
+    that may never be shown again, or None where it leaves them to text_of. All draws of sample `index` in a step come
+    from generators named by it.
     """
 
     def __init__(
@@ -94,53 +173,83 @@ class DenoisingObjective:
         latent_of: Callable,
         text_of: Callable[[str], Conditioning],
         project: Callable[[Conditioning, Tensor], Conditioning],
+        mask_of: Callable[[Any], Tensor | None] = lambda slot: None,
+        varied_text_of: Callable[[str], Conditioning | None] | None = None,
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
-        self.latent_of, self.text_of, self.project = latent_of, text_of, project
+        self.latent_of, self.text_of, self.project, self.mask_of = latent_of, text_of, project, mask_of
+        self.varied_text_of = varied_text_of or text_of
 
-    def load(self, slots: list) -> list[tuple[str, Tensor]]:
-        """(caption, latent) pairs."""
-        return [(slot.example.caption, self.latent_of(slot)) for slot in slots]
+    def load(self, slots: list) -> list[Shown]:
+        """Latents, masks and captions; captions that vary are drawn and encoded here, while models may still move."""
+        return [self._shown(slot) for slot in slots]
 
-    def __call__(self, batch: list[tuple[int, tuple[str, Tensor]]], step: int) -> Loss:
+    def _shown(self, slot: Any) -> Shown:
+        example, caption, text = slot.example, slot.example.caption, None
+        if self.settings.varies_captions and slot.number:
+            caption = self._varied(caption, slot.number, slot.index)
+            text = self.varied_text_of(caption)
+        return Shown(caption, self.latent_of(slot), self.mask_of(slot), example.weight, text)
+
+    def _varied(self, caption: str, number: int, index: int) -> str:
+        """The caption as batch `number` shows it at place `index`."""
+        settings = self.settings
+        return vary_tags(
+            caption,
+            keep=settings.keep_tokens,
+            shuffle=generator(self.seed, "caption shuffle", number, index) if settings.caption_shuffle else None,
+            dropout=settings.tag_dropout,
+            random=generator(self.seed, "tag dropout", number, index),
+        )
+
+    def __call__(self, batch: list[tuple[int, Shown]], step: int) -> Loss:
         indices = [index for index, _ in batch]
-        latents = torch.stack([latent for _, (_, latent) in batch]).to(self.denoiser.device)
-        captions = [self._caption(caption, step, index) for index, (caption, _) in batch]
+        shown = [Shown(*one) for _, one in batch]
+        latents = torch.stack([one.latent for one in shown]).to(self.denoiser.device)
         total = len(self.denoiser.sigmas)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
-        states = Conditioning.cat(self.text_of(c) for c in captions).to(self.denoiser.device)
-        conditioning = self.project(states, torch.tensor(times) / (total - 1))
+        texts = [self._text(one, step, i) for i, one in zip(indices, shown, strict=True)]
+        conditioning = self.project(Conditioning.cat(texts).to(self.denoiser.device), torch.tensor(times) / (total - 1))
         noise = torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]).to(latents)
-        return Loss(self._error(latents, noise, torch.tensor(times), conditioning, step, indices))
+        masks = mask_weights([one.mask for one in shown], self.settings, latents.shape)
+        error = self._error(latents, noise, torch.tensor(times), conditioning, step, indices, masks)
+        return Loss(error * torch.tensor([one.weight for one in shown]).to(error))
+
+    def _text(self, shown: Shown, step: int, index: int) -> Conditioning:
+        caption = self._caption(shown.caption, step, index)
+        return self.text_of(caption) if shown.text is None or caption != shown.caption else shown.text
 
     def _caption(self, caption: str, step: int, index: int) -> str:
         drop = torch.rand((), generator=generator(self.seed, "caption dropout", step, index)).item()
         return "" if drop < self.settings.caption_dropout else caption
 
     def _noise(self, shape: torch.Size, step: int, index: int) -> Tensor:
-        random = generator(self.seed, "noise", step, index)
-        noise = torch.randn(shape, generator=random)
-        if self.settings.noise_offset:
-            noise = noise + self.settings.noise_offset * torch.randn((shape[0], 1, 1), generator=random)
-        return noise
+        return draw_noise(shape, self.settings, generator(self.seed, "noise", step, index))
 
-    def _error(self, latents, noise, times, conditioning, step, indices) -> Tensor:
-        sigma = self.denoiser.sigmas[times].to(latents)
-        entering = noise
-        if self.settings.input_perturbation:
+    def _error(self, latents, noise, times, conditioning, step, indices, masks) -> Tensor:
+        settings, kind = self.settings, self.denoiser.prediction_type
+        levels = self.denoiser.sigmas[times]
+        sigma, entering = levels.to(latents), noise
+        if settings.input_perturbation:
             extra = [torch.randn(noise.shape[1:], generator=generator(self.seed, "perturb", step, i)) for i in indices]
-            entering = noise + self.settings.input_perturbation * torch.stack(extra).to(noise)
+            entering = noise + settings.input_perturbation * torch.stack(extra).to(noise)
         noisy = self.denoiser.add_noise(latents, entering, sigma)
         prediction = self.denoiser.predict(noisy, sigma, conditioning)
-        error = distance(prediction, self.denoiser.target(latents, noise, sigma), self.settings.loss)
-        return error * snr_weight(sigma, self.settings, self.denoiser.prediction_type)
+        share = times / len(self.denoiser.sigmas)
+        knee = huber_knee(levels, share, settings, kind) if settings.loss in HUBER else None
+        target = self.denoiser.target(latents, noise, sigma)
+        error = distance(prediction, target, settings.loss, knee, None if masks is None else masks.to(sigma.device))
+        return error * snr_weight(sigma, settings, kind)
 
     @torch.no_grad()
-    def validation(self, loaded: list[tuple[str, Tensor]], levels: int = 4) -> float:
-        """Unweighted loss over fixed noise at `levels` inner timesteps (kohya's recipe); touches no random state."""
+    def validation(self, loaded: list[Shown], levels: int = 4) -> float:
+        """Unweighted loss over fixed noise at `levels` inner timesteps (kohya's recipe); touches no random state.
+
+        Masks count as in training; the samples' weights do not.
+        """
         total, losses = len(self.denoiser.sigmas), []
         inner = torch.linspace(0, total - 1, levels + 2)[1:-1].round().long()
-        for index, (caption, one) in enumerate(loaded):
+        for index, (caption, one, *more) in enumerate(loaded):
             latent = one[None].to(self.denoiser.device).expand(levels, -1, -1, -1)
             text = self.text_of(caption).to(self.denoiser.device)
             conditioning = self.project(Conditioning.cat([text] * levels), inner / (total - 1))
@@ -149,5 +258,11 @@ class DenoisingObjective:
             noise = torch.stack(noise).to(latent)
             sigma = self.denoiser.sigmas[inner].to(latent)
             prediction = self.denoiser.predict(self.denoiser.add_noise(latent, noise, sigma), sigma, conditioning)
-            losses.append(distance(prediction, self.denoiser.target(latent, noise, sigma), "mse").mean().item())
+            target = self.denoiser.target(latent, noise, sigma)
+            losses.append(self.squared_error(prediction, target, *more[:1]).mean().item())
         return sum(losses) / len(losses)
+
+    def squared_error(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B,) plain squared errors of one image at several noise levels, within its mask if it has one."""
+        weights = mask_weights([mask], self.settings, target.shape)
+        return distance(prediction, target, "mse", weights=None if weights is None else weights.to(target.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import RunConfig, TrainModelConfig, identity
+from .config import RunConfig, TrainingSettings, TrainModelConfig, identity
 from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
 from .data.examples import Dataset
@@ -30,7 +30,8 @@ from .generators import generator
 from .layers import select
 from .loop import Callbacks, Loop, LoopConfig, Sampler
 from .model import Conditioning, TextEncoder, TextToImage
-from .objectives import DenoisingObjective, snr_weight
+from .noise import zero_terminal_sigmas
+from .objectives import DenoisingObjective, check_objective
 from .optim import check_optimizer
 from .run_folder import RunFolder
 from .trainable import SelectedWeights, Trainable, targets
@@ -110,7 +111,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     check_optimizer(settings, config.learning_rate, denoiser.device)
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
-    snr_weight(torch.ones(1), settings, denoiser.prediction_type)
+    check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
     if channels != denoiser.latent_channels:
         raise ValueError(
@@ -179,16 +180,16 @@ def denoising_loop(
 
     text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
     """
+    model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
     crops = {e.key: side.crop for side in (training, held_out) for e in side.examples}
     prompts = config.samples.prompts
+    captions = (held_out if config.settings.varies_captions else dataset).captions
     if world().is_main:
         latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     if world().is_main and not text_trains:
-        texts.fill(
-            ["", *prompts, *dataset.captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})")
-        )
+        texts.fill(["", *prompts, *captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     world().barrier()
     callbacks.after_load()
     text_of = partial(_heard_now, model.text_encoder) if text_trains else texts.get
@@ -196,9 +197,11 @@ def denoising_loop(
         model.denoiser,
         config.settings,
         config.seed,
-        latent_of=lambda slot: _latent(latents, slot, crops[slot.example.key], config.seed),
+        latent_of=lambda slot: _shown(latents.get, slot, crops[slot.example.key], config.seed),
         text_of=text_of,
         project=model.text_encoder.project,
+        mask_of=lambda slot: _shown(latents.mask, slot, crops[slot.example.key], config.seed),
+        varied_text_of=(lambda caption: None) if text_trains else texts.once,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
@@ -233,6 +236,15 @@ def _heard_now(encoder: TextEncoder, caption: str) -> Conditioning:
     return encoder.backbone(encoder.tokenize([caption]))
 
 
+def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:
+    """The model at the noise levels it trains and draws samples at."""
+    if not settings.zero_terminal_snr:
+        return model
+    if settings.loss_weighting == "min-SNR":
+        log.warning("min-SNR gives pure noise no weight; for zero_terminal_snr set loss_weighting to none or debiased.")
+    return replace(model, denoiser=model.denoiser.with_sigmas(zero_terminal_sigmas(model.denoiser.sigmas)))
+
+
 def _sampler(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
     """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
     samples = config.samples
@@ -256,16 +268,19 @@ def _sampler(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: 
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:
     encoder, autoencoder = model.text_encoder, model.autoencoder
-    latents = LatentCache(root / "latents", autoencoder.encode, autoencoder.fingerprint)
+    latents = LatentCache(
+        root / "latents", autoencoder.encode, autoencoder.fingerprint, downscale=autoencoder.downscale
+    )
     texts = TextCache(root / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
     return latents, texts
 
 
-def _latent(latents: LatentCache, slot: Slot, crop: str, seed: int) -> Tensor:
+def _shown(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
+    """The latent or the mask of a slot, whichever `get` gives, cropped alike."""
     if crop == "random":
         random = generator(seed, "crop", slot.epoch, slot.index, slot.example.key)
-        return latents.get(slot.example, slot.flip, crop=crop, generator=random)
-    return latents.get(slot.example, slot.flip)
+        return get(slot.example, slot.flip, crop=crop, generator=random)
+    return get(slot.example, slot.flip)
 
 
 def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:

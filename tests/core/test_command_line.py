@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from retune.training.__main__ import main, parser
+from retune.training.__main__ import main, parser, regularisation_folder
 from retune.training.build import ModelConfig, build_model, save_unet, unet_parameters
 from retune.training.cli import add_flags, field_docs, read_flags
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
@@ -160,3 +160,17 @@ def test_train_writes_a_run(train_arguments, tmp_path, capsys):
     assert {p.name for p in (run / "samples").iterdir()} == {
         f"{step:06d}_{what}.png" for step in (0, 4, 8) for what in ("00", "grid")
     }
+
+
+def test_regularisation_images_from_the_command_line(train_arguments, tmp_path, capsys):
+    from retune.training.data.images import save_png
+
+    for i in range(3):
+        save_png(torch.full((3, 32, 32), i / 4), tmp_path / "class" / f"{i}.png")
+    flags = ["--reg-folder", str(tmp_path / "class"), "--reg-weight", "0.5", "--reg-caption", "a figure"]
+    arguments = parser().parse_args(train_arguments(tmp_path, *flags, "--masks", "alpha"))
+    read = regularisation_folder(arguments)
+    assert (read.weight, read.masks, read.resolution) == (0.5, "none", 32)
+    assert (read.captions, read.caption) == ("one caption", "a figure")
+    assert main(train_arguments(tmp_path / "out", *flags, "--steps", "2", "--sample-prompts")) == 0
+    assert "regularisation images: 3 of 3 images, 4 shown per epoch" in capsys.readouterr().err

@@ -6,10 +6,21 @@ from statistics import NormalDist
 import pytest
 import torch
 from retune.training.config import TrainingSettings
+from retune.training.data.dataset import from_images
+from retune.training.data.order import Slot
 from retune.training.diffusers_model import SD1_SCHEDULER
 from retune.training.generators import derive_seed, generator
 from retune.training.model import Conditioning
-from retune.training.objectives import DenoisingObjective, distance, draw_timestep, snr_weight
+from retune.training.objectives import (
+    DenoisingObjective,
+    Shown,
+    check_objective,
+    distance,
+    draw_timestep,
+    huber_knee,
+    mask_weights,
+    snr_weight,
+)
 
 PLAIN = TrainingSettings(loss_weighting="none", caption_dropout=0.0)
 
@@ -62,6 +73,137 @@ def test_distances_by_hand():
     torch.testing.assert_close(distance(a, b, "l1"), torch.tensor([0.025, 1.0]))
     torch.testing.assert_close(distance(a, b, "huber"), torch.tensor([0.5 * 0.05**2 / 0.1 / 2, 0.95]))
     assert distance(a.half(), b.half(), "mse").dtype == torch.float32
+
+
+def test_huber_losses_by_hand():
+    a, b, knee = torch.tensor([[0.3, -4.0], [0.3, 4.0]]), torch.zeros(2, 2), torch.tensor([0.5, 3.0]).double()
+    expected = {
+        "huber": [(0.09 / 1.0 + 4 - 0.25) / 2, (0.09 / 6 + 4 - 1.5) / 2],
+        "pseudo-huber": [((0.34**0.5 - 0.5) + (16.25**0.5 - 0.5)) / 2, 6 * ((9.09**0.5 - 3) + (5 - 3)) / 2],
+        "smooth-l1": [2 * ((0.34**0.5 - 0.5) + (16.25**0.5 - 0.5)) / 2, 2 * ((9.09**0.5 - 3) + (5 - 3)) / 2],
+    }
+    for kind, values in expected.items():
+        torch.testing.assert_close(distance(a, b, kind, knee), torch.tensor(values))
+
+
+def test_a_constant_knee_is_plain_huber_to_the_last_bit():
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 4, 8, 8, generator=random), torch.randn(3, 4, 8, 8, generator=random)
+    plain = torch.nn.functional.huber_loss(a, b, reduction="none", delta=0.1) / 0.1
+    knee = huber_knee(torch.ones(3), torch.ones(3), TrainingSettings(loss="huber"), "flow")
+    assert torch.equal(distance(a, b, "huber", knee), plain.flatten(1).mean(1))
+    assert torch.equal(distance(a, b, "huber"), plain.flatten(1).mean(1))
+
+
+def test_knees_follow_their_schedule():
+    """sd-scripts: exponential exp(ln(c) t / T); snr (1 - c) / (1 + sigma)^2 + c."""
+    sigma, time = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.5, 1.0])
+    expected = {"constant": [0.2, 0.2, 0.2], "exponential": [1.0, 0.2**0.5, 0.2], "snr": [1.0, 0.4, 0.25]}
+    for schedule, values in expected.items():
+        settings = TrainingSettings(huber_schedule=schedule, huber_c=0.2)
+        assert huber_knee(sigma, time, settings, "eps").tolist() == pytest.approx(values, rel=1e-6)
+
+
+def test_a_knee_by_snr_on_a_flow_model_is_refused_where_it_counts():
+    settings = TrainingSettings(loss="huber", huber_schedule="snr", loss_weighting="none")
+    with pytest.raises(ValueError, match="huber_schedule is 'snr' on a flow model; expected 'constant'"):
+        check_objective(settings, "flow")
+    check_objective(dataclasses.replace(settings, loss="mse"), "flow")
+
+
+def test_masks_by_hand():
+    mask = torch.tensor([[[1.0, 0.5], [0.0, 0.0]]])
+    settings = TrainingSettings(mask_weight=0.1, mask_normalize=False)
+    shape = torch.Size([2, 4, 2, 2])
+    assert mask_weights([None, None], settings, shape) is None
+    weights = mask_weights([mask, None], settings, shape)
+    torch.testing.assert_close(weights[0], torch.tensor([[[1.0, 0.5], [0.1, 0.1]]]))
+    assert torch.equal(weights[1], torch.ones(1, 2, 2))
+    normal = mask_weights([mask, None], dataclasses.replace(settings, mask_normalize=True), shape)
+    torch.testing.assert_close(normal, weights / torch.tensor([1.7 / 4, 1.0]).view(2, 1, 1, 1))
+    error = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]).expand(2, 4, 2, 2)
+    got = distance(error.sqrt(), torch.zeros_like(error), "mse", weights=weights)
+    torch.testing.assert_close(got, torch.tensor([(1 + 1 + 0.3 + 0.4) / 4, 2.5]))
+    black = mask_weights([torch.zeros(1, 2, 2)], TrainingSettings(mask_weight=0.0), shape)
+    assert torch.equal(black, torch.zeros(1, 1, 2, 2))
+
+
+@torch.no_grad()
+def test_the_loss_of_a_sample_counts_its_mask_and_weight(tiny_model):
+    settings = dataclasses.replace(PLAIN, mask_weight=0.0)
+    (index, (caption, latent)), other = batch()
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    plain = objective(tiny_model, settings)(batch(), 3).per_sample
+    shown = [(index, Shown(caption, latent, mask, 0.25)), other]
+    got = objective(tiny_model, settings)(shown, 3).per_sample
+    assert torch.equal(got[1], plain[1])
+    whole = objective(tiny_model, settings)([(index, Shown(caption, latent, torch.ones(1, 8, 8))), other], 3).per_sample
+    assert torch.equal(whole, plain)
+    summed = objective(tiny_model, dataclasses.replace(settings, mask_normalize=False))
+    top, bottom = (summed([(index, Shown(caption, latent, m))], 3).per_sample[0] for m in (mask, 1 - mask))
+    torch.testing.assert_close(top + bottom, plain[0])  # the two halves of the mean
+    torch.testing.assert_close(got[0], 0.25 * 2 * top)  # weight, and the mask's mean of a half
+
+
+def test_masks_count_in_the_validation_loss_and_weights_do_not(tiny_model):
+    task, (caption, latent) = objective(tiny_model, dataclasses.replace(PLAIN, mask_weight=0.0)), batch()[0][1]
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    plain = task.validation([(caption, latent)])
+    parts = [task.validation([Shown(caption, latent, m)]) for m in (mask, 1 - mask)]
+    assert sum(parts) / 2 == pytest.approx(plain, rel=1e-5) and parts[0] != pytest.approx(plain, rel=1e-3)
+    assert task.validation([Shown(caption, latent, None, 0.1)]) == plain
+
+
+def slots(caption, number, count=4):
+    example = from_images([torch.zeros(8, 8, 3)], [caption]).examples[0]
+    return [Slot(example, False, i, 0, number) for i in range(count)]
+
+
+def varied(model, settings, seed=4):
+    """An objective that notes what it encodes, with zeros for latents."""
+    known, once = [], []
+
+    def text_of(into):
+        return lambda caption: into.append(caption) or Conditioning(torch.full((1, 3, 32), float(len(caption))))
+
+    task = DenoisingObjective(
+        model.denoiser,
+        settings,
+        seed,
+        latent_of=lambda slot: torch.zeros(4, 8, 8),
+        text_of=text_of(known),
+        varied_text_of=text_of(once),
+        project=lambda states, time: states,
+    )
+    return task, known, once
+
+
+TAGS = "1girl, red hair, smile, hat, sky, tree"
+
+
+@torch.no_grad()
+def test_varied_captions_are_encoded_while_loading_and_dropped_later(tiny_model):
+    settings = dataclasses.replace(PLAIN, caption_shuffle=True, keep_tokens=2, tag_dropout=0.3)
+    task, known, once = varied(tiny_model, settings)
+    loaded = task.load(slots(TAGS, 7))
+    assert once == [one.caption for one in loaded] and len(set(once)) > 1 and not known
+    assert all(caption.startswith("1girl, red hair") for caption in once)
+    task(list(enumerate(loaded)), 7)
+    assert not known and len(once) == 4  # nothing is encoded while weights are attached
+    assert [one.caption for one in varied(tiny_model, settings)[0].load(slots(TAGS, 7))] == once
+    assert [one.caption for one in task.load(slots(TAGS, 8))] != once
+    dropping, known, _ = varied(tiny_model, dataclasses.replace(settings, caption_dropout=1.0))
+    dropping(list(enumerate(dropping.load(slots(TAGS, 7)))), 7)
+    assert known == [""] * 4
+
+
+def test_captions_stay_as_they_are_outside_training_and_by_default(tiny_model):
+    task, _, once = varied(tiny_model, dataclasses.replace(PLAIN, caption_shuffle=True))
+    assert {one.caption for one in task.load(slots(TAGS, 0))} == {TAGS}
+    plain = varied(tiny_model, dataclasses.replace(PLAIN, keep_tokens=3))[0].load(slots(TAGS, 5))
+    assert {one.caption for one in plain} == {TAGS} and all(one.text is None for one in plain) and not once
 
 
 def test_timesteps_stay_in_their_range_and_reach_both_ends():

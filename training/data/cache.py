@@ -41,10 +41,11 @@ DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class LatentCache:
-    """Latents of whole data sets. `encode` maps (1, 3, H, W) images in 0..1 to (1, C, h, w) latents.
+    """Latents of whole data sets, and their masks. `encode` maps (1, 3, H, W) images in 0..1 to (1, C, h, w) latents.
 
-    The key is the image's content, target size, crop and mirroring, and `encoder_fingerprint`. Random crops are never
-    cached: they are encoded on the spot. Values are float32.
+    The key is the image's content, target size, crop and mirroring, and `encoder_fingerprint`; for masks the mask's
+    content and `downscale`, pixels per latent cell. Random crops are never cached: they are encoded on the spot. Values
+    are float32.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class LatentCache:
         encode: Callable[[Tensor], Tensor],
         encoder_fingerprint: str,
         memory: int = MEMORY,
+        downscale: int = 8,
     ):
         self._encode = encode
         self._fingerprint = encoder_fingerprint
+        self._downscale = downscale
         self._store = _Store(Path(folder), memory)
 
     def get(
@@ -71,8 +74,27 @@ class LatentCache:
             return self._tensors(example, flip, crop, generator)["latent"][0]
         return self._store.get(self._job(example, flip))["latent"][0].clone()
 
+    def mask(
+        self,
+        example: Example,
+        flip: bool = False,
+        *,
+        crop: str = "center",
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """The mask (1, h, w) of one image in latent cells, each the mean of its pixels; None for one without a mask.
+
+        A random crop is the latent's where the generator is in the same state.
+        """
+        if example.mask is None:
+            return None
+        if crop == "random":
+            return self._mask_tensors(example, flip, crop, generator)["mask"][0]
+        return self._store.get(self._mask_job(example, flip))["mask"][0].clone()
+
     def fill(self, dataset: Dataset, on_progress: Progress | None = None) -> int:
-        """Encodes what is missing, image by image, mirrored ones too if the data set mirrors; returns how many.
+        """Encodes what is missing, image by image, mirrored ones too if the data set mirrors, then their masks; returns
+        how many.
 
         Does nothing for random crops. Raises OSError (ENOSPC) before encoding when the disk is too small.
         """
@@ -80,7 +102,9 @@ class LatentCache:
             return 0
         flips = (False, True) if dataset.flip else (False,)
         jobs = [self._job(example, flip) for example in dataset.examples for flip in flips]
-        return self._store.fill(jobs, "latents", on_progress)
+        masks = [self._mask_job(example, flip) for example in dataset.examples if example.mask for flip in flips]
+        filled = self._store.fill(jobs, "latents", on_progress)
+        return filled + self._store.fill(masks, "masks", on_progress)
 
     def _job(self, example: Example, flip: bool) -> Job:
         key = _key("latent", VERSION, self._fingerprint, example.key, example.width, example.height, "center", flip)
@@ -90,6 +114,18 @@ class LatentCache:
         image = example.load(flip=flip, crop=crop, generator=generator)
         with torch.no_grad():
             return _checked({"latent": self._encode(image[None])}, f"the latent of {example.name}")
+
+    def _mask_job(self, example: Example, flip: bool) -> Job:
+        size, mask = (example.width, example.height), example.mask
+        key = _key("mask", VERSION, mask.key, mask.alpha, *size, self._downscale, "center", flip)
+        name = f"mask of {example.name}"
+        return key, size[0] * size[1], name, lambda: self._mask_tensors(example, flip, "center", None)
+
+    def _mask_tensors(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
+        pixels = example.load_mask(flip=flip, crop=crop, generator=generator)
+        cells = example.height // self._downscale, example.width // self._downscale
+        mask = torch.nn.functional.interpolate(pixels[None], cells, mode="area")
+        return _checked({"mask": mask}, f"the mask of {example.name}")
 
 
 class TextCache:
@@ -111,7 +147,15 @@ class TextCache:
 
     def get(self, caption: str) -> Conditioning:
         """The conditioning (batch 1) of a caption, encoded now if it is not on disk."""
-        tensors = {name: tensor.clone() for name, tensor in self._store.get(self._job(caption)).items()}
+        return self._conditioning(self._store.get(self._job(caption)))
+
+    def once(self, caption: str) -> Conditioning:
+        """As `get` for a caption that may never come again: if it has to be encoded, only memory keeps it."""
+        return self._conditioning(self._store.get(self._job(caption), on_disk=False))
+
+    @staticmethod
+    def _conditioning(stored: Tensors) -> Conditioning:
+        tensors = {name: tensor.clone() for name, tensor in stored.items()}
         before = _from_tensors(tensors, "before.") if "before.context" in tensors else None
         return replace(_from_tensors(tensors), before=before)
 
@@ -163,13 +207,16 @@ class _Store:
         self._held: OrderedDict[str, Tensors] = OrderedDict()
         self._held_bytes = 0
 
-    def get(self, job: Job) -> Tensors:
+    def get(self, job: Job, on_disk: bool = True) -> Tensors:
+        """The entry, made now if it is neither in memory nor on disk; without on_disk only memory then keeps it."""
         key, _, _, make = job
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
         tensors = self._read(key)
-        if tensors is None:
+        if tensors is None and not on_disk:
+            tensors = make()
+        elif tensors is None:
             data = _pack(make())
             self._write(key, data, len(data))
             tensors = self._read(key)

@@ -1,10 +1,12 @@
-"""Where the captions of a folder come from: text files, metadata.jsonl, file names, or one for all."""
+"""Where the captions of a folder come from (text files, metadata.jsonl, file names, one for all); varied tags."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = "metadata.jsonl"
@@ -66,3 +68,21 @@ def _inside(name: str, where: str) -> str:
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
         raise ValueError(f"{where}: file_name {name!r} points outside the folder; expected a path inside it.")
     return path.as_posix()
+
+
+def vary_tags(
+    caption: str, *, keep: int, shuffle: torch.Generator | None, dropout: float, random: torch.Generator
+) -> str:
+    """A caption's comma-separated tags in a new order (drawn from `shuffle`, if given), a share of them left out.
+
+    The first `keep` tags stay as they are. Each of the others is left out with probability `dropout`, drawn from
+    `random`. As shuffle_caption, keep_tokens and caption_tag_dropout_rate in sd-scripts. May return "".
+    """
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    fixed, others = tags[:keep], tags[keep:]
+    if shuffle is not None:
+        others = [others[i] for i in torch.randperm(len(others), generator=shuffle).tolist()]
+    if dropout:
+        draws = torch.rand(len(others), generator=random).tolist()
+        others = [tag for tag, draw in zip(others, draws, strict=True) if draw >= dropout]
+    return ", ".join(fixed + others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from .folder import FolderConfig, load_folder
 from .images import CROPS, flatten_alpha
 from .report import counted, format_report
 
-__all__ = ["Dataset", "Example", "FolderConfig", "from_images", "load_folder", "split_validation"]
+__all__ = ["Dataset", "Example", "FolderConfig", "from_images", "join", "load_folder", "split_validation"]
 
 CHANNELS = (1, 3, 4)
 
@@ -51,18 +52,54 @@ def from_images(
     return replace(dataset, report=format_report(dataset, "given images", own))
 
 
+def join(first: Dataset, second: Dataset, *, regularisation: bool = False) -> Dataset:
+    """Both data sets as one; repeats stay those of each. Raises ValueError when they crop or mirror differently.
+
+    regularisation: `second` only keeps the model what it was (DreamBooth, arXiv 2208.12242, section 3.2). An epoch then
+    shows exactly as many of its images as of the first's, as in sd-scripts (`DreamBoothDataset`); their repeats are
+    raised or lowered in proportion, and of more images than that some are left out, evenly over their order. They are
+    not held out for validation.
+    """
+    for option in ("crop", "flip"):
+        one, other = getattr(first, option), getattr(second, option)
+        if one != other:
+            raise ValueError(f"{option} of the second data set is {other}; expected {one}, as in the first.")
+    if not len(first) or not len(second):
+        raise ValueError(f"the data sets show {len(first)} and {len(second)} images; expected at least one each.")
+    more, what = _unrolled(second), "more images"
+    if regularisation:
+        more, what = _balanced(more, len(first)), "regularisation images"
+    counts = f"{len(more)} of {counted(len(second.examples), 'image')}, {sum(e.repeats for e in more)} shown per epoch"
+    report = f"{first.report}\n\n{what}: {counts}\n{second.report}"
+    return Dataset((*_unrolled(first), *more), first.crop, first.flip, report=report)
+
+
+def _unrolled(dataset: Dataset) -> tuple[Example, ...]:
+    """The examples with the data set's own repeats in theirs."""
+    return tuple(replace(example, repeats=example.repeats * dataset.repeats) for example in dataset.examples)
+
+
+def _balanced(examples: tuple[Example, ...], showings: int) -> tuple[Example, ...]:
+    """The examples as regularisation images whose repeats, in the same proportions, add up to `showings`."""
+    ends = itertools.accumulate(example.repeats for example in examples)
+    total = sum(example.repeats for example in examples)
+    ends = [end * showings // total for end in ends]
+    repeats = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return tuple(replace(e, repeats=n, is_regularisation=True) for e, n in zip(examples, repeats, strict=True) if n)
+
+
 def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(training, validation): about `fraction` of the different images is held out, chosen by content alone.
 
     A file's side depends on its content and the seed, not on its name or on the other files; equal files stay together.
     Only where one side would be empty the image nearest to the border changes sides. The validation set is shown once
-    per epoch (no repeats) and not mirrored. With fraction 0 it is empty.
+    per epoch (no repeats) and not mirrored. With fraction 0 it is empty. Regularisation images are never held out.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"validation fraction is {fraction}; expected 0 <= fraction < 1.")
     if fraction == 0:
         return dataset, replace(dataset, examples=(), report="validation: none")
-    places = {example.key: _place(example.key, seed) for example in dataset.examples}
+    places = {example.key: _place(example.key, seed) for example in dataset.examples if not example.is_regularisation}
     if len(places) < 2:
         raise ValueError(
             f"the data set has {counted(len(places), 'different image')}; expected at least 2 to hold some out for "
@@ -75,7 +112,9 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
 
 
 def _side(dataset: Dataset, held: set[str], training: bool) -> Dataset:
-    examples = tuple(example for example in dataset.examples if (example.key in held) != training)
+    examples = tuple(
+        e for e in dataset.examples if (e.key in held) != training and (training or not e.is_regularisation)
+    )
     line = f"{'training' if training else 'validation'}: {len(examples)} of {len(dataset.examples)} images"
     if training:
         return replace(dataset, examples=examples, report=line)

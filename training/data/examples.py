@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import ImageError, decode_image, fit
+from .images import ImageError, content_key, decode_image, fit
+from .masks import Mask
 
-
-def content_key(data: bytes) -> str:
-    """32 hex digits (128 bits) of sha256: equal exactly when the content is."""
-    return hashlib.sha256(data).hexdigest()[:32]
+__all__ = ["Dataset", "Example", "Mask", "content_key", "tensor_key"]
 
 
 def tensor_key(image: Tensor) -> str:
@@ -40,6 +37,12 @@ class Example:
     """Path relative to the folder, for people to read."""
     repeats: int = 1
     """How often an epoch shows this image, on top of the data set's own repeats."""
+    weight: float = 1.0
+    """Factor of this image's loss."""
+    mask: Mask | None = None
+    """Where the image counts; None: everywhere."""
+    is_regularisation: bool = False
+    """Whether it keeps the model what it was rather than teaches: never held out for validation."""
 
     def load(self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None) -> Tensor:
         """Pixels (3, height, width) in 0..1, resized to cover the target size and cropped, see `images.fit`.
@@ -47,6 +50,14 @@ class Example:
         Raises ImageError when the file is gone, broken, or is not the one the data set was made from.
         """
         return fit(self.pixels(), self.width, self.height, crop, generator, flip)
+
+    def load_mask(
+        self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """The mask (1, height, width) in 0..1, resized, cropped and mirrored as `load` does; None without one."""
+        if self.mask is None:
+            return None
+        return fit(self.mask.pixels(), self.width, self.height, crop, generator, flip)
 
     def pixels(self) -> Tensor:
         """The whole image (3, H, W) in 0..1 at its own size."""
@@ -79,10 +90,17 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """32 hex digits over everything that training sees: content, captions, sizes, order and options."""
-        rows = [[e.key, e.caption, e.width, e.height, e.repeats] for e in self.examples]
+        rows = [[e.key, e.caption, e.width, e.height, e.repeats, *_rarely(e)] for e in self.examples]
         return content_key(json.dumps([rows, self.crop, self.flip, self.repeats]).encode())
 
     @property
     def captions(self) -> list[str]:
         """Every different caption once, in order of appearance."""
         return list(dict.fromkeys(example.caption for example in self.examples))
+
+
+def _rarely(example: Example) -> list:
+    """What most images do not have, so that the fingerprint of those is not longer for it."""
+    mask = [example.mask.key, example.mask.alpha] if example.mask else None
+    rare = [example.weight, mask, example.is_regularisation]
+    return [] if rare == [1.0, None, False] else rare

@@ -7,13 +7,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from .buckets import Size, bucket_for, check_multiple, make_buckets
 from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
 from .examples import Dataset, Example, content_key
-from .images import CROPS, EXTENSIONS, ImageError, check_image
+from .images import CROPS, EXTENSIONS, ImageError, check_image, has_alpha
+from .masks import MASKS, Mask, is_mask_file, mask_file
 from .report import Skipped, format_report, listed
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,11 @@ class FolderConfig:
     """"skip" leaves unreadable images out and counts them in the report, "stop" raises ImageError."""
     on_missing_caption: str = "stop"
     """"skip" leaves images without a caption out and counts them, "stop" raises ValueError naming them."""
+    masks: str = "none"
+    """Which part of an image counts: "none" (all), "alpha" (where it is opaque), or "files" (where a picture called
+    `<name>-masklabel.png`, or of the same name in a sub-folder `masks`, is white). Images without one count whole."""
+    weight: float = 1.0
+    """Factor of these images' loss; below 1 for regularisation images that should count less."""
 
     def __post_init__(self):
         check_multiple("resolution", self.resolution)
@@ -59,6 +65,9 @@ class FolderConfig:
         _check_choice("crop", self.crop, CROPS)
         _check_choice("on_bad_image", self.on_bad_image, ON_PROBLEM)
         _check_choice("on_missing_caption", self.on_missing_caption, ON_PROBLEM)
+        _check_choice("masks", self.masks, MASKS)
+        if not 0 <= self.weight <= 1000:
+            raise ValueError(f"weight is {self.weight}; expected 0 to 1000.")
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; expected at least 1.")
         if self.captions == "one caption" and not self.caption.strip():
@@ -77,7 +86,7 @@ def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Da
     examples, sizes = [], []
     for done, (name, caption) in enumerate(rows, start=1):
         try:
-            key, size = _inspect(folder / name)
+            key, size, mask = _inspect(folder / name, config.masks)
         except ImageError as error:
             if config.on_bad_image == "stop":
                 raise
@@ -85,23 +94,37 @@ def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Da
             skipped.append((name, error.reason))
         else:
             width, height = bucket_for(*size, buckets)
-            examples.append(Example(key, caption, width, height, folder / name, name, folder_repeats(name)))
+            times = folder_repeats(name)
+            examples.append(Example(key, caption, width, height, folder / name, name, times, config.weight, mask))
             sizes.append(size)
         if on_progress:
             on_progress(done, len(rows), f"reading images: {name}")
     if not examples:
         raise ValueError(f"{folder} has no usable image; all were skipped: {_reasons(skipped)}.")
     dataset = Dataset(tuple(examples), config.crop, config.flip, config.repeats)
-    report = format_report(dataset, folder.name or str(folder), sizes, skipped, notes)
-    return Dataset(dataset.examples, config.crop, config.flip, config.repeats, report)
+    notes += _mask_notes(dataset, folder, config.masks)
+    return replace(dataset, report=format_report(dataset, folder.name or str(folder), sizes, skipped, notes))
 
 
-def find_images(folder: Path) -> list[str]:
-    """Relative posix paths of all image files below a folder, sorted; ValueError, saying what is there, if none."""
+def _mask_notes(dataset: Dataset, folder: Path, masks: str) -> list[str]:
+    if masks == "none":
+        return []
+    found = sum(example.mask is not None for example in dataset.examples)
+    if not found:
+        log.warning("%s: masks is %r, but no image has one; all count whole.", folder, masks)
+    return [f"masks: {found} of {len(dataset.examples)} images"]
+
+
+def find_images(folder: Path, mask_files: bool = False) -> list[str]:
+    """Relative posix paths of all image files below a folder, sorted; ValueError, saying what is there, if none.
+
+    mask_files: pictures that are named as masks are not images.
+    """
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"folder {folder} {state}; expected a folder of images.")
     files = _files(folder)
+    files = [name for name in files if not (mask_files and is_mask_file(name))]
     images = [name for name in files if name.lower().endswith(EXTENSIONS)]
     if not images:
         kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
@@ -129,7 +152,7 @@ def _files(folder: Path) -> list[str]:
 
 def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:
     """(name, caption) rows, those skipped for want of a caption, and notes for the report."""
-    images = find_images(folder)
+    images = find_images(folder, config.masks == "files")
     notes = []
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
@@ -160,12 +183,26 @@ def _expected_caption(captions: str) -> str:
     }[captions]
 
 
-def _inspect(path: Path) -> tuple[str, Size]:
+def _inspect(path: Path, masks: str) -> tuple[str, Size, Mask | None]:
+    """An image's content key, size and mask. Raises ImageError for an unreadable one or a mask that does not fit."""
+    data = _bytes_of(path)
+    size = check_image(data, path)
+    mask = None
+    if masks == "alpha" and has_alpha(data, path):
+        mask = Mask(content_key(data), alpha=True, source=path)
+    elif masks == "files" and (place := mask_file(path)):
+        mask = Mask(content_key(_bytes_of(place)), source=place)
+        _, height, width = mask.pixels().shape
+        if (width, height) != size:
+            raise ImageError(place, f"this mask is {width} x {height}, its image {size[0]} x {size[1]}")
+    return content_key(data), size, mask
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ImageError(path, (error.strerror or str(error)).lower()) from error
-    return content_key(data), check_image(data, path)
 
 
 def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:

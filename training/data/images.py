@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import struct
@@ -35,6 +36,11 @@ class ImageError(ValueError):
         self.reason = reason
 
 
+def content_key(data: bytes) -> str:
+    """32 hex digits (128 bits) of sha256: equal exactly when the content is."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def load_image(path: str | Path) -> Tensor:
     """Reads an image file as float32 (3, H, W) in 0..1, turned upright.
 
@@ -49,6 +55,19 @@ def decode_image(data: bytes, name: str | Path) -> Tensor:
     """`load_image` for the bytes of a file; `name` appears in errors."""
     with _readable(data, name) as image:
         return _to_tensor(ImageOps.exif_transpose(image), name)
+
+
+def has_alpha(data: bytes, name: str | Path) -> bool:
+    """Whether a file's bytes are an image with transparency; reads its header only."""
+    with _readable(data, name) as image:
+        return _has_alpha(image)
+
+
+def decode_alpha(data: bytes, name: str | Path) -> Tensor:
+    """The alpha channel (1, H, W) in 0..1 of a file's bytes, upright; ones for an image without transparency."""
+    with _readable(data, name) as image:
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        return torch.from_numpy(np.array(alpha))[None].float().div_(255)
 
 
 def check_image(data: bytes, name: str | Path) -> tuple[int, int]:
@@ -194,9 +213,13 @@ def _deep_grey(image: Image.Image, white: int, name: str | Path) -> Tensor:
     return (grey / white).expand(3, -1, -1).contiguous()
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+
+
 def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+    if _has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "LAB":

@@ -22,6 +22,8 @@ class Slot:
     """Place in the batch, 0 .. batch_size - 1; together with the step it names this draw."""
     epoch: int
     """Counts from 0."""
+    number: int = 0
+    """Number of the batch, from 1; 0 outside of training, where nothing is varied."""
 
 
 class BatchOrder:
@@ -54,7 +56,7 @@ class BatchOrder:
             raise ValueError(f"step is {step}; expected at least 1. Steps count from 1.")
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         examples = self._batches(epoch)[position]
-        return [Slot(example, self._flips(step, index), index, epoch) for index, example in enumerate(examples)]
+        return [Slot(example, self._flips(step, i), i, epoch, step) for i, example in enumerate(examples)]
 
     def _flips(self, step: int, index: int) -> bool:
         return self.dataset.flip and bool(torch.rand(1, generator=generator(self.seed, "flip", step, index)) < 0.5)
