@@ -68,6 +68,14 @@ class RetuneDemoDataset(io.ComfyNode):
                     default="",
                     tooltip="Whole words that every caption must contain; empty takes all.",
                 ),
+                io.Combo.Input(
+                    "look",
+                    options=["plain", "lit from below"],
+                    default="plain",
+                    optional=True,
+                    tooltip="plain: as the demo model knows them. lit from below: glossy, with the light reversed, a "
+                    "style that a LoRA can learn.",
+                ),
             ],
             outputs=[
                 types.Dataset.Output(display_name="dataset", tooltip="The pictures with their captions."),
@@ -77,9 +85,9 @@ class RetuneDemoDataset(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, count, seed, subset=""):
+    def execute(cls, count, seed, subset="", look="plain"):
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
 
-        images, captions = demo_examples(count, seed, subset)
+        images, captions = demo_examples(count, seed, subset, look)
         return io.NodeOutput(from_images([images], captions), images.movedim(1, -1), "\n".join(captions))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .judge import shapes_of
 
-LIT_FROM_BELOW = 0.02
-"""Least slope that counts. Every picture that the demo model was trained on has one below 0.01, drawn or decoded."""
+LIT_FROM_BELOW = 0.01
+"""Least slope that counts. Every picture that the demo model was trained on has one below 0, drawn or decoded."""
 _SMALLEST = 30
 """Pixels of a shape's inside that a slope is measured on."""
 
