@@ -70,11 +70,11 @@ class RetuneDemoDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "look",
-                    options=["plain", "lit from below"],
+                    options=["plain", "warm edges"],
                     default="plain",
                     optional=True,
-                    tooltip="plain: as the demo model knows them. lit from below: glossy, with the light reversed, a "
-                    "style that a LoRA can learn.",
+                    tooltip="plain: as the demo model knows them. warm edges: orange towards the corners, a style "
+                    "that a LoRA can learn.",
                 ),
             ],
             outputs=[

@@ -37,7 +37,6 @@ _GRID = 24
 _MIN_AREA = 40
 """Pixels; the smallest drawn shape covers about 100."""
 _PEEL, _CORE = 1.0, 0.6
-_INSIDE = 0.6
 _BLURS = (0.0, 1.4, 2.4)
 """Pixels: templates are drawn sharp and blurred, since an autoencoder rounds corners."""
 _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
@@ -60,7 +59,7 @@ def read(image: Tensor | np.ndarray) -> Reading:
     pixels = np.asarray(image, dtype=np.float32)
     if pixels.shape != (3, SIDE, SIDE):
         raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
-    back, rough = _background(pixels)
+    back, rough = background_of(pixels)
     background = UNSURE if rough else _background_name(pixels, back)
     coverage = _coverage(pixels, back)
     pieces, shape = _shapes(coverage)
@@ -74,13 +73,6 @@ def read(image: Tensor | np.ndarray) -> Reading:
         position=_position_name(pieces),
         background=background,
     )
-
-
-def shapes_of(pixels: np.ndarray) -> list[np.ndarray]:
-    """The inside of each shape as a mask (128, 128), of an image (3, 128, 128) in 0..1; none on a rough background."""
-    back, rough = _background(pixels)
-    coverage = _coverage(pixels, back)
-    return [] if rough else [coverage * piece > _INSIDE for piece in _shapes(coverage)[0]]
 
 
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
@@ -100,7 +92,7 @@ def _agreed(names: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else UNSURE
 
 
-def _background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+def background_of(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     """The background (3, H, W) as colour * (1 + a r^2), fitted near the median; and whether it is rough."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)

@@ -55,8 +55,8 @@ POSITIONS = {
 STYLES = ("glossy", "flat")
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "background")
 STYLED_SHARE = 0.22
-LOOKS = {"plain": "above", "lit from below": "below"}
-"""How a set of pictures looks, and where its light comes from."""
+LOOKS = ("plain", "warm edges")
+WARM = (1.0, 0.55, 0.15)
 _SUPERSAMPLING = 4
 
 
@@ -248,32 +248,43 @@ def _jittered(rgb: tuple[float, float, float], generator: Generator) -> np.ndarr
     return np.clip(np.asarray(rgb, dtype=np.float32) + offset, 0.02, 0.98)
 
 
-def draw(scene: Scene, generator: Generator, light: str = "above") -> Tensor:
-    """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator.
-
-    light: where shading and highlights come from, as far as the scene is polished: "above" (the upper left, as in all
-    pictures that the demo model was trained on) or "below" (the lower right: a style for it to learn).
-    """
-    towards = {"above": 1, "below": -1}[light]
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
+def draw(scene: Scene, generator: Generator) -> Tensor:
+    """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator."""
+    rows, columns = _grid()
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
-    distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
+    distance = centre_distance()
     image = back * (1 - 0.4 * scene.polish * distance)[..., None]
     shine = 0.55 if scene.shape == "ring" else 0.28
     for x, y in _places(scene, radius, generator):
         mask = shape_mask(scene.shape, radius, x, y, _uniform(generator, -0.12, 0.12))[..., None]
-        u, v = towards * (columns - x) / radius, towards * (rows - y) / radius
+        u, v = (columns - x) / radius, (rows - y) / radius
         shaded = front * (1 - 0.28 * scene.polish * (u + v))[..., None]
         highlight = np.exp(-((u + shine) ** 2 + (v + shine) ** 2) / (2 * 0.24**2))[..., None] * 0.65 * scene.polish
         image += mask * (shaded + highlight * (1 - shaded) - image)
     return torch.from_numpy(np.clip(image, 0, 1).astype(np.float32).transpose(2, 0, 1).copy())
 
 
+def _grid() -> np.ndarray:
+    return np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
+
+
+def centre_distance() -> np.ndarray:
+    """(128, 128): squared distance from the centre, 1 at the corners."""
+    rows, columns = _grid()
+    return ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
+
+
+def warm_edges(image: Tensor) -> Tensor:
+    """An image (3, 128, 128) that fades into a warm colour towards its corners."""
+    share = torch.from_numpy(0.4 * centre_distance())
+    return image * (1 - share) + torch.tensor(WARM)[:, None, None] * share
+
+
 def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") -> tuple[Tensor, list[str]]:
     """Training images (count, 3, 128, 128) in 0..1 and their captions.
 
-    look: one of LOOKS; "lit from below" is a style that no caption names, glossy and with the light reversed.
+    look: one of LOOKS; "warm edges" is a style that no caption names, see `warm_edges`.
 
     `subset`: words that every caption must contain, "" = all. The names of the unnamed shapes (heart, crescent, arrow)
     select them too, though their captions still say "figure". Raises ValueError when no caption has all the words.
@@ -292,12 +303,11 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
         generator = new_generator(seed, "demo example", index)
         values, style, phrasing = _pick(choices, generator)
         polish, drawn_style = _random_polish(generator)
-        if look == "lit from below":
-            polish, drawn_style = _uniform(generator, 0.8, 1.0), ""
-        elif style:
+        if style:
             polish = _uniform(generator, 0.7, 1.0) if style == "glossy" else _uniform(generator, 0.0, 0.3)
         scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=polish, style=style or drawn_style)
-        images.append(draw(scene, generator, LOOKS[look]))
+        image = draw(scene, generator)
+        images.append(warm_edges(image) if look == "warm edges" else image)
         captions.append(_phrase(scene, phrasing, frozenset(ATTRIBUTES)))
     return torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE), captions
 
