@@ -221,3 +221,12 @@ def sdxl_unet():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(**config).eval()
+
+
+@pytest.fixture(scope="session")
+def lora_kinds():
+    """tests/lora_kinds.py: random layers of every algorithm, with the weights that come of them."""
+    spec = importlib.util.spec_from_file_location("retune_lora_kinds", ROOT / "tests" / "lora_kinds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
