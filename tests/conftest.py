@@ -200,6 +200,25 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
+def sd15_unet():
+    """A UNet of SD1.5's layout (context 768) at a tenth of its width, random weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**config).eval()
+
+
+@pytest.fixture(scope="session")
 def sdxl_unet():
     """A UNet of SDXL's layout (context 2048, pooled text and sizes 2816) at a tenth of its width, random weights."""
     import torch
