@@ -116,13 +116,18 @@ class Naming:
         return start.get(text["encoder"], other) + path.replace(".", "_")
 
     def diffusers(self, layer: str) -> tuple[str, str] | None:
-        """(component of the pipeline, path in it); None for a layer of no SD UNet, CLIP or T5 (in CLIP's place)."""
+        """(component of the pipeline, path in it); None for a layer of no SD UNet or CLIP.
+
+        A T5 in CLIP's place has names too, but `load_lora_weights` stops at them.
+        """
         if layer.startswith(UNET):
             path = layer.removeprefix(UNET)
             return ("unet", ldm.rename(path, self._diffusers)) if _in_unet(path) else None
         text = _TEXT_LAYER.fullmatch(layer)
         path = text and _text_path(text["path"])
-        return path and ("text_encoder_2" if text["encoder"] == "clip_g" else "text_encoder", path)
+        if not path or path.startswith("encoder.block"):
+            return None
+        return ("text_encoder_2" if text["encoder"] == "clip_g" else "text_encoder", path)
 
     def kernel(self, layer: str) -> tuple[int, ...] | None:
         """Height and width of a convolution's kernel, () for a linear layer, None for unknown."""

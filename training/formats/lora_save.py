@@ -156,7 +156,7 @@ def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None
     """Raises ValueError for a layer that diffusers' format cannot hold."""
     reason = None
     if not has_name:
-        reason = "diffusers' pipelines have no such layer"
+        reason = "diffusers' loader takes no such layer"
     elif DOWN not in module.tensors:
         reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
     elif more := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
@@ -179,11 +179,14 @@ def _without_core(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under peft's names; its magnitudes are (out,), for convolutions (1, out, 1, 1)."""
+    """Under peft's names; its magnitudes are (out,), for convolutions (1, out, 1, 1).
+
+    peft leaves `.weight` off a magnitude's name and reads both; transformers 5 reads a text encoder's with it alone.
+    """
     result = {"lora_A.weight": tensors[DOWN], "lora_B.weight": tensors[UP]}
     if "dora_scale" in tensors:
         scale = tensors["dora_scale"].flatten()
-        result["lora_magnitude_vector"] = scale.reshape(1, -1, 1, 1) if tensors[DOWN].ndim == 4 else scale
+        result["lora_magnitude_vector.weight"] = scale.reshape(1, -1, 1, 1) if tensors[DOWN].ndim == 4 else scale
     return result
 
 
