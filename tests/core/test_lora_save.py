@@ -121,6 +121,7 @@ def test_the_layout_of_an_odd_unet_is_found_in_its_layers():
         ([f"{UNET}middle_block.1.proj_in", f"{TEXT}clip_h.transformer.{CLIP}"], "SD2.x"),
         ([f"{UNET}middle_block.1.proj_in"], ""),
         ([f"{TEXT}clip_l.transformer.{CLIP}"], "SD1.x"),
+        ([f"{TEXT}t5base.transformer.{T5}"], ""),
         (["lora_unet_up_blocks_3_attentions_0_proj_in", "lora_unet_down_blocks_0_attentions_1_proj_in"], "SD1.x"),
     ],
 )
@@ -332,6 +333,20 @@ def test_layers_without_a_kohya_name_keep_theirs_with_a_warning(tmp_path):
     norm = f"{TEXT}clip_l.transformer.text_model.encoder.layers.0.layer_norm1"
     (warning,) = save_lora(tmp_path / "x.safetensors", {f"{norm}.diff": torch.ones(8)})
     assert f"no name for {norm}" in warning and f"{norm}.diff" in read_tensors(tmp_path / "x.safetensors")[0]
+
+
+def test_what_is_left_out_or_guessed_is_said(tmp_path):
+    layer = f"{UNET}middle_block.1.proj_in"
+    warnings = save_lora(tmp_path / "x.safetensors", pair(layer) | {"bundle_emb.cat": torch.ones(4)})
+    assert [warning.split(";")[0].split(":")[0] for warning in warnings] == [
+        "left out bundle_emb.cat",
+        "its layers are as well SD1.x's as SDXL's",
+    ]
+    assert "lora_unet_mid_block_attentions_0_proj_in.alpha" in read_tensors(tmp_path / "x.safetensors")[0]
+    assert not save_lora(tmp_path / "x.safetensors", pair(layer), base="SDXL")
+    assert "lora_unet_middle_block_1_proj_in.alpha" in read_tensors(tmp_path / "x.safetensors")[0]
+    with pytest.raises(ValueError, match="two layers for lora_unet_mid_block_attentions_0_proj_in"):
+        save_lora(tmp_path / "x.safetensors", pair(layer) | pair("unet.mid_block.attentions.0.proj_in"))
 
 
 def test_other_models_keep_their_names_with_underscores(tmp_path):

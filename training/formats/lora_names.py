@@ -218,7 +218,8 @@ def _family(lora: Lora) -> str:
     deep = re.search(r"transformer_blocks[._][1-9]|up_blocks[._]0[._]attentions", names)
     if deep or with_attention & {("output", n) for n in (0, 1)}:
         return "SDXL"
-    return "" if with_attention or re.search(r"_blocks|unet|diffusion_model", names) else "SD1.x"
+    has_unet = with_attention or re.search(r"_blocks|unet|diffusion_model", names)
+    return "SD1.x" if "text_model" in names and not has_unet else ""
 
 
 def _original_blocks(names: Iterable[str]) -> set[tuple[str, int, int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ def save_lora(
     lora = lora if isinstance(lora, Lora) else parse_lora("the LoRA", lora, about.kept)
     naming = naming_of(lora, base, about.unet_config)
     warnings: list[str] = []
+    if lora.other_keys:
+        warnings.append(f"left out {some(lora.other_keys)}: no part of a LoRA.")
     if format == "kohya":
         tensors, more = kohya_tensors(lora, naming, warnings), {}
     else:
@@ -70,7 +73,8 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
             name = module.name
             kept += [name] if not name.startswith("lora_") else []
         for role, value in fitted(module, naming.kernel(layer) if layer else None).items():
-            result[f"{name}.{role}"] = value
+            if result.setdefault(f"{name}.{role}", value) is not value:
+                raise ValueError(f"{lora.name} has two layers for {name}; expected one. {module.name} is spare.")
     if kept:
         warnings.append(f"kohya's format has no name for {some(kept)}; they keep theirs, which ComfyUI alone reads.")
     if any(naming.dora_axis(module) == 0 for module in lora.modules.values()):
@@ -78,8 +82,8 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
             "DoRA with a magnitude per output: ComfyUI's own loader divides by the norm of the bare weight and gives "
             "another picture; RetuneApplyLora and LyCORIS read it as it was trained."
         )
-    if naming.family == "" and any("_blocks." in name or "_blocks_" in name for name in lora.modules):
-        log.info("%s: model family unknown; the UNet's layers are named as in diffusers", lora.name)
+    if naming == Naming() and any(re.search(r"(in|out)put_blocks|middle_block", name) for name in lora.modules):
+        warnings.append("its layers are as well SD1.x's as SDXL's; they have SD1.x's names. Choose the base.")
     return result
 
 
