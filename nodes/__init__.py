@@ -8,6 +8,7 @@ from .export import RetuneExportDiffusers
 from .lora import RetuneApplyLora
 from .reset import RetuneResetAttention
 from .run_chart import RetuneRunChart
+from .save_lora import RetuneSaveLora
 from .settings import RetuneSamplePrompts, RetuneTrainingSettings
 from .text_encoder import (
     RetuneFitProjection,
@@ -45,4 +46,5 @@ class RetuneExtension(ComfyExtension):
             RetuneApplyLora,
             RetuneTrainLora,
             RetuneJoinDatasets,
+            RetuneSaveLora,
         ]

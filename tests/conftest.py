@@ -200,6 +200,25 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
+def sd15_unet():
+    """A UNet of SD1.5's layout (context 768) at a tenth of its width, random weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**config).eval()
+
+
+@pytest.fixture(scope="session")
 def sdxl_unet():
     """A UNet of SDXL's layout (context 2048, pooled text and sizes 2816) at a tenth of its width, random weights."""
     import torch
@@ -221,3 +240,12 @@ def sdxl_unet():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(**config).eval()
+
+
+@pytest.fixture(scope="session")
+def lora_kinds():
+    """tests/lora_kinds.py: random layers of every algorithm, with the weights that come of them."""
+    spec = importlib.util.spec_from_file_location("retune_lora_kinds", ROOT / "tests" / "lora_kinds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -23,6 +23,7 @@ from .distributed import local_device, world
 from .layers import ResetConfig, reset_weights
 from .loop import Callbacks, StepInfo
 from .lora_config import LORA_PRESETS, LoraConfig
+from .lora_tools import VERBS as LORA_VERBS
 
 
 class Terminal(Callbacks):
@@ -158,6 +159,10 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     add_flags(r, ResetConfig)
     r.set_defaults(function=reset)
+    for name, (config, function) in LORA_VERBS.items():
+        tool = verbs.add_parser(name, help=config.__doc__[0].lower() + config.__doc__.rstrip(".")[1:])
+        add_flags(tool, config)
+        tool.set_defaults(function=lambda arguments, c=config, f=function: f(read_flags(arguments, c)))
     from .demo.run import DemoConfig
 
     d = verbs.add_parser("demo", help="the T5 swap on the demo model, judged before and after")
@@ -169,7 +174,7 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(b, BenchConfig, skip=("name",))
     add_flags(b, StudyConfig, skip=("batch_size",))
     b.set_defaults(function=bench)
-    for verb in (t, o, r, d, b):
+    for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return top
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .demo.files import weights_path
-from .diffusers_model import load_denoiser, load_model
+from .diffusers_model import DiffusersDenoiser, load_denoiser, load_model
 from .files import write_tensors
 from .formats import ldm
 from .layers import ResetConfig, reset_weights
@@ -87,8 +87,13 @@ def build_model(config: ModelConfig) -> TextToImage:
 
 def open_unet(model: str) -> dict[str, nn.Parameter]:
     """Canonical name -> fp32 weight of a UNet alone, `model` as in ModelConfig; nothing else of it has to be there."""
+    return unet_parameters(open_denoiser(model))
+
+
+def open_denoiser(model: str) -> DiffusersDenoiser:
+    """A UNet alone, `model` as in ModelConfig, in fp32."""
     path, _ = _checkpoint(ModelConfig(model=model))
-    return unet_parameters(load_denoiser(path))
+    return load_denoiser(path)
 
 
 def unet_parameters(denoiser: Denoiser) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from .adapters import UNET, Adapters, layers_of, select_layers
 from .data.examples import Dataset
 from .distributed import world
 from .files import read_tensors, write_tensors
+from .formats import ldm
+from .formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
+from .formats.lora_save import save_lora
 from .loop import Callbacks
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
@@ -50,7 +54,8 @@ def train_lora(
     with open_run(Path(root), config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **(details or {})}
+            about = {"config": asdict(config), "environment": environment(model)}
+            about |= described(model, dataset) | (details or {})
             folder.claim(run_identity("lora", model, dataset, config), about)
         here.barrier()
         if finished(folder, config, ARTIFACT):
@@ -86,10 +91,28 @@ def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
+def described(model: TextToImage, dataset: Dataset) -> dict:
+    """What a LoRA file's metadata says of the model and the images, for config.json."""
+    network = model.denoiser.network
+    shapes = {model.denoiser.canonical_name(name): value.shape for name, value in network.named_parameters()}
+    sizes = Counter((example.width, example.height) for example in dataset.examples)
+    return {
+        "unet": ldm.unet_config(shapes),
+        "prediction_type": model.denoiser.prediction_type,
+        "resolution": list(sizes.most_common(1)[0][0]),
+        "images": len(dataset.examples),
+        "tag_frequency": tag_frequency(example.caption for example in dataset.examples),
+    }
+
+
 def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig, ending: Mapping) -> None:
-    """The run's result, under the names that ComfyUI's own LoRA files have; ending: how it ended, for its metadata."""
+    """The run's result, under the names that ComfyUI's own LoRA files have, and a copy in kohya's layout with all
+    metadata, `<run name>.safetensors`, for other programs. ending: how the run ended."""
     about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
     write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
+    picture = last_sample(folder.path)
+    shown = LoraAbout(run=folder.config(), thumbnail=thumbnail(picture) if picture else "")
+    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, about=shown)
 
 
 def read_lora_run(path: Path) -> TrainedLora:

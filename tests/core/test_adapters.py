@@ -243,6 +243,21 @@ def test_every_tensor_learns_and_the_model_stays_as_it_was(demo, pictures, tmp_p
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
 
 
+def test_the_run_keeps_a_copy_for_other_programs(demo, pictures, tmp_path):
+    from retune.training.files import read_tensors
+    from retune.training.formats.lora import read_lora
+
+    config = lora_config(text_encoder_learning_rate=1e-3, algorithm="LoCon")
+    trained = train_lora(demo, pictures, config, tmp_path)
+    copy, metadata = read_tensors(tmp_path / "r" / "r.safetensors")
+    assert len(copy) == len(trained.tensors) and {name.split("_")[1] for name in copy} == {"unet", "te"}
+    down = "diffusion_model.input_blocks.3.1.proj_in.lora_down.weight"
+    assert torch.equal(copy["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight"], trained.tensors[down])
+    assert {module.alpha for module in read_lora(tmp_path / "r" / "r.safetensors").modules.values()} == {2.0}
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "4"
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.resolution"] == "64x64"
+
+
 def test_one_batch_is_learned_by_heart(demo, pictures, tmp_path):
     one = replace(pictures, examples=pictures.examples[:1])
     settings = replace(SETTINGS, min_timestep=600, max_timestep=600, lr_schedule="constant", loss_weighting="none")

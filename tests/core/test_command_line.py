@@ -15,6 +15,7 @@ from retune.training.data.folder import FolderConfig
 from retune.training.files import read_tensors, write_tensors
 from retune.training.formats import ldm
 from retune.training.layers import ResetConfig
+from retune.training.lora_tools import VERBS as LORA_VERBS
 
 CONFIGS = {
     "train": [
@@ -25,6 +26,7 @@ CONFIGS = {
         (SamplePrompts, "sample_"),
     ],
     "reset": [(ResetConfig, "")],
+    **{verb: [(config, "")] for verb, (config, _) in LORA_VERBS.items()},
 }
 REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]
 

@@ -196,6 +196,7 @@ def test_block_weights_that_mean_nothing_are_refused(text, message):
         ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "SD2.x"),
         ({"ss_v2": "True"}, "SD2.x"),
         ({"ss_v2": "False"}, ""),
+        ({"modelspec.architecture": "unknown/lora", "ss_base_model_version": "unknown"}, ""),
         ({"ss_base_model_version": "flux1"}, "flux1"),
     ],
 )

@@ -1,7 +1,12 @@
 """The demo model as ComfyUI loads it, and small captioned pictures."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from retune.training.formats import ldm
+
+SMALL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64, "hidden_size": 32, "num_attention_heads": 4}
 
 
 @pytest.fixture
@@ -52,8 +57,6 @@ def sampled(comfyui):
 @pytest.fixture
 def small_sdxl_clip(comfyui):
     """comfy.sd.CLIP of SDXL's two encoders at small size (32 + 64 wide), random weights."""
-    from types import SimpleNamespace
-
     import comfy.sd
     from comfy import sdxl_clip
 
@@ -66,3 +69,66 @@ def small_sdxl_clip(comfyui):
         for parameter in clip.cond_stage_model.parameters():
             parameter.normal_(std=0.2, generator=source)
     return clip
+
+
+def comfyui_unet(network, about):
+    """(MODEL, LDM prefix -> diffusers prefix) with a diffusers UNet's weights; about: a class of supported_models."""
+    import comfy.model_detection
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    names = ldm.unet_names(network.config)
+    state = {ldm.UNET_PREFIX + name: v for name, v in ldm.to_ldm(network.state_dict(), names).items()}
+    config = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
+    about = getattr(comfy.supported_models, about)(config)
+    about.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode():
+        model = about.get_model(state, ldm.UNET_PREFIX, device="cpu")
+        model.load_model_weights(state, ldm.UNET_PREFIX)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")), names
+
+
+@pytest.fixture(scope="session")
+def sd15(comfyui, sd15_unet):
+    return comfyui_unet(sd15_unet, "SD15")
+
+
+@pytest.fixture(scope="session")
+def sdxl(comfyui, sdxl_unet):
+    return comfyui_unet(sdxl_unet, "SDXL")
+
+
+@pytest.fixture(scope="session")
+def clips(comfyui):
+    """A small CLIP of SD1.5's, SD2's and SDXL's structure, by name."""
+    from comfy import sd1_clip, sdxl_clip
+    from comfy.text_encoders import sd2_clip
+
+    targets = {
+        "SD1.5": (sd1_clip.SD1ClipModel, sd1_clip.SD1Tokenizer),
+        "SD2": (sd2_clip.SD2ClipModel, sd2_clip.SD2Tokenizer),
+    }
+    targets["SDXL"] = (sdxl_clip.SDXLClipModel, sdxl_clip.SDXLTokenizer)
+    return {name: small_clip(*classes) for name, classes in targets.items()}
+
+
+def small_clip(model, tokenizer):
+    import comfy.sd
+
+    configs = {f"clip_{letter}_model_config": dict(SMALL_CLIP) for letter in "lgh"}
+    with torch.inference_mode():
+        target = SimpleNamespace(clip=model, tokenizer=tokenizer, params={})
+        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, **configs})
+        for seed, value in enumerate(clip.cond_stage_model.state_dict().values()):
+            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) * 0.05)
+    return clip
+
+
+@pytest.fixture(scope="session")
+def t5(comfyui, tmp_path_factory, write_t5_folder):
+    from retune.nodes.t5_clip import load_t5_clip
+    from retune.training.text_encoder.projection import Projection
+
+    folder = write_t5_folder(tmp_path_factory.mktemp("lora_t5") / "t5")
+    with torch.inference_mode():
+        return load_t5_clip(folder, Projection(64, 768), dtype="fp32")

@@ -6,7 +6,6 @@ import pickle
 import re
 from itertools import count as counted
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfyui
 
-SD15 = {
-    "block_out_channels": (32, 64, 128, 128),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-TEXT = {"num_hidden_layers": 3, "intermediate_size": 64, "hidden_size": 32, "num_attention_heads": 4}
 RANK = 3
 UNET_KEY = "diffusion_model."
 NUMBERS = counted(1)
@@ -35,78 +25,6 @@ def drawn(*shape, seed=0, scale=0.3):
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-def comfyui_unet(network, about):
-    """(MODEL, LDM prefix -> diffusers prefix) with a diffusers UNet's weights; about: a class of supported_models."""
-    import comfy.model_detection
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    names = ldm.unet_names(network.config)
-    state = {ldm.UNET_PREFIX + name: v for name, v in ldm.to_ldm(network.state_dict(), names).items()}
-    config = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
-    about = getattr(comfy.supported_models, about)(config)
-    about.set_inference_dtype(torch.float32, None)
-    with torch.inference_mode():
-        model = about.get_model(state, ldm.UNET_PREFIX, device="cpu")
-        model.load_model_weights(state, ldm.UNET_PREFIX)
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")), names
-
-
-@pytest.fixture(scope="module")
-def sd15_unet():
-    from diffusers import UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DConditionModel(**SD15).eval()
-
-
-@pytest.fixture(scope="module")
-def sd15(comfyui, sd15_unet):
-    return comfyui_unet(sd15_unet, "SD15")
-
-
-@pytest.fixture(scope="module")
-def sdxl(comfyui, sdxl_unet):
-    return comfyui_unet(sdxl_unet, "SDXL")
-
-
-@pytest.fixture(scope="module")
-def clips(comfyui):
-    """A small CLIP of SD1.5's, SD2's and SDXL's structure, by name."""
-    from comfy import sd1_clip, sdxl_clip
-    from comfy.text_encoders import sd2_clip
-
-    targets = {
-        "SD1.5": (sd1_clip.SD1ClipModel, sd1_clip.SD1Tokenizer),
-        "SD2": (sd2_clip.SD2ClipModel, sd2_clip.SD2Tokenizer),
-    }
-    targets["SDXL"] = (sdxl_clip.SDXLClipModel, sdxl_clip.SDXLTokenizer)
-    return {name: small_clip(*classes) for name, classes in targets.items()}
-
-
-def small_clip(model, tokenizer):
-    import comfy.sd
-
-    configs = {f"clip_{letter}_model_config": dict(TEXT) for letter in "lgh"}
-    with torch.inference_mode():
-        target = SimpleNamespace(clip=model, tokenizer=tokenizer, params={})
-        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, **configs})
-        for seed, value in enumerate(clip.cond_stage_model.state_dict().values()):
-            value.copy_(drawn(*value.shape, seed=seed, scale=0.05))
-    return clip
-
-
-@pytest.fixture(scope="module")
-def t5(comfyui, tmp_path_factory, write_t5_folder):
-    from retune.nodes.t5_clip import load_t5_clip
-    from retune.training.text_encoder.projection import Projection
-
-    folder = write_t5_folder(tmp_path_factory.mktemp("lora_t5") / "t5")
-    with torch.inference_mode():
-        return load_t5_clip(folder, Projection(64, 768), dtype="fp32")
 
 
 def weights_of(patcher):

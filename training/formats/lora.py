@@ -238,6 +238,15 @@ def dora_axis(scale: Tensor, shape: tuple[int, ...]) -> int:
     raise ValueError(f"dora_scale has {count} numbers; expected {shape[0]} outputs or {tuple(shape[1:2])} inputs")
 
 
+def magnitude_axis(module: LoraModule, kernel: tuple[int, ...] = ()) -> int | None:
+    """`dora_axis` of a layer, None without DoRA. kernel: of the convolution, where its tensors do not show it."""
+    if "dora_scale" not in module.tensors:
+        return None
+    scale, (rows, columns) = module.tensors["dora_scale"], module.shape
+    own = module.tensors[DOWN].shape[2:] if DOWN in module.tensors and MID not in module.tensors else ()
+    return dora_axis(scale, (rows, columns // math.prod(own or kernel) if columns else scale.numel()))
+
+
 def some(names: list[str] | tuple[str, ...], most: int = 4) -> str:
     """The first few of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -362,7 +371,8 @@ def _add_peft_alphas(lora: Lora) -> None:
         own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
         own = own or settings
         patterns = own.get("alpha_pattern") or {}
-        matching = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module.name))
+        names = (module.name, module.name.partition(".")[2])  # a pattern may begin with ^ before the component's path
+        matching = (v for k, v in patterns.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in names))
         alpha = next(matching, own.get("lora_alpha"))
         if alpha is not None and module.rank and "alpha" not in module.tensors:
             alpha *= math.sqrt(module.rank) if own.get("use_rslora") else 1

@@ -109,7 +109,7 @@ def base_of(lora: Lora) -> Base:
     """From modelspec.architecture, else ss_base_model_version, else ss_v2, else the width of cross-attention."""
     data = lora.metadata
     for key in ("modelspec.architecture", "ss_base_model_version"):
-        if said := data.get(key, ""):
+        if (said := data.get(key, "")) and not said.startswith("unknown"):
             known = (family for family, start in _FAMILIES.items() if re.match(start, said))
             return Base(next(known, said.split("/")[0]), f"{key} {said}")
     if data.get("ss_v2") == "True":

@@ -1,0 +1,129 @@
+"""The difference dW that a LoRA's layer adds to a weight, and differences brought to a low rank.
+
+An SVD cut after r singular values is the nearest matrix of rank r in the Frobenius norm (Eckart & Young 1936).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .lora import DOWN, LOHA, LOKR, MID, UP, LoraModule
+
+LINEAR_KINDS = ("LoRA", "LoCon", "LoHa", "LoKr", "full diff")
+"""Kinds whose difference does not depend on the weight they are for."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """up (out, r) and down (r, in), whose product is nearest to a matrix; its energy and the part that they keep.
+
+    Energy: the sum of squared singular values, which is the squared Frobenius norm.
+    """
+
+    up: Tensor
+    down: Tensor
+    energy: float
+    kept: float
+
+
+def difference(module: LoraModule) -> Tensor:
+    """dW as (out, in k k), fp32. Raises ValueError for kinds that depend on the weight (DoRA, OFT) or are unknown."""
+    t = {name: value.detach().float().cpu() for name, value in module.tensors.items()}
+    if module.kind not in LINEAR_KINDS or "set_weight" in t or not (t.keys() & {DOWN, "diff", *LOHA, *LOKR}):
+        raise ValueError(
+            f"layer {module.name} is {module.kind}, which is no difference by itself: what it does depends on the "
+            "weight it is put on. Expected LoRA, LoCon, LoHa, LoKr or a full difference."
+        )
+    if "diff" in t:
+        return t["diff"].flatten(1)
+    if DOWN in t:
+        return _scale(module) * _lora(t)
+    if "hada_w1_a" in t:
+        return _scale(module) * _hada(t, "1") * _hada(t, "2")
+    return _lokr(module, t)
+
+
+def kernel_of(module: LoraModule) -> tuple[int, ...] | None:
+    """The kernel that a layer's tensors show, () for none; None where they are flat in any case."""
+    t = module.tensors
+    for name in (MID, DOWN, "diff", "hada_t1", "lokr_t2", "lokr_w2"):
+        if name in t and t[name].ndim != 2:
+            return tuple(t[name].shape[2:])
+    return None
+
+
+def low_rank(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> LowRank:
+    """The nearest product of two factors of a (rows, columns) matrix, the singular values shared out evenly.
+
+    rank: at most; None for no limit. energy: as few singular values as keep this share of it, at least one. The signs
+    are fixed: a left singular vector's largest entry is positive.
+    """
+    return _cut(*torch.linalg.svd(matrix.float(), full_matrices=False), rank, energy)
+
+
+def low_rank_of(module: LoraModule, rank: int | None = None, energy: float = 1.0) -> LowRank:
+    """`low_rank` of a layer's difference; for LoRA from its factors, without the whole matrix."""
+    t = module.tensors
+    if module.kind not in ("LoRA", "LoCon") or MID in t or t[DOWN].shape[0] >= min(module.shape):
+        return low_rank(difference(module), rank, energy)
+    up, down = (t[name].detach().float().cpu().flatten(1) for name in (UP, DOWN))
+    (left, a), (right, b) = torch.linalg.qr(_scale(module) * up), torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(a @ b.T)
+    return _cut(left @ u, s, vh @ right.T, rank, energy)
+
+
+def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> LowRank:
+    squares = s.double().square()
+    total = squares.sum().item()
+    enough = int((squares.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if energy < 1 else len(s)
+    count = max(1, min(enough, rank or len(s), len(s)))
+    u, s, vh = u[:, :count], s[:count], vh[:count]
+    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
+    root = s.sqrt()
+    return LowRank(u * signs * root, vh * signs.T * root[:, None], total, squares[:count].sum().item())
+
+
+def as_lora(factors: LowRank, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    """A layer's tensors with alpha = rank, so that the difference is up down with no further scale."""
+    rank = len(factors.down)
+    down = factors.down.reshape(rank, -1, *kernel)
+    up = factors.up.reshape(-1, rank, *(1 for _ in kernel))
+    return {DOWN: down.contiguous(), UP: up.contiguous(), "alpha": torch.tensor(float(rank))}
+
+
+def _scale(module: LoraModule) -> float:
+    return 1.0 if module.alpha is None else module.alpha / module.rank
+
+
+def _lora(t: dict[str, Tensor]) -> Tensor:
+    if MID not in t:
+        return t[UP].flatten(1) @ t[DOWN].flatten(1)
+    return torch.einsum("om,mn...,ni->oi...", t[UP].flatten(1), t[MID], t[DOWN].flatten(1)).flatten(1)
+
+
+def _hada(t: dict[str, Tensor], number: str) -> Tensor:
+    a, b, core = t[f"hada_w{number}_a"], t[f"hada_w{number}_b"], t.get(f"hada_t{number}")
+    return a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b).flatten(1)
+
+
+def _lokr(module: LoraModule, t: dict[str, Tensor]) -> Tensor:
+    """kron(w1, w2); alpha / rank only where a factor is low-rank, as LyCORIS and ComfyUI have it."""
+    first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    second, rank = t.get("lokr_w2"), t["lokr_w1_b"].shape[0] if "lokr_w1_b" in t else None
+    if second is None:
+        a, b, core = t["lokr_w2_a"], t["lokr_w2_b"], t.get("lokr_t2")
+        second, rank = a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b), b.shape[0]
+    columns = first.shape[1] * second.shape[1]
+    kernel = second.shape[2:]
+    product = torch.kron(first, second.flatten(1)) if not kernel else _kron(first, second, columns)
+    return product * (module.alpha / rank if rank and module.alpha is not None else 1.0)
+
+
+def _kron(first: Tensor, second: Tensor, columns: int) -> Tensor:
+    """Kronecker product over the first two axes; (rows, columns k k)."""
+    product = torch.einsum("pq,rsk->prqsk", first, second.flatten(2))
+    return product.reshape(first.shape[0] * second.shape[0], columns * math.prod(second.shape[2:]))
