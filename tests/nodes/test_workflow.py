@@ -175,18 +175,55 @@ def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server):
     assert steps == [stopped + 1, stopped + 2]
 
 
-def test_example_workflow_and_its_twin_hold_the_same_nodes(comfyui_server):
-    example = WORKFLOWS.parents[1] / "example_workflows" / "Swap the text encoder for T5.json"
+TRAINING = ("steps", "batch_size", "learning_rate")
+TWINS = {
+    "Swap the text encoder for T5": (
+        "swap_text_encoder",
+        "RetuneTrainModel",
+        (*TRAINING, "train", "train_projection", "run_name", "seed", "resume"),
+    ),
+    "Train a style LoRA": (
+        "train_style_lora",
+        "RetuneTrainLora",
+        (*TRAINING, "rank", "alpha", "algorithm", "targets", "text_encoder_learning_rate", "run_name", "seed"),
+    ),
+}
+
+
+@pytest.mark.parametrize("title", TWINS)
+def test_example_workflows_and_their_twins_hold_the_same_nodes(comfyui_server, title):
+    name, trainer, widgets = TWINS[title]
+    example = WORKFLOWS.parents[1] / "example_workflows" / f"{title}.json"
+    assert example.with_suffix(".jpg").exists()
     graph = json.loads(example.read_text(encoding="utf-8"))
     active = [node for node in graph["nodes"] if node["type"] != "MarkdownNote" and node["mode"] == 0]
-    twin = json.loads((WORKFLOWS / "swap_text_encoder.json").read_text(encoding="utf-8"))
+    twin = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     assert sorted(node["type"] for node in active) == sorted(node["class_type"] for node in twin.values())
     known = comfyui_server.object_info()
     assert all(node["type"] in known for node in graph["nodes"] if node["type"] != "MarkdownNote")
-    (train,) = (node for node in active if node["type"] == "RetuneTrainModel")
-    widgets = ("steps", "batch_size", "learning_rate", "train", "train_projection", "run_name", "seed", "resume")
-    inputs = next(node["inputs"] for node in twin.values() if node["class_type"] == "RetuneTrainModel")
-    assert train["widgets_values"] == [inputs[name] for name in widgets]
+    (train,) = (node for node in active if node["type"] == trainer)
+    inputs = next(node["inputs"] for node in twin.values() if node["class_type"] == trainer)
+    assert train["widgets_values"][: len(widgets)] == [inputs[name] for name in widgets]
+
+
+def test_a_style_lora_is_trained_saved_and_put_on(comfyui_server):
+    prompt = small_prompt("train_style_lora", rank=2, alpha=2.0)
+    prompt["19"]["inputs"]["steps"] = 2
+    outputs = comfyui_server.run(prompt)
+    base = comfyui_server.base_directory
+    folder = run_folder(base, "demo style LoRA")
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    with safe_open(outputs["16"]["text"][0], "pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+    assert metadata["ss_network_dim"] == "2" and metadata["modelspec.title"] == "demo style LoRA"
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg") and names[0].startswith("lora_unet_")
+    (report,) = outputs["4"]["text"]
+    assert "LoCon" in report and outputs["15"]["images"] and outputs["14"]["images"] and outputs["21"]["images"]
+    comfyui_server.run(
+        prompt | {"4": prompt["4"] | {"inputs": prompt["4"]["inputs"] | {"trained_strength_model": 0.0}}}
+    )
+    steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
+    assert steps[-6:] == list(range(1, 7))
 
 
 def test_reset_attention_scales_resets_and_trains(comfyui_server):
