@@ -139,6 +139,11 @@ class RetuneTrainLora(io.ComfyNode):
                     tooltip="LoRA+ (arXiv 2402.12354): how much faster the matrix that starts at zero learns; the "
                     "paper has 16.",
                 ),
+                LoraModel.Input(
+                    "start",
+                    optional=True,
+                    tooltip="A LoRA whose values the adapters begin with; to go on with a run use its name instead.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the trained LoRA at strength 1."),
@@ -150,7 +155,7 @@ class RetuneTrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", **values):
+    def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", start=None, **values):
         from ..training.train_lora import train_lora
         from .bridge import text_to_image
         from .lora_patches import Row, apply_loras, lora_of
@@ -162,7 +167,9 @@ class RetuneTrainLora(io.ComfyNode):
         callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
-            trained = train_lora(view, dataset, config, runs_folder(), callbacks, {"prompt": cls.hidden.prompt})
+            first = None if start is None else lora_of("start", start)
+            details = {"prompt": cls.hidden.prompt}
+            trained = train_lora(view, dataset, config, runs_folder(), callbacks, details, first)
         row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
         model, patched, _ = apply_loras(model, clip, [row])
         return io.NodeOutput(model, patched if config.trains_text else clip, trained.tensors, trained.path.parent)

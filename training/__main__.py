@@ -84,6 +84,7 @@ def train(arguments: argparse.Namespace) -> dict:
 
 
 def lora(arguments: argparse.Namespace) -> dict:
+    from .formats.lora import read_lora
     from .train_lora import train_lora
 
     config = read_flags(
@@ -94,7 +95,8 @@ def lora(arguments: argparse.Namespace) -> dict:
     )
     terminal = Terminal()
     dataset = open_dataset(arguments, terminal)
-    trained = train_lora(open_model(arguments), dataset, config, arguments.output, terminal)
+    start = read_lora(arguments.start_lora) if arguments.start_lora else None
+    trained = train_lora(open_model(arguments), dataset, config, arguments.output, terminal, start=start)
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
 
@@ -152,6 +154,7 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     _add_data_flags(o)
     add_flags(o, LoraConfig, skip=("settings", "samples"))
     add_flags(o, TrainingSettings)
+    o.add_argument("--start-lora", type=Path, help="a LoRA file of any trainer whose values the adapters begin with")
     _add_run_flags(o, LORA_PRESETS)
     o.set_defaults(**LORA_PRESETS.get(preset, {}), function=lora)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")

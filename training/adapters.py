@@ -80,20 +80,20 @@ class Adapters:
     """Trainable: one adapter per layer, fp32 masters named `<layer>.<LyCORIS's tensor name>`.
 
     layers: name -> live layer, from `select_layers`. networks: roots that are frozen while attached. seed: of the
-    initial values and of dropout. The layers and their weights are never written.
+    initial values and of dropout. modules: LyCORIS's, by layer name. The layers' weights are never written.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
         self.config, self.seed = config, seed
         self._layers = dict(layers)
-        self._modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
-        holder = nn.ModuleDict({str(i): module for i, module in enumerate(self._modules.values())})
-        for name, module in self._modules.items():
+        self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
+        holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
+        for name, module in self.modules.items():
             module.to(self._layers[name].weight.device)
-        names = {str(i): name for i, name in enumerate(self._modules)}
+        names = {str(i): name for i, name in enumerate(self.modules)}
         found = {_renamed(path, names): target for path, target in targets(holder).items()}
         self._weights = SelectedWeights(found, networks)
-        self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self._modules.items()}
+        self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self.modules.items()}
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -129,8 +129,8 @@ class Adapters:
             if training and self.config.has_dropout:
                 stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *draw), self._devices()))
             for name, layer in self._layers.items():
-                self._modules[name].train(training)
-                handle = layer.register_forward_hook(self._hook(self._modules[name], training))
+                self.modules[name].train(training)
+                handle = layer.register_forward_hook(self._hook(self.modules[name], training))
                 stack.callback(handle.remove)
             yield
 

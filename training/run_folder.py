@@ -27,6 +27,7 @@ FINGERPRINTS = {
     "text_encoder": "the text encoder (its weights, tokenizer, padding, a LoRA)",
     "projection": "the text encoder's projection or scale",
     "vae": "the VAE",
+    "start": "the LoRA that training starts from",
     "dataset": "the data set (images, masks, captions, sizes, repeats, weights)",
 }
 """What a run's identity holds no more of than hashes or sketches, in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from .adapters import UNET, Adapters, layers_of, select_layers
 from .data.examples import Dataset
 from .distributed import world
 from .files import read_tensors, write_tensors
+from .fingerprint import tensors_fingerprint
 from .formats import ldm
+from .formats.lora import Lora
 from .formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
 from .formats.lora_save import save_lora
 from .loop import Callbacks
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
 from .run_folder import RunFolder
+from .start_lora import start_from
 from .train_model import check_fit, check_steps, denoising_loop, environment, finished, open_run, run_identity, run_loop
 
 ARTIFACT = "lora.safetensors"
@@ -41,36 +45,61 @@ def train_lora(
     root: Path,
     callbacks: Callbacks | None = None,
     details: dict | None = None,
+    start: Lora | None = None,
 ) -> TrainedLora:
     """Trains, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
 
     root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
-    The model is left bit-identical. Raises ValueError before any training for targets that match nothing, a text
-    encoder that does not fit the UNet, or a run of other settings under this name.
+    start: another LoRA, whose values the adapters begin with, see `start_from`. The model is left bit-identical. Raises
+    ValueError before any training for targets that match nothing, a text encoder that does not fit the UNet, a start
+    that does not fit, or a run of other settings under this name.
     """
-    callbacks, here = callbacks or Callbacks(), world()
+    callbacks = callbacks or Callbacks()
     check_fit(model, config)
     chosen = select_layers(trainable_layers(model, config), config)
-    with open_run(Path(root), config) as folder:
-        if here.is_main:
-            check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model)}
-            about |= described(model, dataset) | (details or {})
-            folder.claim(run_identity("lora", model, dataset, config), about)
-        here.barrier()
-        if finished(folder, config, ARTIFACT):
-            callbacks.on_text(f"run {folder.name} is finished; reading its result")
-            return read_lora_run(folder.path)
-        callbacks.after_load()
+    about = described(model, dataset) | (details or {})
+    with model.text_encoder.training() if config.trains_text else nullcontext():
         adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
-        text = {"text_trains": config.trains_text}
-        loop = denoising_loop(model, dataset, config, folder, callbacks, adapters, **text)
-        values = run_loop(loop, model, config, **text)
-        if here.is_main:
-            write_lora(folder, adapters.lora_model(values), config, {"steps": loop.step, **loop.ending})
-            folder.set_status("finished", loop.step, **loop.ending)
-        here.barrier()
-        return read_lora_run(folder.path)
+        if start is not None:
+            start_from(adapters, start, about["unet"])
+        identity = run_identity("lora", model, dataset, config) | {"start": fingerprint_of(start)}
+        with open_run(Path(root), config) as folder:
+            _train(model, dataset, config, folder, callbacks, adapters, identity, about)
+    return read_lora_run(folder.path)
+
+
+def _train(
+    model: TextToImage,
+    dataset: Dataset,
+    config: LoraConfig,
+    folder: RunFolder,
+    callbacks: Callbacks,
+    adapters: Adapters,
+    identity: dict,
+    about: dict,
+) -> None:
+    """Trains and writes the result, unless the folder has it."""
+    here = world()
+    if here.is_main:
+        check_steps(folder, config.steps)
+        folder.claim(identity, {"config": asdict(config), "environment": environment(model), **about})
+    here.barrier()
+    if finished(folder, config, ARTIFACT):
+        callbacks.on_text(f"run {folder.name} is finished; reading its result")
+        return
+    loop = denoising_loop(model, dataset, config, folder, callbacks, adapters, text_trains=config.trains_text)
+    values = run_loop(loop, model, config)
+    if here.is_main:
+        write_lora(folder, adapters.lora_model(values), config, {"steps": loop.step, **loop.ending})
+        folder.set_status("finished", loop.step, **loop.ending)
+    here.barrier()
+
+
+def fingerprint_of(lora: Lora | None) -> str:
+    """Changes with the tensors of a LoRA; empty for none."""
+    if lora is None:
+        return ""
+    return tensors_fingerprint((f"{m.name}.{role}", t) for m in lora.modules.values() for role, t in m.tensors.items())
 
 
 def trainable_layers(model: TextToImage, config: LoraConfig) -> dict[str, nn.Module]:

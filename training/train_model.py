@@ -178,7 +178,8 @@ def denoising_loop(
 ) -> Loop:
     """Fills the caches and puts a run of the denoising objective together, for `run_loop`.
 
-    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
+    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache;
+    its `training` is entered by the caller.
     """
     model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
@@ -225,10 +226,9 @@ def denoising_loop(
     )
 
 
-def run_loop(loop: Loop, model: TextToImage, config: RunConfig, *, text_trains: bool = False) -> Mapping[str, Tensor]:
-    """The trained values. text_trains: as `denoising_loop` was told."""
-    text = model.text_encoder.training() if text_trains else nullcontext()
-    with text, model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+def run_loop(loop: Loop, model: TextToImage, config: RunConfig) -> Mapping[str, Tensor]:
+    """The trained values."""
+    with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
         return loop.run()
 
 

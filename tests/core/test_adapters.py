@@ -12,8 +12,11 @@ from retune.training.config import SamplePrompts, TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.demo.files import weights_path
 from retune.training.diffusers_model import DiffusersDenoiser
+from retune.training.formats.lora import parse_lora, read_lora
+from retune.training.formats.lora_save import save_lora
 from retune.training.lora_config import ALGORITHMS, LORA_PRESETS, LoraConfig
 from retune.training.model import Conditioning
+from retune.training.start_lora import start_from
 from retune.training.train_lora import networks_of, train_lora, trainable_layers
 from torch import nn
 
@@ -256,6 +259,59 @@ def test_the_run_keeps_a_copy_for_other_programs(demo, pictures, tmp_path):
     assert {module.alpha for module in read_lora(tmp_path / "r" / "r.safetensors").modules.values()} == {2.0}
     assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "4"
     assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.resolution"] == "64x64"
+
+
+STARTS = {
+    "the same": ({}, {}, 1e-5),
+    "another alpha": ({"alpha": 1.0}, {}, 1e-5),
+    "a smaller rank": ({"rank": 2}, {}, 1e-5),
+    "LoHa into a full rank": ({"algorithm": "LoHa", "rank": 2}, {"rank": 64}, 1e-4),
+    "LoKr as it is": ({"algorithm": "LoKr"}, {"algorithm": "LoKr", "alpha": 3.0}, 1e-5),
+    "LoHa as it is": ({"algorithm": "LoHa"}, {"algorithm": "LoHa", "alpha": 3.0}, 1e-5),
+    "DoRA as it is": ({"algorithm": "DoRA"}, {"algorithm": "DoRA", "alpha": 3.0}, 1e-5),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_adapters_begin_where_another_lora_ended(demo, tmp_path, case):
+    """Through a file in kohya's names, without anything else from the run that made it."""
+    theirs, ours, near = STARTS[case]
+    layer = {"targets": "regex", "target_regex": r"input_blocks\.3\.1\.(proj_in|.*attn2\.to_[qk])"}
+    old, new = lora_config(**layer, **theirs), lora_config(**layer, **ours)
+    chosen = select_layers(trainable_layers(demo, old), old)
+    before, after = (
+        Adapters(chosen, networks_of(demo, chosen), config, seed) for seed, config in enumerate((old, new))
+    )
+    before.load(filled(before))
+    save_lora(tmp_path / "old.safetensors", before.lora_model())
+    start_from(after, read_lora(tmp_path / "old.safetensors"))
+    random = torch.Generator().manual_seed(0)
+    for name, module in chosen.items():
+        shape = (2, 5, module.in_features) if isinstance(module, nn.Linear) else (2, module.in_channels, 4, 4)
+        x, found = torch.randn(shape, generator=random), []
+        for adapters in (before, after):
+            with adapters.attach(adapters.values()), torch.no_grad():
+                found.append(module(x))
+        with torch.no_grad():
+            assert (found[0] - module(x)).abs().max() > 1e-2
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=near * float(found[0].abs().max()), msg=name)
+
+
+def test_a_lora_that_cannot_be_begun_from_is_refused(demo, pictures, tmp_path, caplog):
+    config = lora_config(algorithm="LoKr")
+    chosen = select_layers(trainable_layers(demo, config), config)
+    lora = Adapters(chosen, [], config, 0).lora_model()
+    dora = lora_config(algorithm="DoRA", rank=2)
+    with pytest.raises(ValueError, match="cannot begin from: .*LoKr"):
+        train_lora(demo, pictures, dora, tmp_path, start=parse_lora("x", lora))
+    only_text = lora_config(targets="regex", target_regex="to_k")
+    other = {name: value for name, value in lora.items() if "to_q" in name}
+    with pytest.raises(ValueError, match="x has no layer that trains here, only"):
+        train_lora(demo, pictures, only_text, tmp_path, start=parse_lora("x", other))
+    begun = train_lora(demo, pictures, lora_config(steps=1, run_name="b"), tmp_path, start=parse_lora("x", lora))
+    assert begun.tensors and "layers have no adapter here" in caplog.text
+    with pytest.raises(ValueError, match="the LoRA that training starts from differs"):
+        train_lora(demo, pictures, lora_config(steps=1, run_name="b"), tmp_path)
 
 
 def test_one_batch_is_learned_by_heart(demo, pictures, tmp_path):
