@@ -19,6 +19,16 @@ _PATIENCE = 2.0
 """Seconds that a rename waits for another program's hand on the target: Windows refuses to replace an open file."""
 
 
+def _usual_mode() -> int:
+    """What `open` gives new files in this process."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+_MODE = _usual_mode()
+
+
 def replace(temporary: Path, path: Path) -> None:
     """`os.replace` that tries again for two seconds where a virus scanner or a reader holds the file open (Windows)."""
     deadline = time.monotonic() + _PATIENCE
@@ -82,6 +92,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         with atomic_path(path, durable=True) as temporary:
             ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(ready, temporary, dict(metadata or {}))
+            temporary.chmod(_MODE)  # safetensors makes files that their owner alone may read
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not full:

@@ -121,6 +121,12 @@ def test_status_of_a_new_folder_and_after(tmp_path):
     assert "ä → b" in (tmp_path / "status.json").read_text(encoding="utf-8")
 
 
+def test_tensors_are_readable_by_whom_other_files_are(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    (tmp_path / "b.txt").write_text("b", encoding="utf-8")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
 def test_a_torn_file_of_a_killed_writer_changes_nothing(tmp_path):
     path = tmp_path / "r" / "value.json"
     write_json(path, {"a": 1})
