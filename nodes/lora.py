@@ -1,9 +1,11 @@
 """LoRA files on a model and its text encoder."""
 
 import logging
+from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.demo.files import LORAS, weights_path
 from .paths import files, listed_file
 from .types import LoraModel
 
@@ -11,6 +13,8 @@ log = logging.getLogger(__name__)
 
 MOST = 8
 NONE = "none"
+DEMO = {f"demo: {name}": f"loras/{name}.safetensors" for name in LORAS}
+"""Combo value -> LoRA of the demo model."""
 
 
 def strength_input(name: str, tooltip: str, **more) -> io.Input:
@@ -24,7 +28,8 @@ def row_inputs(number: int, options: list[str]) -> list[io.Input]:
             f"lora_{number}",
             options=options,
             default=NONE,
-            tooltip="A file of models/loras, from any trainer: kohya, diffusers, LyCORIS, ComfyUI, OneTrainer.",
+            tooltip="A file of models/loras, from any trainer: kohya, diffusers, LyCORIS, ComfyUI, OneTrainer. The "
+            "demo ones are for the demo model.",
         ),
         strength_input(f"strength_model_{number}", "Strength on the model; 0 leaves it as it is, below 0 is opposite."),
         strength_input(f"strength_clip_{number}", "Strength on the text encoder."),
@@ -43,7 +48,7 @@ def row_inputs(number: int, options: list[str]) -> list[io.Input]:
 
 
 def count_input() -> io.Input:
-    options = files("loras", first=NONE)
+    options = [*files("loras", first=NONE), *DEMO]
     rows = [row_inputs(number, options) for number in range(1, MOST + 1)]
     return io.DynamicCombo.Input(
         "count",
@@ -93,7 +98,7 @@ class RetuneApplyLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, count=None, **_):
-        paths = [listed_file(row["lora"], "loras") for row in chosen_rows(count or {})]
+        paths = [path_of(row["lora"]) for row in chosen_rows(count or {})]
         return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
     @classmethod
@@ -121,10 +126,15 @@ def chosen_rows(count: dict) -> list[dict]:
     return rows
 
 
+def path_of(name: str) -> Path:
+    """The file that a combo value means."""
+    return weights_path(DEMO[name]) if name in DEMO else listed_file(name, "loras")
+
+
 def file_row(row: dict):
     """A row with its file read. Errors: ValueError for a file that is not listed, damaged, or no LoRA."""
     from ..training.formats.lora import read_lora_tensors
     from .lora_patches import Row, lora_of
 
-    lora = lora_of(row["lora"], *read_lora_tensors(listed_file(row["lora"], "loras")))
+    lora = lora_of(row["lora"], *read_lora_tensors(path_of(row["lora"])))
     return Row(lora, row["strength_model"], row["strength_clip"], row.get("blocks", ""))

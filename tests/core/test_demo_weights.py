@@ -2,18 +2,24 @@
 
 import pytest
 import torch
+from retune.training.adapters import Adapters, select_layers
 from retune.training.build import ModelConfig, build_model
+from retune.training.demo.build_loras import lora_config
 from retune.training.demo.build_scorer import aesthetic, embeddings, image_embeddings, load_scorer, scorer_figures
 from retune.training.demo.build_scorer import tokens_of as scorer_tokens
 from retune.training.demo.build_t5 import probe
 from retune.training.demo.build_unet import clip_tokenizer
 from retune.training.demo.build_vae import pictures
-from retune.training.demo.files import WEIGHTS
-from retune.training.demo.judge import alignment
+from retune.training.demo.files import WEIGHTS, weights_path
+from retune.training.demo.judge import alignment, drawn_shape
 from retune.training.demo.run import LOOK, held_out_captions
-from retune.training.demo.scenes import caption, held_out_scenes
+from retune.training.demo.scenes import UNNAMED_SHAPES, caption, held_out_scenes, training_scenes
+from retune.training.demo.warmth import with_warm_edges
+from retune.training.formats.lora import read_lora
 from retune.training.generate import draw
 from retune.training.generators import generator
+from retune.training.start_lora import start_from
+from retune.training.train_lora import networks_of, trainable_layers
 
 
 def test_all_weights_fit_in_16_megabytes():
@@ -34,6 +40,25 @@ def test_the_model_with_its_clip_follows_captions():
     captions = held_out_captions(200)
     images = draw(build_model(ModelConfig(model="demo")), captions, **LOOK, batch_size=50)
     assert alignment(images, captions)["alignment"] >= 0.90
+
+
+@pytest.mark.slow
+def test_the_loras_bring_their_style_and_their_figure():
+    model, config = build_model(ModelConfig(model="demo")), lora_config("x")
+    chosen = select_layers(trainable_layers(model, config), config)
+
+    def drawn(name, captions):
+        adapters = Adapters(chosen, networks_of(model, chosen), config, seed=0)
+        start_from(adapters, read_lora(weights_path(f"loras/{name}.safetensors")))
+        with adapters.attach(adapters.values()):
+            return draw(model, captions, **LOOK, batch_size=40)
+
+    captions = held_out_captions(40)
+    images = drawn("warm edges", captions)
+    assert with_warm_edges(images) >= 0.9 and alignment(images, captions)["alignment"] >= 0.7
+    scenes = [scene for scene in training_scenes(1000, 9) if scene.shape in UNNAMED_SHAPES][:20]
+    figures = drawn("crescents", [caption(scene, generator(9, "text", i)) for i, scene in enumerate(scenes)])
+    assert sum(drawn_shape(image) == "crescent" for image in figures) >= 16
 
 
 def test_the_t5_tells_the_attributes_apart():

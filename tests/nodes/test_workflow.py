@@ -176,6 +176,7 @@ def test_cancel_keeps_the_state_and_the_next_queue_goes_on(comfyui_server):
 
 
 TRAINING = ("steps", "batch_size", "learning_rate")
+ROW = (("lora", "strength_model", "strength_clip"), ("enabled", "blocks"))
 TWINS = {
     "Swap the text encoder for T5": (
         "swap_text_encoder",
@@ -186,6 +187,11 @@ TWINS = {
         "train_style_lora",
         "RetuneTrainLora",
         (*TRAINING, "rank", "alpha", "algorithm", "targets", "text_encoder_learning_rate", "run_name", "seed"),
+    ),
+    "Apply several LoRAs": (
+        "apply_several_loras",
+        "RetuneApplyLora",
+        ("count", *(f"count.{name}_{row}" for names in ROW for row in (1, 2) for name in names)),
     ),
 }
 
@@ -201,9 +207,19 @@ def test_example_workflows_and_their_twins_hold_the_same_nodes(comfyui_server, t
     assert sorted(node["type"] for node in active) == sorted(node["class_type"] for node in twin.values())
     known = comfyui_server.object_info()
     assert all(node["type"] in known for node in graph["nodes"] if node["type"] != "MarkdownNote")
+    assert all(node["widgets_values"][:2] == [1, "fixed"] for node in active if node["type"] == "KSampler")
     (train,) = (node for node in active if node["type"] == trainer)
     inputs = next(node["inputs"] for node in twin.values() if node["class_type"] == trainer)
     assert train["widgets_values"][: len(widgets)] == [inputs[name] for name in widgets]
+
+
+def test_several_loras_are_put_on_and_reported(comfyui_server):
+    prompt = small_prompt("apply_several_loras")
+    prompt["19"]["inputs"]["steps"] = 2
+    outputs = comfyui_server.run(prompt)
+    (report,) = outputs["2"]["text"]
+    assert "warm edges" in report and "crescents" in report and report.count("LoCon") >= 2
+    assert outputs["14"]["images"] and outputs["21"]["images"]
 
 
 def test_a_style_lora_is_trained_saved_and_put_on(comfyui_server):

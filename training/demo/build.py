@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet")
+PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet", "loras")
 LOG = logging.getLogger(__name__)
 
 
@@ -38,6 +38,10 @@ def build(part: str, work: Path) -> None:
         from .build_unet import train_unet
 
         train_unet(work)
+    if part == "loras":
+        from .build_loras import train_loras
+
+        train_loras(work / "loras")
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("demo.safetensors", "t5.safetensors", "scorer.safetensors", "aesthetic.safetensors")
 NAMES += ("clip_tokenizer", "t5_tokenizer")
+LORAS = ("warm edges", "crescents")
+NAMES += tuple(f"loras/{name}.safetensors" for name in LORAS)
 
 
 def weights_path(name: str) -> Path:

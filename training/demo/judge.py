@@ -75,6 +75,13 @@ def read(image: Tensor | np.ndarray) -> Reading:
     )
 
 
+def drawn_shape(image: Tensor | np.ndarray) -> str:
+    """The name of an image's shape, also of those that captions never name; "unsure" where none fits."""
+    pixels = np.asarray(image, dtype=np.float32)
+    back, rough = background_of(pixels)
+    return UNSURE if rough else _shapes(_coverage(pixels, back))[1]
+
+
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
     """The pieces and the shape they agree on: told apart by their cores or, thin shafts having none, as they are."""
     pieces = _pieces(coverage, peeled=True)
