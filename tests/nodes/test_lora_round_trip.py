@@ -14,6 +14,15 @@ from retune.training.train_lora import unet_layers
 FAMILIES = {"sd15": (768, None), "sdxl": (2048, 1280)}
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_loaded(comfyui):
+    """ComfyUI patches the weights that it loads in place, and these models are shared with other tests."""
+    import comfy.model_management
+
+    yield
+    comfy.model_management.unload_all_models()
+
+
 def config_of(algorithm):
     rates = {"learning_rate": 1e-4, "text_encoder_learning_rate": 1e-4}
     return LoraConfig(run_name="r", algorithm=algorithm, targets="all", rank=4, alpha=2.0, conv_rank=2, **rates)
