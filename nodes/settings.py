@@ -4,10 +4,11 @@ from comfy_api.latest import io
 
 from ..training.config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings
 from . import types
-from .objective_inputs import objective_inputs
+from .run_inputs import STEPS, seed_input
+from .setting_inputs import ending_inputs, objective_inputs, schedule_inputs, stage_inputs
 
-STEPS, LEARNING_RATE = 500, 1e-5
-"""What the training node starts with."""
+LEARNING_RATE = 1e-5
+"""What Train Model starts with."""
 
 
 class RetuneTrainingSettings(io.ComfyNode):
@@ -213,7 +214,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                     tooltip="Steps between two saved states; a killed run goes on from the last one.",
                     **number,
                 ),
-                *_stages(d),
+                *stage_inputs(d),
                 io.Int.Input(
                     "total_batch",
                     default=d.total_batch,
@@ -224,8 +225,8 @@ class RetuneTrainingSettings(io.ComfyNode):
                     "leaves it to gradient_accumulation.",
                     **number,
                 ),
-                *_schedule(d),
-                *_ending(d),
+                *schedule_inputs(d),
+                *ending_inputs(d),
                 *objective_inputs(d),
             ],
             outputs=[
@@ -247,103 +248,6 @@ class RetuneTrainingSettings(io.ComfyNode):
     def execute(cls, preset="custom", **values):
         run = {"learning_rate": LEARNING_RATE, "steps": STEPS} | PRESET_RUNS.get(preset, {})
         return io.NodeOutput(TrainingSettings(**(values | PRESETS[preset])), run["learning_rate"], run["steps"])
-
-
-def _schedule(default: TrainingSettings) -> list:
-    """What only some schedules of the learning rate read."""
-    return [
-        io.Int.Input(
-            "lr_cycles",
-            default=default.lr_cycles,
-            min=1,
-            max=1000,
-            optional=True,
-            advanced=True,
-            tooltip="Times that lr_schedule 'cosine with restarts' goes from the peak to zero.",
-        ),
-        io.Float.Input(
-            "lr_power",
-            default=default.lr_power,
-            min=0.01,
-            max=100.0,
-            step=0.1,
-            round=False,
-            optional=True,
-            advanced=True,
-            tooltip="Exponent of lr_schedule 'polynomial'; 1 is a line, more falls faster at first.",
-        ),
-        io.Float.Input(
-            "lr_decay_share",
-            default=default.lr_decay_share,
-            min=0.001,
-            max=1.0,
-            step=0.01,
-            round=False,
-            optional=True,
-            advanced=True,
-            tooltip="Share of the steps after the warm-up in which lr_schedule 'warm-up-stable-decay' goes down to "
-            "zero.",
-        ),
-    ]
-
-
-def _ending(default: TrainingSettings) -> list:
-    """When to stop, and which weights to keep."""
-    return [
-        io.Int.Input(
-            "early_stop_after",
-            default=default.early_stop_after,
-            min=0,
-            max=100000,
-            optional=True,
-            tooltip="Validations in a row without a lower loss that end the run, with its best weights as the result; "
-            "0 trains all steps.",
-        ),
-        io.Combo.Input(
-            "result",
-            options=["last", "best"],
-            default=default.result,
-            optional=True,
-            tooltip="The last weights, or those of the lowest validation loss.",
-        ),
-    ]
-
-
-def _stages(default: TrainingSettings) -> list:
-    """Learning rate and first step of each part of a model."""
-    parts = {
-        "projection": "the text encoder's projection",
-        "cross_attention": "cross-attention (attn2)",
-        "self_attention": "self-attention (attn1)",
-        "rest": "everything else in the UNet",
-    }
-    rates = [
-        io.Float.Input(
-            f"lr_{part}",
-            default=getattr(default, f"lr_{part}"),
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            round=False,
-            optional=True,
-            advanced=True,
-            tooltip=f"Learning rate of {words}, as a multiple of the run's; 0 keeps it as it is.",
-        )
-        for part, words in parts.items()
-    ]
-    steps = [
-        io.Int.Input(
-            f"unfreeze_{part}",
-            default=getattr(default, f"unfreeze_{part}"),
-            min=0,
-            max=10**7,
-            optional=True,
-            advanced=True,
-            tooltip=f"Step at which {words} begins to train.",
-        )
-        for part, words in parts.items()
-    ]
-    return rates + steps
 
 
 class RetuneSamplePrompts(io.ComfyNode):
@@ -368,14 +272,7 @@ class RetuneSamplePrompts(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=d.steps, min=1, max=1000, tooltip="Sampler steps (DDIM)."),
                 io.Float.Input("cfg", default=d.cfg, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale."),
-                io.Int.Input(
-                    "seed",
-                    default=d.seed,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Seed of the starting noise.",
-                ),
+                seed_input("Seed of the starting noise."),
                 io.Int.Input(
                     "width",
                     default=d.width,

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..training.config import LAYERS, SamplePrompts, TrainingSettings, TrainModelConfig
 from . import types
-from .settings import LEARNING_RATE, STEPS
+from .run_inputs import data_inputs, name_inputs, rate_input, run_inputs
+from .settings import LEARNING_RATE
 
 
 class RetuneTrainModel(io.ComfyNode):
@@ -21,44 +22,16 @@ class RetuneTrainModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to retrain; a patched clone comes out."),
                 io.Clip.Input("clip", tooltip="The text encoder that the model learns to listen to."),
-                io.Vae.Input("vae", tooltip="Encodes the images."),
-                types.Dataset.Input("dataset", tooltip="Captioned images."),
-                io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
-                io.Float.Input(
-                    "learning_rate",
-                    default=LEARNING_RATE,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-7,
-                    round=False,
-                    tooltip="Peak learning rate.",
-                ),
+                *data_inputs(),
+                rate_input("learning_rate", LEARNING_RATE, "Peak learning rate."),
                 io.Combo.Input(
                     "train", options=list(LAYERS), default="cross-attention", tooltip="Which layers of the UNet train."
                 ),
                 io.Boolean.Input(
                     "train_projection", default=True, tooltip="Train the projection of a T5 text encoder as well."
                 ),
-                io.String.Input("run_name", default="my run", tooltip="Folder of the run in output/retune."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Names every random draw of the run.",
-                ),
-                types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
-                types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
-                io.Combo.Input(
-                    "resume",
-                    options=["auto", "restart"],
-                    default="auto",
-                    optional=True,
-                    tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
-                    "folder aside. Steps, samples, validate_every and save_every may change.",
-                ),
+                *name_inputs("my run"),
+                *run_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The trained model."),

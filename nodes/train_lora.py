@@ -5,14 +5,10 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.lora_config import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
 from . import types
-from .settings import STEPS
+from .run_inputs import data_inputs, name_inputs, rate_input, run_inputs
 from .types import LoraModel
 
 LEARNING_RATE = 1e-4
-
-
-def rate_input(name: str, default: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip)
 
 
 def share_input(name: str, tooltip: str) -> io.Input:
@@ -35,10 +31,7 @@ class RetuneTrainLora(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn on; a patched clone comes out."),
                 io.Clip.Input("clip", tooltip="The text encoder that the captions are read with."),
-                io.Vae.Input("vae", tooltip="Encodes the images."),
-                types.Dataset.Input("dataset", tooltip="Captioned images."),
-                io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
+                *data_inputs(),
                 rate_input("learning_rate", LEARNING_RATE, "Peak learning rate of the UNet's adapters."),
                 io.Int.Input("rank", default=d.rank, min=1, max=4096, tooltip="Rank of the adapters."),
                 io.Float.Input(
@@ -67,31 +60,14 @@ class RetuneTrainLora(io.ComfyNode):
                     d.text_encoder_learning_rate,
                     "Peak learning rate of the text encoder's adapters; 0 leaves the text encoder alone.",
                 ),
-                io.String.Input("run_name", default=d.run_name, tooltip="Folder of the run in output/retune."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Names every random draw of the run.",
-                ),
+                *name_inputs(d.run_name),
                 io.String.Input(
                     "target_regex",
                     default="",
                     optional=True,
                     tooltip="For targets regex: found in names such as diffusion_model.input_blocks.1.1.proj_in.",
                 ),
-                types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
-                types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
-                io.Combo.Input(
-                    "resume",
-                    options=["auto", "restart"],
-                    default="auto",
-                    optional=True,
-                    tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
-                    "folder aside. Steps, samples, validate_every and save_every may change.",
-                ),
+                *run_inputs(),
                 io.Combo.Input(
                     "preset",
                     options=list(LORA_PRESETS),

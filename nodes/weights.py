@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.fingerprint import tensors_fingerprint
-
-UNET = "diffusion_model."
+from ..training.formats.lora_names import UNET
 
 
 def without_inference_tensors(module: nn.Module) -> None:

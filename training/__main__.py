@@ -15,7 +15,7 @@ from .bench import STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .cli import add_flags, read_flags
 from .comfyui_server import WorkflowFailed
-from .config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings, TrainModelConfig
+from .config import PRESET_RUNS, PRESETS, RunConfig, SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.examples import Dataset
 from .data.folder import FolderConfig
 from .demo.study import StudyConfig, run_study
@@ -68,17 +68,17 @@ def open_dataset(arguments: argparse.Namespace, terminal: Terminal) -> Dataset:
     return dataset
 
 
+def open_run(arguments: argparse.Namespace, kind: type[RunConfig]) -> tuple[RunConfig, Dataset, Terminal]:
+    """What the flags of a training describe, the model aside."""
+    settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
+    config, terminal = read_flags(arguments, kind, settings=settings, samples=samples), Terminal()
+    return config, open_dataset(arguments, terminal), terminal
+
+
 def train(arguments: argparse.Namespace) -> dict:
     from .train_model import train_model
 
-    config = read_flags(
-        arguments,
-        TrainModelConfig,
-        settings=read_flags(arguments, TrainingSettings),
-        samples=read_flags(arguments, SamplePrompts, "sample_"),
-    )
-    terminal = Terminal()
-    dataset = open_dataset(arguments, terminal)
+    config, dataset, terminal = open_run(arguments, TrainModelConfig)
     trained = train_model(open_model(arguments), dataset, config, arguments.output, terminal)
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
@@ -87,14 +87,7 @@ def lora(arguments: argparse.Namespace) -> dict:
     from .formats.lora import read_lora
     from .train_lora import train_lora
 
-    config = read_flags(
-        arguments,
-        LoraConfig,
-        settings=read_flags(arguments, TrainingSettings),
-        samples=read_flags(arguments, SamplePrompts, "sample_"),
-    )
-    terminal = Terminal()
-    dataset = open_dataset(arguments, terminal)
+    config, dataset, terminal = open_run(arguments, LoraConfig)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
     trained = train_lora(open_model(arguments), dataset, config, arguments.output, terminal, start=start)
     return {"run": str(trained.path.parent), "result": str(trained.path)}

@@ -18,14 +18,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from .formats.lora_names import TEXT
 from .generators import derive_seed
 from .lora_config import LoraConfig
 from .trainable import SelectedWeights, targets
 
 log = logging.getLogger(__name__)
-
-UNET, TEXT = "diffusion_model.", "text_encoders."
-"""How the names of layers begin, as in ComfyUI's own LoRA files."""
 
 _TRANSFORMER = r"\.(proj_in|proj_out)$|\.transformer_blocks\."
 _CONVOLUTIONS = (

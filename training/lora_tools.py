@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .adapters import TARGETS
 from .config import check_choices, check_range
 from .files import read_tensors
 from .formats import ldm
@@ -26,9 +27,6 @@ from .formats.open_clip import to_transformers
 log = logging.getLogger(__name__)
 
 CLIP_H_PREFIX = "cond_stage_model.model."
-_TRANSFORMER = re.compile(r"transformer_blocks\.\d+\..*(to_\w+(\.0)?|ff\.net\.\S+)$|\.1\.proj_(in|out)$")
-_TEXT_LINEAR = re.compile(r"(self_attn\.\w+_proj|mlp\.fc\d|SelfAttention\.\w|DenseReluDense\.w\w+)$")
-_RESNET = re.compile(r"(in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|\.op|blocks\.\d+\.[12]\.conv)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,11 +223,9 @@ def _rank_for(name: str, change: Tensor | None, config: ExtractLoraConfig) -> in
     layer = name.removesuffix(".weight")
     if change is None or change.ndim < 2 or layer == name:
         return 0
-    if name.startswith(TEXT):
-        return config.rank if _TEXT_LINEAR.search(layer) else 0
-    if _TRANSFORMER.search(layer):
+    if re.search(TARGETS["attention + feed-forward"], layer):
         return config.rank
-    if not config.conv_rank or not _RESNET.search(layer):
+    if not config.conv_rank or not re.search(TARGETS["all"], layer):
         return 0
     return config.conv_rank if math.prod(change.shape[2:]) > 1 else config.rank
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .adapters import TEXT, Adapters
+from .adapters import Adapters
 from .formats.lora import Lora, LoraModule, some
 from .formats.lora_difference import LINEAR_KINDS, low_rank_of
-from .formats.lora_names import naming_of
+from .formats.lora_names import TEXT, naming_of
 
 log = logging.getLogger(__name__)
 

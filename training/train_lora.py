@@ -6,26 +6,26 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from .adapters import UNET, Adapters, layers_of, select_layers
+from .adapters import Adapters, layers_of, select_layers
 from .data.examples import Dataset
-from .distributed import world
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_fingerprint
 from .formats import ldm
 from .formats.lora import Lora
 from .formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
+from .formats.lora_names import UNET
 from .formats.lora_save import save_lora
 from .loop import Callbacks
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
 from .run_folder import RunFolder
 from .start_lora import start_from
-from .train_model import check_fit, check_steps, denoising_loop, environment, finished, open_run, run_identity, run_loop
+from .train_model import Kind, carry_out, check_fit
 
 ARTIFACT = "lora.safetensors"
 
@@ -54,45 +54,23 @@ def train_lora(
     ValueError before any training for targets that match nothing, a text encoder that does not fit the UNet, a start
     that does not fit, or a run of other settings under this name.
     """
-    callbacks = callbacks or Callbacks()
     check_fit(model, config)
     chosen = select_layers(trainable_layers(model, config), config)
-    about = described(model, dataset) | (details or {})
+    about = described(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
         adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
         if start is not None:
             start_from(adapters, start, about["unet"])
-        identity = run_identity("lora", model, dataset, config) | {"start": fingerprint_of(start)}
-        with open_run(Path(root), config) as folder:
-            _train(model, dataset, config, folder, callbacks, adapters, identity, about)
-    return read_lora_run(folder.path)
-
-
-def _train(
-    model: TextToImage,
-    dataset: Dataset,
-    config: LoraConfig,
-    folder: RunFolder,
-    callbacks: Callbacks,
-    adapters: Adapters,
-    identity: dict,
-    about: dict,
-) -> None:
-    """Trains and writes the result, unless the folder has it."""
-    here = world()
-    if here.is_main:
-        check_steps(folder, config.steps)
-        folder.claim(identity, {"config": asdict(config), "environment": environment(model), **about})
-    here.barrier()
-    if finished(folder, config, ARTIFACT):
-        callbacks.on_text(f"run {folder.name} is finished; reading its result")
-        return
-    loop = denoising_loop(model, dataset, config, folder, callbacks, adapters, text_trains=config.trains_text)
-    values = run_loop(loop, model, config)
-    if here.is_main:
-        write_lora(folder, adapters.lora_model(values), config, {"steps": loop.step, **loop.ending})
-        folder.set_status("finished", loop.step, **loop.ending)
-    here.barrier()
+        kind = Kind(
+            name="lora",
+            artifact=ARTIFACT,
+            trainable=lambda: adapters,
+            write=lambda folder, values, ending: write_lora(folder, adapters.lora_model(values), config, ending),
+            identity={"start": fingerprint_of(start)},
+            details=about | (details or {}),
+            text_trains=config.trains_text,
+        )
+        return read_lora_run(carry_out(kind, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
 def fingerprint_of(lora: Lora | None) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,25 +67,60 @@ def train_model(
     (such as the workflow). The model is left bit-identical. Raises ValueError before any training for a text encoder
     that does not fit the UNet, a run of other settings under this name, or too little disk.
     """
-    callbacks, here = callbacks or Callbacks(), world()
     check_fit(model, config)
-    with open_run(Path(root), config) as folder:
+    projection = model.text_encoder.projection
+    kind = Kind(
+        name="model",
+        artifact=ARTIFACT,
+        trainable=partial(_trainable, model, config),
+        write=lambda folder, values, ending: _write(folder, values, config, projection, ending),
+        details=details or {},
+    )
+    return read_trained(carry_out(kind, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What one kind of training has of its own."""
+
+    name: str
+    """"model" or "lora"; part of a run's identity."""
+    artifact: str
+    """File of the result in the run folder."""
+    trainable: Callable[[], Trainable]
+    """Made when the caches are full and the network is loaded: masters take memory."""
+    write: Callable[[RunFolder, Mapping[str, Tensor], dict], None]
+    """Writes the result from the trained values; the last argument says how the run ended."""
+    identity: dict = field(default_factory=dict)
+    """What else must be equal for a run to go on."""
+    details: dict = field(default_factory=dict)
+    """Anything JSON that should stand in config.json beside the settings."""
+    text_trains: bool = False
+    """Whether the text encoder has something that trains; its `training` is entered by the caller."""
+
+
+def carry_out(
+    kind: Kind, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
+) -> Path:
+    """Trains, or goes on, and writes the result, unless the run has it already; returns the run folder's path."""
+    here = world()
+    with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **(details or {})}
-            folder.claim(run_identity("model", model, dataset, config), about)
+            about = {"config": asdict(config), "environment": environment(model), **kind.details}
+            folder.claim(run_identity(kind.name, model, dataset, config) | kind.identity, about)
         here.barrier()
-        if finished(folder, config):
+        if finished(folder, config, kind.artifact):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
-            return read_trained(folder.path / ARTIFACT)
-        loop = denoising_loop(model, dataset, config, folder, callbacks, _trainable(model, config))
-        values = run_loop(loop, model, config)
+            return folder.path
+        loop = denoising_loop(model, dataset, config, folder, callbacks, kind.trainable, text_trains=kind.text_trains)
+        with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+            values = loop.run()
         if here.is_main:
-            about = loop.ending
-            _write(folder, values, config, model.text_encoder.projection, {"steps": loop.step, **about})
-            folder.set_status("finished", loop.step, **about)
+            kind.write(folder, values, {"steps": loop.step, **loop.ending})
+            folder.set_status("finished", loop.step, **loop.ending)
         here.barrier()
-        return read_trained(folder.path / ARTIFACT)
+        return folder.path
 
 
 def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]:
@@ -161,7 +196,7 @@ def environment(model: TextToImage) -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
 
 
-def finished(folder: RunFolder, config: RunConfig, artifact: str = ARTIFACT) -> bool:
+def finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
     """Whether the folder holds the result of exactly these steps, or of a run that stopped early all the same."""
     return is_finished(folder.status(), config.steps, config.settings) and (folder.path / artifact).exists()
 
@@ -172,14 +207,13 @@ def denoising_loop(
     config: RunConfig,
     folder: RunFolder,
     callbacks: Callbacks,
-    trainable: Trainable,
+    trainable: Callable[[], Trainable],
     *,
     text_trains: bool = False,
 ) -> Loop:
-    """Fills the caches and puts a run of the denoising objective together, for `run_loop`.
+    """Fills the caches, makes what trains, and puts a run of the denoising objective together.
 
-    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache;
-    its `training` is entered by the caller.
+    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
     """
     model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
@@ -207,7 +241,7 @@ def denoising_loop(
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
         folder,
-        trainable,
+        trainable(),
         objective,
         order,
         LoopConfig(
@@ -224,12 +258,6 @@ def denoising_loop(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
-
-
-def run_loop(loop: Loop, model: TextToImage, config: RunConfig) -> Mapping[str, Tensor]:
-    """The trained values."""
-    with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
-        return loop.run()
 
 
 def _heard_now(encoder: TextEncoder, caption: str) -> Conditioning:

@@ -9,7 +9,6 @@ from retune.training.adapters import Adapters, layers_of, select_layers
 from retune.training.build import ModelConfig, build_model
 from retune.training.clip_text import ClipTextEncoder
 from retune.training.config import SamplePrompts, TrainingSettings
-from retune.training.data.dataset import from_images
 from retune.training.demo.files import weights_path
 from retune.training.diffusers_model import DiffusersDenoiser
 from retune.training.formats.lora import parse_lora, read_lora
@@ -31,12 +30,6 @@ def lora_config(**changes):
 @pytest.fixture(scope="module")
 def demo():
     return build_model(ModelConfig(model="demo"))
-
-
-@pytest.fixture
-def pictures():
-    images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    return from_images(images, ["a red circle on the left", "two small blue squares (flat)"] * 2)
 
 
 @pytest.fixture
@@ -257,8 +250,8 @@ def test_the_run_keeps_a_copy_for_other_programs(demo, pictures, tmp_path):
     down = "diffusion_model.input_blocks.3.1.proj_in.lora_down.weight"
     assert torch.equal(copy["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight"], trained.tensors[down])
     assert {module.alpha for module in read_lora(tmp_path / "r" / "r.safetensors").modules.values()} == {2.0}
-    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "4"
-    assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.resolution"] == "64x64"
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "6"
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.resolution"] == "32x32"
 
 
 STARTS = {

@@ -1,0 +1,52 @@
+"""Inputs that every training node has alike."""
+
+from comfy_api.latest import io
+
+from . import types
+
+
+def data_inputs() -> list:
+    """What encodes and shows the images, and for how long."""
+    return [
+        io.Vae.Input("vae", tooltip="Encodes the images."),
+        types.Dataset.Input("dataset", tooltip="Captioned images."),
+        io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
+        io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
+    ]
+
+
+STEPS = 500
+"""What training nodes start with."""
+
+
+def rate_input(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip)
+
+
+def name_inputs(default: str) -> list:
+    """Name and seed of a run."""
+    return [
+        io.String.Input("run_name", default=default, tooltip="Folder of the run in output/retune."),
+        seed_input("Names every random draw of the run."),
+    ]
+
+
+def seed_input(tooltip: str) -> io.Input:
+    """A seed that stays as it is after a run: a changed seed is a changed run."""
+    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip=tooltip)
+
+
+def run_inputs() -> list:
+    """Settings, samples and what happens to a run of the same name."""
+    return [
+        types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
+        types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
+        io.Combo.Input(
+            "resume",
+            options=["auto", "restart"],
+            default="auto",
+            optional=True,
+            tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
+            "folder aside. Steps, samples, validate_every and save_every may change.",
+        ),
+    ]
