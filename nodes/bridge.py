@@ -7,16 +7,18 @@ comfy.model_management: loaded through `load_models_gpu`, never edited; masters 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..training.concepts import Concept, Vocabulary
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning, TextToImage
 from . import t5_clip
+from .concept_tokens import concepts_of, vocabularies_of, with_concepts
 from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
 
 
@@ -197,14 +199,27 @@ class ComfyTextEncoder:
 
     def __init__(self, clip, denoiser: ComfyDenoiser | None = None):
         self.clip, self._denoiser, self._trains = clip, denoiser, False
+        self.concepts = concepts_of(clip)
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
-        self.fingerprint = t5_clip.backbone_fingerprint(clip) if self._is_t5 else clip_fingerprint(clip)
+        self.fingerprint = fingerprint_of(clip)
         self.width, self.pooled_width = t5_clip.widths_of(clip) if self._is_t5 else self._measured_widths()
 
     def _measured_widths(self) -> tuple[int, int]:
         empty = self.encode(self.tokenize([""]))
         return empty.context.shape[-1], 0 if empty.pooled is None else empty.pooled.shape[-1]
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return vocabularies_of(self.clip)
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> ComfyTextEncoder:
+        """Its `training` is its own; the projection that may train is shared."""
+        other = copy.copy(self)
+        other.clip = with_concepts(self.clip, concepts)
+        other.concepts = concepts_of(other.clip)
+        other.fingerprint = fingerprint_of(other.clip)
+        return other
 
     def tokenize(self, texts: list[str]) -> list[str]:
         """The texts themselves: ComfyUI tokenizes and encodes one prompt at a time."""
@@ -271,6 +286,11 @@ def _encode_loaded(clip, tokens: dict) -> Conditioning:
     t5_clip.set_options(clip)
     context, pooled = model.encode_token_weights(tokens)[:2]
     return Conditioning(context.float(), None if pooled is None else pooled.float())
+
+
+def fingerprint_of(clip) -> str:
+    """Changes with whatever a CLIP makes of a prompt, but for the projection behind a T5."""
+    return t5_clip.backbone_fingerprint(clip) if t5_clip.is_t5_clip(clip) else clip_fingerprint(clip)
 
 
 def expect_given(**parts) -> None:

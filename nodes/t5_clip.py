@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ..training.concepts import with_fingerprints
 from ..training.demo.files import WEIGHTS, weights_path
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning
@@ -25,6 +26,7 @@ from ..training.text_encoder.projection import Projection, detached_copy, masked
 from ..training.text_encoder.t5 import Padding, T5TextEncoder, t5_model
 from ..training.text_encoder.t5_file import T5Weights, read_t5
 from ..training.text_encoder.tokenizers import find_tokenizer
+from .concept_tokens import concepts_of
 from .kept_clip import KeptClip
 from .t5_tokens import T5Source, real_tokens, t5_tokenizer, warn_of_second_text
 from .timed_clip import timed
@@ -352,7 +354,8 @@ def own_context(clip, context: Tensor, tokens: dict) -> Tensor:
 
 
 def backbone_fingerprint(clip) -> str:
-    """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches.
+    """Changes with whatever `encode_states` depends on: weights file, dtype, tokenizer, padding, layer, patches,
+    concepts.
 
     So it does with whether there is a pooled output, and with a kept CLIP.
     """
@@ -364,7 +367,8 @@ def backbone_fingerprint(clip) -> str:
     options = sorted(clip.tokenizer_options.items())
     more = ("pooled",) if projection.pooled_width else ()
     more += () if model.retune_kept is None else (model.retune_kept.fingerprint(),)
-    return hashlib.sha256(repr((*identity, patched, options, *more)).encode()).hexdigest()
+    plain = hashlib.sha256(repr((*identity, patched, options, *more)).encode()).hexdigest()
+    return with_fingerprints(plain, concepts_of(clip))
 
 
 def _patched_weights(clip) -> Iterator[tuple[str, Tensor]]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..training.concepts import with_fingerprints
 from ..training.fingerprint import tensors_fingerprint
 from ..training.formats.lora_names import UNET
+from .concept_tokens import concepts_of
 
 
 def without_inference_tensors(module: nn.Module) -> None:
@@ -67,7 +69,7 @@ def attention_weights(model) -> dict[str, Tensor]:
 
 
 def clip_fingerprint(clip) -> str:
-    """Weights with their patches, layer choice and tokenizer options of a CLIP, wherever it is loaded.
+    """Weights with their patches, layer choice, tokenizer options and concepts of a CLIP, wherever it is loaded.
 
     The text projection is left out but for SDXL's second CLIP: no UNet reads another's, most files lack it, and ComfyUI
     then leaves whatever was in that memory, so that the same file would have another fingerprint in every process.
@@ -75,7 +77,8 @@ def clip_fingerprint(clip) -> str:
     names = [name for name, _ in clip.cond_stage_model.named_parameters()]
     read = [name for name in names if name.startswith("clip_g.") or not name.endswith(".text_projection.weight")]
     weights = ((name, patched_weight(clip.patcher, name)) for name in read)
-    return tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
+    plain = tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
+    return with_fingerprints(plain, concepts_of(clip))
 
 
 def is_dynamic(patcher) -> bool:

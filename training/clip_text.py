@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .concepts import (
+    Concept,
+    Vocabulary,
+    add_concepts,
+    concept_rows,
+    embedding,
+    expect_vectors,
+    pieces,
+    with_fingerprints,
+)
 from .fingerprint import tensors_fingerprint
 from .model import Conditioning
 
 SD2_WIDTH = 1024
+LONG_WORD = 8
+"""Texts of fewer tokens are not split between two windows, in ComfyUI and here."""
 
 
 class ClipTextEncoder:
@@ -22,8 +35,10 @@ class ClipTextEncoder:
     Prompts longer than a window are split every 75 tokens into windows that are encoded apart and joined, as ComfyUI
     does. Pads are attended, as the model was trained. Over CLIPTextModelWithProjection the pooled output is that of the
     first window. penultimate: the states before the last layer and without the final norm, as SDXL reads them. pad: id
-    that fills a window; by default the tokenizer's.
+    that fills a window; by default the tokenizer's. `name` is ComfyUI's: clip_l, or SD2's clip_h, told by the width.
     """
+
+    concepts: tuple[Concept, ...] = ()
 
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
@@ -40,6 +55,7 @@ class ClipTextEncoder:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
+        self.name = "clip_h" if self.width == SD2_WIDTH else "clip_l"
         self.pooled_width = network.config.projection_dim if hasattr(network, "text_projection") else 0
         self.projection = None
         self._penultimate = penultimate
@@ -47,7 +63,7 @@ class ClipTextEncoder:
         shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
         more = ("penultimate", self._pad) if penultimate else ()
         digest = _tokenizer_digest(folder)
-        self.fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, digest, *more)
+        self._fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, digest, *more)
 
     @classmethod
     def from_state(
@@ -88,34 +104,65 @@ class ClipTextEncoder:
         return self.network.get_input_embeddings()
 
     @property
-    def layers(self) -> dict[str, nn.Module]:
-        """Of a text encoder alone: SD1.x's is ComfyUI's clip_l, SD2's clip_h."""
-        return self.layers_as("clip_h" if self.width == SD2_WIDTH else "clip_l")
+    def fingerprint(self) -> str:
+        return with_fingerprints(self._fingerprint, self.concepts)
 
-    def layers_as(self, name: str) -> dict[str, nn.Module]:
-        """`layers` under ComfyUI's name of this encoder. transformers 5 has no `text_model.` in its paths."""
-        start = f"text_encoders.{name}.transformer.text_model."
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """transformers 5 has no `text_model.` in its paths."""
+        start = f"text_encoders.{self.name}.transformer.text_model."
         found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
         return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return {self.name: Vocabulary(self.token_embedding.weight, self._ids, self._word)}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _word(self, token: int) -> str:
+        return self.tokenizer.decode([token]).strip()
+
+    def named(self, name: str) -> ClipTextEncoder:
+        """The same encoder under ComfyUI's name of it."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> ClipTextEncoder:
+        other = copy.copy(self)
+        other.concepts = add_concepts(self.concepts, concepts)
+        expect_vectors(other.concepts, {self.name: self.width})
+        return other
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
-        """One list of windows a text; a window is start, up to 75 tokens, end, pads."""
+        """One list of windows a text; a window is start, up to 75 tokens, end, pads.
+
+        Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
+        """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        pad, room = self._pad, self.window - 2
+        room = self.window - 2
         windows = []
         for text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            parts = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
-            windows.append([[begin, *part, end] + [pad] * (room - len(part)) for part in parts])
+            parts = _in_windows(self._groups(text), room)
+            windows.append([[begin, *part, end] + [self._pad] * (room - len(part)) for part in parts])
         return windows
+
+    def _groups(self, text: str) -> list[list[int]]:
+        """Token ids of a prompt's texts and concepts."""
+        rows = concept_rows(self.concepts, self.name, len(self.token_embedding.weight))
+        parts = pieces(text, self.concepts)
+        return [rows[part.token] if isinstance(part, Concept) else self._ids(part) for part in parts]
 
     def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
         device = self.token_embedding.weight.device
         flat = torch.tensor([window for windows in tokens for window in windows], device=device)
-        output = self.network(input_ids=flat, output_hidden_states=self._penultimate)
+        with embedding(self.token_embedding, flat, self.concepts, self.name) as flat:
+            output = self.network(input_ids=flat, output_hidden_states=self._penultimate)
         states = output.hidden_states[-2] if self._penultimate else output.last_hidden_state
         counts = [len(windows) for windows in tokens]
         pooled = [text[:1] for text in output.text_embeds.split(counts)] if self.pooled_width else [None] * len(tokens)
@@ -136,6 +183,21 @@ class ClipTextEncoder:
             row = [0 < i <= window.index(end) for window in windows for i in range(self.window)]
             rows.append(row + [False] * (longest - len(row)))
         return torch.tensor(rows)
+
+
+def _in_windows(groups: list[list[int]], room: int) -> list[list[int]]:
+    """Groups of tokens in windows of at most `room`, as ComfyUI's SDTokenizer fills them: a group that does not fit is
+    split when it is long, and starts the next window when it is short."""
+    windows: list[list[int]] = [[]]
+    for group in groups:
+        rest = group
+        while len(windows[-1]) + len(rest) > room:
+            if len(group) >= LONG_WORD:
+                left = room - len(windows[-1])
+                windows[-1], rest = windows[-1] + rest[:left], rest[left:]
+            windows.append([])
+        windows[-1] = windows[-1] + rest
+    return windows
 
 
 def _tokenizer_digest(folder: Path) -> str:

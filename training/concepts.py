@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .fingerprint import tensors_fingerprint
 
@@ -70,15 +73,71 @@ def _pattern(token: str) -> str:
 
 
 def pieces(text: str, concepts: Sequence[Concept]) -> list[str | Concept]:
-    """A prompt as texts, blanks reduced to one and empty ones left out, and the concepts between them."""
+    """A prompt as texts, empty ones left out, and the concepts between them.
+
+    The blanks are as ComfyUI leaves them around `embedding:` (a T5 reads some): one at least before the first concept,
+    none at the ends of later texts.
+    """
     named = {concept.token.lower(): concept for concept in concepts}
-    parts = split_tokens(text, named)
-    if len(parts) == 1:
+    first, *rest = split_tokens(text, named)
+    if not rest:
         return [text]
-    words = [" ".join(part.split()) if i % 2 == 0 else named[part.lower()] for i, part in enumerate(parts)]
-    return [word for word in words if word != ""]
+    found: list[str | Concept] = [first if first == "" or first[-1].isspace() else f"{first} "]
+    for token, after in zip(rest[::2], rest[1::2], strict=True):
+        found += [named[token.lower()], " ".join(after.split())]
+    return [piece for piece in found if piece != ""]
 
 
 def add_concepts(present: Sequence[Concept], more: Iterable[Concept]) -> tuple[Concept, ...]:
     """Both; of two concepts of one token (case aside) the later one counts."""
     return tuple({concept.token.lower(): concept for concept in (*present, *more)}.values())
+
+
+def expect_vectors(concepts: Iterable[Concept], widths: Mapping[str, int]) -> None:
+    """Raises ValueError for a concept without vectors of the width that each encoder (name -> width) reads."""
+    for concept in concepts:
+        for name, width in widths.items():
+            given = concept.vectors.get(name)
+            if given is None:
+                held = ", ".join(concept.vectors) or "none"
+                raise ValueError(
+                    f"{concept.token} has vectors for {held}; expected some for {name}. It is of another model."
+                )
+            if given.ndim != 2 or given.shape[1] != width or not len(given):
+                shape = " x ".join(map(str, given.shape))
+                raise ValueError(f"{concept.token} is {shape} for {name}; expected vectors of {width} numbers.")
+
+
+def with_fingerprints(fingerprint: str, concepts: Sequence[Concept]) -> str:
+    """An encoder's fingerprint with its concepts'; as it was without any."""
+    if not concepts:
+        return fingerprint
+    return hashlib.sha256(" ".join([fingerprint, *(c.fingerprint for c in concepts)]).encode()).hexdigest()
+
+
+def concept_rows(concepts: Sequence[Concept], name: str, first: int) -> dict[str, list[int]]:
+    """Token -> ids of its vectors in the encoder `name`, counted through from `first`."""
+    rows = {}
+    for concept in concepts:
+        rows[concept.token] = list(range(first, first + len(concept.vectors[name])))
+        first += len(rows[concept.token])
+    return rows
+
+
+@contextmanager
+def embedding(table: nn.Embedding, ids: Tensor, concepts: Sequence[Concept], name: str) -> Iterator[Tensor]:
+    """While entered, ids beyond the vocabulary (see `concept_rows`) give the concepts' vectors, with gradients.
+
+    Yields the ids (B, L) to run the network on: zero there. The table is neither changed nor trained.
+    """
+    beyond = ids >= len(table.weight)
+    if not beyond.any():
+        yield ids
+        return
+    vectors = torch.cat([concept.vectors[name] for concept in concepts]).to(table.weight.device)
+    learned = vectors[(ids - len(table.weight)).clamp(min=0)]
+    handle = table.register_forward_hook(lambda _m, _i, found: torch.where(beyond[..., None], learned.to(found), found))
+    try:
+        yield ids.masked_fill(beyond, 0)
+    finally:
+        handle.remove()

@@ -6,13 +6,15 @@ for ComfyUI's MODEL, CLIP and VAE.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .concepts import Concept, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,18 @@ class TextEncoder(Protocol):
     width: int
     pooled_width: int
     """Width of the pooled output; 0 when there is none."""
-    token_embedding: nn.Embedding
+    concepts: tuple[Concept, ...]
+    """Words that stand for learned vectors in the prompts."""
+    vocabularies: Mapping[str, Vocabulary]
+    """By ComfyUI's name of each encoder, `clip_l`."""
     projection: nn.Module | None
     """The trainable part between backbone and denoiser, or None."""
     layers: dict[str, nn.Module]
     """Linear layers of the backbone by their names in ComfyUI's LoRA files, `text_encoders.clip_l.transformer...`."""
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> TextEncoder:
+        """The same encoder, weights shared, that knows these concepts too. ValueError for vectors that do not fit."""
+        ...
 
     def tokenize(self, texts: list[str]) -> Any: ...
 
@@ -141,7 +150,7 @@ class TextEncoder(Protocol):
     def encode(self, tokens: Any) -> Conditioning: ...
 
     def training(self) -> AbstractContextManager:
-        """While entered, gradients reach adapters on `layers` through `backbone`."""
+        """While entered, gradients reach adapters on `layers`, and the concepts' vectors, through `backbone`."""
         ...
 
 

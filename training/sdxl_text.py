@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip_text import ClipTextEncoder
+from .concepts import Concept, Vocabulary, add_concepts, expect_vectors
 from .formats import open_clip
 from .model import Conditioning
 
@@ -30,11 +31,10 @@ class SdxlTextEncoder:
             raise ValueError(
                 "SDXL's tokenizers have different vocabularies; expected the same in both. Use one model's."
             )
-        self.first, self.second = first, second
+        self.first, self.second = first.named("clip_l"), second.named("clip_g")
         self.network = nn.ModuleList([first.network, second.network])
         self.width, self.pooled_width = first.width + second.width, second.pooled_width
         self.projection = None
-        self.fingerprint = hashlib.sha256(f"{first.fingerprint} {second.fingerprint}".encode()).hexdigest()
 
     @classmethod
     def from_state(
@@ -63,8 +63,25 @@ class SdxlTextEncoder:
         return self.first.token_embedding
 
     @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.first.fingerprint} {self.second.fingerprint}".encode()).hexdigest()
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
-        return self.first.layers_as("clip_l") | self.second.layers_as("clip_g")
+        return self.first.layers | self.second.layers
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        return self.first.concepts
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return self.first.vocabularies | self.second.vocabularies
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> SdxlTextEncoder:
+        known = add_concepts(self.concepts, concepts)
+        expect_vectors(known, {part.name: part.width for part in (self.first, self.second)})
+        return SdxlTextEncoder(self.first.with_concepts(known), self.second.with_concepts(known))
 
     def training(self) -> AbstractContextManager:
         return nullcontext()

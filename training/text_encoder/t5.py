@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..concepts import (
+    Concept,
+    Vocabulary,
+    add_concepts,
+    concept_rows,
+    embedding,
+    expect_vectors,
+    pieces,
+    with_fingerprints,
+)
 from ..model import Conditioning
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
@@ -42,8 +55,10 @@ class T5TextEncoder:
     """Implements `TextEncoder` with transformers' T5. Tokens are lists of ids, one list a prompt, not padded.
 
     Each row of a batch equals the row encoded alone: T5 always gets its attention mask. fingerprint covers weights,
-    tokenizer, padding and whether there is a pooled output, not the projection.
+    tokenizer, padding, concepts and whether there is a pooled output, not the projection.
     """
+
+    concepts: tuple[Concept, ...] = ()
 
     def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
         width = model.config.d_model
@@ -53,7 +68,16 @@ class T5TextEncoder:
         self.file_hash = source
         identity = (source, tokenizer.fingerprint, padding.max_tokens, padding.pad)
         identity += ("pooled",) if projection.pooled_width else ()
-        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        self._fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return with_fingerprints(self._fingerprint, self.concepts)
+
+    @property
+    def name(self) -> str:
+        """ComfyUI's name of it."""
+        return comfyui_name(self.model.config.d_model)
 
     @property
     def width(self) -> int:
@@ -69,16 +93,36 @@ class T5TextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        start = f"text_encoders.{comfyui_name(self.model.config.d_model)}.transformer."
+        start = f"text_encoders.{self.name}.transformer."
         found = self.model.named_modules()
         return {start + path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return {self.name: Vocabulary(self.token_embedding.weight, self._ids, lambda i: self.tokenizer.decode([i]))}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)[:-1]
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> T5TextEncoder:
+        other = copy.copy(self)
+        other.concepts = add_concepts(self.concepts, concepts)
+        expect_vectors(other.concepts, {self.name: self.model.config.d_model})
+        return other
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids that end in </s>, at most `max_tokens` of them."""
-        return [cut(self.tokenizer.encode(text), self.padding.max_tokens, text) for text in texts]
+        """Token ids that end in </s>, at most `max_tokens` of them; ids beyond the vocabulary are the concepts'
+        vectors, counted through in their order."""
+        return [cut(self._with_end(text), self.padding.max_tokens, text) for text in texts]
+
+    def _with_end(self, text: str) -> list[int]:
+        rows = concept_rows(self.concepts, self.name, len(self.token_embedding.weight))
+        parts = pieces(text, self.concepts)
+        ids = (rows[part.token] if isinstance(part, Concept) else self._ids(part) for part in parts)
+        return [*itertools.chain.from_iterable(ids), self.tokenizer.end_token]
 
     def backbone(self, tokens: list[list[int]]) -> Conditioning:
         """Last states before the projection, (B, L, d_model). mask: real tokens, or None where pads are attended.
@@ -87,7 +131,8 @@ class T5TextEncoder:
         them apart, and whoever caches this keeps the mean.
         """
         ids, real = self._batch(tokens)
-        states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        with embedding(self.token_embedding, ids, self.concepts, self.name) as ids:
+            states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
         mean = masked_mean(states, real) if self.projection.pooled_width else None
         return Conditioning(states, mean, real if self.padding.pad == "none" else None)
 
@@ -113,7 +158,8 @@ class T5TextEncoder:
         return self.with_projection(self.projection.scaled(factor))
 
     def with_projection(self, projection: Projection) -> T5TextEncoder:
-        return T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
+        other = T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
+        return other.with_concepts(self.concepts)
 
     def _batch(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
         longest = self.padding.max_tokens if self.padding.pad == "max_tokens" else max(map(len, tokens))
