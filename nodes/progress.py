@@ -6,8 +6,8 @@ import time
 
 from torch import Tensor
 
+from ..training.callbacks import Callbacks, StepInfo
 from ..training.data.examples import Dataset
-from ..training.loop import Callbacks, StepInfo
 from ..training.model import TextToImage
 from .bridge import ComfyDenoiser
 

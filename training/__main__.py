@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .bench import STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
+from .callbacks import Callbacks, StepInfo
 from .cli import add_flags, read_flags
 from .comfyui_server import WorkflowFailed
 from .config import PRESET_RUNS, PRESETS, RunConfig, SamplePrompts, TrainingSettings, TrainModelConfig
@@ -21,7 +22,6 @@ from .data.folder import FolderConfig
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
 from .layers import ResetConfig, reset_weights
-from .loop import Callbacks, StepInfo
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
 

@@ -26,7 +26,7 @@ class Concept:
     """
 
     token: str
-    vectors: Mapping[str, Tensor]
+    vectors: dict[str, Tensor]
 
     @property
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .callbacks import Callbacks, StepInfo
 from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
 from .data.images import contact_sheet, save_png
@@ -54,40 +55,6 @@ class Sampler:
     judge: Callable[[list[Tensor], list[str]], dict[str, float]] | None = None
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What a progress display needs after an optimiser step."""
-
-    run: str
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    seconds_per_step: float
-
-
-class Callbacks:
-    """How a run talks to its surroundings. Any method may raise to cancel; the state is saved, then it goes on up."""
-
-    interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
-    """Exceptions that mean "cancelled by the user" rather than "failed"."""
-
-    def on_text(self, text: str) -> None:
-        """A phase in words: loading, caching, sampling."""
-
-    def before_step(self, step: int) -> None:
-        """A step, or the first drawing, comes next: a moment to look for a cancel."""
-
-    def after_load(self) -> None:
-        """Pictures or texts were read and maybe encoded: bring the network back, weights are swapped into it next."""
-
-    def on_step(self, info: StepInfo) -> None:
-        """An optimiser step is done."""
-
-    def on_samples(self, step: int, images: list[Tensor]) -> None:
-        """Samples were drawn and written, (3, H, W) each."""
-
-
 class TrainingDiverged(ValueError):
     """The loss or its gradient is not finite any more."""
 
@@ -112,7 +79,8 @@ class LoopConfig:
 
 class Loop:
     """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots, `evaluation` gives further
-    figures of them, once loaded, for the validation's row."""
+    figures of them, once loaded, for the validation's row. `watch` says of the trained values what is worth a row of
+    its own, event "watch", whenever a validation would be due."""
 
     def __init__(
         self,
@@ -125,12 +93,13 @@ class Loop:
         sampler: Sampler | None = None,
         validation: list | None = None,
         evaluation: Callable[[list], dict[str, Any]] | None = None,
+        watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None,
         callbacks: Callbacks | None = None,
         device: torch.device | None = None,
     ):
         self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
         self.config, self.settings = config, config.settings
-        self.sampler, self.validation, self.evaluation = sampler, validation or [], evaluation
+        self.sampler, self.validation, self.evaluation, self.watch = sampler, validation or [], evaluation, watch
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
@@ -299,6 +268,8 @@ class Loop:
         due = self.step % self.settings.validate_every == 0 or self.step == self.config.steps
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
+        if self.watch and due and ("watch", self.step) not in self.events:
+            self.folder.add_row({"event": "watch", "step": self.step, **self.watch(self.values())})
         last = self.step == self.config.steps or self.stopped_early
         due = self.step % self.config.sample_every == 0 or last
         if self.sampler and due and ("sample", self.step) not in self.events:

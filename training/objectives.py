@@ -160,8 +160,9 @@ class DenoisingObjective:
 
     latent_of(slot) -> (C, h, w); text_of(caption) -> Conditioning before the projection, batch 1; project maps a batch
     of those to what the denoiser listens to. mask_of(slot) -> (1, h, w) or None. varied_text_of: text_of for captions
-    that may never be shown again, or None where it leaves them to text_of. All draws of sample `index` in a step come
-    from generators named by it.
+    that may never be shown again, or None where it leaves them to text_of. caption_of(caption, number, index): what an
+    image is shown with at a place of batch `number`, 0 outside of training; its own caption without it. All draws of
+    sample `index` in a step come from generators named by it.
     """
 
     def __init__(
@@ -175,17 +176,20 @@ class DenoisingObjective:
         project: Callable[[Conditioning, Tensor], Conditioning],
         mask_of: Callable[[Any], Tensor | None] = lambda slot: None,
         varied_text_of: Callable[[str], Conditioning | None] | None = None,
+        caption_of: Callable[[str, int, int], str] | None = None,
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project, self.mask_of = latent_of, text_of, project, mask_of
         self.varied_text_of = varied_text_of or text_of
+        self.caption_of = caption_of or (lambda caption, number, index: caption)
 
     def load(self, slots: list) -> list[Shown]:
         """Latents, masks and captions; captions that vary are drawn and encoded here, while models may still move."""
         return [self._shown(slot) for slot in slots]
 
     def _shown(self, slot: Any) -> Shown:
-        example, caption, text = slot.example, slot.example.caption, None
+        example, text = slot.example, None
+        caption = self.caption_of(example.caption, slot.number, slot.index)
         if self.settings.varies_captions and slot.number:
             caption = self._varied(caption, slot.number, slot.index)
             text = self.varied_text_of(caption)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .adapters import Adapters, layers_of, select_layers
+from .callbacks import Callbacks
 from .data.examples import Dataset
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_fingerprint
@@ -20,7 +21,6 @@ from .formats.lora import Lora
 from .formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
 from .formats.lora_names import UNET
 from .formats.lora_save import save_lora
-from .loop import Callbacks
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
 from .run_folder import RunFolder

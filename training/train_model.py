@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .callbacks import Callbacks
 from .config import RunConfig, TrainingSettings, TrainModelConfig, identity
 from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
@@ -28,7 +29,7 @@ from .formats import ldm
 from .generate import TextOf, decode, draw_latents
 from .generators import generator
 from .layers import select
-from .loop import Callbacks, Loop, LoopConfig, Sampler
+from .loop import Loop, LoopConfig, Sampler
 from .model import Conditioning, TextEncoder, TextToImage
 from .noise import zero_terminal_sigmas
 from .objectives import DenoisingObjective, check_objective
@@ -97,6 +98,10 @@ class Kind:
     """Anything JSON that should stand in config.json beside the settings."""
     text_trains: bool = False
     """Whether the text encoder has something that trains; its `training` is entered by the caller."""
+    caption_of: Callable[[str, int, int], str] | None = None
+    """Caption of an image, as batch number (0: outside of training) and place in it show it; needs text_trains."""
+    watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    """Of the trained values: what the loop logs now and then."""
 
 
 def carry_out(
@@ -113,7 +118,7 @@ def carry_out(
         if finished(folder, config, kind.artifact):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return folder.path
-        loop = denoising_loop(model, dataset, config, folder, callbacks, kind.trainable, text_trains=kind.text_trains)
+        loop = denoising_loop(kind, model, dataset, config, folder, callbacks)
         with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
             values = loop.run()
         if here.is_main:
@@ -202,19 +207,13 @@ def finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
 
 
 def denoising_loop(
-    model: TextToImage,
-    dataset: Dataset,
-    config: RunConfig,
-    folder: RunFolder,
-    callbacks: Callbacks,
-    trainable: Callable[[], Trainable],
-    *,
-    text_trains: bool = False,
+    kind: Kind, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Loop:
     """Fills the caches, makes what trains, and puts a run of the denoising objective together.
 
-    text_trains: the text encoder runs anew for every caption, with what trains in it, instead of once for the cache.
+    Where the text encoder trains it runs anew for every caption, with what trains in it, instead of once for the cache.
     """
+    text_trains = kind.text_trains
     model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
@@ -237,11 +236,12 @@ def denoising_loop(
         project=model.text_encoder.project,
         mask_of=lambda slot: _shown(latents.mask, slot, crops[slot.example.key], config.seed),
         varied_text_of=(lambda caption: None) if text_trains else texts.once,
+        caption_of=kind.caption_of,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
         folder,
-        trainable(),
+        kind.trainable(),
         objective,
         order,
         LoopConfig(
@@ -255,6 +255,7 @@ def denoising_loop(
         sampler=_sampler(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
+        watch=kind.watch,
         callbacks=callbacks,
         device=model.denoiser.device,
     )

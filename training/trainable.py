@@ -8,8 +8,8 @@ dtype; the network casts per operation (autocast, or ComfyUI's own casting).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,10 @@ class Trainable(Protocol):
     """Named fp32 masters that `attach` puts in effect on a network."""
 
     parameters: dict[str, nn.Parameter]
+
+    def __len__(self) -> int:
+        """How many numbers train."""
+        ...
 
     def values(self) -> dict[str, Tensor]: ...
 
@@ -55,6 +59,19 @@ def targets(module: nn.Module, prefix: str = "") -> dict[str, Target]:
             if value is not None:
                 found[prefix + (f"{path}.{attribute}" if path else attribute)] = Target(owner, attribute)
     return found
+
+
+@contextmanager
+def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """While entered, no parameter of these module trees wants a gradient."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class SelectedWeights:
@@ -102,17 +119,54 @@ class SelectedWeights:
         Everything else is frozen meanwhile, and all of it is put back on the way out, also after an exception.
         """
         values = self.parameters if values is None else values
-        frozen = [p for network in self._networks for p in network.parameters() if p.requires_grad]
         originals = {name: target.tensor for name, target in self._targets.items()}
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for name, target in self._targets.items():
-                original = originals[name]
-                target.owner._parameters[target.attribute] = values[name].to(original.device)
+        with frozen(self._networks):
+            try:
+                for name, target in self._targets.items():
+                    original = originals[name]
+                    target.owner._parameters[target.attribute] = values[name].to(original.device)
+                yield
+            finally:
+                for name, target in self._targets.items():
+                    target.owner._parameters[target.attribute] = originals[name]
+
+
+class Together:
+    """Trainable: several kinds in one run, their names all different."""
+
+    def __init__(self, *parts: Trainable):
+        self._parts = parts
+        self.parameters = {name: value for part in parts for name, value in part.parameters.items()}
+        self._owners = {name: part for part in parts for name in part.parameters}
+
+    def __len__(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """The masters as plain tensors, without copying."""
+        return {name: value for part in self._parts for name, value in part.values().items()}
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrites the masters; names and shapes must match exactly."""
+        for part, own in zip(self._parts, self._shared(values), strict=True):
+            part.load(own)
+
+    def rate(self, name: str) -> float:
+        return self._owners[name].rate(name)
+
+    @contextmanager
+    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+        """Puts all of them in effect; see `SelectedWeights.attach`."""
+        shared = [None] * len(self._parts) if values is None else self._shared(values)
+        with ExitStack() as stack:
+            for part, own in zip(self._parts, shared, strict=True):
+                stack.enter_context(part.attach(own, draw))
             yield
-        finally:
-            for name, target in self._targets.items():
-                target.owner._parameters[target.attribute] = originals[name]
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+
+    def _shared(self, values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Each part's own; a name that nobody has goes to the first, which refuses it."""
+        shares: list[dict[str, Tensor]] = [{} for _ in self._parts]
+        for name, value in values.items():
+            owner = self._owners.get(name, self._parts[0])
+            shares[self._parts.index(owner)][name] = value
+        return shares

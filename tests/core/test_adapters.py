@@ -317,7 +317,7 @@ def test_one_batch_is_learned_by_heart(demo, pictures, tmp_path):
 
 
 def test_a_run_cut_in_two_ends_like_one_in_one_piece(demo, pictures, tmp_path):
-    from retune.training.loop import Callbacks
+    from retune.training.callbacks import Callbacks
 
     class Stop(Callbacks):
         def on_step(self, info):

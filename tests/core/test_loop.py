@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from PIL import Image
+from retune.training.callbacks import Callbacks
 from retune.training.checkpoint import load_state
 from retune.training.config import SamplePrompts, TrainingSettings
 from retune.training.files import read_tensors
-from retune.training.loop import Callbacks, Loop, LoopConfig, Sampler, TrainingDiverged, best_values
+from retune.training.loop import Loop, LoopConfig, Sampler, TrainingDiverged, best_values
 from retune.training.objectives import Loss
 from retune.training.run_folder import RunFolder
 from retune.training.trainable import SelectedWeights, targets

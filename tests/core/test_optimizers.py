@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from retune.training import optim
+from retune.training.callbacks import Callbacks
 from retune.training.config import GROUPS, SamplePrompts, TrainingSettings
-from retune.training.loop import Callbacks, Loop, LoopConfig
+from retune.training.loop import Loop, LoopConfig
 from retune.training.objectives import Loss
 from retune.training.optim import build_optimizer, check_optimizer, evaluation_weights, library
 from retune.training.run_folder import RunFolder

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from retune.training.callbacks import Callbacks
 from retune.training.config import GROUPS, SamplePrompts, TrainingSettings
 from retune.training.layers import group_of
-from retune.training.loop import Callbacks, Loop, LoopConfig
+from retune.training.loop import Loop, LoopConfig
 from retune.training.objectives import Loss
 from retune.training.run_folder import RunFolder
 from retune.training.trainable import SelectedWeights, targets

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from retune.training.__main__ import main
 from retune.training.bench import STUDIES
+from retune.training.callbacks import Callbacks
 from retune.training.demo import projection_study, reset_study
 from retune.training.demo.projection_study import crossing
 from retune.training.demo.study import Study, StudyConfig, run_study, summary, table, verdict
-from retune.training.loop import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
 

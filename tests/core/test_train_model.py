@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from retune.training.callbacks import Callbacks
 from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
 from retune.training.files import read_tensors
-from retune.training.loop import Callbacks, TrainingDiverged
+from retune.training.loop import TrainingDiverged
 from retune.training.run_folder import RunFolder
 from retune.training.train_model import train_model
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from retune.training.callbacks import Callbacks
 from retune.training.config import TrainingSettings, TrainModelConfig
 from retune.training.data.dataset import from_images, join
 from retune.training.data.examples import Mask
-from retune.training.loop import Callbacks
 from retune.training.train_model import train_model
 
 EVERYTHING = TrainingSettings(

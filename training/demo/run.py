@@ -17,12 +17,12 @@ from typing import Literal
 from torch import Tensor
 
 from ..build import ModelConfig, apply_weights, build_model, with_t5
+from ..callbacks import Callbacks
 from ..config import SamplePrompts, TrainingSettings, TrainModelConfig
 from ..data.folder import FolderConfig, load_folder
 from ..data.images import save_png
 from ..files import read_json, write_json, write_text
 from ..generate import draw
-from ..loop import Callbacks
 from ..model import TextToImage
 from ..report import write_report
 from ..run_folder import RunFolder, move_aside

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from ..build import apply_weights
+from ..callbacks import Callbacks
 from ..config import TrainingSettings, TrainModelConfig, check_range
 from ..data.examples import Dataset
 from ..data.folder import FolderConfig, load_folder
 from ..evaluate import evaluate
 from ..files import read_json, write_json, write_text
 from ..generators import generator
-from ..loop import Callbacks
 from ..model import TextToImage
 from ..objectives import DenoisingObjective
 from ..train_model import train_model

@@ -6,8 +6,8 @@ import json
 import time
 from pathlib import Path
 
+from ..callbacks import Callbacks
 from ..comfyui_server import PACKAGE, server
-from ..loop import Callbacks
 from .run import DemoConfig, make_way, run_judged
 
 WORKFLOW = PACKAGE / "tests" / "workflows" / "swap_text_encoder.json"

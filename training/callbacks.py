@@ -1,0 +1,41 @@
+"""How a run talks to its surroundings: a terminal, a node, a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a progress display needs after an optimiser step."""
+
+    run: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds_per_step: float
+
+
+class Callbacks:
+    """How a run talks to its surroundings. Any method may raise to cancel; the state is saved, then it goes on up."""
+
+    interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+    """Exceptions that mean "cancelled by the user" rather than "failed"."""
+
+    def on_text(self, text: str) -> None:
+        """A phase in words: loading, caching, sampling."""
+
+    def before_step(self, step: int) -> None:
+        """A step, or the first drawing, comes next: a moment to look for a cancel."""
+
+    def after_load(self) -> None:
+        """Pictures or texts were read and maybe encoded: bring the network back, weights are swapped into it next."""
+
+    def on_step(self, info: StepInfo) -> None:
+        """An optimiser step is done."""
+
+    def on_samples(self, step: int, images: list[Tensor]) -> None:
+        """Samples were drawn and written, (3, H, W) each."""

@@ -1,0 +1,129 @@
+"""Captions for textual inversion: an image's own with the token in them, or sentences around it.
+
+The sentences are those of the textual inversion paper (arXiv 2208.01618, appendix), which took them from CLIP's
+ImageNet templates; {} stands for the token.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..concepts import split_tokens
+from ..generators import generator
+from .examples import Dataset
+
+log = logging.getLogger(__name__)
+
+OBJECT = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+STYLE = (
+    "a painting in the style of {}",
+    "a rendering in the style of {}",
+    "a cropped painting in the style of {}",
+    "the painting in the style of {}",
+    "a clean painting in the style of {}",
+    "a dirty painting in the style of {}",
+    "a dark painting in the style of {}",
+    "a picture in the style of {}",
+    "a cool painting in the style of {}",
+    "a close-up painting in the style of {}",
+    "a bright painting in the style of {}",
+    "a cropped painting in the style of {}",
+    "a good painting in the style of {}",
+    "a close-up painting in the style of {}",
+    "a rendition in the style of {}",
+    "a nice painting in the style of {}",
+    "a small painting in the style of {}",
+    "a weird painting in the style of {}",
+    "a large painting in the style of {}",
+)
+TEMPLATES = {"object": OBJECT, "style": STYLE}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Which sentence an image is shown with: drawn from (seed, batch, place); always the first where nothing varies.
+
+    lines: with {} for the token and {caption} for the image's own caption; empty keeps the captions.
+    """
+
+    lines: Sequence[str]
+    token: str
+    seed: int
+
+    def __call__(self, caption: str, number: int, index: int) -> str:
+        """number: of the batch, from 1; 0 outside of training. index: place in the batch."""
+        if not self.lines:
+            return caption
+        choice = 0
+        if number:
+            choice = torch.randint(
+                len(self.lines), (), generator=generator(self.seed, "template", number, index)
+            ).item()
+        return self.lines[choice].replace("{caption}", caption).replace("{}", self.token)
+
+
+def caption_words_replaced(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
+    """The data set with `token` in place of whole words of its captions; warns when there are none."""
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    changed = _with_captions(dataset, lambda caption: pattern.sub(lambda _: token, caption))
+    if changed.captions == dataset.captions:
+        log.warning("no caption holds %s, whose place %s was to take", " or ".join(words), token)
+    return changed
+
+
+def _with_captions(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
+    return replace(dataset, examples=tuple(replace(e, caption=change(e.caption)) for e in dataset.examples))
+
+
+def holds_token(caption: str, tokens: Sequence[str]) -> bool:
+    return len(split_tokens(caption, tokens)) > 1
+
+
+def with_tokens_only(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
+    """The images whose captions hold one of the tokens, the only ones that can teach it; warns of the others.
+
+    Raises ValueError when there are none, and for a token that no caption holds.
+    """
+    for token in tokens:
+        if not any(holds_token(caption, [token]) for caption in dataset.captions):
+            raise ValueError(
+                f"token {token} is in none of {len(dataset.captions)} captions; expected it in those of its images. "
+                "Write it into them, name the caption_word that it replaces, or choose template object or style."
+            )
+    kept = tuple(e for e in dataset.examples if holds_token(e.caption, tokens))
+    if len(kept) < len(dataset.examples):
+        log.warning("%d images without a token in their caption are left out", len(dataset.examples) - len(kept))
+    return replace(dataset, examples=kept)
