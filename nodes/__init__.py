@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
+from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
 from .export import RetuneExportDiffusers
 from .lora import RetuneApplyLora
 from .reset import RetuneResetAttention
@@ -47,4 +48,6 @@ class RetuneExtension(ComfyExtension):
             RetuneTrainLora,
             RetuneJoinDatasets,
             RetuneSaveLora,
+            RetuneLoadEmbedding,
+            RetuneSaveEmbedding,
         ]

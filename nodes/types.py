@@ -5,6 +5,7 @@ from comfy_api.latest import io
 Dataset = io.Custom("RETUNE_DATASET")
 Settings = io.Custom("RETUNE_SETTINGS")
 Samples = io.Custom("RETUNE_SAMPLES")
+Embedding = io.Custom("RETUNE_EMBEDDING")
 Run = io.Custom("RETUNE_RUN")
 LossMap = io.Custom("LOSS_MAP")
 LoraModel = io.Custom("LORA_MODEL")

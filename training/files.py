@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -123,6 +125,27 @@ def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
         raise ValueError(
             f"{path.name} is damaged or no safetensors file ({error}). Save or download it again."
         ) from error
+
+
+_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
+_DAMAGED += (AssertionError, struct.error)
+"""What torch.load raises for bytes that are no pickle of it, or cut, or changed."""
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What torch.save wrote, on the CPU; nothing but tensors, numbers, texts, lists and dicts is made of it.
+
+    Errors: ValueError for a damaged file or one with code, FileNotFoundError where there is none.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise ValueError(f"{path.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
 
 
 def read_json(path: Path) -> Any:

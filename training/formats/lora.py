@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import read_tensors
+from ..files import read_pickle, read_tensors
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -160,12 +159,7 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
+    state = read_pickle(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 

@@ -26,14 +26,14 @@ THUMBNAIL_BYTES = 64 * 1024
 """Longest data URI of a thumbnail."""
 
 _VERSIONS = {"SD1.x": "sd_v1", "SD2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "SD1.x": "stable-diffusion-v1",
     "SD2.x": "stable-diffusion-v2-512",
     "SD2.x v": "stable-diffusion-v2-768-v",
     "SDXL": "stable-diffusion-xl-v1-base",
 }
-_SIDES = {"SD1.x": 512, "SD2.x": 512, "SD2.x v": 768, "SDXL": 1024}
-_STABILITY = "https://github.com/Stability-AI/generative-models"
+SIDES = {"SD1.x": 512, "SD2.x": 512, "SD2.x v": 768, "SDXL": 1024}
+STABILITY = "https://github.com/Stability-AI/generative-models"
 _ALGORITHMS = {"LoHa": "loha", "LoKr": "lokr", "full diff": "full"} | dict.fromkeys(("LoRA", "LoCon", "DoRA"), "locon")
 _PREDICTION = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v", "v": "v"}
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -187,13 +187,13 @@ def _modelspec(naming: Naming, about: LoraAbout, format: str) -> dict[str, str]:
     prediction = _PREDICTION.get(about.run.get("prediction_type", ""))
     settings = about.run.get("config", {}).get("settings", {})
     family = naming.family + " v" * (naming.family == "SD2.x" and prediction == "v")
-    side = _SIDES.get(family, 512)
+    side = SIDES.get(family, 512)
     original = format == "kohya" and naming.family == "SDXL"
     low, high = settings.get("min_timestep", 0), settings.get("max_timestep", 999)
     values = {
         "sai_model_spec": "1.0.1",
-        "architecture": _ARCHITECTURES.get(family, "unknown") + "/lora",
-        "implementation": _STABILITY if original else "diffusers",
+        "architecture": ARCHITECTURES.get(family, "unknown") + "/lora",
+        "implementation": STABILITY if original else "diffusers",
         "title": about.title or about.run.get("config", {}).get("run_name") or "LoRA",
         "resolution": _size(about.run.get("resolution"), "{}x{}") or f"{side}x{side}",
         "date": about.date,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .lora import Lora, some
@@ -106,18 +107,22 @@ def kinds_of(lora: Lora) -> str:
 
 
 def base_of(lora: Lora) -> Base:
-    """From modelspec.architecture, else ss_base_model_version, else ss_v2, else the width of cross-attention."""
-    data = lora.metadata
-    for key in ("modelspec.architecture", "ss_base_model_version"):
-        if (said := data.get(key, "")) and not said.startswith("unknown"):
-            known = (family for family, start in _FAMILIES.items() if re.match(start, said))
-            return Base(next(known, said.split("/")[0]), f"{key} {said}")
-    if data.get("ss_v2") == "True":
-        return Base("SD2.x", "ss_v2 True")
+    """What the metadata says (`said_base`), else from the width of cross-attention."""
+    if (said := said_base(lora.metadata)).family:
+        return said
     for module in lora.modules.values():
         if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and module.shape and module.shape[1] in WIDTHS:
             return Base(WIDTHS[module.shape[1]], f"cross-attention reads a width of {module.shape[1]}")
     return Base()
+
+
+def said_base(metadata: Mapping[str, str]) -> Base:
+    """From modelspec.architecture, else ss_base_model_version, else ss_v2."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if (said := metadata.get(key, "")) and not said.startswith("unknown"):
+            known = (family for family, start in _FAMILIES.items() if re.match(start, said))
+            return Base(next(known, said.split("/")[0]), f"{key} {said}")
+    return Base("SD2.x", "ss_v2 True") if metadata.get("ss_v2") == "True" else Base()
 
 
 def _ranks(lora: Lora) -> str:

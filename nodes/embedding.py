@@ -1,0 +1,158 @@
+"""Textual inversion files as words of prompts, and trained words as files."""
+
+import logging
+import re
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from . import types
+from .paths import files, listed_file
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+FOLDER = "embeddings"
+
+
+class RetuneLoadEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        names = embedding_files()
+        return io.Schema(
+            node_id="RetuneLoadEmbedding",
+            display_name="Load Embedding",
+            category="retune/embedding",
+            description="Makes a word of prompts from a textual inversion file of any trainer: A1111 (also pictures), "
+            "kohya, diffusers, OneTrainer, ai-toolkit; SD1.x, SD2.x, SDXL and T5. The report tells what the file is "
+            "and which words its vectors are like.",
+            search_aliases=["textual inversion", "embedding", "learned_embeds", "negative embedding", "load embedding"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder; it is not changed, a clone that knows the word is."),
+                io.Combo.Input(
+                    "file", options=names, tooltip="A file of the embeddings folders: .safetensors, .pt, .bin, .png."
+                ),
+                io.String.Input(
+                    "token",
+                    default="",
+                    tooltip="The word that stands for it in prompts, such as <cat-toy> or sks. Empty takes the file's "
+                    "own word, else its name.",
+                ),
+                io.Combo.Input(
+                    "second_file",
+                    options=[NONE, *names],
+                    default=NONE,
+                    optional=True,
+                    tooltip="SDXL in two files, as diffusers writes it: the one for the other text encoder.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(tooltip="The text encoder that reads the word as the file's vectors."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Format, word, vectors, norms against the vocabulary, nearest words, warnings.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file="", second_file=NONE, **_):
+        paths = [listed_embedding(name) for name in (file, second_file) if name not in ("", NONE)]
+        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+
+    @classmethod
+    def execute(cls, clip, file, token="", second_file=NONE) -> io.NodeOutput:
+        from ..training.concepts import Concept, check_token
+        from ..training.embedding_report import file_report, file_warnings
+        from ..training.formats.embedding import read_embedding
+        from ..training.formats.embedding_fit import assign
+        from .concept_tokens import vocabularies_of, with_concepts
+
+        chosen = [name for name in (file, second_file) if name != NONE]
+        parts = [read_embedding(listed_embedding(name), token.strip()) for name in chosen]
+        vocabularies = vocabularies_of(clip)
+        word = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem)
+        concept = Concept(word, assign(parts[0], vocabularies, *parts[1:]))
+        clip = with_concepts(clip, [concept])
+        for line in file_warnings(parts, concept, vocabularies):
+            log.warning("%s", line)
+        report = file_report(parts, concept, vocabularies)
+        return io.NodeOutput(clip, report, ui={"text": [report]})
+
+
+class RetuneSaveEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RetuneSaveEmbedding",
+            display_name="Save Embedding",
+            category="retune/embedding",
+            description="Writes trained words into the first embeddings folder, where ComfyUI's own embedding: finds "
+            "them at once. A file that is there already is never overwritten.",
+            search_aliases=["export embedding", "textual inversion", "learned_embeds", "save embedding"],
+            is_output_node=True,
+            inputs=[
+                types.Embedding.Input("embedding", tooltip="From Train Embedding."),
+                io.Combo.Input(
+                    "format",
+                    options=["safetensors", "A1111 pt", "diffusers"],
+                    tooltip="safetensors: for ComfyUI, A1111, Forge, OneTrainer and diffusers. A1111 pt: for old "
+                    "programs. diffusers: the word inside the file; SDXL in two files.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="%token%",
+                    tooltip="Name of the file; %token% is the word without marks. May hold a sub-folder.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The file written; one a line for several words."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, embedding, format, filename_prefix) -> io.NodeOutput:
+        import folder_paths
+
+        from ..training.formats.embedding_save import save_embedding
+
+        folder = folder_paths.get_folder_paths(FOLDER)[0]
+        written = save_embedding(folder, embedding, format, filename_prefix)
+        folder_paths.filename_list_cache.pop(FOLDER, None)  # else a file made in the same tick of the clock is missed
+        paths = "\n".join(str(paths[0]) for paths in written)
+        return io.NodeOutput(paths, ui={"text": [str(path) for paths in written for path in paths]})
+
+
+def embedding_files() -> list[str]:
+    """ComfyUI's embeddings, then the pictures in their folders, which may hold some; previews left out."""
+    return files(FOLDER) + sorted(_pictures())
+
+
+def listed_embedding(name: str) -> Path:
+    """The path of a file that `embedding_files` lists; ValueError for another."""
+    from ..training.formats.embedding import IMAGES
+
+    is_picture = Path(name).suffix.lower() in IMAGES
+    return (_pictures().get(name) if is_picture else None) or listed_file(name, FOLDER)
+
+
+def own_token(name: str) -> str:
+    """The word that a file gives itself, or its name, as one word: blanks and commas become hyphens."""
+    from ..training.concepts import check_token
+
+    return check_token(re.sub(r"[\s,]+", "-", name.strip()))
+
+
+def _pictures() -> dict[str, Path]:
+    """Name below an embeddings folder -> path; the first folder counts."""
+    import folder_paths
+
+    from ..training.formats.embedding import IMAGES
+
+    found: dict[str, Path] = {}
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        for name in folder_paths.recursive_search(folder, [".git"])[0]:
+            path = Path(folder) / name
+            if path.suffix.lower() in IMAGES and not path.stem.lower().endswith(".preview"):
+                found.setdefault(name, path)
+    return found
