@@ -174,3 +174,22 @@ def test_pictures_are_listed_and_changes_noticed(clip_of, folder):
     before = RetuneLoadEmbedding.fingerprint_inputs(file="d.safetensors", clip=None)
     save_file({"emb_params": torch.ones(2, 32)}, folder / "d.safetensors")
     assert RetuneLoadEmbedding.fingerprint_inputs(file="d.safetensors", clip=None) != before
+
+
+def test_through_a_server_from_an_api_prompt(comfyui_server):
+    place = comfyui_server.base_directory / "models" / "embeddings"
+    place.mkdir(parents=True, exist_ok=True)
+    save_file({"emb_params": torch.ones(2, 128)}, place / "two words.safetensors")
+    prompt = {
+        "1": {"class_type": "RetuneLoadDemoModel", "inputs": {"text_encoder": "clip"}},
+        "2": {
+            "class_type": "RetuneLoadEmbedding",
+            "inputs": {"clip": ["1", 1], "file": "two words.safetensors", "token": ""},
+        },
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+    (report,) = comfyui_server.run(prompt)["3"]["text"]
+    assert "token two-words" in report and "clip_l: 2 vectors of 128 numbers" in report
+    prompt["2"]["inputs"]["file"] = "none.safetensors"
+    with pytest.raises(ValueError, match="none.safetensors"):
+        comfyui_server.queue(prompt)
