@@ -20,6 +20,7 @@ from .text_encoder import (
     RetuneScaleTextEncoder,
 )
 from .train import RetuneTrainModel
+from .train_embedding import RetuneTrainEmbedding
 from .train_lora import RetuneTrainLora
 from .vae import RetuneSwapVAE
 
@@ -48,6 +49,7 @@ class RetuneExtension(ComfyExtension):
             RetuneTrainLora,
             RetuneJoinDatasets,
             RetuneSaveLora,
+            RetuneTrainEmbedding,
             RetuneLoadEmbedding,
             RetuneSaveEmbedding,
         ]

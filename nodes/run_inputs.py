@@ -19,8 +19,8 @@ STEPS = 500
 """What training nodes start with."""
 
 
-def rate_input(name: str, default: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip)
+def rate_input(name: str, default: float, tooltip: str, **more) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip, **more)
 
 
 def name_inputs(default: str) -> list:

@@ -21,6 +21,7 @@ from .data.examples import Dataset
 from .data.folder import FolderConfig
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
+from .embedding_config import EmbeddingConfig
 from .layers import ResetConfig, reset_weights
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
@@ -93,6 +94,17 @@ def lora(arguments: argparse.Namespace) -> dict:
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
 
+def embedding(arguments: argparse.Namespace) -> dict:
+    from .train_embedding import known_concepts, train_embedding
+
+    config, dataset, terminal = open_run(arguments, EmbeddingConfig)
+    model = open_model(arguments)
+    known = known_concepts(arguments.known_embeddings, model.text_encoder)
+    model = replace(model, text_encoder=model.text_encoder.with_concepts(known))
+    trained = train_embedding(model, dataset, config, arguments.output, terminal)
+    return {"run": str(trained.path.parent), "result": str(trained.path)}
+
+
 def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
     """Read as the training folder is, but for its own flags, and without masks."""
     changes = {"folder": arguments.reg_folder, "weight": arguments.reg_weight, "repeats": arguments.reg_repeats}
@@ -150,6 +162,20 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     o.add_argument("--start-lora", type=Path, help="a LoRA file of any trainer whose values the adapters begin with")
     _add_run_flags(o, LORA_PRESETS)
     o.set_defaults(**LORA_PRESETS.get(preset, {}), function=lora)
+    e = verbs.add_parser("embedding", help="train new words of a text encoder (textual inversion)")
+    add_flags(e, ModelConfig)
+    _add_data_flags(e)
+    add_flags(e, EmbeddingConfig, skip=("settings", "samples"))
+    add_flags(e, TrainingSettings)
+    e.add_argument(
+        "--known-embeddings",
+        nargs="*",
+        default=(),
+        metavar="TOKEN=FILE",
+        help="words that prompts and --initial-text may hold",
+    )
+    _add_run_flags(e, ("custom",))
+    e.set_defaults(function=embedding)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from .adapters import Adapters, select_layers
 from .callbacks import Callbacks
-from .concepts import Concept
+from .concepts import Concept, check_token
 from .data.examples import Dataset
 from .data.templates import TEMPLATES, Captions, caption_words_replaced, holds_token, with_tokens_only
 from .embedding_config import EmbeddingConfig
 from .embedding_report import median_norm, token_warnings, vector_figures
 from .files import read_tensors, write_tensors
-from .formats.embedding import Embedding
-from .formats.embedding_fit import family_of
+from .formats.embedding import Embedding, read_embedding
+from .formats.embedding_fit import assign, family_of
 from .formats.embedding_save import save_embedding
 from .inversion import TokenEmbeddings, start_concept
-from .model import TextToImage
+from .model import TextEncoder, TextToImage
 from .run_folder import RunFolder
 from .train_lora import ARTIFACT as LORA_ARTIFACT
 from .train_lora import described, unet_layers, write_lora
@@ -79,7 +79,7 @@ def train_embedding(
     kind = Kind(
         name="embedding",
         artifact=ARTIFACT,
-        trainable=lambda: _both(tokens, adapters),
+        trainable=lambda: _both(tokens, adapters, config),
         write=lambda folder, values, ending: _write(folder, values, tokens, adapters, config, ending),
         details=about | (details or {}),
         text_trains=True,
@@ -120,8 +120,10 @@ def _adapters(model: TextToImage, config: EmbeddingConfig) -> Adapters | None:
     return Adapters(select_layers(unet_layers(model.denoiser), lora), [model.denoiser.network], lora, config.seed)
 
 
-def _both(tokens: TokenEmbeddings, adapters: Adapters | None) -> Trainable:
-    return tokens if adapters is None else Together(tokens, adapters)
+def _both(tokens: TokenEmbeddings, adapters: Adapters | None, config: EmbeddingConfig) -> Trainable:
+    if adapters is None:
+        return tokens
+    return Together((tokens, 1.0), (adapters, config.lora_learning_rate / config.learning_rate))
 
 
 def _watched(concepts: tuple[Concept, ...], vocabularies: Mapping, callbacks: Callbacks) -> dict[str, Any]:
@@ -170,3 +172,15 @@ def read_embedding_run(path: Path) -> TrainedEmbedding:
     lora = Path(path) / LORA_ARTIFACT
     embedding = Embedding(concepts, json.loads(metadata["retune.run"]))
     return TrainedEmbedding(file, embedding, read_tensors(lora)[0] if lora.exists() else {})
+
+
+def known_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
+    """Concepts of embedding files, each given as `token=file`, for a text encoder. ValueError for one that is not."""
+    found = []
+    for entry in named:
+        token, equals, file = entry.partition("=")
+        if not equals:
+            raise ValueError(f"known embedding is {entry!r}; expected token=file, such as <my-cat>=cat.safetensors.")
+        vectors = assign(read_embedding(file, token), encoder.vocabularies)
+        found.append(Concept(check_token(token), vectors))
+    return found

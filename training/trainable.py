@@ -132,12 +132,16 @@ class SelectedWeights:
 
 
 class Together:
-    """Trainable: several kinds in one run, their names all different."""
+    """Trainable: several kinds in one run, their names all different.
 
-    def __init__(self, *parts: Trainable):
-        self._parts = parts
+    parts: each with its learning rate as a multiple of the run's.
+    """
+
+    def __init__(self, *parts: tuple[Trainable, float]):
+        self._rates = [rate for _, rate in parts]
+        self._parts = parts = [part for part, _ in parts]
         self.parameters = {name: value for part in parts for name, value in part.parameters.items()}
-        self._owners = {name: part for part in parts for name in part.parameters}
+        self._owners = {name: i for i, part in enumerate(parts) for name in part.parameters}
 
     def __len__(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -152,7 +156,8 @@ class Together:
             part.load(own)
 
     def rate(self, name: str) -> float:
-        return self._owners[name].rate(name)
+        owner = self._owners[name]
+        return self._rates[owner] * self._parts[owner].rate(name)
 
     @contextmanager
     def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
@@ -167,6 +172,5 @@ class Together:
         """Each part's own; a name that nobody has goes to the first, which refuses it."""
         shares: list[dict[str, Tensor]] = [{} for _ in self._parts]
         for name, value in values.items():
-            owner = self._owners.get(name, self._parts[0])
-            shares[self._parts.index(owner)][name] = value
+            shares[self._owners.get(name, 0)][name] = value
         return shares

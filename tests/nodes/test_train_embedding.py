@@ -1,0 +1,119 @@
+"""Training tokens through ComfyUI: transformers' gradients, the core's numbers, words that stock nodes read."""
+
+import json
+
+import pytest
+import torch
+from retune.training.concepts import Concept
+from retune.training.config import TrainingSettings
+from retune.training.data.dataset import from_images
+from retune.training.embedding_config import EmbeddingConfig
+
+
+@pytest.fixture
+def shown():
+    images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    return from_images(images, ["one <it> on the left", "two small <it>, (white) background"])
+
+
+def gradient(encoder, text, width=128):
+    """Of two vectors, through the whole text encoder, of a sum that every state enters."""
+    vectors = 0.05 * torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    concept = Concept("<it>", {name: vectors.clone().requires_grad_(True) for name in encoder.vocabularies})
+    knowing = encoder.with_concepts([concept])
+    with knowing.training():
+        context = knowing.backbone(knowing.tokenize([text])).context
+        weights = torch.randn(context.shape, generator=torch.Generator().manual_seed(1))
+        (context * weights).sum().backward()
+    return [value.grad for value in concept.vectors.values()]
+
+
+@pytest.mark.parametrize("text", ["clip", "t5"])
+def test_gradients_equal_those_of_transformers(demo, core_demo, text):
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.t5_clip import load_t5_clip
+    from retune.training.demo.files import weights_path
+    from retune.training.text_encoder.projection import Projection
+    from retune.training.text_encoder.t5 import load_t5
+
+    model, clip, vae = demo
+    core, width = core_demo.text_encoder, 128
+    if text == "t5":
+        projection, width = Projection(96, 128, seed=3), 96
+        core = load_t5(weights_path("t5.safetensors"), projection)
+        with torch.inference_mode():
+            clip = load_t5_clip("demo", projection)
+    with torch.inference_mode(), text_to_image(model, clip, vae) as view:
+        ours = gradient(view.text_encoder, "two <it> on the left, red <it>", width)
+    expected = gradient(core, "two <it> on the left, red <it>", width)
+    for found, reference in zip(ours, expected, strict=True):
+        assert reference.abs().max() > 0.1
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+
+
+def test_both_implementations_learn_the_same(demo, core_demo, shown, tmp_path):
+    from retune.nodes.bridge import text_to_image
+    from retune.training.train_embedding import train_embedding
+
+    model, clip, vae = demo
+    config = EmbeddingConfig(
+        run_name="r",
+        token="<it>",
+        vectors=2,
+        initial_text="figure",
+        steps=4,
+        batch_size=2,
+        learning_rate=0.5,
+        settings=TrainingSettings(warmup_steps=1, optimizer="SGD"),
+    )
+    core = train_embedding(core_demo, shown, config, tmp_path / "core")
+    before = {k: v.clone() for k, v in clip.cond_stage_model.state_dict().items()}
+    with torch.inference_mode(), text_to_image(model, clip, vae) as view:
+        ours = train_embedding(view, shown, config, tmp_path / "comfyui")
+
+    def losses(name):
+        rows = [json.loads(line) for line in (tmp_path / name / "r" / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "event" not in row]
+
+    assert losses("comfyui") == pytest.approx(losses("core"), rel=1e-4)
+    found, expected = (run.embedding.concepts[0].vectors["clip_l"] for run in (ours, core))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in clip.cond_stage_model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in clip.patcher.model.modules())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_node_hands_out_words_that_stock_nodes_read(comfyui, demo, sampled, shown, lora_rank):
+    from retune.nodes.embedding import RetuneSaveEmbedding
+    from retune.nodes.train_embedding import RetuneTrainEmbedding
+
+    import nodes as stock
+
+    model, clip, vae = demo
+    node = RetuneTrainEmbedding.PREPARE_CLASS_CLONE(None)
+    values = {
+        "steps": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-1,
+        "token": "<it-of-a-test>",
+        "vectors": 2,
+        "initial_text": "figure",
+        "caption_word": "<it>",
+        "run_name": f"embedding of a test {lora_rank}",
+        "seed": 0,
+        "lora_rank": lora_rank,
+    }
+    shown = from_images([e.pixels() for e in shown.examples], ["one figure", "two figure"])
+    values["caption_word"] = "figure"
+    with torch.inference_mode():
+        new_clip, embedding, _, new_model, lora = node.execute(model, clip, vae, shown, **values).args
+        (path,) = RetuneSaveEmbedding.execute(embedding, "safetensors", "%token%").args
+        encode = stock.CLIPTextEncode().encode
+        ours = encode(new_clip, "a red <it-of-a-test> on the left")[0][0][0]
+        through_stock = encode(clip, "a red embedding:it-of-a-test on the left")[0][0][0]
+        again = node.execute(model, clip, vae, shown, **values).args[1]
+    assert torch.equal(ours, through_stock)
+    assert bool(lora) == (new_model is not model) == bool(lora_rank)
+    left, right = again.concepts[0].vectors["clip_l"], embedding.concepts[0].vectors["clip_l"]
+    assert torch.equal(left, right)
+    __import__("pathlib").Path(path).unlink()
