@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention", "whole UNet")
@@ -298,6 +298,14 @@ RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "resul
 def identity(config: Any) -> dict[str, Any]:
     """The part of a config that must be equal for a run to go on, as plain JSON values."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in RESUMABLE}
+    if "settings" in values:
+        values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
+    return values
+
+
+def former_identity(config: Any) -> dict[str, Any]:
+    """What `identity` takes for settings that an earlier version of the program did not have: their defaults."""
+    values = {f.name: f.default for f in fields(config) if f.name not in RESUMABLE and f.default is not MISSING}
     if "settings" in values:
         values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
     return values

@@ -86,14 +86,14 @@ class RunFolder:
     def set_status(self, state: str, step: int, **more: Any) -> None:
         write_json(self.path / "status.json", {"state": state, "step": step, **more})
 
-    def claim(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, Any], details: dict[str, Any], former: dict[str, Any] | None = None) -> None:
         """Records what this run is, or checks that a run going on is the same; details may change between calls.
 
-        Raises ValueError that names the first difference and suggests another run name.
+        former: values of entries that the run's record may lack, since it was made before there were such. Raises ValueError that names the first difference and suggests another run name.
         """
-        identity = json.loads(json.dumps(identity))
+        identity, former = json.loads(json.dumps([identity, former or {}]))
         old = self.config()
-        before_now = _difference(old["identity"], identity) if old is not None else None
+        before_now = _difference(_filled(old["identity"], former), identity) if old is not None else None
         if before_now is not None:
             where, before, now = before_now
             what = f"{where} is {now!r}; run {self.name!r} was made with {before!r}"
@@ -148,6 +148,12 @@ def move_aside(path: Path) -> None:
         while path.with_name(f"{path.name} (old {number})").exists():
             number += 1
         path.rename(path.with_name(f"{path.name} (old {number})"))
+
+
+def _filled(old: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
+    """Old entries, and those of `former` that are missing among them, also in dictionaries below."""
+    both = {k: _filled(v, former[k]) for k, v in old.items() if isinstance(v, dict) and isinstance(former.get(k), dict)}
+    return former | old | both
 
 
 def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .callbacks import Callbacks
-from .config import RunConfig, TrainingSettings, TrainModelConfig, identity
+from .config import RunConfig, TrainingSettings, TrainModelConfig, former_identity, identity
 from .data.cache import LatentCache, TextCache
 from .data.dataset import split_validation
 from .data.examples import Dataset
@@ -113,7 +113,8 @@ def carry_out(
         if here.is_main:
             check_steps(folder, config.steps)
             about = {"config": asdict(config), "environment": environment(model), **kind.details}
-            folder.claim(run_identity(kind.name, model, dataset, config) | kind.identity, about)
+            found = run_identity(kind.name, model, dataset, config) | kind.identity
+            folder.claim(found, about, former_identity(config))
         here.barrier()
         if finished(folder, config, kind.artifact):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")

@@ -83,6 +83,18 @@ def test_claim_records_and_names_the_first_difference(tmp_path):
     assert folder.config()["identity"]["settings"]["loss"] == "mse"
 
 
+def test_settings_that_an_older_run_did_not_know_are_at_their_defaults(tmp_path):
+    folder = RunFolder(tmp_path / "r")
+    folder.path.mkdir()
+    folder.claim({"seed": 0, "settings": {"loss": "mse"}}, {})
+    former = {"rank": 4, "settings": {"lr_cycles": 1, "loss": "l1"}}
+    now = {"seed": 0, "rank": 4, "settings": {"loss": "mse", "lr_cycles": 1}}
+    with pytest.raises(ValueError, match="settings.lr_cycles is 2; run 'r' was made with 1"):
+        folder.claim(now | {"settings": {"loss": "mse", "lr_cycles": 2}}, {}, former)
+    folder.claim(now, {}, former)
+    assert folder.config()["identity"] == now
+
+
 def test_a_projection_computed_again_may_differ_in_its_last_bits(tmp_path):
     folder = RunFolder(tmp_path / "r")
     folder.path.mkdir()

@@ -67,6 +67,22 @@ def test_run_is_exact_after_a_stop_anywhere(tiny_model, pictures, tmp_path):
         assert digest(root) == whole
 
 
+def test_a_run_of_an_earlier_version_goes_on(tiny_model, pictures, tmp_path):
+    """Its record lacks settings that came later; at their defaults they change nothing."""
+    train_model(tiny_model, pictures, config(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_model(tiny_model, pictures, config(), tmp_path, Dies(5))
+    file = tmp_path / "r" / "config.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    del record["identity"]["settings"]["lr_cycles"]
+    file.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match="settings.lr_cycles is 2; run 'r' was made with 1"):
+        later = dataclasses.replace(config().settings, lr_cycles=2)
+        train_model(tiny_model, pictures, config(settings=later), tmp_path)
+    train_model(tiny_model, pictures, config(), tmp_path)
+    assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
 def test_run_is_exact_when_the_state_is_older_than_the_rows(tiny_model, pictures, tmp_path):
     train_model(tiny_model, pictures, config(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
