@@ -89,7 +89,8 @@ class RunFolder:
     def claim(self, identity: dict[str, Any], details: dict[str, Any], former: dict[str, Any] | None = None) -> None:
         """Records what this run is, or checks that a run going on is the same; details may change between calls.
 
-        former: values of entries that the run's record may lack, since it was made before there were such. Raises ValueError that names the first difference and suggests another run name.
+        former: values of entries that the run's record may lack, since it was made before there were such. Raises
+        ValueError that names the first difference and suggests another run name.
         """
         identity, former = json.loads(json.dumps([identity, former or {}]))
         old = self.config()
