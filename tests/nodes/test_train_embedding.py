@@ -1,6 +1,7 @@
 """Training tokens through ComfyUI: transformers' gradients, the core's numbers, words that stock nodes read."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +17,20 @@ def shown():
     return from_images(images, ["one <it> on the left", "two small <it>, (white) background"])
 
 
-def gradient(encoder, text, width=128):
-    """Of two vectors, through the whole text encoder, of a sum that every state enters."""
-    vectors = 0.05 * torch.randn(2, width, generator=torch.Generator().manual_seed(0))
-    concept = Concept("<it>", {name: vectors.clone().requires_grad_(True) for name in encoder.vocabularies})
-    knowing = encoder.with_concepts([concept])
+def gradients(encoder, text, pooled=False):
+    """Of two vectors for each encoder, of a sum that every state (and the pooled output) enters, by encoder."""
+    vectors = {}
+    for name, vocabulary in encoder.vocabularies.items():
+        start = torch.randn(2, vocabulary.table.shape[1], generator=torch.Generator().manual_seed(0))
+        vectors[name] = (0.05 * start).requires_grad_(True)
+    knowing = encoder.with_concepts([Concept("<it>", vectors)])
     with knowing.training():
-        context = knowing.backbone(knowing.tokenize([text])).context
-        weights = torch.randn(context.shape, generator=torch.Generator().manual_seed(1))
-        (context * weights).sum().backward()
-    return [value.grad for value in concept.vectors.values()]
+        states = knowing.backbone(knowing.tokenize([text]))
+        total = torch.zeros(())
+        for value in (states.context, states.pooled)[: 1 + pooled]:
+            total = total + (value * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))).sum()
+        total.backward()
+    return {name: value.grad for name, value in vectors.items()}
 
 
 @pytest.mark.parametrize("text", ["clip", "t5"])
@@ -37,18 +42,62 @@ def test_gradients_equal_those_of_transformers(demo, core_demo, text):
     from retune.training.text_encoder.t5 import load_t5
 
     model, clip, vae = demo
-    core, width = core_demo.text_encoder, 128
+    core = core_demo.text_encoder
     if text == "t5":
-        projection, width = Projection(96, 128, seed=3), 96
+        projection = Projection(96, 128, seed=3)
         core = load_t5(weights_path("t5.safetensors"), projection)
         with torch.inference_mode():
             clip = load_t5_clip("demo", projection)
     with torch.inference_mode(), text_to_image(model, clip, vae) as view:
-        ours = gradient(view.text_encoder, "two <it> on the left, red <it>", width)
-    expected = gradient(core, "two <it> on the left, red <it>", width)
-    for found, reference in zip(ours, expected, strict=True):
-        assert reference.abs().max() > 0.1
-        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+        (ours,) = gradients(view.text_encoder, "two <it> on the left, red <it>").values()
+    (expected,) = gradients(core, "two <it> on the left, red <it>").values()
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def core_sdxl(clip):
+    """The core's text encoder with the weights of ComfyUI's SDXL CLIP."""
+    import comfy.sd
+    from retune.training.clip_text import ClipTextEncoder
+    from retune.training.sdxl_text import SECOND_PAD, SdxlTextEncoder
+
+    folder = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
+    parts = []
+    for name, activation, pad in (("clip_l", "quick_gelu", None), ("clip_g", "gelu", SECOND_PAD)):
+        state = getattr(clip.cond_stage_model, name).transformer.state_dict()
+        width = state["text_model.embeddings.token_embedding.weight"].shape[1]
+        size = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        special = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": width}
+        config = size | special | {"hidden_act": activation}
+        projected = name == "clip_g"
+        if not projected:
+            state.pop("text_projection.weight")
+        options = {"projected": projected, "penultimate": True, "pad": pad}
+        parts.append(ClipTextEncoder.from_state(state, config, folder, **options))
+    return SdxlTextEncoder(*parts)
+
+
+def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
+    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+
+    class Beside:
+        """As much of a denoiser as a text encoder that trains asks for."""
+
+        beside: list = []
+
+        def load(self):
+            import comfy.model_management
+
+            comfy.model_management.load_models_gpu(self.beside, force_full_load=True)
+
+    core, text = core_sdxl(small_sdxl_clip), "two <it> on the left, red <it>"
+    with torch.inference_mode(), training_mode():
+        encoder = ComfyTextEncoder(small_sdxl_clip, Beside())
+        ours, expected = (gradients(each, text, pooled=True) for each in (encoder, core))
+    assert ours.keys() == expected.keys() == {"clip_l", "clip_g"}
+    for name, reference in expected.items():
+        assert reference.abs().max() > 1e-3
+        torch.testing.assert_close(ours[name], reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
 
 
 def test_both_implementations_learn_the_same(demo, core_demo, shown, tmp_path):
@@ -116,4 +165,4 @@ def test_the_node_hands_out_words_that_stock_nodes_read(comfyui, demo, sampled, 
     assert bool(lora) == (new_model is not model) == bool(lora_rank)
     left, right = again.concepts[0].vectors["clip_l"], embedding.concepts[0].vectors["clip_l"]
     assert torch.equal(left, right)
-    __import__("pathlib").Path(path).unlink()
+    Path(path).unlink()
