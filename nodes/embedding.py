@@ -6,6 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.demo.files import EMBEDDINGS, weights_path
 from . import types
 from .paths import files, listed_file
 
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 NONE = "none"
 FOLDER = "embeddings"
+DEMO = {f"demo: {name}": f"embeddings/{name}.safetensors" for name in EMBEDDINGS}
+"""Combo value -> embedding of the demo model."""
 
 
 class RetuneLoadEmbedding(io.ComfyNode):
@@ -30,7 +33,10 @@ class RetuneLoadEmbedding(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder; it is not changed, a clone that knows the word is."),
                 io.Combo.Input(
-                    "file", options=names, tooltip="A file of the embeddings folders: .safetensors, .pt, .bin, .png."
+                    "file",
+                    options=[*names, *DEMO],
+                    tooltip="A file of the embeddings folders: .safetensors, .pt, .bin, .png. The demo one is for the "
+                    "demo model.",
                 ),
                 io.String.Input(
                     "token",
@@ -129,9 +135,11 @@ def embedding_files() -> list[str]:
 
 
 def listed_embedding(name: str) -> Path:
-    """The path of a file that `embedding_files` lists; ValueError for another."""
+    """The path of a file that `embedding_files` lists, or of the demo model's; ValueError for another."""
     from ..training.formats.embedding import IMAGES
 
+    if name in DEMO:
+        return weights_path(DEMO[name])
     is_picture = Path(name).suffix.lower() in IMAGES
     return (_pictures().get(name) if is_picture else None) or listed_file(name, FOLDER)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet", "loras")
+PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet", "loras", "embeddings")
 LOG = logging.getLogger(__name__)
 
 
@@ -42,6 +42,10 @@ def build(part: str, work: Path) -> None:
         from .build_loras import train_loras
 
         train_loras(work / "loras")
+    if part == "embeddings":
+        from .build_embeddings import train_embeddings
+
+        train_embeddings(work / "embeddings")
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ NAMES = ("demo.safetensors", "t5.safetensors", "scorer.safetensors", "aesthetic.
 NAMES += ("clip_tokenizer", "t5_tokenizer")
 LORAS = ("warm edges", "crescents")
 NAMES += tuple(f"loras/{name}.safetensors" for name in LORAS)
+EMBEDDINGS = ("heart",)
+NAMES += tuple(f"embeddings/{name}.safetensors" for name in EMBEDDINGS)
 
 
 def weights_path(name: str) -> Path:
