@@ -1,0 +1,160 @@
+"""DDIM as an affine chain: the sampler's own latents, and gradients step by step against autograd."""
+
+import copy
+
+import pytest
+import torch
+from retune.training.model import Conditioning
+from retune.training.rollout import Heard, advance, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from retune.training.sampling import ddim_steps
+
+COUNT = 6
+
+
+@pytest.fixture
+def double(tiny_model):
+    """The tiny model's denoiser in float64."""
+    denoiser = copy.copy(tiny_model.denoiser)
+    denoiser.network = copy.deepcopy(denoiser.network).double().requires_grad_(False)
+    return denoiser
+
+
+def heard(cfg=3.0, dtype=torch.float64):
+    random = torch.Generator().manual_seed(0)
+    contexts = [torch.randn(2, 5, 32, generator=random, dtype=torch.float64).to(dtype) for _ in range(2)]
+    return Heard(*map(Conditioning, contexts), cfg)
+
+
+def noise(dtype=torch.float64):
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def reward(x):
+    """Something smooth that every latent cell enters."""
+    weights = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x)
+    return (torch.tanh(x) * weights).sum()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_chain_is_the_samplers(tiny_model, prediction):
+    denoiser = copy.copy(tiny_model.denoiser)
+    denoiser.prediction_type = prediction
+    spoken, start = heard(dtype=torch.float32), noise(torch.float32)
+    chain = ddim_chain(denoiser, COUNT)
+    states = rollout(denoiser, first_latent(denoiser, start, chain), chain, spoken)
+    options = {"steps": COUNT, "cfg": spoken.cfg}
+    with torch.no_grad():
+        expected = [x for _, x in ddim_steps(denoiser, start, spoken.positive, spoken.negative, **options)]
+    for ours, theirs in zip(states[1:], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Flow:
+    """A denoiser of flow prediction as far as a chain asks for one: its output is a smooth function of all it reads."""
+
+    prediction_type = "flow"
+    sigmas = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+
+    def predict(self, noisy, sigma, conditioning):
+        return torch.tanh(noisy * sigma.view(-1, 1, 1, 1) + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1))
+
+    def denoised(self, noisy, sigma, output):
+        return noisy - sigma.view(-1, 1, 1, 1) * output
+
+
+def test_the_chain_of_a_flow_model():
+    denoiser, spoken = Flow(), heard()
+    chain = ddim_chain(denoiser, COUNT, torch.float64)
+    states = rollout(denoiser, first_latent(denoiser, noise(), chain), chain, spoken)
+    options = {"steps": COUNT, "cfg": spoken.cfg}
+    expected = [x for _, x in ddim_steps(denoiser, noise(), spoken.positive, spoken.negative, **options)]
+    torch.testing.assert_close(states[-1], expected[-1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("last", [1, 3, COUNT])
+def test_step_by_step_equals_joint_back_propagation(double, prediction, last):
+    """Gradients of contexts and of a UNet weight, float64, 1e-10."""
+    double.prediction_type = prediction
+    spoken, chain = heard().detached(), ddim_chain(double, COUNT, torch.float64)
+    states = rollout(double, first_latent(double, noise(), chain), chain, spoken)
+    weight = next(p for n, p in double.network.named_parameters() if n.endswith("attn2.to_k.weight"))
+    weight.requires_grad_(True)
+    wanted = [*spoken.tensors, weight]
+    end = joint_end(double, states, chain, last, spoken, stop_gradient=True)
+    expected = torch.autograd.grad(reward(end), wanted)
+    torch.testing.assert_close(end.detach(), states[-1], rtol=1e-10, atol=1e-10)
+    final = states[-1].clone().requires_grad_(True)
+    (end_gradient,) = torch.autograd.grad(reward(final), final)
+    found = stepwise_gradient(double, states, chain, range(COUNT - last, COUNT), spoken, end_gradient, wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+
+
+def test_the_last_steps_equal_full_autograd_on_the_same_detached_chain(double):
+    """Without stop-gradient: latents of the first steps are constants, everything after them is differentiated."""
+    spoken, chain, last = heard().detached(), ddim_chain(double, COUNT, torch.float64), 3
+    x = first_latent(double, noise(), chain)
+    states = rollout(double, x, chain, spoken)
+    for number, step in enumerate(chain):
+        x = advance(double, x, step, spoken)
+        if number < COUNT - last:
+            x = x.detach()
+    expected = torch.autograd.grad(reward(x), spoken.tensors)
+    end = joint_end(double, states, chain, last, spoken, stop_gradient=False)
+    for ours, theirs in zip(torch.autograd.grad(reward(end), spoken.tensors), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+
+
+def test_a_step_that_reads_nothing_of_it_gives_zeros(double):
+    spoken, chain = heard().detached(), ddim_chain(double, 2, torch.float64)
+    states = rollout(double, first_latent(double, noise(), chain), chain, spoken)
+    idle = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    (found,) = stepwise_gradient(double, states, chain, [1], spoken, torch.ones_like(states[-1]), [idle])
+    assert not found.any()
+
+
+def saved_bytes(run):
+    """The most bytes of tensors that autograd keeps at one time while `run` is running."""
+    now = peak = 0
+    sizes = {}
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal now, peak
+            self.tensor = tensor
+            key = tensor.untyped_storage().data_ptr()
+            count, size = sizes.get(key, (0, tensor.untyped_storage().nbytes()))
+            now += size if count == 0 else 0
+            sizes[key] = (count + 1, size)
+            self.key, peak = key, max(peak, now)
+
+        def __del__(self):
+            nonlocal now
+            count, size = sizes.pop(self.key)
+            now -= size if count == 1 else 0
+            if count > 1:
+                sizes[self.key] = (count - 1, size)
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return peak
+
+
+def test_peak_memory_is_flat_in_the_number_of_steps(double):
+    """What autograd keeps at most: within 5 % at 1 and 6 steps one by one, thrice as much jointly, at least."""
+    spoken, chain = heard().detached(), ddim_chain(double, COUNT, torch.float64)
+    states = rollout(double, first_latent(double, noise(), chain), chain, spoken)
+    gradient = torch.ones_like(states[-1])
+
+    def apart(last):
+        chosen = range(COUNT - last, COUNT)
+        return saved_bytes(lambda: stepwise_gradient(double, states, chain, chosen, spoken, gradient, spoken.tensors))
+
+    def joint(last):
+        return saved_bytes(lambda: joint_end(double, states, chain, last, spoken, stop_gradient=True).sum().backward())
+
+    assert apart(1) > 10_000
+    assert apart(COUNT) <= 1.05 * apart(1)
+    assert joint(COUNT) >= 3 * joint(1)
