@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..training.concepts import Concept, Vocabulary
 from ..training.fingerprint import tensors_fingerprint
 from ..training.model import Conditioning, TextToImage
+from ..training.trainable import Target, targets
 from . import t5_clip
 from .concept_tokens import concepts_of, vocabularies_of, with_concepts
 from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
@@ -189,6 +190,11 @@ class ComfyAutoencoder:
         with torch.no_grad():
             return self.vae.decode(self.latent_format.process_out(latents)).movedim(-1, 1).clone()
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        network = self.vae.first_stage_model
+        inner = self.latent_format.process_out(latents).to(self.vae.device, self.vae.vae_dtype)
+        return network.decode(inner).float() / 2 + 0.5
+
 
 class ComfyTextEncoder:
     """TextEncoder over a CLIP. Captions are plain text: brackets in them are no prompt weights.
@@ -239,6 +245,12 @@ class ComfyTextEncoder:
     def layers(self) -> dict[str, nn.Module]:
         found = self._plain_clip().cond_stage_model.named_modules()
         return {f"text_encoders.{path}": layer for path, layer in found if isinstance(layer, nn.Linear)}
+
+    @property
+    def weights(self) -> dict[str, Target]:
+        found = targets(self._plain_clip().cond_stage_model, "text_encoders.")
+        unread = ("logit_scale", *(() if self.pooled_width else ("text_projection.weight",)))
+        return {name: target for name, target in found.items() if not name.endswith(unread)}
 
     @contextmanager
     def training(self) -> Iterator[None]:

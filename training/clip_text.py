@@ -23,6 +23,7 @@ from .concepts import (
 )
 from .fingerprint import tensors_fingerprint
 from .model import Conditioning
+from .trainable import Target, targets
 
 SD2_WIDTH = 1024
 LONG_WORD = 8
@@ -113,6 +114,16 @@ class ClipTextEncoder:
         start = f"text_encoders.{self.name}.transformer.text_model."
         found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
         return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+
+    @property
+    def weights(self) -> dict[str, Target]:
+        start = f"text_encoders.{self.name}.transformer."
+        inner = f"{start}text_model."
+        found = {}
+        for path, target in targets(self.network).items():
+            plain = path.removeprefix("text_model.")
+            found[(start if plain.startswith("text_projection.") else inner) + plain] = target
+        return found
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:

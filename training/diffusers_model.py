@@ -160,9 +160,12 @@ class DiffusersAutoencoder:
         return posterior.mode() * self.network.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
+        return self.pixels(latents).clamp(0, 1)
+
+    def pixels(self, latents: Tensor) -> Tensor:
         parameter = next(self.network.parameters())
         images = self.network.decode(latents.to(parameter) / self.network.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1)
+        return images / 2 + 0.5
 
 
 def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:

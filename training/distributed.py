@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
+
+    def gathered(self, value: Any) -> list:
+        """What each process has, in their order; small things that pickle."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
 
     def from_main(self, number: int, device: torch.device) -> int:
         """The main process's number on every process; all wait for it here."""

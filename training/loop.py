@@ -314,6 +314,7 @@ class Loop:
         if self.world.is_main:
             best = self.best if math.isfinite(self.best) else None
             extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
+            extra["objective"] = self.objective.state()
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
             self.saved_step = self.step
 
@@ -333,6 +334,7 @@ class Loop:
             restore_optimizer(self.optimizer, state.optimizer)
             self.best = state.extra["best"] if state.extra["best"] is not None else math.inf
             self.stale = state.extra.get("stale", 0)  # none in states of earlier versions
+            self.objective.load_state(state.extra.get("objective", {}))
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step

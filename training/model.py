@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .concepts import Concept, Vocabulary
+from .trainable import Target
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class TextEncoder(Protocol):
     """The trainable part between backbone and denoiser, or None."""
     layers: dict[str, nn.Module]
     """Linear layers of the backbone by their names in ComfyUI's LoRA files, `text_encoders.clip_l.transformer...`."""
+    weights: Mapping[str, Target]
+    """All weights of the backbone under such names, but for a text projection that no UNet reads."""
 
     def with_concepts(self, concepts: Iterable[Concept]) -> TextEncoder:
         """The same encoder, weights shared, that knows these concepts too. ValueError for vectors that do not fit."""
@@ -163,6 +166,10 @@ class Autoencoder(Protocol):
     def encode(self, images: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """As `decode`, with gradients and without the cut to 0..1, which would stop those of saturated pixels."""
+        ...
 
 
 @dataclass(frozen=True)

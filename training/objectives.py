@@ -35,6 +35,12 @@ class Objective(Protocol):
 
     def validation(self, loaded: list) -> float: ...
 
+    def state(self) -> dict[str, Any]:
+        """What it remembers from step to step, as JSON; empty where it remembers nothing."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
 
 def snr_weight(sigma: Tensor, settings: TrainingSettings, prediction_type: str) -> Tensor:
     """Loss weight per noise level, with SNR = 1 / sigma^2 for eps and v models.
@@ -265,6 +271,12 @@ class DenoisingObjective:
             target = self.denoiser.target(latent, noise, sigma)
             losses.append(self.squared_error(prediction, target, *more[:1]).mean().item())
         return sum(losses) / len(losses)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
 
     def squared_error(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B,) plain squared errors of one image at several noise levels, within its mask if it has one."""

@@ -14,6 +14,7 @@ from .clip_text import ClipTextEncoder
 from .concepts import Concept, Vocabulary, add_concepts, expect_vectors
 from .formats import open_clip
 from .model import Conditioning
+from .trainable import Target
 
 Windows = list[list[int]]
 SECOND_PAD = 0
@@ -69,6 +70,10 @@ class SdxlTextEncoder:
     @property
     def layers(self) -> dict[str, nn.Module]:
         return self.first.layers | self.second.layers
+
+    @property
+    def weights(self) -> dict[str, Target]:
+        return self.first.weights | self.second.weights
 
     @property
     def concepts(self) -> tuple[Concept, ...]:

@@ -98,14 +98,17 @@ def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
-def described(model: TextToImage, dataset: Dataset) -> dict:
-    """What a LoRA file's metadata says of the model and the images, for config.json."""
+def described_model(model: TextToImage) -> dict:
+    """What a LoRA file's metadata says of the model, for config.json."""
     network = model.denoiser.network
     shapes = {model.denoiser.canonical_name(name): value.shape for name, value in network.named_parameters()}
+    return {"unet": ldm.unet_config(shapes), "prediction_type": model.denoiser.prediction_type}
+
+
+def described(model: TextToImage, dataset: Dataset) -> dict:
+    """What it says of the model and the images."""
     sizes = Counter((example.width, example.height) for example in dataset.examples)
-    return {
-        "unet": ldm.unet_config(shapes),
-        "prediction_type": model.denoiser.prediction_type,
+    return described_model(model) | {
         "resolution": list(sizes.most_common(1)[0][0]),
         "images": len(dataset.examples),
         "tag_frequency": tag_frequency(example.caption for example in dataset.examples),

@@ -107,19 +107,34 @@ class Kind:
 def carry_out(
     kind: Kind, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
 ) -> Path:
+    """A training of the denoising objective on a data set; see `run_in_folder`."""
+    identity = run_identity(kind.name, model, config) | {"dataset": dataset.fingerprint}
+    return run_in_folder(
+        kind, model, config, root, callbacks, identity, partial(denoising_loop, kind, model, dataset, config)
+    )
+
+
+def run_in_folder(
+    kind: Kind,
+    model: TextToImage,
+    config: RunConfig,
+    root: Path,
+    callbacks: Callbacks,
+    identity: Mapping[str, Any],
+    loop_of: Callable[[RunFolder, Callbacks], Loop],
+) -> Path:
     """Trains, or goes on, and writes the result, unless the run has it already; returns the run folder's path."""
     here = world()
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
             about = {"config": asdict(config), "environment": environment(model), **kind.details}
-            found = run_identity(kind.name, model, dataset, config) | kind.identity
-            folder.claim(found, about, former_identity(config))
+            folder.claim({**identity, **kind.identity}, about, former_identity(config))
         here.barrier()
         if finished(folder, config, kind.artifact):
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return folder.path
-        loop = denoising_loop(kind, model, dataset, config, folder, callbacks)
+        loop = loop_of(folder, callbacks)
         with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
             values = loop.run()
         if here.is_main:
@@ -181,8 +196,8 @@ def check_pooled(model: TextToImage) -> None:
         )
 
 
-def run_identity(kind: str, model: TextToImage, dataset: Dataset, config: RunConfig) -> dict:
-    """Everything that must be equal for a run to go on. kind: what is made, "model" or "lora"."""
+def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
+    """What must be equal for a run to go on, its data aside. kind: what is made, "model" or "lora"."""
     projection = model.text_encoder.projection
     start = tensors_sketch(projection.state_dict().items()) if projection is not None else None
     return {
@@ -192,7 +207,6 @@ def run_identity(kind: str, model: TextToImage, dataset: Dataset, config: RunCon
         "text_encoder": model.text_encoder.fingerprint,
         "projection": start,
         "vae": model.autoencoder.fingerprint,
-        "dataset": dataset.fingerprint,
     }
 
 
@@ -253,7 +267,7 @@ def denoising_loop(
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
         ),
-        sampler=_sampler(model, config, text_of, callbacks) if prompts else None,
+        sampler=sampler_of(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
         watch=kind.watch,
@@ -275,7 +289,7 @@ def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextTo
     return replace(model, denoiser=model.denoiser.with_sigmas(zero_terminal_sigmas(model.denoiser.sigmas)))
 
 
-def _sampler(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
+def sampler_of(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
     """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
     samples = config.samples
 

@@ -25,6 +25,7 @@ from ..concepts import (
     with_fingerprints,
 )
 from ..model import Conditioning
+from ..trainable import Target, targets
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
 from .tokenizers import T5Tokenizer, find_tokenizer
@@ -96,6 +97,10 @@ class T5TextEncoder:
         start = f"text_encoders.{self.name}.transformer."
         found = self.model.named_modules()
         return {start + path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+
+    @property
+    def weights(self) -> dict[str, Target]:
+        return targets(self.model, f"text_encoders.{self.name}.transformer.")
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:

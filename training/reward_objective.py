@@ -1,0 +1,182 @@
+"""What a reward tuning minimises: minus the reward of pictures drawn from prompts, differentiated through the sampler.
+
+One step of TextCraftor (arXiv 2403.18978, algorithm 1): prompts become pictures by guided DDIM from noise, the pictures
+a reward, and its gradient goes back through the last sampler steps into what trains. With the gradient stopped at the
+UNet's input each of those steps is gone through on its own (see `rollout`), and the reward and the decoder before them,
+so that no two graphs are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data.prompts import PromptSlot
+from .distributed import world
+from .generators import generator
+from .model import Conditioning, TextToImage
+from .objectives import Loss
+from .reward_config import RewardTuneConfig
+from .rewards.combined import CombinedReward, CombinedScores
+from .rollout import Heard, Step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from .sampling import initial_noise
+
+
+class RewardObjective:
+    """Objective: loss_i = - total reward of picture i.
+
+    wanted: the parameters that train, while attached. text_trains: whether the text encoder is among them; the empty
+    prompt of the guidance is then heard with it too, as it is in use. decoding: entered around everything that needs
+    the autoencoder and the reward on their device.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        reward: CombinedReward,
+        config: RewardTuneConfig,
+        wanted: Callable[[], Sequence[nn.Parameter]],
+        *,
+        text_trains: bool,
+        decoding: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.model, self.reward, self.config, self._wanted = model, reward, config, wanted
+        self._text_trains, self._decoding = text_trains, decoding
+        self.chain = ddim_chain(model.denoiser, config.sampling_steps)
+        self._seen: tuple[int, list[CombinedScores]] = (0, [])
+
+    def load(self, slots: list[PromptSlot]) -> list[PromptSlot]:
+        """Prompts need no loading; they are encoded with what trains."""
+        return slots
+
+    def __call__(self, batch: list[tuple[int, PromptSlot]], step: int) -> Loss:
+        self._settle(step)
+        indices, prompts = [index for index, _ in batch], [slot.prompt for _, slot in batch]
+        heard, noise = self._heard(prompts), self._noise(indices, step)
+        scores, pull = self._pull(heard, noise, prompts, step)
+        self._seen[1].extend(world().gathered(_on_cpu(scores)))
+        value = -scores.total.detach()
+        return Loss(value + (pull - pull.detach()) / len(value), scores.means())
+
+    def _pull(self, heard: Heard, noise: Tensor, prompts: list[str], step: int) -> tuple[CombinedScores, Tensor]:
+        """The scores, and a number whose gradient is that of minus their sum."""
+        denoiser, config = self.model.denoiser, self.config
+        cut, parameters = heard.detached(), list(self._wanted())
+        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, cut)
+        last, chosen = self._chosen(step)
+        wanted = [*cut.tensors, *parameters]
+        random = generator(config.seed, "reward augmentation", step)
+        if config.method == "one step":
+            scores, gradients = self._through_one(states, chosen[0], cut, prompts, wanted, random)
+        elif config.stop_gradient:
+            scores, end = self._end_gradient(states[-1], prompts, random)
+            gradients = stepwise_gradient(denoiser, states, self.chain, chosen, cut, end, wanted)
+        else:
+            scores, gradients = self._through_all(states, last, cut, prompts, wanted, random)
+        live = [*heard.tensors, *parameters]
+        pull = sum((one * -gradient).sum() for one, gradient in zip(live, gradients, strict=True))
+        return scores, pull
+
+    def _chosen(self, step: int) -> tuple[int, list[int]]:
+        """How many of the last steps, and which, gradients go through; drawn once a step where the method draws."""
+        most, count = self.config.gradient_steps, len(self.chain)
+        if self.config.method != "last K":
+            most = 1 + torch.randint(most, (), generator=generator(self.config.seed, "gradient steps", step)).item()
+        chosen = range(count - most, count)
+        return most, [chosen[0]] if self.config.method == "one step" else list(chosen)
+
+    def _end_gradient(
+        self, latents: Tensor, prompts: list[str], random: torch.Generator
+    ) -> tuple[CombinedScores, Tensor]:
+        """The scores of the pictures behind latents, and the gradient of their sum at the latents."""
+        with torch.enable_grad(), self._decoding():
+            leaf = latents.detach().requires_grad_(True)
+            images = self.model.autoencoder.pixels(leaf)
+            scores, at_images = self.reward.value_and_gradient(images, prompts, random)
+            (gradient,) = torch.autograd.grad(images, leaf, at_images.to(images))
+        return scores, gradient
+
+    def _through_one(self, states, number: int, heard: Heard, prompts, wanted, random):
+        """Through the clean latent that one step's output stands for."""
+        step = self.chain[number]
+        single = Step(step.time, step.sigma, *self._clean(number))
+        clean = rollout(self.model.denoiser, states[number], [single], heard)[-1]
+        scores, end = self._end_gradient(clean, prompts, random)
+        gradients = stepwise_gradient(self.model.denoiser, [states[number], clean], [single], [0], heard, end, wanted)
+        return scores, gradients
+
+    def _clean(self, number: int) -> tuple[Tensor, Tensor]:
+        """Coefficients p and q of the clean latent p x + q out."""
+        denoiser, sigma = self.model.denoiser, self.chain[number].sigma
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        p, q = (denoiser.denoised(x, sigma[None].float(), out).view(()) for x, out in ((one, zero), (zero, one)))
+        return p, q
+
+    def _through_all(self, states, last: int, heard: Heard, prompts, wanted, random):
+        """Through all of the last steps together, what the UNet reads of the picture included."""
+        with torch.enable_grad():
+            end = joint_end(self.model.denoiser, states, self.chain, last, heard, stop_gradient=False)
+            scores, at_end = self._end_gradient(end, prompts, random)
+            found = torch.autograd.grad(end, wanted, at_end, allow_unused=True)
+        return scores, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+
+    def _heard(self, prompts: list[str]) -> Heard:
+        encoder, device = self.model.text_encoder, self.model.denoiser.device
+
+        def read(texts: list[str]) -> Conditioning:
+            return Conditioning.cat(encoder.encode(encoder.tokenize([text])) for text in texts).to(device)
+
+        with nullcontext() if self._text_trains else torch.no_grad():
+            negative = read([""]) if self.config.cfg != 1.0 else None
+            positive = read(prompts)
+        return Heard(
+            positive, None if negative is None else Conditioning.cat([negative] * len(prompts)), self.config.cfg
+        )
+
+    def _noise(self, indices: list[int], step: int) -> Tensor:
+        denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
+        height, width = self.config.height // cells, self.config.width // cells
+        seed = self.config.seed
+        shape = (denoiser.latent_channels, height, width)
+        noise = [torch.randn(shape, generator=generator(seed, "noise", step, i)) for i in indices]
+        return torch.stack(noise).to(denoiser.device)
+
+    def _settle(self, step: int) -> None:
+        """Takes an earlier step's scores into the running scales."""
+        number, scores = self._seen
+        if step != number:
+            for one in scores:
+                self.reward.observe(one)
+            self._seen = (step, [])
+
+    def state(self) -> dict[str, Any]:
+        """The running scales, all finished steps taken in."""
+        self._settle(-1)
+        return self.reward.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._seen = (0, [])
+        self.reward.load_state(state)
+
+    @torch.no_grad()
+    def validation(self, loaded: list[PromptSlot]) -> float:
+        """Minus the mean total over held-out prompts, each from its own fixed noise; touches no random state."""
+        denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
+        size = (self.config.height // cells, self.config.width // cells)
+        total = 0.0
+        for number, slot in enumerate(loaded):
+            noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
+            heard = self._heard([slot.prompt])
+            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)[-1]
+            with self._decoding():
+                total -= self.reward.scores(self.model.autoencoder.pixels(end), [slot.prompt]).item()
+        return total / len(loaded)
+
+
+def _on_cpu(scores: CombinedScores) -> CombinedScores:
+    raw, normalised = ({name: one.cpu() for name, one in part.items()} for part in (scores.raw, scores.normalised))
+    return CombinedScores(scores.total.detach().cpu(), raw, normalised)
