@@ -1,4 +1,4 @@
-"""OpenCLIP's text encoder layout, which SDXL's second encoder (and SD2's) has in the original checkpoints."""
+"""OpenCLIP's layouts: of text encoders, as in the original SDXL and SD2 checkpoints, and of image encoders."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ _IN_BLOCKS = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+_VISION_OUTSIDE_BLOCKS = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+VISUAL = "visual."
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
@@ -29,14 +39,30 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     q, k and v lie in one tensor there, and the projection of the original file is transposed.
     """
+    result = _blocks(state)
+    result |= {_OUTSIDE_BLOCKS[name]: tensor for name, tensor in state.items() if name in _OUTSIDE_BLOCKS}
+    if "text_projection" in state:
+        result["text_projection.weight"] = state["text_projection"].T.contiguous()
+    return result
+
+
+def vision_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An OpenCLIP image encoder's `visual.*` tensors under CLIPVisionModelWithProjection's names, `vision_model.` left
+    out."""
+    state = {name.removeprefix(VISUAL): tensor for name, tensor in state.items() if name.startswith(VISUAL)}
+    names = _VISION_OUTSIDE_BLOCKS
+    result = _blocks(state) | {names[name]: tensor for name, tensor in state.items() if name in names}
+    if "proj" in state:
+        result["visual_projection.weight"] = state["proj"].T.contiguous()
+    return result
+
+
+def _blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers of either encoder."""
     result = {}
     for name, tensor in state.items():
         block = _BLOCK.fullmatch(name)
-        if name in _OUTSIDE_BLOCKS:
-            result[_OUTSIDE_BLOCKS[name]] = tensor
-        elif name == "text_projection":
-            result["text_projection.weight"] = tensor.T.contiguous()
-        elif block and block[2] == "attn.in_proj":
+        if block and block[2] == "attn.in_proj":
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 result[f"encoder.layers.{block[1]}.self_attn.{part}_proj.{block[3]}"] = rows
         elif block and block[2] in _IN_BLOCKS:

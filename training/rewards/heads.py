@@ -1,0 +1,65 @@
+"""Aesthetic heads: small networks on a CLIP's image embedding, as LAION publishes them, and the demo model's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+LINEAR = (0, 2, 4, 6, 7)
+"""Places of the linear layers of `sac+logos+ava1-l14-linearMSE` in its nn.Sequential, dropouts between them."""
+WITH_RELU = (0, 3, 6, 9, 11)
+"""Those of `...-reluMSE`."""
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)")
+
+
+def read_head(state: Mapping[str, Tensor]) -> nn.Module:
+    """(B, D) embeddings of length 1 to (B, 1) scores, frozen, in fp32.
+
+    LAION's V2 (`layers.{0,2,4,6,7}`: five linear layers without activation, folded into one), its variant with ReLU
+    (`layers.{0,3,6,9,11}`), and a single linear layer (`weight`, `bias`: V1, the demo). Errors: ValueError for others.
+    """
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        found = _LAYER.fullmatch(name)
+        if found:
+            layers.setdefault(int(found[1]), {})[found[2]] = tensor
+    if not layers and state.keys() >= {"weight", "bias"}:
+        layers = {0: {"weight": state["weight"], "bias": state["bias"]}}
+    places = tuple(sorted(layers))
+    if places not in (LINEAR, WITH_RELU, (0,)) or any(len(layer) < 2 for layer in layers.values()):
+        raise ValueError(
+            "it holds no aesthetic head; expected layers.0.weight and on (LAION's V2), or weight and bias alone (V1)."
+        )
+    linear = [_linear(layers[place]["weight"], layers[place]["bias"]) for place in places]
+    if places == WITH_RELU:
+        steps = [step for layer in linear for step in (layer, nn.ReLU())][:-1]
+        head: nn.Module = nn.Sequential(*steps)
+    else:
+        head = folded(linear)
+    if linear[-1].out_features != 1:
+        raise ValueError(f"its head gives {linear[-1].out_features} values an image; expected 1.")
+    return head.float().eval().requires_grad_(False)
+
+
+def head_width(head: nn.Module) -> int:
+    """Width of the embedding that a head reads."""
+    return next(layer for layer in head.modules() if isinstance(layer, nn.Linear)).in_features
+
+
+@torch.no_grad()
+def folded(layers: list[nn.Linear]) -> nn.Linear:
+    """One linear layer that equals them in turn: W = Wn ... W1, b = Wn(... W2 b1 + b2 ...) + bn, in float64."""
+    weight, bias = layers[0].weight.double(), layers[0].bias.double()
+    for layer in layers[1:]:
+        weight = layer.weight.double() @ weight
+        bias = layer.weight.double() @ bias + layer.bias.double()
+    return _linear(weight, bias)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return layer

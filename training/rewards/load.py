@@ -1,0 +1,187 @@
+"""From a description to a reward. Errors say which file is wanted, where it comes from and where to put it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from ..demo.files import weights_path
+from ..files import read_pickle, read_tensors
+from .clip_towers import Activation, Towers, TowerState, tower_state
+from .heads import read_head
+from .preprocess import View, half_view
+from .reward import AestheticReward, ClipReward, Reward
+from .tokens import ClipTokens
+
+Kind = Literal["aesthetic", "PickScore", "HPSv2", "CLIP", "demo aesthetic", "demo CLIP"]
+KINDS = get_args(Kind)
+FOLDER, TOWER_FOLDER = "models/retune_rewards", "models/clip_vision"
+HEAD_SOURCE = (
+    f"Get sac+logos+ava1-l14-linearMSE.pth from https://github.com/christophschuhmann/improved-aesthetic-predictor and "
+    f"put it into {FOLDER}."
+)
+TOWER_SOURCE = (
+    "Get model.safetensors from https://huggingface.co/openai/clip-vit-large-patch14 and put it into "
+    f"{TOWER_FOLDER} as clip-vit-large-patch14.safetensors."
+)
+SOURCES = {
+    "PickScore": "Get model.safetensors from https://huggingface.co/yuvalkirstain/PickScore_v1 and put it into "
+    f"{FOLDER} as PickScore_v1.safetensors.",
+    "HPSv2": "Get HPS_v2.1_compressed.pt (or HPS_v2_compressed.pt) from https://huggingface.co/xswu/HPSv2 and put it "
+    f"into {FOLDER}.",
+    "CLIP": "Get model.safetensors, image and text tower in one, from https://huggingface.co/openai/clip-vit-large-"
+    f"patch14 and put it into {FOLDER} as clip-vit-large-patch14.safetensors.",
+}
+TYPICAL_SCALE = {
+    "aesthetic": 0.5,
+    "PickScore": 1.2,
+    "HPSv2": 0.02,
+    "CLIP": 0.04,
+    "demo aesthetic": 3.0,
+    "demo CLIP": 0.04,
+}
+"""Rough standard deviation of the scores of a base model's images over prompts; of the demo's, measured."""
+OPENCLIP_PAD = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A reward by kind and files; the demo kinds need none."""
+
+    kind: Kind
+    """aesthetic (LAION), PickScore, HPSv2 (and 2.1), CLIP (the cosine of any CLIP), or the demo model's own two."""
+    file: Path | None = None
+    """Head of the aesthetic; PickScore's, HPSv2's or a CLIP's towers. For a CLIP of two files, its text tower."""
+    image_tower: Path | None = None
+    """Image tower when `file` holds none: OpenAI's ViT-L/14 for the aesthetic."""
+    tokenizer: Path | None = None
+    """CLIP tokenizer folder; the demo has its own."""
+    comfyui: Path | None = None
+    """An installed ComfyUI, to take the tokenizer from."""
+    activation: Activation = "auto"
+    """auto: quick_gelu below width 1280, as OpenAI's CLIPs have it. LAION's and other ViT-B and ViT-L need gelu."""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(KINDS)}.")
+
+
+def load_reward(config: RewardConfig) -> Reward:
+    """The reward, frozen, in fp32, on the CPU. Errors: ValueError and FileNotFoundError for a missing or wrong file,
+    with the name of the one wanted, its source page and its folder."""
+    if config.kind.startswith("demo"):
+        return _demo(config.kind)
+    if config.kind == "aesthetic":
+        return _aesthetic(config)
+    return _by_prompt(config)
+
+
+def _demo(kind: Kind) -> Reward:
+    tensors, metadata = read_tensors(weights_path("scorer.safetensors"))
+    state, about = tower_state(tensors), json.loads(metadata["retune.config"])
+    scale = TYPICAL_SCALE[kind]
+    if kind == "demo aesthetic":
+        towers = Towers(TowerState(state.vision), about)
+        head = read_head(read_tensors(weights_path("aesthetic.safetensors"))[0])
+        return AestheticReward(kind, towers, head, half_view(towers.side), typical_scale=scale)
+    towers = Towers(state, about)
+    tokens = ClipTokens(weights_path("clip_tokenizer"), about["text_config"]["vocab_size"])
+    return ClipReward(kind, towers, tokens, half_view(towers.side), typical_scale=scale)
+
+
+def _aesthetic(config: RewardConfig) -> Reward:
+    head_state = _read(config.file, config.kind, "a head", HEAD_SOURCE)
+    tower_file = config.image_tower or config.file
+    tensors = head_state if config.image_tower is None else _read(tower_file, config.kind, "a tower", TOWER_SOURCE)
+    with _named(config.file, HEAD_SOURCE):
+        head = read_head(head_state)
+    vision = tower_state(tensors).vision
+    if not vision and config.image_tower is None:
+        raise ValueError(f"aesthetic has no image tower; expected OpenAI's ViT-L/14. {TOWER_SOURCE}")
+    with _named(tower_file, TOWER_SOURCE):
+        towers = Towers(TowerState(vision), activation=config.activation)
+        return AestheticReward(config.kind, towers, head, View(towers.side), typical_scale=TYPICAL_SCALE[config.kind])
+
+
+def _by_prompt(config: RewardConfig) -> Reward:
+    source = SOURCES[config.kind]
+    given = [path for path in (config.file, config.image_tower) if path is not None]
+    states = [tower_state(_read(path, config.kind, "towers", source)) for path in given or [None]]
+    state = TowerState(
+        next((one.vision for one in reversed(states) if one.vision), {}),
+        next((one.text for one in states if one.text), {}),
+        next((one.logit_scale for one in states if one.logit_scale is not None), None),
+    )
+    with _named(given[0], source):
+        if not state.text:
+            raise ValueError("it holds no text tower; expected image and text tower in one file.")
+        towers = Towers(state, activation=config.activation)
+        factor = _factor(config.kind, state)
+    about = towers.text.config
+    pad = None if config.kind == "CLIP" else OPENCLIP_PAD
+    tokens = ClipTokens(_tokenizer(config), about.vocab_size, about.max_position_embeddings, pad)
+    scale = TYPICAL_SCALE[config.kind]
+    return ClipReward(config.kind, towers, tokens, View(towers.side), factor=factor, typical_scale=scale)
+
+
+def _factor(kind: Kind, state: TowerState) -> float:
+    """PickScore multiplies the cosine by its learned temperature (Kirstain et al. 2023, arXiv 2305.01569); the others
+    are plain cosines."""
+    if kind != "PickScore":
+        return 1.0
+    if state.logit_scale is None:
+        raise ValueError("it holds no logit_scale.")
+    return math.exp(state.logit_scale)
+
+
+def _tokenizer(config: RewardConfig) -> Path:
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if config.comfyui is None:
+        raise ValueError(
+            f"no tokenizer is given for {config.kind}; expected a CLIP tokenizer folder, or an installed ComfyUI that "
+            "has one. Use --tokenizer or --comfyui."
+        )
+    return config.comfyui / "comfy" / "sd1_tokenizer"
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a pickle, out of `{"state_dict": ...}` where they lie in that."""
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        return read_tensors(path)[0]
+    content: Any = read_pickle(path)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path.name} holds a {type(content).__name__}; expected tensors by name.")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _read(path: Path | None, kind: Kind, what: str, source: str) -> dict[str, Tensor]:
+    if path is None:
+        raise ValueError(f"{kind} needs a file with {what} and none is chosen. {source}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a file with {what} for {kind}. {source}")
+    with _named(None, source):
+        return read_state(path)
+
+
+class _named:
+    """Adds the file's name before, and its source after, a ValueError raised inside."""
+
+    def __init__(self, path: Path | None, source: str):
+        self._path, self._source = path, source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, ValueError):
+            before = f"{self._path.name} does not fit: " if self._path else ""
+            raise ValueError(f"{before}{error} {self._source}") from error

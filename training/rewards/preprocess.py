@@ -1,0 +1,73 @@
+"""Pictures as a CLIP's image tower reads them, differentiable everywhere.
+
+What offline scorers do with Pillow, on floats: bicubic resize with antialiasing of the shorter side, centre crop,
+normalisation. Nothing is rounded. Values outside 0..1, in the picture or as overshoot of the resize, count as 0 or 1,
+since a saved file holds no others; their gradient passes as if they did not (straight-through, Bengio et al. 2013,
+arXiv 1308.3432), so that a saturated pixel still learns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class View:
+    """What an image tower looks at: side in pixels, mean and standard deviation per channel."""
+
+    side: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in 0..1 to (B, 3, side, side), normalised; ValueError for another shape."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W). Drop an alpha channel.")
+        images = centre_crop(resize_shorter(saturated(images), self.side), self.side)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def half_view(side: int) -> View:
+    """Mean 0.5 and standard deviation 0.5: 0..1 becomes -1..1."""
+    return View(side, (0.5,) * 3, (0.5,) * 3)
+
+
+def saturated(images: Tensor) -> Tensor:
+    """Values limited to 0..1, with the gradient of the identity."""
+    return images + (images.detach().clamp(0, 1) - images.detach())
+
+
+def resize_shorter(images: Tensor, side: int) -> Tensor:
+    """Resizes so that the shorter side has `side` pixels; the longer one is rounded down, as torchvision does."""
+    height, width = images.shape[-2:]
+    if min(height, width) == side:
+        return images
+    longer = int(side * max(height, width) / min(height, width))
+    return resize(images, (side, longer) if height < width else (longer, side))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing to (height, width), as Pillow resizes."""
+    return saturated(functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False))
+
+
+def centre_crop(images: Tensor, side: int) -> Tensor:
+    """The middle square; where it cannot be exact, half a pixel to the even side, as torchvision's rounding gives."""
+    top, left = (int(round((length - side) / 2)) for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
+
+
+def expect_finite(name: str, scores: Tensor) -> Tensor:
+    """The scores; ValueError where one is NaN or infinite."""
+    wrong = (~torch.isfinite(scores.detach())).sum().item()
+    if wrong:
+        raise ValueError(
+            f"{name} gives NaN or infinity for {wrong} of {len(scores)} images; expected numbers. Look at the images: "
+            "a decoder in fp16 may overflow, or training has diverged (lower the learning rate)."
+        )
+    return scores

@@ -1,0 +1,58 @@
+"""Prompts as a reward's text tower reads them; tokenizers come from a folder on this machine, never from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+
+
+class ClipTokens:
+    """A CLIP tokenizer: one window a prompt, of start, words, end and pads; longer prompts are cut, with a warning.
+
+    pad: id that fills the window; OpenCLIP's is 0, OpenAI's the end token, which None means. The text tower is causal
+    and read at the first end token, so pads change nothing, but tokenizer and tower stay as they were trained.
+    Errors: ValueError for a folder without tokenizer, or with another's than that of a tower with `vocabulary` words.
+    """
+
+    def __init__(self, folder: Path, vocabulary: int, window: int = 77, pad: int | None = None):
+        from transformers import CLIPTokenizer
+
+        folder = Path(folder)
+        present = [folder / name for name in FILES if (folder / name).is_file()]
+        if not present:
+            raise ValueError(
+                f"the reward's tokenizer folder is {folder}, without {FILES[0]} or {FILES[2]}; expected a CLIP "
+                "tokenizer, such as comfy/sd1_tokenizer of an installed ComfyUI."
+            )
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self._begin, self._end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if self._end != vocabulary - 1:
+            raise ValueError(
+                f"the tokenizer in {folder} ends prompts with id {self._end}; expected {vocabulary - 1}, the last word "
+                "of the reward's text tower. Use the tokenizer that belongs to it."
+            )
+        self.window, self.pad = window, self._end if pad is None else pad
+        self.fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in present)).hexdigest()
+        self._warned = False
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, window) ids."""
+        return torch.tensor([self._row(prompt) for prompt in prompts])
+
+    def _row(self, prompt: str) -> list[int]:
+        ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        words = [token for token in ids if token not in (self._begin, self._end)]
+        room = self.window - 2
+        if len(words) > room and not self._warned:
+            self._warned = True
+            log.warning("a prompt of %d tokens is cut to %d for the reward: %.80s", len(words), room, prompt)
+        words = words[:room]
+        return [self._begin, *words, self._end] + [self.pad] * (room - len(words))
