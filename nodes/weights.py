@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..training.concepts import with_fingerprints
 from ..training.fingerprint import tensors_fingerprint
-from ..training.formats.lora_names import UNET
+from ..training.formats.lora_names import TEXT, UNET
 from .concept_tokens import concepts_of
 
 
@@ -24,22 +24,33 @@ def without_inference_tensors(module: nn.Module) -> None:
 
 
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
-    """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`).
+    """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`); see `set_weights`."""
+    result = model.clone()
+    set_weights(result, {UNET + name: value for name, value in weights.items()})
+    return result
+
+
+def with_text_weights(clip, weights: Mapping[str, Tensor]):
+    """A clone of a CLIP with these weights (names with `text_encoders.` before ComfyUI's); see `set_weights`."""
+    result = clip.clone()
+    set_weights(result.patcher, {name.removeprefix(TEXT): value for name, value in weights.items()})
+    return result
+
+
+def set_weights(patcher, weights: Mapping[str, Tensor]) -> None:
+    """Gives a fresh clone of a ModelPatcher these weights.
 
     `set` patches, exact in fp32. A weight that carries other patches (a LoRA) keeps them and gets the difference as one
     more patch, since a `set` would wipe them; earlier `set` patches (a reset) are replaced.
     """
-    result = model.clone()
-    for name, value in weights.items():
-        key = UNET + name
-        if all(_is_set(patch) for patch in model.patches.get(key, [])):
-            result.patches.pop(key, None)
-        if key in result.patches:
-            difference = value.detach().cpu() - patched_weight(model, key)
-            result.add_patches({key: ("diff", (difference,))})
+    for key, value in weights.items():
+        if all(_is_set(patch) for patch in patcher.patches.get(key, [])):
+            patcher.patches.pop(key, None)
+        if key in patcher.patches:
+            difference = value.detach().cpu() - patched_weight(patcher, key)
+            patcher.add_patches({key: ("diff", (difference,))})
         else:
-            result.add_patches({key: ("set", (value.detach().cpu(),))})
-    return result
+            patcher.add_patches({key: ("set", (value.detach().cpu(),))})
 
 
 def _is_set(patch: tuple) -> bool:

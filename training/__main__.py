@@ -25,6 +25,7 @@ from .embedding_config import EmbeddingConfig
 from .layers import ResetConfig, reset_weights
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
+from .reward_config import RewardTuneConfig
 
 
 class Terminal(Callbacks):
@@ -105,6 +106,22 @@ def embedding(arguments: argparse.Namespace) -> dict:
     return {"run": str(trained.path.parent), "result": str(trained.path)}
 
 
+def reward(arguments: argparse.Namespace) -> dict:
+    from .data.prompts import read_prompts
+    from .tune_rewards import rewards_of, tune
+
+    settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
+    config = read_flags(arguments, RewardTuneConfig, settings=settings, samples=samples)
+    prompts, rewards = (
+        read_prompts(arguments.prompts),
+        rewards_of(arguments.reward, arguments.held_out, arguments.comfyui),
+    )
+    model = open_model(arguments)
+    rewards.network.to(model.denoiser.device)
+    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal())
+    return {"run": str(tuned.path.parent), "result": str(tuned.path)}
+
+
 def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
     """Read as the training folder is, but for its own flags, and without masks."""
     changes = {"folder": arguments.reg_folder, "weight": arguments.reg_weight, "repeats": arguments.reg_repeats}
@@ -176,6 +193,18 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     )
     _add_run_flags(e, ("custom",))
     e.set_defaults(function=embedding)
+    w = verbs.add_parser("reward", help="tune a text encoder or UNet so that pictures score higher")
+    add_flags(w, ModelConfig)
+    w.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line, or .jsonl with weights")
+    g = w.add_argument_group("rewards: KIND WEIGHT [FILE [IMAGE_TOWER]]")
+    g.add_argument("--reward", nargs="+", action="append", required=True, help="one term; may be given several times")
+    g.add_argument(
+        "--held-out", nargs="+", action="append", default=[], help="logged, never trained on: KIND [FILE ...]"
+    )
+    add_flags(w, RewardTuneConfig, skip=("settings", "samples"))
+    add_flags(w, TrainingSettings)
+    _add_run_flags(w, ("custom",))
+    w.set_defaults(function=reward)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
