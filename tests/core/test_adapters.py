@@ -8,7 +8,7 @@ import torch
 from retune.training.adapters import Adapters, layers_of, select_layers
 from retune.training.build import ModelConfig, build_model
 from retune.training.clip_text import ClipTextEncoder
-from retune.training.config import SamplePrompts, TrainingSettings
+from retune.training.config import SamplePrompts, TrainingSettings, identity
 from retune.training.demo.files import weights_path
 from retune.training.diffusers_model import DiffusersDenoiser
 from retune.training.formats.lora import parse_lora, read_lora
@@ -217,6 +217,8 @@ def test_wrong_configs_are_refused():
         ({"learning_rate": 0.0, "text_encoder_learning_rate": 1e-4}, "expected a rate for both"),
         ({"algorithm": "DoRA", "rank_dropout": 0.1}, "rank_dropout is set for DoRA"),
         ({"lokr_factor": 0}, "lokr_factor is 0"),
+        ({"text_encoder_2_learning_rate": -0.5}, "text_encoder_2_learning_rate is -0.5; expected 0 to 10, or -1"),
+        ({"learning_rate": 0.0, "text_encoder_2_learning_rate": 1e-4}, "expected a rate for both"),
     ):
         with pytest.raises(ValueError, match=message):
             lora_config(**changes)
@@ -305,6 +307,18 @@ def test_a_lora_that_cannot_be_begun_from_is_refused(demo, pictures, tmp_path, c
     assert begun.tensors and "layers have no adapter here" in caplog.text
     with pytest.raises(ValueError, match="the LoRA that training starts from differs"):
         train_lora(demo, pictures, lora_config(steps=1, run_name="b"), tmp_path)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-4])
+def test_a_rate_for_a_second_text_encoder_needs_one(demo, pictures, tmp_path, rate):
+    config = lora_config(text_encoder_learning_rate=1e-4, text_encoder_2_learning_rate=rate)
+    with pytest.raises(ValueError, match="but the model has one text encoder; expected -1"):
+        train_lora(demo, pictures, config, tmp_path)
+
+
+def test_a_rate_that_is_the_firsts_leaves_a_runs_identity_as_it_was():
+    assert "text_encoder_2_learning_rate" not in identity(lora_config())
+    assert identity(lora_config(text_encoder_2_learning_rate=0.0))["text_encoder_2_learning_rate"] == 0
 
 
 def test_one_batch_is_learned_by_heart(demo, pictures, tmp_path):
