@@ -44,6 +44,9 @@ def test_losses_are_compared_at_equal_steps_and_at_equal_seconds():
     assert [(r["steps"], r["trainer"]) for r in found["rows"]] == [(n, t) for n in (10, 20) for t in (RETUNE, COMFYUI)]
     assert found["findings"][0].endswith("side by side 2.00 times as many there.")
     assert "10 s: 0.3000 here, 0.5000 in ComfyUI" in found["findings"][-1]
+    assert "10 steps: 0.4000 here, 0.5000 in ComfyUI." in found["findings"][1]
+    again = compared([*rows, *({**r, "seed": 1, "validation loss": r["validation loss"] + 0.01} for r in rows)], 1.0)
+    assert "that it is lower here holds by validation loss (0.405 ± 0.005 against" in again["findings"][1]
     with pytest.raises(ValueError, match="expected at most 20"):
         height([(0, 1.0), (20, 0.0)], 21)
 

@@ -245,8 +245,10 @@ def findings(
         f"Seconds per step: {here:.3f} here, {there:.3f} in ComfyUI; side by side {ratio:.2f} times as many there."
     ]
     for own, other in zip(rows[::2], rows[1::2], strict=True):
-        kind = f"{own[RATE]:g}, {own['steps']} steps"
-        words.append(f"{kind}: lower here {verdict(own, other, LOSS, lowest=True)}.")
+        what = f"Rate {own[RATE]:g}, {own['steps']} steps: {own[LOSS]:.4f} here, {other[LOSS]:.4f} in ComfyUI"
+        told = f"; that it is lower here {verdict(own, other, LOSS, lowest=True)}" if own["n"] > 1 else ""
+        words.append(f"{what}{told}.")
     for row in equal:
-        words.append(f"{row[RATE]:g}, {row['seconds']:.0f} s: {row[RETUNE]:.4f} here, {row[COMFYUI]:.4f} in ComfyUI.")
+        what = f"Rate {row[RATE]:g}, {row['seconds']:.0f} s"
+        words.append(f"{what}: {row[RETUNE]:.4f} here, {row[COMFYUI]:.4f} in ComfyUI.")
     return words
