@@ -266,7 +266,8 @@ def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
 
 def bench(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     """Measure something: `bench` without a name lists what there is."""
-    raise SystemExit(subprocess.run([python, "-m", "retune.training", "bench", *options.rest]).returncode)
+    where = ["--comfyui", found] if found else []
+    raise SystemExit(subprocess.run([python, "-m", "retune.training", "bench", *options.rest, *where]).returncode)
 
 
 def comfyui(python: Path, options: argparse.Namespace, found: Path | None) -> None:
@@ -305,8 +306,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     try:
-        found = None if options.no_comfyui or options.command == "bench" else find_comfyui()
-        if options.command == "comfyui" and found is None:
+        compares = options.command == "bench" and "lora" in options.rest
+        without = options.no_comfyui or options.command == "bench" and not compares
+        found = None if without else find_comfyui()
+        if found is None and (options.command == "comfyui" or compares):
             found = offer_comfyui()
         if options.command in ("demo", "test") and found is None and not options.no_comfyui:
             say(f"{NO_COMFYUI} Going on without it.")

@@ -140,16 +140,22 @@ class RetuneDatasetFromImages(io.ComfyNode):
                     default="",
                     tooltip="One caption for all, or one per image: as a list, or one a line.",
                 ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="White where an image counts: one for all, or one per image, also as a list.",
+                ),
             ],
             outputs=[types.Dataset.Output(display_name="dataset", tooltip="Goes into a training node.")],
         )
 
     @classmethod
-    def execute(cls, images, captions):
+    def execute(cls, images, captions, masks=None):
         from ..training.data.dataset import from_images
 
         lines = captions[0].splitlines() if len(captions) == 1 and captions[0].strip() else captions
-        return io.NodeOutput(from_images([image.clone() for image in images], [line.strip() for line in lines]))
+        captions = [line.strip() for line in lines]
+        return io.NodeOutput(from_images([image.clone() for image in images], captions, masks=masks))
 
 
 class RetuneJoinDatasets(io.ComfyNode):

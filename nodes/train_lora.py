@@ -120,6 +120,16 @@ class RetuneTrainLora(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA whose values the adapters begin with; to go on with a run use its name instead.",
                 ),
+                io.Float.Input(
+                    "text_encoder_2_learning_rate",
+                    default=d.text_encoder_2_learning_rate,
+                    min=-1.0,
+                    max=1.0,
+                    step=1e-7,
+                    round=False,
+                    optional=True,
+                    tooltip="Peak learning rate of SDXL's second text encoder; -1: as of the first, 0 leaves it alone.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the trained LoRA at strength 1."),

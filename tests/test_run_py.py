@@ -160,11 +160,12 @@ def test_models_of_the_installed_comfyui_are_named(run_py, tmp_path):
     assert written == {"installed": expected}
 
 
-def test_without_comfyui_the_comfyui_command_says_how_to_get_it(home):
+@pytest.mark.parametrize("command", ["comfyui", "bench lora"])
+def test_without_comfyui_what_needs_it_says_how_to_get_it(home, command):
     """As a user runs it, without a terminal to ask on; the .venv of this checkout is not touched."""
     lonely = home / "retune"
     lonely.mkdir()
     (lonely / "run.py").write_bytes((ROOT / "run.py").read_bytes())
-    command = [sys.executable, str(lonely / "run.py"), "comfyui"]
+    command = [sys.executable, str(lonely / "run.py"), *command.split()]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 1 and "COMFYUI_PATH" in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .bench import STUDIES, BenchConfig, run_bench
+from .bench import LORA, STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .callbacks import Callbacks, StepInfo
 from .cli import add_flags, read_flags
@@ -19,6 +19,8 @@ from .comfyui_server import WorkflowFailed
 from .config import PRESET_RUNS, PRESETS, RunConfig, SamplePrompts, TrainingSettings, TrainModelConfig
 from .data.examples import Dataset
 from .data.folder import FolderConfig
+from .demo.lora_bench import run_lora_bench
+from .demo.lora_bench_runs import LoraBenchConfig
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
 from .embedding_config import EmbeddingConfig
@@ -153,6 +155,10 @@ def demo(arguments: argparse.Namespace) -> dict:
 
 def bench(arguments: argparse.Namespace) -> dict:
     config = read_flags(arguments, BenchConfig)
+    if config.name == LORA:
+        result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
+        words = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
+        return result if arguments.json else {"table": f"\n{result['table']}", **words}
     if config.name not in STUDIES:
         return run_bench(config)
     result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
@@ -224,6 +230,8 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     b.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
     add_flags(b, BenchConfig, skip=("name",))
     add_flags(b, StudyConfig, skip=("batch_size",))
+    add_flags(b, LoraBenchConfig, "lora_")
+    b.add_argument("--comfyui", type=Path, help="the ComfyUI whose Train LoRA `lora` measures")
     b.set_defaults(function=bench)
     for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")

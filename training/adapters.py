@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .formats.lora_names import TEXT
+from .formats.lora_names import SECOND_TEXT, TEXT
 from .generators import derive_seed
 from .lora_config import LoraConfig
 from .trainable import SelectedWeights, targets
@@ -70,6 +70,11 @@ def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[s
     return found
 
 
+def text_rate(config: LoraConfig, name: str) -> float:
+    """Peak learning rate of a text encoder's layer or adapter; 0 where it gets none."""
+    return config.text_rates[name.startswith(SECOND_TEXT)]
+
+
 def _is_spatial(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
 
@@ -111,7 +116,7 @@ class Adapters:
     def rate(self, name: str) -> float:
         """A parameter's multiple of the run's learning rate: its text encoder's rate, and LoRA+ (arXiv 2402.12354,
         section 4: the matrix that starts at zero learns faster)."""
-        text = self.config.text_encoder_learning_rate / self.config.learning_rate if name.startswith(TEXT) else 1.0
+        text = text_rate(self.config, name) / self.config.learning_rate if name.startswith(TEXT) else 1.0
         return text * (self.config.lora_plus_ratio if name.endswith(_START_AT_ZERO) else 1.0)
 
     @contextmanager

@@ -1,7 +1,8 @@
 """Benchmarks on the demo model: `python run.py bench [name]`. Variants take turns in one run; read the ratios.
 
 A machine's absolute times drift; medians of interleaved rounds, compared side by side, hold. The studies, under the
-same command, compare what training reaches rather than how long it takes: see `demo.study`.
+same command, compare what training reaches rather than how long it takes: see `demo.study`. "lora" compares both with
+ComfyUI's own trainer: see `demo.lora_bench`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .build import ModelConfig, build_model
 from .config import TrainingSettings
 from .data.dataset import from_images
 from .data.order import BatchOrder
-from .demo import projection_study, reset_study
+from .demo import lora_bench, projection_study, reset_study
 from .generate import draw
 from .layers import select
 from .objectives import DenoisingObjective
@@ -39,8 +40,8 @@ class BenchConfig:
     """Pictures or captions at a time."""
 
     def __post_init__(self) -> None:
-        if self.name and self.name not in {**BENCHES, **STUDIES}:
-            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join([*BENCHES, *STUDIES])}.")
+        if self.name and self.name not in abouts():
+            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join(abouts())}.")
         if self.rounds < 1 or self.batch_size < 1:
             raise ValueError(f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected at least 1.")
 
@@ -60,7 +61,7 @@ def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.p
 def run_bench(config: BenchConfig) -> dict:
     """Seconds of every variant and, for all but the first, how many times the first one's that is."""
     if not config.name:
-        return {name: function.__doc__ for name, function in BENCHES.items()} | {n: s.about for n, s in STUDIES.items()}
+        return abouts()
     found = medians(BENCHES[config.name](config), config.rounds)
     first = next(iter(found.values()))
     figures = {name: {"seconds": round(value, 4), "ratio": round(value / first, 3)} for name, value in found.items()}
@@ -139,3 +140,10 @@ BENCHES: dict[str, Callable[[BenchConfig], Variants]] = {
     "text": _text,
 }
 STUDIES = {"reset-study": reset_study.STUDY, "projection-start": projection_study.STUDY}
+LORA = "lora"
+
+
+def abouts() -> dict[str, str]:
+    """Everything that can be measured, in a sentence each."""
+    timed = {name: function.__doc__ for name, function in BENCHES.items()}
+    return timed | {name: study.about for name, study in STUDIES.items()} | {LORA: lora_bench.ABOUT}

@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "", s
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
-            options |= {"nargs": "*"}
+            options |= {"nargs": "*", "type": get_args(kind)[0]}
         else:
             options["type"] = get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
         group.add_argument("--" + (prefix + field.name).replace("_", "-"), required=required, **options)

@@ -1,7 +1,8 @@
 """Several processes, one run: each takes its share of every batch, gradients are summed.
 
 Noise and timesteps belong to the sample's number in the step, not to the process, so a run on n GPUs equals a run on
-one up to the order of additions. Started by `accelerate launch`; a plain start is a world of one.
+one up to the order of additions; adapters' dropout aside, which each process draws for its own share. Started by
+`accelerate launch`; a plain start is a world of one.
 """
 
 from __future__ import annotations

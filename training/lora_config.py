@@ -28,6 +28,9 @@ class LoraConfig(RunConfig):
     it is found in."""
     text_encoder_learning_rate: float = 0.0
     """Peak learning rate of the text encoder's adapters; 0 trains the UNet alone."""
+    text_encoder_2_learning_rate: float = -1.0
+    """Peak learning rate of the second text encoder's adapters, where there are two (SDXL's CLIP-G); -1: as of the
+    first, 0: it gets none."""
     conv_rank: int = 0
     """Rank of the adapters of 3x3 convolutions; 0 = as `rank`."""
     conv_alpha: float = 0.0
@@ -67,7 +70,10 @@ class LoraConfig(RunConfig):
             raise ValueError(f"lokr_factor is {self.lokr_factor}; expected -1 or at least 1.")
 
     def _check_rates(self) -> None:
-        if self.text_encoder_learning_rate and not self.learning_rate:
+        second = self.text_encoder_2_learning_rate
+        if second != -1 and not 0 <= second <= 10:
+            raise ValueError(f"text_encoder_2_learning_rate is {second}; expected 0 to 10, or -1 for the first's.")
+        if self.trains_text and not self.learning_rate:
             raise ValueError(
                 "learning_rate is 0 with a text_encoder_learning_rate; expected a rate for both. To train the text "
                 "encoder alone choose targets 'regex' with target_regex '^text_encoders'."
@@ -75,7 +81,13 @@ class LoraConfig(RunConfig):
 
     @property
     def trains_text(self) -> bool:
-        return self.text_encoder_learning_rate > 0
+        return any(self.text_rates)
+
+    @property
+    def text_rates(self) -> tuple[float, float]:
+        """Peak learning rates of the first text encoder and of the second; 0 for one that does not train."""
+        first, second = self.text_encoder_learning_rate, self.text_encoder_2_learning_rate
+        return first, first if second == -1 else second
 
     @property
     def has_dropout(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .adapters import Adapters, layers_of, select_layers
+from .adapters import Adapters, layers_of, select_layers, text_rate
 from .callbacks import Callbacks
 from .data.examples import Dataset
 from .files import read_tensors, write_tensors
@@ -19,7 +19,7 @@ from .fingerprint import tensors_fingerprint
 from .formats import ldm
 from .formats.lora import Lora
 from .formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
-from .formats.lora_names import UNET
+from .formats.lora_names import SECOND_TEXT, UNET
 from .formats.lora_save import save_lora
 from .lora_config import LoraConfig
 from .model import Denoiser, TextToImage
@@ -51,10 +51,11 @@ def train_lora(
 
     root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
     start: another LoRA, whose values the adapters begin with, see `start_from`. The model is left bit-identical. Raises
-    ValueError before any training for targets that match nothing, a text encoder that does not fit the UNet, a start
-    that does not fit, or a run of other settings under this name.
+    ValueError before any training for targets that match nothing, a text encoder that does not fit the UNet, a rate for
+    a second one that is not there, a start that does not fit, or a run of other settings under this name.
     """
     check_fit(model, config)
+    check_second_text(model, config)
     chosen = select_layers(trainable_layers(model, config), config)
     about = described(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
@@ -80,10 +81,22 @@ def fingerprint_of(lora: Lora | None) -> str:
     return tensors_fingerprint((f"{m.name}.{role}", t) for m in lora.modules.values() for role, t in m.tensors.items())
 
 
+def check_second_text(model: TextToImage, config: LoraConfig) -> None:
+    """Raises ValueError when the second text encoder has a rate of its own and there is none."""
+    rate = config.text_encoder_2_learning_rate
+    if rate != -1 and len({name.startswith(SECOND_TEXT) for name in model.text_encoder.layers}) < 2:
+        raise ValueError(
+            f"text_encoder_2_learning_rate is {rate:g}, but the model has one text encoder; expected -1. Only SDXL "
+            "with both its CLIPs has a second."
+        )
+
+
 def trainable_layers(model: TextToImage, config: LoraConfig) -> dict[str, nn.Module]:
-    """Every layer that may get an adapter, by its name in ComfyUI's LoRA files; the text encoder's if it trains."""
+    """Every layer that may get an adapter, by its name in ComfyUI's LoRA files; a text encoder's if it trains."""
     found = unet_layers(model.denoiser)
-    return found | model.text_encoder.layers if config.trains_text else found
+    if not config.trains_text:
+        return found
+    return found | {name: layer for name, layer in model.text_encoder.layers.items() if text_rate(config, name)}
 
 
 def unet_layers(denoiser: Denoiser) -> dict[str, nn.Module]:

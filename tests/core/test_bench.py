@@ -4,7 +4,7 @@ import json
 
 import pytest
 from retune.training.__main__ import main
-from retune.training.bench import BENCHES, STUDIES, BenchConfig, medians, run_bench
+from retune.training.bench import BENCHES, LORA, STUDIES, BenchConfig, medians, run_bench
 
 
 def test_medians_of_interleaved_turns_without_the_first():
@@ -30,9 +30,9 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["bench", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys()
+    assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys() | {LORA}
     assert main(["bench", "speed"]) == 2
     assert (
-        "benchmark is 'speed'; expected one of training-step, drawing, text, reset-study, projection-start"
+        "benchmark is 'speed'; expected one of training-step, drawing, text, reset-study, projection-start, lora"
         in capsys.readouterr().err
     )

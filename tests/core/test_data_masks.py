@@ -148,6 +148,49 @@ def test_masks_are_cached_with_the_latents_and_apart_from_them(tmp_path):
     torch.testing.assert_close(coarse.mask(example)[0], torch.nn.functional.avg_pool2d(cache.mask(example), 2)[0])
 
 
+def test_masks_of_given_images_are_those_of_files(tmp_path):
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (48, 64))
+    for name, size in {"a": (64, 48), "b": (48, 64)}.items():
+        Image.linear_gradient("L").rotate(90).resize(size).save(tmp_path / f"{name}-masklabel.png")
+    files = load(tmp_path, masks="files", flip=True).examples
+    images, masks = [e.pixels() for e in files], [e.mask.pixels()[0] for e in files]
+    given = from_images(images, ["a picture"], 64, masks=masks, flip=True)
+    for one, other in zip(given.examples, files, strict=True):
+        assert (one.width, one.height) == (other.width, other.height) and one.mask.pixels().any()
+        for flip in (False, True):
+            assert torch.equal(one.load_mask(flip=flip), other.load_mask(flip=flip))
+    assert "masks: 2 of 2 images" in given.report
+    plain = from_images(images, ["a picture"], 64, flip=True)
+    assert plain.fingerprint != given.fingerprint and all(e.mask is None for e in plain.examples)
+
+
+def test_one_mask_for_all_and_batches_of_masks(caplog):
+    images, mask = torch.rand(2, 16, 24, 3), torch.zeros(16, 24)
+    mask[:, :8] = 1
+    for masks in ([mask], [mask[None]], [torch.stack([mask, mask])], [mask, mask[None]]):
+        found = [e.load_mask() for e in from_images([images], ["x"], masks=masks).examples]
+        assert all(torch.equal(one, mask[None]) for one in found) and not caplog.text
+    from_images([images], ["x"], masks=[mask, 0 * mask])
+    assert "mask 2 is black" in caplog.text
+    with torch.inference_mode():
+        (example, _) = from_images([images.clone()], ["x"], masks=[mask.clone()]).examples
+    assert not example.mask.source.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([torch.ones(3, 16, 24)], "there are 3 masks for 2 images; expected one for all or one per image"),
+        ([torch.ones(64, 64)], "mask 1 is 64 x 64, its image 24 x 16; expected the same size. Load Image gives"),
+        ([torch.full((16, 24), 255.0)], "mask values are not finite or far outside 0..1"),
+        ([torch.ones(16, 24).byte()], "mask is .*uint8; expected a float"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks, message):
+    with pytest.raises(ValueError, match=message):
+        from_images([torch.rand(2, 16, 24, 3)], ["x"], masks=masks)
+
+
 def test_the_options_are_checked(tmp_path):
     for options, message in (({"masks": "depth"}, "masks is 'depth'"), ({"weight": -1.0}, "weight is -1.0")):
         with pytest.raises(ValueError, match=message):

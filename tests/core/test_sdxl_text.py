@@ -6,11 +6,15 @@ import shutil
 import pytest
 import torch
 from retune.training.__main__ import main
+from retune.training.adapters import Adapters
 from retune.training.build import ModelConfig, build_model
 from retune.training.clip_text import clip_config
+from retune.training.config import TrainingSettings
 from retune.training.diffusers_model import SD1_SCHEDULER, SD1_VAE, load_model
 from retune.training.files import read_tensors, write_tensors
 from retune.training.formats import ldm, open_clip
+from retune.training.lora_config import LoraConfig
+from retune.training.train_lora import train_lora, trainable_layers
 
 PROMPTS = ["a red circle on the left", "", "Two SMALL blue squares, white background"]
 WIDTHS, POOLED = (32, 64), 20
@@ -244,3 +248,41 @@ def test_command_line_trains_it_with_its_own_encoders_and_with_t5(folder, pictur
         assert ("projection.pooled.weight" in tensors) == (name == "t5")
     model = build_model(ModelConfig(model=str(folder), t5=str(t5)))
     assert (model.text_encoder.width, model.text_encoder.pooled_width) == (sum(WIDTHS), POOLED)
+
+
+FIRST, SECOND = "text_encoders.clip_l.", "text_encoders.clip_g."
+
+
+@pytest.mark.parametrize(
+    ("rates", "learns", "written"),
+    [((0.01, -1), {FIRST, SECOND}, "0.01"), ((0.01, 0), {FIRST}, "[0.01, 0.0]"), ((0, 0.02), {SECOND}, "[0.0, 0.02]")],
+)
+def test_each_text_encoder_has_a_rate_and_none_at_0(folder, pictures, tmp_path, rates, learns, written):
+    first, second = (float(rate) for rate in rates)
+    config = LoraConfig(
+        run_name="r",
+        steps=2,
+        batch_size=2,
+        learning_rate=0.04,
+        rank=2,
+        text_encoder_learning_rate=first,
+        text_encoder_2_learning_rate=second,
+        settings=TrainingSettings(warmup_steps=1),
+    )
+    trained = train_lora(build_model(ModelConfig(model=str(folder))), pictures, config, tmp_path)
+    ups = {name: value for name, value in trained.tensors.items() if name.endswith("lora_up.weight")}
+    assert {start for start in (FIRST, SECOND) for name in ups if name.startswith(start)} == learns
+    assert all(any(ups[name].any() for name in ups if name.startswith(start)) for start in learns)
+    assert read_tensors(tmp_path / "r" / "r.safetensors")[1]["ss_text_encoder_lr"] == written
+
+
+def test_the_optimiser_gets_each_text_encoders_rate(folder):
+    config = LoraConfig(
+        run_name="r", learning_rate=1e-3, text_encoder_learning_rate=2e-4, text_encoder_2_learning_rate=5e-5
+    )
+    found = trainable_layers(build_model(ModelConfig(model=str(folder))), config)
+    chosen = {name: found[name] for name in [*found][:1] + [n for n in found if n.endswith("0.mlp.fc1")]}
+    adapters = Adapters(chosen, [], config, seed=0)
+    rates = {name.split(".")[1]: adapters.rate(name) for name in adapters.parameters if name.startswith("text")}
+    assert rates == {"clip_l": pytest.approx(0.2), "clip_g": pytest.approx(0.05)}
+    assert {adapters.rate(name) for name in adapters.parameters if not name.startswith("text")} == {1.0}

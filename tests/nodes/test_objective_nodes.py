@@ -1,6 +1,7 @@
 """Masks, regularisation images and zero terminal SNR through the nodes, and beside ComfyUI's own sampling."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -79,6 +80,33 @@ def test_masks_weights_and_joined_datasets(comfyui, tmp_path):
     assert [e.weight for e in joined.examples] == [1.0, 1.0, 0.5, 0.5]
     more, _ = run(RetuneJoinDatasets, dataset, kept, second_is="more images")
     assert len(more) == 8
+
+
+def test_images_of_the_graph_have_masks_too(comfyui, demo, tmp_path):
+    """Masked to a half whose other half is left out, a loss is that of half the latent."""
+    from retune.nodes.bridge import text_to_image
+    from retune.nodes.dataset import RetuneDatasetFromImages
+    from retune.training.config import TrainingSettings
+    from retune.training.data.dataset import from_images
+    from retune.training.lora_config import LoraConfig
+    from retune.training.train_lora import train_lora
+
+    assert RetuneDatasetFromImages.define_schema().inputs[-1].optional
+    half = torch.zeros(1, 64, 64)
+    half[:, :, :32] = 1
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    (plain,) = run(RetuneDatasetFromImages, [images], ["a red circle"])
+    assert plain.fingerprint == from_images([images], ["a red circle"]).fingerprint
+    (masked,) = run(RetuneDatasetFromImages, [images], ["a red circle"], masks=[half])
+    assert all(torch.equal(e.load_mask(), half) for e in masked.examples)
+    losses = []
+    for dataset, weight in ((plain, 0.0), (masked, 1.0), (masked, 0.0)):
+        settings = TrainingSettings(mask_weight=weight, mask_normalize=False, warmup_steps=1)
+        config = LoraConfig(run_name=f"r{len(losses)}", steps=1, learning_rate=1e-3, settings=settings)
+        with torch.inference_mode(), text_to_image(*demo) as view:
+            train_lora(view, dataset, config, tmp_path)
+        losses.append(json.loads((tmp_path / config.run_name / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and 0.2 < losses[2] / losses[0] < 0.8
 
 
 def test_every_setting_of_the_core_is_an_input_with_its_default_and_choices(comfyui):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,9 +15,12 @@ from .buckets import Size, bucket_for, check_multiple, make_buckets
 from .examples import Dataset, Example, tensor_key
 from .folder import FolderConfig, load_folder
 from .images import CROPS, flatten_alpha
+from .masks import Mask
 from .report import counted, format_report
 
 __all__ = ["Dataset", "Example", "FolderConfig", "from_images", "join", "load_folder", "split_validation"]
+
+log = logging.getLogger(__name__)
 
 CHANNELS = (1, 3, 4)
 
@@ -31,11 +35,14 @@ def from_images(
     crop: str = "center",
     flip: bool = False,
     names: Sequence[str] | None = None,
+    masks: Sequence[Tensor] | None = None,
 ) -> Dataset:
     """A data set of float image tensors in 0..1: (H, W, C), (C, H, W), or batches (B, H, W, C), (B, C, H, W) of them.
 
     C is 1, 3 or 4 (transparency is laid on white). `captions` holds one for all or one per image. Without a resolution
     every image keeps its own size, cut to multiples of 8; with one it goes to a bucket (a square without `buckets`).
+    masks: floats in 0..1 of their images' sizes, (H, W) or batches (B, H, W), 1 where an image counts; one for all or
+    one per image.
     """
     pixels = [image for tensor in images for image in _channels_first(tensor)]
     captions = _one_each(captions, len(pixels))
@@ -46,10 +53,14 @@ def from_images(
         raise ValueError(f"crop is {crop!r} and repeats {repeats}; expected one of {', '.join(CROPS)} and at least 1.")
     own = [(image.shape[2], image.shape[1]) for image in pixels]
     targets = _targets(own, resolution, buckets)
-    rows = zip(pixels, captions, targets, names, strict=True)
-    examples = tuple(Example(tensor_key(image), text, *size, image, name) for image, text, size, name in rows)
+    found = [None] * len(pixels) if masks is None else _masks(masks, own)
+    rows = zip(pixels, captions, targets, names, found, strict=True)
+    examples = tuple(
+        Example(tensor_key(image), text, *size, image, name, mask=mask) for image, text, size, name, mask in rows
+    )
     dataset = Dataset(examples, crop, flip, repeats)
-    return replace(dataset, report=format_report(dataset, "given images", own))
+    notes = [] if masks is None else [f"masks: {len(found)} of {counted(len(found), 'image')}"]
+    return replace(dataset, report=format_report(dataset, "given images", own, notes=notes))
 
 
 def join(first: Dataset, second: Dataset, *, regularisation: bool = False) -> Dataset:
@@ -140,6 +151,40 @@ def _channels_first(tensor: Tensor) -> list[Tensor]:
         raise ValueError("image values are not finite or far outside 0..1; expected 0..1. Divide 8-bit values by 255.")
     with torch.inference_mode(False):
         return [flatten_alpha(image.to("cpu", torch.float32).clamp(0, 1)).clone() for image in batch]
+
+
+def _masks(masks: Sequence[Tensor], sizes: Sequence[Size]) -> list[Mask]:
+    """A mask for each image of these sizes."""
+    found = [mask for tensor in masks for mask in _mask_pixels(tensor)]
+    if len(found) not in (1, len(sizes)):
+        raise ValueError(
+            f"there are {counted(len(found), 'mask')} for {counted(len(sizes), 'image')}; expected one for all or one "
+            "per image."
+        )
+    found *= len(sizes) // len(found)
+    for number, (mask, size) in enumerate(zip(found, sizes, strict=True), start=1):
+        width, height = mask.shape[2], mask.shape[1]
+        if (width, height) != size:
+            raise ValueError(
+                f"mask {number} is {width} x {height}, its image {size[0]} x {size[1]}; expected the same size. Load "
+                "Image gives a mask of 64 x 64 for a picture without transparency: leave that out."
+            )
+    if black := [number for number, mask in enumerate(found, start=1) if not mask.any()]:
+        log.warning(
+            "mask %d is black, so nothing of its image counts more. Invert a mask of what to leave out.", *black[:1]
+        )
+    return [Mask(tensor_key(mask), source=mask) for mask in found]
+
+
+def _mask_pixels(tensor: Tensor) -> list[Tensor]:
+    """The masks of one tensor as (1, H, W) float32 in 0..1, copied, outside inference mode."""
+    if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
+        raise ValueError(f"mask is {tuple(tensor.shape)} {tensor.dtype}; expected a float (H, W) or (B, H, W).")
+    if not tensor.isfinite().all() or tensor.numel() and (tensor.min() < -0.5 or tensor.max() > 1.5):
+        raise ValueError("mask values are not finite or far outside 0..1; expected 0..1, 1 where the image counts.")
+    batch = tensor[None] if tensor.ndim == 2 else tensor
+    with torch.inference_mode(False):
+        return [mask[None].to("cpu", torch.float32).clamp(0, 1).clone() for mask in batch]
 
 
 def _one_each(captions: Sequence[str], count: int) -> list[str]:

@@ -124,8 +124,15 @@ def held_out_loss(model: TextToImage, count: int) -> dict[str, float]:
     """Unweighted loss over fixed noise, and text gap, on pictures of held-out captions; the same for every model."""
     scenes = held_out_scenes(count, 1)
     images = [draw(scene, generator(1, "study", i)) for i, scene in enumerate(scenes)]
+    objective = plain_objective(model)
+    pairs = [(text, objective.latent_of(image)) for text, image in zip(held_out_captions(count), images, strict=True)]
+    return {"loss": objective.validation(pairs), "text gap": evaluate(objective, pairs)["text_gap"]}
+
+
+def plain_objective(model: TextToImage) -> DenoisingObjective:
+    """What training minimises, with (3, H, W) images for slots; for measuring, since nothing is cached."""
     encoder = model.text_encoder
-    objective = DenoisingObjective(
+    return DenoisingObjective(
         model.denoiser,
         TrainingSettings(),
         0,
@@ -133,8 +140,6 @@ def held_out_loss(model: TextToImage, count: int) -> dict[str, float]:
         text_of=lambda text: encoder.backbone(encoder.tokenize([text])),
         project=encoder.project,
     )
-    pairs = [(text, objective.latent_of(image)) for text, image in zip(held_out_captions(count), images, strict=True)]
-    return {"loss": objective.validation(pairs), "text gap": evaluate(objective, pairs)["text_gap"]}
 
 
 @dataclass(frozen=True)

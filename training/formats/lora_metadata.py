@@ -153,12 +153,12 @@ def _base(naming: Naming) -> dict[str, str]:
 def _training(run: Mapping) -> dict[str, str]:
     """kohya's keys for what a run's config says; nothing without one."""
     config, settings = run.get("config", {}), run.get("config", {}).get("settings", {})
-    weighting, text_rate = settings.get("loss_weighting"), config.get("text_encoder_learning_rate")
+    weighting = settings.get("loss_weighting")
     values = {
         "ss_output_name": config.get("run_name"),
         "ss_learning_rate": config.get("learning_rate"),
         "ss_unet_lr": config.get("learning_rate"),
-        "ss_text_encoder_lr": text_rate or (None if text_rate is None else "None"),
+        "ss_text_encoder_lr": _text_rates(config),
         "ss_steps": config.get("steps"),
         "ss_max_train_steps": config.get("steps"),
         "ss_batch_size_per_device": config.get("batch_size"),
@@ -180,6 +180,14 @@ def _training(run: Mapping) -> dict[str, str]:
         "ss_tag_frequency": json.dumps(run["tag_frequency"]) if run.get("tag_frequency") else None,
     }
     return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _text_rates(config: Mapping) -> str | None:
+    """One rate, or a list of two where the second text encoder has its own, as sd-scripts writes them."""
+    first, second = config.get("text_encoder_learning_rate"), config.get("text_encoder_2_learning_rate", -1)
+    if first is None:
+        return None
+    return str(first or None) if second == -1 else str([first, second])
 
 
 def _modelspec(naming: Naming, about: LoraAbout, format: str) -> dict[str, str]:

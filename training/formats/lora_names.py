@@ -20,6 +20,8 @@ from .lora import Lora, LoraModule, aliases, magnitude_axis, some
 from .lora_report import WIDTHS, base_of
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
+SECOND_TEXT = TEXT + "clip_g."
+"""SDXL's second text encoder."""
 FAMILIES = ("SD1.x", "SD2.x", "SDXL")
 _ATTENTION = {"SD1.x": (True, True, True, False), "SD2.x": (True, True, True, False), "SDXL": (False, True, True)}
 """Which resolutions of a family's UNet have attention, the finest first."""
