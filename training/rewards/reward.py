@@ -51,7 +51,7 @@ class _TowerReward:
     """What both kinds share: an image tower and what it looks at."""
 
     def __init__(self, name: str, network: nn.Module, towers: Towers, view: View, typical_scale: float):
-        self.name, self.network, self.typical_scale = name, network, typical_scale
+        self.name, self.network, self.typical_scale = name, network.eval().requires_grad_(False), typical_scale
         self._towers, self._view = towers, view
 
     def image_embeddings(self, images: Tensor) -> Tensor:
