@@ -256,7 +256,7 @@ def test_gradient_reaches_every_value_and_those_outside_0_to_1(kind):
 
 
 def test_gradient_equals_finite_differences():
-    reward = load_reward(RewardConfig(kind="demo CLIP"))
+    reward = load_reward(RewardConfig(kind="demo aesthetic"))
     reward.network.double()
     images = (0.25 + 0.5 * noise(1, 150, 130).double()).requires_grad_()
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(3)).double()
