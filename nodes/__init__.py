@@ -8,6 +8,7 @@ from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
 from .export import RetuneExportDiffusers
 from .lora import RetuneApplyLora
 from .reset import RetuneResetAttention
+from .reward import RetuneCombineRewards, RetuneDiversity, RetuneLoadReward, RetuneScoreImages
 from .run_chart import RetuneRunChart
 from .save_lora import RetuneSaveLora
 from .settings import RetuneSamplePrompts, RetuneTrainingSettings
@@ -52,4 +53,8 @@ class RetuneExtension(ComfyExtension):
             RetuneTrainEmbedding,
             RetuneLoadEmbedding,
             RetuneSaveEmbedding,
+            RetuneLoadReward,
+            RetuneCombineRewards,
+            RetuneScoreImages,
+            RetuneDiversity,
         ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
+REWARDS = "retune_rewards"
+
 
 def runs_folder() -> Path:
     """output/retune, which holds one folder per run."""
@@ -21,6 +23,16 @@ def listed_file(name: str, *categories: str) -> Path:
             return Path(folder_paths.get_full_path_or_raise(category, name))
     places = " or ".join(f"models/{category}" for category in categories)
     raise ValueError(f"file is {name!r}; expected one of the files in {places}. Refresh the node.")
+
+
+def reward_files(first: str) -> list[str]:
+    """Combo values: `first`, then the files of models/retune_rewards, which is made known to ComfyUI here."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path(REWARDS, str(Path(folder_paths.models_dir) / REWARDS))
+    known = folder_paths.folder_names_and_paths
+    known[REWARDS] = (known[REWARDS][0], set(folder_paths.supported_pt_extensions))
+    return files(REWARDS, first=first)
 
 
 def output_path(category: str, prefix: str, suffix: str) -> Path:

@@ -87,12 +87,9 @@ class Towers(nn.Module):
             _expect_equal_widths(self.width, self.text.config.projection_dim)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def weight(self) -> Tensor:
+        """One of its weights, which tells device and dtype. (`device` is ComfyUI's to set on modules it manages.)"""
+        return self.vision.visual_projection.weight
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
         """(B, D) projected and of length 1; pixels: (B, 3, side, side), normalised as the tower was trained."""
@@ -100,7 +97,7 @@ class Towers(nn.Module):
 
     def text_embeddings(self, tokens: Tensor) -> Tensor:
         """(B, D) projected and of length 1; tokens: (B, 77)."""
-        return functional.normalize(self.text(input_ids=tokens.to(self.device)).text_embeds, dim=-1)
+        return functional.normalize(self.text(input_ids=tokens.to(self.weight.device)).text_embeds, dim=-1)
 
     def checkpoint(self, enabled: bool) -> None:
         """Whether the image tower keeps one activation a layer for the backward pass and computes the rest again.
@@ -122,7 +119,7 @@ class Towers(nn.Module):
         kept = width if self._checkpointed else 6 * width + hidden * (2 if about.hidden_act == "quick_gelu" else 1)
         layers = about.num_hidden_layers * kept if gradient else 0
         pixels = 4 * 3 * about.image_size**2
-        return batch * (tokens * (layers + 8 * width + 3 * hidden) + pixels) * self.dtype.itemsize
+        return batch * (tokens * (layers + 8 * width + 3 * hidden) + pixels) * self.weight.dtype.itemsize
 
 
 def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") -> dict[str, Any]:

@@ -75,6 +75,7 @@ class CombinedReward:
         about = [(t.reward.fingerprint, t.weight, t.target, t.form) for t in terms] + [augmentation]
         self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
         self.name = " + ".join(self.terms)
+        self.reads_prompts = any(term.reward.reads_prompts for term in terms)
 
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None

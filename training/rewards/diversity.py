@@ -67,6 +67,7 @@ def mean_pairwise_distance(embeddings: Tensor) -> float:
     return 1 - (others / (count * (count - 1))).item()
 
 
+@torch.no_grad()
 def lpips_distance(images: Tensor) -> float | None:
     """Mean LPIPS (Zhang et al. 2018, arXiv 1801.03924; AlexNet) over all pairs of images in 0..1; None where its
     package or weights are not installed: nothing is downloaded."""

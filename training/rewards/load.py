@@ -146,7 +146,7 @@ def _tokenizer(config: RewardConfig) -> Path:
     if config.comfyui is None:
         raise ValueError(
             f"no tokenizer is given for {config.kind}; expected a CLIP tokenizer folder, or an installed ComfyUI that "
-            "has one. Use --tokenizer or --comfyui."
+            "has one (tokenizer=... or comfyui=...)."
         )
     return config.comfyui / "comfy" / "sd1_tokenizer"
 

@@ -23,13 +23,14 @@ class Reward(Protocol):
 
     name: as logs show it. fingerprint: changes with weights, tokenizer and formula. network: its frozen weights, to
     move between devices; inputs are brought to where it is. typical_scale: rough standard deviation of its scores over
-    prompts, from which `combined` starts its normalisation.
+    prompts, from which `combined` starts its normalisation. reads_prompts: whether its scores depend on them.
     """
 
     name: str
     fingerprint: str
     network: nn.Module
     typical_scale: float
+    reads_prompts: bool
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) scores of (B, 3, H, W) images in 0..1, image i by prompt i; a higher one is better.
@@ -51,12 +52,12 @@ class _TowerReward:
     """What both kinds share: an image tower and what it looks at."""
 
     def __init__(self, name: str, network: nn.Module, towers: Towers, view: View, typical_scale: float):
-        self.name, self.network, self.typical_scale = name, network, typical_scale
+        self.name, self.network, self.typical_scale = name, network.eval().requires_grad_(False), typical_scale
         self._towers, self._view = towers, view
 
     def image_embeddings(self, images: Tensor) -> Tensor:
-        with torch.autocast(self._towers.device.type, enabled=False):
-            return self._towers.image_embeddings(self._view(images.to(self._towers.device, self._towers.dtype)))
+        with torch.autocast(self._towers.weight.device.type, enabled=False):
+            return self._towers.image_embeddings(self._view(images.to(self._towers.weight)))
 
     def checkpoint(self, enabled: bool) -> None:
         self._towers.checkpoint(enabled)
@@ -73,6 +74,8 @@ class _TowerReward:
 class ClipReward(_TowerReward):
     """factor x cosine of an image's and its prompt's embedding."""
 
+    reads_prompts = True
+
     def __init__(
         self, name: str, towers: Towers, tokens: ClipTokens, view: View, *, factor: float = 1.0, typical_scale: float
     ):
@@ -88,12 +91,14 @@ class ClipReward(_TowerReward):
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) projected embeddings of length 1."""
-        with torch.autocast(self._towers.device.type, enabled=False):
+        with torch.autocast(self._towers.weight.device.type, enabled=False):
             return self._towers.text_embeddings(self._tokens(prompts))
 
 
 class AestheticReward(_TowerReward):
-    """A head on the image embedding; prompts are not read. ValueError for a head of another width."""
+    """A head on the image embedding. ValueError for a head of another width."""
+
+    reads_prompts = False
 
     def __init__(self, name: str, towers: Towers, head: nn.Module, view: View, *, typical_scale: float):
         if head_width(head) != towers.width:
@@ -108,7 +113,7 @@ class AestheticReward(_TowerReward):
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         expect_a_prompt_each(images, prompts)
-        with torch.autocast(self._towers.device.type, enabled=False):
+        with torch.autocast(self._towers.weight.device.type, enabled=False):
             return expect_finite(self.name, self._head(self.image_embeddings(images))[:, 0])
 
 
