@@ -9,6 +9,7 @@ from .export import RetuneExportDiffusers
 from .lora import RetuneApplyLora
 from .reset import RetuneResetAttention
 from .reward import RetuneCombineRewards, RetuneDiversity, RetuneLoadReward, RetuneScoreImages
+from .reward_tune import RetuneRewardTune
 from .run_chart import RetuneRunChart
 from .save_lora import RetuneSaveLora
 from .settings import RetuneSamplePrompts, RetuneTrainingSettings
@@ -51,6 +52,7 @@ class RetuneExtension(ComfyExtension):
             RetuneJoinDatasets,
             RetuneSaveLora,
             RetuneTrainEmbedding,
+            RetuneRewardTune,
             RetuneLoadEmbedding,
             RetuneSaveEmbedding,
             RetuneLoadReward,

@@ -32,9 +32,13 @@ class NodeCallbacks(Callbacks):
     def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int) -> None:
         """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
         largest = max(dataset.examples, key=lambda example: example.width * example.height)
+        self.keep_ready(model, batch_size, largest.height, largest.width)
+
+    def keep_ready(self, model: TextToImage, batch_size: int, height: int, width: int, more: int = 0) -> None:
+        """The same for pictures of one size in pixels; more: bytes to keep free besides."""
         cells = model.autoencoder.downscale
         self._denoiser = model.denoiser
-        self._memory = self._denoiser.activation_memory(batch_size, largest.height // cells, largest.width // cells)
+        self._memory = more + self._denoiser.activation_memory(batch_size, height // cells, width // cells)
 
     def before_step(self, step: int) -> None:
         self._check()

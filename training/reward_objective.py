@@ -9,8 +9,7 @@ so that no two graphs are in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,19 @@ from .rollout import Heard, Step, ddim_chain, first_latent, joint_end, rollout, 
 from .sampling import initial_noise
 
 
+class Spoken(NamedTuple):
+    """A prompt as the objective works on it: with its encoding and the empty prompt's, unless what trains is in it."""
+
+    prompt: str
+    positive: Conditioning | None = None
+    negative: Conditioning | None = None
+
+
 class RewardObjective:
     """Objective: loss_i = - total reward of picture i.
 
-    wanted: the parameters that train, while attached. text_trains: whether the text encoder is among them; the empty
-    prompt of the guidance is then heard with it too, as it is in use. decoding: entered around everything that needs
-    the autoencoder and the reward on their device.
+    wanted: the parameters that train. text_trains: whether the text encoder is among them; the empty prompt of the
+    guidance is then heard with it too, as it is in use.
     """
 
     def __init__(
@@ -42,21 +48,25 @@ class RewardObjective:
         wanted: Callable[[], Sequence[nn.Parameter]],
         *,
         text_trains: bool,
-        decoding: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.model, self.reward, self.config, self._wanted = model, reward, config, wanted
-        self._text_trains, self._decoding = text_trains, decoding
+        self._text_trains = text_trains
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         self._seen: tuple[int, list[CombinedScores]] = (0, [])
 
-    def load(self, slots: list[PromptSlot]) -> list[PromptSlot]:
-        """Prompts need no loading; they are encoded with what trains."""
-        return slots
+    def load(self, slots: list[PromptSlot]) -> list[Spoken]:
+        """Prompts, encoded already unless the text encoder trains: encoding may move models about."""
+        if self._text_trains:
+            return [Spoken(slot.prompt) for slot in slots]
+        with torch.no_grad():
+            empty = self._read("")
+            return [Spoken(slot.prompt, self._read(slot.prompt), empty) for slot in slots]
 
-    def __call__(self, batch: list[tuple[int, PromptSlot]], step: int) -> Loss:
+    def __call__(self, batch: list[tuple[int, Spoken]], step: int) -> Loss:
         self._settle(step)
-        indices, prompts = [index for index, _ in batch], [slot.prompt for _, slot in batch]
-        heard, noise = self._heard(prompts), self._noise(indices, step)
+        indices, spoken = [index for index, _ in batch], [Spoken(*one) for _, one in batch]
+        prompts = [one.prompt for one in spoken]
+        heard, noise = self._heard(spoken), self._noise(indices, step)
         scores, pull = self._pull(heard, noise, prompts, step)
         self._seen[1].extend(world().gathered(_on_cpu(scores)))
         value = -scores.total.detach()
@@ -93,7 +103,7 @@ class RewardObjective:
         self, latents: Tensor, prompts: list[str], random: torch.Generator
     ) -> tuple[CombinedScores, Tensor]:
         """The scores of the pictures behind latents, and the gradient of their sum at the latents."""
-        with torch.enable_grad(), self._decoding():
+        with torch.enable_grad():
             leaf = latents.detach().requires_grad_(True)
             images = self.model.autoencoder.pixels(leaf)
             scores, at_images = self.reward.value_and_gradient(images, prompts, random)
@@ -124,18 +134,20 @@ class RewardObjective:
             found = torch.autograd.grad(end, wanted, at_end, allow_unused=True)
         return scores, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
 
-    def _heard(self, prompts: list[str]) -> Heard:
-        encoder, device = self.model.text_encoder, self.model.denoiser.device
+    def _heard(self, spoken: Sequence[Spoken]) -> Heard:
+        """What guidance reads of prompts, encoded now if they are not."""
+        device = self.model.denoiser.device
+        positive = [self._read(one.prompt) if one.positive is None else one.positive for one in spoken]
+        if self.config.cfg == 1.0:
+            return Heard(Conditioning.cat(positive).to(device))
+        first = spoken[0].negative
+        negative = self._read("") if first is None else first
+        both = (Conditioning.cat(positive).to(device), Conditioning.cat([negative] * len(spoken)).to(device))
+        return Heard(*both, self.config.cfg)
 
-        def read(texts: list[str]) -> Conditioning:
-            return Conditioning.cat(encoder.encode(encoder.tokenize([text])) for text in texts).to(device)
-
-        with nullcontext() if self._text_trains else torch.no_grad():
-            negative = read([""]) if self.config.cfg != 1.0 else None
-            positive = read(prompts)
-        return Heard(
-            positive, None if negative is None else Conditioning.cat([negative] * len(prompts)), self.config.cfg
-        )
+    def _read(self, text: str) -> Conditioning:
+        encoder = self.model.text_encoder
+        return encoder.encode(encoder.tokenize([text]))
 
     def _noise(self, indices: list[int], step: int) -> Tensor:
         denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
@@ -163,17 +175,16 @@ class RewardObjective:
         self.reward.load_state(state)
 
     @torch.no_grad()
-    def validation(self, loaded: list[PromptSlot]) -> float:
+    def validation(self, loaded: list[Spoken]) -> float:
         """Minus the mean total over held-out prompts, each from its own fixed noise; touches no random state."""
         denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
         size = (self.config.height // cells, self.config.width // cells)
         total = 0.0
-        for number, slot in enumerate(loaded):
+        for number, one in enumerate(loaded):
             noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
-            heard = self._heard([slot.prompt])
+            heard = self._heard([one])
             end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)[-1]
-            with self._decoding():
-                total -= self.reward.scores(self.model.autoencoder.pixels(end), [slot.prompt]).item()
+            total -= self.reward.scores(self.model.autoencoder.pixels(end), [one.prompt]).item()
         return total / len(loaded)
 
 

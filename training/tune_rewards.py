@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .adapters import Adapters, select_layers
@@ -16,6 +17,7 @@ from .callbacks import Callbacks
 from .data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of
 from .files import read_tensors, write_tensors
 from .formats import ldm
+from .generate import TextOf
 from .loop import Loop, LoopConfig
 from .model import TextToImage
 from .reward_config import RewardTuneConfig
@@ -53,14 +55,12 @@ def tune(
     root: Path,
     callbacks: Callbacks | None = None,
     details: dict | None = None,
-    decoding: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tuned:
     """Tunes, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
 
     root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
-    decoding: entered around decoding and scoring. The model is left bit-identical. Raises ValueError before any
-    tuning for no prompts, a text encoder that does not fit, nothing to train, or a run of other settings under this
-    name.
+    The model is left bit-identical. Raises ValueError before any tuning for no prompts, a text encoder that does not
+    fit, nothing to train, or a run of other settings under this name.
     """
     check_fit(model, config)
     expect_prompts(prompts, "prompts")
@@ -85,9 +85,8 @@ def tune(
             config,
             lambda: list(trainable.parameters.values()),
             text_trains=text_trains,
-            decoding=decoding,
         )
-        loop_of = partial(_loop, model, objective, prompts, config, trainable)
+        loop_of = partial(_loop, model, objective, prompts, config, trainable, text_trains)
         identity = run_identity(kind.name, model, config)
         path = run_in_folder(kind, model, config, Path(root), callbacks or Callbacks(), identity, loop_of)
     return read_tuned(path)
@@ -116,13 +115,13 @@ def _loop(
     prompts: Sequence[Prompt],
     config: RewardTuneConfig,
     trainable: Trainable,
+    text_trains: bool,
     folder: RunFolder,
     callbacks: Callbacks,
 ) -> Loop:
     training, held_out = split_prompts(prompts, config)
-    encoder = model.text_encoder
+    text_of = _heard_now(model) if text_trains else _heard_before(model, config.samples.prompts)
     callbacks.after_load()
-    text_of = lambda text: encoder.backbone(encoder.tokenize([text]))  # noqa: E731
     return Loop(
         folder,
         trainable,
@@ -140,6 +139,19 @@ def _loop(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
+
+
+def _heard_now(model: TextToImage) -> TextOf:
+    encoder = model.text_encoder
+    return lambda text: encoder.backbone(encoder.tokenize([text]))
+
+
+def _heard_before(model: TextToImage, prompts: Sequence[str]) -> TextOf:
+    """Of a text encoder that does not train: encoding may move models about, which nothing may while others train."""
+    now = _heard_now(model)
+    with torch.no_grad():
+        known = {text: now(text) for text in ("", *prompts)} if prompts else {}
+    return known.__getitem__
 
 
 def split_prompts(prompts: Sequence[Prompt], config: RewardTuneConfig) -> tuple[list[Prompt], list[Prompt]]:

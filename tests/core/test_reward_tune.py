@@ -49,8 +49,8 @@ def rows(root, run="r"):
     return [json.loads(line) for line in (root / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def slots(count=2):
-    return [(i, PromptSlot(PROMPTS[i].text, 1, i)) for i in range(count)]
+def loaded(objective, count=2):
+    return list(enumerate(objective.load([PromptSlot(PROMPTS[i].text, 1, i) for i in range(count)])))
 
 
 def gradients(model, chosen, **options):
@@ -60,7 +60,7 @@ def gradients(model, chosen, **options):
         model, reward(), chosen, lambda: list(trainable.parameters.values()), text_trains=chosen.train[0] == "t"
     )
     with trainable.attach(draw=(1, 0)):
-        loss = objective(slots(), 1)
+        loss = objective(loaded(objective), 1)
         loss.per_sample.sum().backward()
     return objective, trainable, loss
 
@@ -75,10 +75,11 @@ def test_the_gradient_is_that_of_autograd_through_the_last_steps(tiny_model, tra
         parameter.grad = None
     denoiser, chain = tiny_model.denoiser, objective.chain
     with trainable.attach(draw=(1, 0)):
-        heard, noise = objective._heard([slot.prompt for _, slot in slots()]), objective._noise([0, 1], 1)
+        spoken = [one for _, one in loaded(objective)]
+        heard, noise = objective._heard(spoken), objective._noise([0, 1], 1)
         states = rollout(denoiser, first_latent(denoiser, noise, chain), chain, heard)
         end = joint_end(denoiser, states, chain, 2, heard, stop_gradient)
-        total = objective.reward.evaluate(tiny_model.autoencoder.pixels(end), [s.prompt for _, s in slots()]).total
+        total = objective.reward.evaluate(tiny_model.autoencoder.pixels(end), [one.prompt for one in spoken]).total
         (-total).sum().backward()
     assert loss.per_sample.detach().tolist() == pytest.approx((-total).tolist(), rel=1e-4)
     expected = {name: p.grad for name, p in trainable.parameters.items() if p.grad is not None}
