@@ -109,7 +109,7 @@ def score_chart(table: ScoreTable) -> Tensor:
     for y in range(top - 12, bottom, 16):
         draw.line([(x, y), (x, min(y + 10, bottom))], fill=MEAN, width=3)
     draw.text((left, 14), table.name, fill=AXIS, font_size=FONT)
-    text = f"mean {table.mean:.4g}   std {table.std:.3g}   {len(table.scores)} images"
+    text = f"mean {table.mean:.4g}   std {table.std:.3g}   of {len(table.scores)}"
     draw.text((left, 46), text, fill=MEAN, font_size=FONT)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(HEIGHT, WIDTH, 3).float() / 255
 
@@ -122,8 +122,8 @@ def limits(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def bins(count: int) -> int:
-    """About twice the square root of the number of scores, 8 to 48."""
-    return min(48, max(8, round(2 * math.sqrt(count))))
+    """About twice the square root of the number of scores, odd, 9 to 49."""
+    return min(49, max(9, round(2 * math.sqrt(count)) | 1))
 
 
 def _score_axis(draw, low: float, high: float) -> None:
