@@ -1,0 +1,126 @@
+"""Reward tuning through ComfyUI: the core's numbers, results as patches, nothing left behind."""
+
+import json
+
+import pytest
+import torch
+from retune.training.config import TrainingSettings
+from retune.training.data.prompts import Prompt
+from retune.training.reward_config import RewardTuneConfig
+from retune.training.rewards.load import RewardConfig
+
+PROMPTS = [Prompt("a red circle on the left"), Prompt("two small blue squares")]
+
+
+@pytest.fixture
+def judge(comfyui):
+    from retune.nodes.managed_reward import ManagedReward
+
+    with torch.inference_mode():
+        return ManagedReward.open(RewardConfig(kind="demo aesthetic"), weight=1.0)
+
+
+def config(**changes):
+    values = {
+        "run_name": "r",
+        "steps": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "gradient_steps": 2,
+        "sampling_steps": 3,
+        "cfg": 2.0,
+        "width": 64,
+        "height": 64,
+        "lora_rank": 2,
+        "settings": TrainingSettings(warmup_steps=1),
+    }
+    return RewardTuneConfig(**(values | changes))
+
+
+def state_of(*patchers):
+    return [{k: v.clone() for k, v in patcher.model.state_dict().items()} for patcher in patchers]
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "r" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "event" not in row]
+
+
+@pytest.mark.parametrize("train", ["text encoder", "UNet LoRA"])
+def test_both_implementations_tune_alike(demo, core_demo, judge, tmp_path, train):
+    from retune.nodes.tuned import tuning
+    from retune.training.rewards.combined import CombinedReward
+    from retune.training.tune_rewards import tune
+
+    model, clip, vae = demo
+    chosen = config(train=train, settings=TrainingSettings(warmup_steps=1, optimizer="SGD"))
+    core = tune(core_demo, CombinedReward(judge.terms), PROMPTS, chosen, tmp_path / "core")
+    patchers = (model, clip.patcher, vae.patcher)
+    before = state_of(*patchers)
+    with torch.inference_mode(), tuning(model, clip, vae, judge) as (view, rewards):
+        ours = tune(view, rewards, PROMPTS, chosen, tmp_path / "comfyui")
+    assert losses(tmp_path / "comfyui") == pytest.approx(losses(tmp_path / "core"), rel=1e-3)
+    for name in ("text", "lora"):
+        found, expected = getattr(ours, name), getattr(core, name)
+        common = found.keys() & expected.keys()
+        assert len(common) == len(expected)
+        for key in common:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=key)
+    after = state_of(*patchers)
+    assert all(
+        torch.equal(new[key], value) for old, new in zip(before, after, strict=True) for key, value in old.items()
+    )
+    assert not any(m._forward_hooks or m._forward_pre_hooks for p in patchers for m in p.model.modules())
+
+
+@pytest.mark.parametrize("train", ["text encoder", "text encoder LoRA", "UNet", "UNet LoRA"])
+def test_the_node_hands_out_what_was_tuned(demo, judge, sampled, train):
+    from retune.nodes.reward_tune import RetuneRewardTune
+
+    model, clip, vae = demo
+    node = RetuneRewardTune.PREPARE_CLASS_CLONE(None)
+    names = ("steps", "batch_size", "learning_rate", "gradient_steps", "sampling_steps", "cfg", "width", "height")
+    chosen = config()
+    values = {name: getattr(chosen, name) for name in names} | {"method": "last K", "seed": 0, "lora_rank": 2}
+    values |= {"train": train, "run_name": f"tuned {train} of a test", "clip_constraint": 0.0}
+    values["prompts"] = "\n".join(prompt.text for prompt in PROMPTS)
+
+    def heard(one):
+        return one.encode_from_tokens(one.tokenize("a red circle on the left"))
+
+    with torch.inference_mode():
+        tuned_model, tuned_clip, lora, run = node.execute(model, clip, vae, judge, **values).args
+        assert torch.equal(heard(tuned_clip), heard(clip)) == train.startswith("UNet")
+        assert torch.equal(sampled(tuned_model, clip), sampled(model, clip)) == train.startswith("text")
+    assert bool(lora) == train.endswith("LoRA")
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_projection_of_a_t5_is_tuned(demo, judge):
+    from retune.nodes.reward_tune import RetuneRewardTune
+    from retune.nodes.t5_clip import load_t5_clip
+    from retune.training.text_encoder.projection import Projection
+
+    model, _, vae = demo
+    with torch.inference_mode():
+        clip = load_t5_clip("demo", Projection(96, 128, seed=3))
+        chosen = config()
+        names = ("steps", "batch_size", "learning_rate", "gradient_steps", "sampling_steps", "cfg", "width", "height")
+        values = {name: getattr(chosen, name) for name in names} | {"method": "one step", "seed": 0}
+        values |= {"train": "projection", "run_name": "tuned projection of a test", "clip_constraint": 0.0}
+        node = RetuneRewardTune.PREPARE_CLASS_CLONE(None)
+        tuned = node.execute(model, clip, vae, judge, prompts="a red circle", **values).args[1]
+        ours, before = (one.encode_from_tokens(one.tokenize("a red circle")) for one in (tuned, clip))
+    assert not torch.equal(ours, before)
+
+
+def test_what_is_refused(judge):
+    from retune.nodes.tuned import prompt_list, tuned_by
+
+    with pytest.raises(ValueError, match="clip_constraint is 0.5 and constraint is no reward of kind CLIP"):
+        tuned_by(judge, 0.5, judge, None)
+    with pytest.raises(ValueError, match="reward is empty"):
+        tuned_by(None, 0.0, None, None)
+    with pytest.raises(ValueError, match="prompts hold no prompts"):
+        prompt_list(" \n", "")
+    assert [term.weight for term in tuned_by(judge, 0.0, None, judge).terms] == [1.0, 0.0]
