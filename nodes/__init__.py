@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .blend import RetuneBlendConditioning, RetuneBlendTextEncoders, RetuneStepWindow
 from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
@@ -52,4 +53,7 @@ class RetuneExtension(ComfyExtension):
             RetuneTrainEmbedding,
             RetuneLoadEmbedding,
             RetuneSaveEmbedding,
+            RetuneBlendTextEncoders,
+            RetuneBlendConditioning,
+            RetuneStepWindow,
         ]
