@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .blend import RetuneBlendConditioning, RetuneBlendTextEncoders, RetuneStepWindow
 from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
@@ -59,4 +60,7 @@ class RetuneExtension(ComfyExtension):
             RetuneCombineRewards,
             RetuneScoreImages,
             RetuneDiversity,
+            RetuneBlendTextEncoders,
+            RetuneBlendConditioning,
+            RetuneStepWindow,
         ]
