@@ -1,19 +1,18 @@
-"""Blended text encoders and prompts in ComfyUI: closed forms, stock nodes on the results, originals untouched."""
+"""Blended text encoders in ComfyUI: closed forms, stock nodes on the results, originals untouched."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from retune.nodes.blend import RetuneBlendConditioning, RetuneBlendTextEncoders, RetuneStepWindow
+from retune.nodes.blend import RetuneBlendTextEncoders
 from retune.nodes.t5_clip import clone_with_projection, load_t5_clip, t5_parts
+from retune.nodes.weights import patched_weight
 from retune.training.concepts import Concept
 from retune.training.generators import generator
 from retune.training.text_encoder.projection import Projection
 
 pytestmark = pytest.mark.comfyui
 PROMPT = "two (small:1.3) red circles"
-STEPS = 4
 
 
 def drawn(*shape, seed=0, scale=1.0):
@@ -48,7 +47,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def small(kind, seed=0):
+def small(kind, seed=0, dtype=torch.float32):
     """A CLIP of small size that belongs to the test; every weight drawn."""
     import comfy.sd
     from comfy import sd1_clip, sdxl_clip
@@ -61,7 +60,7 @@ def small(kind, seed=0):
     configs = {f"clip_{letter}_model_config": dict(config) for letter in "lg"}
     with torch.inference_mode():
         target = SimpleNamespace(clip=classes[0], tokenizer=classes[1], params={})
-        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, **configs})
+        clip = comfy.sd.CLIP(target, model_options={"dtype": dtype, **configs})
         for place, value in enumerate(clip.cond_stage_model.state_dict().values()):
             value.copy_(drawn(*value.shape, seed=1000 * seed + place, scale=0.1))
     return clip
@@ -78,10 +77,8 @@ def loaded_by_hand(clip, state):
     return clip
 
 
-def with_lora(clip, seed=0, strength=1.0):
-    """A clone with stock patches of rank 2 on its attention; nothing else is changed."""
-    from comfy.sd import load_lora_for_models
-
+def lora_for(clip, seed=0):
+    """A LoRA of rank 2 on a CLIP-L's attention, in kohya's names."""
     lora = {}
     for name, value in clip.patcher.model.state_dict().items():
         if name.endswith(("q_proj.weight", "v_proj.weight")) and "clip_l." in name:
@@ -89,8 +86,15 @@ def with_lora(clip, seed=0, strength=1.0):
             layer = name.removeprefix("clip_l.transformer.").removesuffix(".weight").replace(".", "_")
             lora[f"lora_te_{layer}.lora_up.weight"] = drawn(rows, 2, seed=seed, scale=0.3)
             lora[f"lora_te_{layer}.lora_down.weight"] = drawn(2, columns, seed=seed + 1, scale=0.3)
+    return lora
+
+
+def with_lora(clip, seed=0, strength=1.0):
+    """A clone with a LoRA, as the stock loader puts it on."""
+    from comfy.sd import load_lora_for_models
+
     with torch.inference_mode():
-        return load_lora_for_models(None, clip, lora, 0.0, strength)[1]
+        return load_lora_for_models(None, clip, lora_for(clip, seed), 0.0, strength)[1]
 
 
 # --- in weights -------------------------------------------------------------------------------------------------------
@@ -143,6 +147,18 @@ def test_a_clip_l_goes_into_sdxls_pair(comfyui, caplog):
 
 def hand_of(kind, state):
     return loaded_by_hand(small(kind), state)
+
+
+def test_half_precision_is_kept(comfyui):
+    pair, tuned = small("SDXL", dtype=torch.float16), small("SD1.5", seed=1, dtype=torch.float16)
+    tuned = with_lora(tuned)
+    found = blend("0, 1", pair, tuned)
+    for name, own in tuned.cond_stage_model.state_dict().items():
+        ((_, (_, (value,)), *_),) = found.patcher.patches.get(name) or [(1, ("set", (own,)))]
+        assert value.dtype == own.dtype
+        assert torch.equal(
+            patched_weight(found.patcher, name), patched_weight(tuned.patcher, name).to(own.dtype).float()
+        )
 
 
 def test_t5s_blend_with_their_projections(t5, comfyui):
@@ -220,14 +236,19 @@ def test_blended_embeddings_are_the_weighted_sum(demo):
 
 
 def test_stock_nodes_reach_every_encoder_of_a_blend(demo):
+    from retune.nodes.lora_patches import Row, apply_loras, lora_of
+
     from nodes import CLIPSetLastLayer
 
-    _, clip, _ = demo
+    model, clip, _ = demo
     tuned = with_lora(clip)
     found = blend("0.4, 0.6", clip, tuned, space="embeddings")
     before = said(found)[0]
     lora = with_lora(found, seed=9)
     close(said(lora)[0], 0.4 * said(with_lora(clip, seed=9))[0] + 0.6 * said(with_lora(tuned, seed=9))[0])
+    rows = [Row(lora_of("own loader", lora_for(clip, seed=9)), 0.0, 1.0)]
+    with torch.inference_mode():
+        assert equal(apply_loras(model, found, rows)[1], lora)
     skip = [CLIPSetLastLayer().set_last_layer(each, -2)[0] for each in (found, clip, tuned)]
     close(said(skip[0])[0], 0.4 * said(skip[1])[0] + 0.6 * said(skip[2])[0])
     assert torch.equal(said(found)[0], before)
@@ -312,143 +333,3 @@ def test_what_a_sum_cannot_do_is_refused(demo, clips, tmp_path):
     (hooked,) = SetClipHooks().apply_hooks(clip, False, True, hooks)
     with pytest.raises(ValueError, match="text encoder 2 has hooks"):
         blend("0.5, 0.5", clip, hooked)
-
-
-# --- conditioning -----------------------------------------------------------------------------------------------------
-
-
-def blended(a, b, amount):
-    with torch.inference_mode():
-        return RetuneBlendConditioning.execute(a, b, amount).args[0]
-
-
-def test_conditionings_blend_entry_by_entry(demo, caplog):
-    from nodes import ConditioningCombine, ConditioningSetArea
-
-    _, clip, _ = demo
-    a, b = encode(clip, "a red circle"), encode(clip, "a blue square")
-    areas = [ConditioningSetArea().append(each, 32, 32, 0, 0, 0.5)[0] for each in (a, b)]
-    two = [ConditioningCombine().combine(x, y)[0] for x, y in zip((a, b), areas, strict=True)]
-    found = blended(*two, 0.3)
-    assert len(found) == 2 and found[1][1]["area"] == areas[0][0][1]["area"] and found[1][1]["strength"] == 0.5
-    for context, more in found:
-        close(context, 0.7 * a[0][0] + 0.3 * b[0][0])
-        close(more["pooled_output"], 0.7 * a[0][1]["pooled_output"] + 0.3 * b[0][1]["pooled_output"])
-    for amount, same in ((0.0, a), (1.0, b)):
-        assert torch.equal(blended(a, b, amount)[0][0], same[0][0])
-    with caplog.at_level(logging.WARNING):
-        close(blended(a, b, 1.5)[0][0], -0.5 * a[0][0] + 1.5 * b[0][0])
-    assert "amount is 1.5" in caplog.text
-    with pytest.raises(ValueError, match="a has 1 entries and b 2"):
-        blended(a, two[1], 0.5)
-    with pytest.raises(ValueError, match="differ in area, strength"):
-        blended(a, areas[1], 0.5)
-
-
-def test_a_longer_prompt_is_blended_with_a_shorter(demo, sampled):
-    model, clip, _ = demo
-    short, long = encode(clip, "a red circle"), encode(clip, "a red circle " * 30)
-    assert long[0][0].shape[1] == 154
-    found = blended(short, long, 0.5)[0][0]
-    close(found, 0.5 * short[0][0].repeat(1, 2, 1) + 0.5 * long[0][0])
-
-
-# --- step window ------------------------------------------------------------------------------------------------------
-
-
-def window(original, tuned, start):
-    return RetuneStepWindow.execute(original, tuned, start).args[0]
-
-
-def sample(model, positive, negative, latent=None, start=0, last=None, noise=True):
-    """Stock KSampler (Advanced), 4 steps of ddim."""
-    from nodes import KSamplerAdvanced
-
-    latent = {"samples": torch.zeros(1, 4, 8, 8)} if latent is None else latent
-    with torch.inference_mode():
-        (found,) = KSamplerAdvanced().sample(
-            model,
-            "enable" if noise else "disable",
-            3,
-            STEPS,
-            4.0,
-            "ddim",
-            "ddim_uniform",
-            positive,
-            negative,
-            latent,
-            start,
-            10000 if last is None else last,
-            "disable" if last is None else "enable",  # the rest of the noise is left
-        )
-    return found
-
-
-def test_each_step_hears_the_encoder_of_its_side(demo):
-    """Against the same steps sampled in two parts, one with each encoder."""
-    import comfy.samplers
-
-    model, clip, _ = demo
-    tuned = encode(with_lora(clip))
-    original, negative = encode(clip), encode(clip, "")
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", STEPS)
-    at_a_step = 1 - sampling.timestep(sigmas[2]).item() / 999
-    for start in (0.1, 0.3, 0.4, 0.8, at_a_step):
-        border = sampling.percent_to_sigma(start)
-        heard = sum(sigma > border * (1 + 1e-6) for sigma in sigmas[:-1].tolist())
-        if heard:
-            first = sample(model, original, negative, last=heard)
-            expected = sample(model, tuned, negative, first, start=heard, noise=False)["samples"]
-        else:
-            expected = sample(model, tuned, negative)["samples"]
-        found = sample(model, window(original, tuned, start), negative)["samples"]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert heard == 2
-    for start, same in ((0.0, tuned), (1.0, original)):
-        pictures = [sample(model, each, negative)["samples"] for each in (window(original, tuned, start), same)]
-        assert torch.equal(*pictures)
-
-
-def test_ten_and_fifteen_of_25_steps(demo):
-    import comfy.samplers
-
-    sampling = demo[0].get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", 25)[:-1]
-    ((_, first), (_, last)) = window([[None, {}]], [[None, {}]], 0.4)
-    assert sum(float(sigma) >= sampling.percent_to_sigma(first["end_percent"]) for sigma in sigmas) == 10
-    assert sum(float(sigma) <= sampling.percent_to_sigma(last["start_percent"]) for sigma in sigmas) == 15
-
-
-@pytest.mark.parametrize("steps", [5, 25, 50])
-def test_a_step_on_the_border_hears_one_encoder_on_flow_models_too(comfyui, steps):
-    import comfy.model_sampling
-    import comfy.samplers
-
-    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
-    sampling.set_parameters(shift=3.0, multiplier=1000)
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)[:-1]
-    for start in (0.2, 0.4, 0.6, 0.8):
-        ((_, first), (_, last)) = window([[None, {}]], [[None, {}]], start)
-        heard = [sigma >= sampling.percent_to_sigma(first["end_percent"]) for sigma in sigmas]
-        then = [sigma <= sampling.percent_to_sigma(last["start_percent"]) for sigma in sigmas]
-        assert [bool(a) != bool(b) for a, b in zip(heard, then, strict=True)] == [True] * steps
-        assert sum(map(bool, heard)) == round(start * steps)
-
-
-def test_ranges_that_entries_have_are_kept_within():
-    def part(start, end, name):
-        return [name, {"start_percent": start, "end_percent": end, "strength": 0.5}]
-
-    found = window(
-        [part(0.0, 0.2, "a"), part(0.2, 0.7, "b"), part(0.7, 1.0, "c")], [part(0.3, 0.6, "d"), ["e", {}]], 0.5
-    )
-    ranges = [(name, round(o["start_percent"], 4), round(o["end_percent"], 4)) for name, o in found]
-    assert ranges == [("a", 0.0, 0.2), ("b", 0.2, 0.5), ("d", 0.5, 0.6), ("e", 0.5, 1.0)]
-    assert found[0][1]["strength"] == 0.5
-    by_hooks = [["f", {"clip_start_percent": 0.6, "clip_end_percent": 1.0}]]
-    assert [entry[0] for entry in window(by_hooks, by_hooks, 0.5)] == ["f"]
-    with pytest.raises(ValueError, match="nothing is left"):
-        window([part(0.6, 1.0, "a")], [part(0.0, 0.3, "b")], 0.5)
-    with pytest.raises(ValueError, match="start_percent is 1.5"):
-        window([part(0.0, 1.0, "a")], [part(0.0, 1.0, "b")], 1.5)
