@@ -57,6 +57,7 @@ class ManagedReward:
         patchers = [*dict.fromkeys(self.patchers), *beside]
         comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
         for patcher in self.patchers:
+            patcher.model.to(patcher.load_device)  # with --novram ComfyUI leaves buffers behind; weights are there
             without_inference_tensors(patcher.model)
 
 

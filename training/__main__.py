@@ -28,6 +28,7 @@ from .layers import ResetConfig, reset_weights
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
 from .reward_config import RewardTuneConfig
+from .rewards.score_files import VERBS as SCORE_VERBS
 
 
 class Terminal(Callbacks):
@@ -216,7 +217,7 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     add_flags(r, ResetConfig)
     r.set_defaults(function=reset)
-    for name, (config, function) in LORA_VERBS.items():
+    for name, (config, function) in (LORA_VERBS | SCORE_VERBS).items():
         tool = verbs.add_parser(name, help=config.__doc__[0].lower() + config.__doc__.rstrip(".")[1:])
         add_flags(tool, config)
         tool.set_defaults(function=lambda arguments, c=config, f=function: f(read_flags(arguments, c)))

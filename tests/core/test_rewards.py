@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from retune.training.rewards.clip_towers import Towers, tower_state
+from retune.training.clip_text import clip_config
+from retune.training.rewards.clip_towers import Towers, tower_state, vision_config
 from retune.training.rewards.heads import folded, read_head
 from retune.training.rewards.load import KINDS, RewardConfig, load_reward
 from retune.training.rewards.preprocess import View, centre_crop, resize_shorter, saturated
@@ -337,6 +338,39 @@ def test_pads_change_nothing_and_long_prompts_are_cut_with_one_warning(clip_file
     long = tokens(["a red circle on the left " * 30] * 2)
     assert long.shape == (2, 77) and long[0, -1] == words[1] - 1 and len(caplog.records) == 1
     assert torch.equal(tokens(["a <|endoftext|> red circle"]), tokens(["a red circle"]))
+
+
+PUBLISHED = {  # image width, layers, heads, patch, pixels, projection, activation; text width, layers, heads
+    "ViT-B/32": (768, 12, 12, 32, 224, 512, "quick_gelu", 512, 12, 8),
+    "ViT-L/14": (1024, 24, 16, 14, 224, 768, "quick_gelu", 768, 12, 12),
+    "ViT-L/14 at 336": (1024, 24, 16, 14, 336, 768, "quick_gelu", 768, 12, 12),
+    "ViT-H/14": (1280, 32, 16, 14, 224, 1024, "gelu", 1024, 24, 16),
+    "ViT-bigG/14": (1664, 48, 16, 14, 224, 1280, "gelu", 1280, 32, 20),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_the_published_clips_are_read_from_shapes(name):
+    width, layers, heads, patch, pixels, projection, act, text_width, text_layers, text_heads = PUBLISHED[name]
+
+    def tower(width, layers):
+        return {f"encoder.layers.{i}.mlp.fc1.weight": torch.empty(4 * width, width) for i in range(layers)}
+
+    with torch.device("meta"):
+        image = tower(width, layers) | {
+            "embeddings.patch_embedding.weight": torch.empty(width, 3, patch, patch),
+            "embeddings.position_embedding.weight": torch.empty((pixels // patch) ** 2 + 1, width),
+            "visual_projection.weight": torch.empty(projection, width),
+        }
+        text = tower(text_width, text_layers) | {
+            "embeddings.token_embedding.weight": torch.empty(49408, text_width),
+            "embeddings.position_embedding.weight": torch.empty(77, text_width),
+            "text_projection.weight": torch.empty(projection, text_width),
+        }
+    found, words = vision_config(image), clip_config(text)
+    assert list(found.values()) == [width, 4 * width, layers, heads, projection, pixels, patch, act]
+    assert words["num_attention_heads"] == text_heads and words["num_hidden_layers"] == text_layers
+    assert words["projection_dim"] == projection and words["eos_token_id"] == 49407
 
 
 HUGGING_FACE = {"PickScore": "yuvalkirstain/PickScore_v1", "HPSv2": "xswu/HPSv2", "CLIP": "openai/clip-vit-large"}

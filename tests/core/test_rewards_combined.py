@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from retune.training.__main__ import main
+from retune.training.data.images import load_image, save_png
 from retune.training.rewards.augment import Augmentation, augmented
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.diversity import diversity, lpips_distance, mean_pairwise_distance, vendi_score
@@ -163,6 +165,32 @@ def test_diversity_of_images_on_a_rewards_tower(pair):
     assert "5 images" in found.text() and "left out" in found.text()
     with pytest.raises(ValueError, match="images are 1"):
         diversity(images[:1], pair[0])
+
+
+def test_command_line_scores_files(picture_folder, tmp_path, capsys, pair):
+    images = [load_image(picture_folder / f"{i}.png") for i in range(4)]
+    words = [(picture_folder / f"{i}.txt").read_text(encoding="utf-8") for i in range(4)]
+    flags = ["score", "--images", str(picture_folder), "--output", str(tmp_path / "out.json"), "--json", "--diversity"]
+    assert main(flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    wanted = pair[1].scores(torch.stack(images), words)
+    torch.testing.assert_close(torch.tensor(found["scores"]), wanted, rtol=0, atol=1e-6)
+    assert found["images"] == [f"{i}.png" for i in range(4)] and 1 < found["diversity"]["vendi"] < 4
+    save_png(noise(1, 48)[0], picture_folder / "4.png")
+    (picture_folder / "one.txt").write_text("a red circle\n", encoding="utf-8")
+    several = ["--rewards", "demo aesthetic,weight=2", "demo CLIP,target=0.1,form=distance"]
+    assert main([*flags[:3], *several, "--prompts", str(picture_folder / "one.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["scores"]) == 5 and list(found["terms"]) == ["demo aesthetic", "demo CLIP"]
+    for more, wanted in [
+        ([], "4.txt does not exist"),
+        (["--rewards", "demo CLIP,size=3"], "has 'size'; expected activation"),
+        (["--rewards", "demo CLIP,weight=much"], "expected a number"),
+        (["--rewards", "best"], "kind is 'best'"),
+        (["--diversity", "--rewards", "demo aesthetic"], "4.png has another size than 32 x 32"),
+    ]:
+        assert main([*flags[:3], *more]) == 2 and wanted in capsys.readouterr().err
 
 
 def test_lpips_is_left_out_without_its_weights(monkeypatch, tmp_path):

@@ -188,6 +188,12 @@ TWINS = {
         "RetuneTrainLora",
         (*TRAINING, "rank", "alpha", "algorithm", "targets", "text_encoder_learning_rate", "run_name", "seed"),
     ),
+    "Train a textual inversion from five images": (
+        "train_embedding",
+        "RetuneTrainEmbedding",
+        ("steps", "batch_size", "token", "vectors", "initial_text", "learning_rate", "run_name", "seed", "template"),
+    ),
+    "Use embeddings in prompts": ("use_embeddings", "RetuneLoadEmbedding", ("file", "token", "second_file")),
     "Apply several LoRAs": (
         "apply_several_loras",
         "RetuneApplyLora",
@@ -219,6 +225,48 @@ def test_several_loras_are_put_on_and_reported(comfyui_server):
     outputs = comfyui_server.run(prompt)
     (report,) = outputs["2"]["text"]
     assert "warm edges" in report and "crescents" in report and report.count("LoCon") >= 2
+    assert outputs["14"]["images"] and outputs["21"]["images"]
+
+
+def test_a_word_of_the_demo_is_loaded_and_reported(comfyui_server):
+    prompt = small_prompt("use_embeddings")
+    prompt["19"]["inputs"]["steps"] = 2
+    outputs = comfyui_server.run(prompt)
+    (report,) = outputs["2"]["text"]
+    assert "token <heart>" in report and "4 vectors of 128 numbers" in report and "nearest words" in report
+    assert outputs["14"]["images"] and outputs["21"]["images"]
+
+
+def test_a_word_is_trained_saved_and_read_by_stock_nodes(comfyui_server):
+    prompt = small_prompt("train_embedding", run_name="word", token="<small-heart>", caption_word="figure, figures")
+    prompt["5"]["inputs"]["count"] = 3
+    prompt["19"]["inputs"]["steps"] = 2
+    prompt["7"]["inputs"]["prompts"] = "two large red <small-heart>, white background"
+    outputs = comfyui_server.run(prompt)
+    base = comfyui_server.base_directory
+    folder = run_folder(base, "word")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert any(row.get("event") == "watch" for row in rows) and any(row.get("event") == "sample" for row in rows)
+    assert Path(outputs["16"]["text"][0]) == base / "models" / "embeddings" / "small-heart.safetensors"
+    stock = {node: json.loads(json.dumps(prompt[node])) for node in ("1", "10", "11", "12", "13", "14")}
+    text = prompt["9"]["inputs"]["text"].replace("<heart>", "embedding:small-heart")
+    stock["9"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}}
+    stock["10"]["inputs"]["clip"] = ["1", 1]
+    ours = prompt | {"9": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["8", 0], "text": text}}}
+    ours["9"]["inputs"]["text"] = text.replace("embedding:small-heart", "<small-heart>")
+    pictures = [picture(base, comfyui_server.run(graph)["14"]["images"][0]) for graph in (ours, stock)]
+    assert torch.equal(*pictures)
+
+
+def test_a_text_encoder_is_tuned_by_a_reward(comfyui_server):
+    prompt = small_prompt("tune_text_encoder", gradient_steps=2, sampling_steps=3, width=64, height=64)
+    prompt["19"]["inputs"]["steps"] = 2
+    outputs = comfyui_server.run(prompt)
+    folder = run_folder(comfyui_server.base_directory, "demo reward tuning")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "event" not in row]
+    assert len(steps) == 6 and all({"reward", "demo aesthetic", "demo CLIP"} <= row.keys() for row in steps)
     assert outputs["14"]["images"] and outputs["21"]["images"]
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class Term:
     weight: float = 1.0
     target: float | None = None
     form: Form = "hinge"
+
+    def __post_init__(self):
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}.")
 
     def shaped(self, raw: Tensor) -> Tensor:
         if self.target is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..chart import ticks
 from .combined import CombinedReward
-from .reward import expect_a_prompt_each
 
 BATCH = 8
 WIDTH, HEIGHT = 720, 480
@@ -53,36 +52,38 @@ class ScoreTable:
 @torch.no_grad()
 def score_images(
     reward: CombinedReward,
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     prompts: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoreTable:
-    """Scores (3, H, W) images in 0..1, of any sizes, image i by prompt i.
+    """Scores (3, H, W) images in 0..1, of any sizes, image i by prompt i; they may be read as they are asked for.
 
     A reward alone gives its raw scores; several their weighted sum, each divided by its running scale, and the raw
-    ones beside. progress: called with images done and in all. Errors: ValueError as the rewards', and for no images.
+    ones beside. progress: called with images done and in all. Errors: ValueError as the rewards', for no images, and
+    for another number of prompts.
     """
-    if not len(images):
-        raise ValueError("images are empty; expected at least one.")
-    expect_a_prompt_each(images, prompts)
     raw: dict[str, list[float]] = {name: [] for name in reward.terms}
     total: list[float] = []
-    for index in _batches(images):
-        scores = reward.evaluate(torch.stack([images[i] for i in index]), [prompts[i] for i in index])
+    for batch in _batches(images):
+        done = len(total) + len(batch)
+        scores = reward.evaluate(torch.stack(batch), prompts[len(total) : done])
         total += scores.total.tolist()
         for name, values in scores.raw.items():
             raw[name] += values.tolist()
-        progress(len(total), len(images))
+        progress(done, len(prompts))
+    if not total or len(total) != len(prompts):
+        raise ValueError(f"images are {len(total)} and prompts {len(prompts)}; expected one or more, and as many.")
     terms = {name: tuple(values) for name, values in raw.items()}
     if len(terms) == 1:
         return ScoreTable(reward.name, next(iter(terms.values())))
     return ScoreTable(reward.name, tuple(total), terms)
 
 
-def _batches(images: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of at most BATCH neighbours of one size."""
-    runs = [list(run) for _, run in groupby(range(len(images)), key=lambda i: images[i].shape)]
-    return [run[start : start + BATCH] for run in runs for start in range(0, len(run), BATCH)]
+def _batches(images: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """At most BATCH neighbours of one size."""
+    for _, run in groupby(images, key=lambda image: image.shape):
+        while batch := list(islice(run, BATCH)):
+            yield batch
 
 
 def score_chart(table: ScoreTable) -> Tensor:
