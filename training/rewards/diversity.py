@@ -27,6 +27,11 @@ class Diversity:
     distance: float
     lpips: float | None = None
 
+    @property
+    def spread(self) -> float:
+        """(vendi - 1) / (count - 1): 0 (all alike) to 1, in which a loss shows where vendi itself stays near 1."""
+        return (self.vendi - 1) / (self.count - 1)
+
     def text(self) -> str:
         lpips = "left out (package or weights not installed)" if self.lpips is None else f"{self.lpips:.4f}"
         return (

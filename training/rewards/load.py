@@ -43,8 +43,8 @@ TYPICAL_SCALE = {
     "PickScore": 1.2,
     "HPSv2": 0.02,
     "CLIP": 0.04,
-    "demo aesthetic": 3.0,
-    "demo CLIP": 0.04,
+    "demo aesthetic": 2.0,
+    "demo CLIP": 0.045,
 }
 """Rough standard deviation of the scores of a base model's images over prompts; of the demo's, measured."""
 OPENCLIP_PAD = 0
