@@ -193,6 +193,11 @@ TWINS = {
         "RetuneTrainEmbedding",
         ("steps", "batch_size", "token", "vectors", "initial_text", "learning_rate", "run_name", "seed", "template"),
     ),
+    "Reward-tune the text encoder": (
+        "tune_text_encoder",
+        "RetuneRewardTune",
+        ("prompts", *TRAINING, "train", "method", "gradient_steps", "sampling_steps", "cfg", "clip_constraint"),
+    ),
     "Use embeddings in prompts": ("use_embeddings", "RetuneLoadEmbedding", ("file", "token", "second_file")),
     "Apply several LoRAs": (
         "apply_several_loras",
