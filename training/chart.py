@@ -1,7 +1,8 @@
 """A run's curves as a picture, drawn with Pillow: raw and smoothed loss, validation loss.
 
 Where a validation has further figures (see `evaluate`), small panels below show them: how much the text is used, and
-the held-out loss per range of noise levels. So does one the alignment of samples, where something judged them.
+the held-out loss per range of noise levels. So does one the alignment of samples, where something judged them. A reward
+tuning shows its reward, which rises, in place of the loss, and a panel for every term of it.
 """
 
 from __future__ import annotations
@@ -66,11 +67,15 @@ def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     """
     from PIL import Image, ImageDraw
 
-    steps = [(row["step"], row["loss"]) for row in rows if "event" not in row]
+    taken = [row for row in rows if "event" not in row]
+    what = "reward" if taken and "reward" in taken[-1] else "loss"
+    sign = -1.0 if what == "reward" else 1.0  # the loss of a reward tuning is minus its reward
+    steps = [(row["step"], sign * row["loss"]) for row in taken]
     curve = list(zip([s for s, _ in steps], smoothed([v for _, v in steps]), strict=True))
-    validation = [(row["step"], row["loss"]) for row in rows if row.get("event") == "validation"]
+    validation = [(row["step"], sign * row["loss"]) for row in rows if row.get("event") == "validation"]
     figures = [row for row in rows if row.get("event") == "validation" and "bands" in row]
     panels = _panels(figures, [row for row in rows if row.get("event") == "sample" and "alignment" in row])
+    panels += _term_panels(taken) if what == "reward" else []
     height = HEIGHT + PANEL * math.ceil(len(panels) / 2)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
@@ -78,7 +83,7 @@ def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     _grid(draw, axes)
     for points, key, width in ((steps, "loss", 1), (curve, "smoothed", 3), (validation, "validation", 3)):
         _line(draw, axes, points, COLOURS[key], width)
-    _legend(draw, name, steps, curve, validation)
+    _legend(draw, name, what, curve, validation)
     for number, panel in enumerate(panels):
         _draw_panel(draw, axes.x, panel, number)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, WIDTH, 3).float() / 255
@@ -113,6 +118,16 @@ def _panels(validations: list[dict[str, Any]], samples: list[dict[str, Any]]) ->
     return found
 
 
+def _term_panels(steps: list[dict[str, Any]]) -> list[_Panel]:
+    """One for each term of a reward: its own scores, smoothed."""
+    found = []
+    for name in [key for key in steps[-1] if f"{key} normalised" in steps[-1]]:
+        values = [(row["step"], row[name]) for row in steps if name in row]
+        curve = list(zip([step for step, _ in values], smoothed([v for _, v in values], 0.9), strict=True))
+        found.append(_Panel(f"{name} {curve[-1][1]:.4g} (raw scores, smoothed)", [(curve, COLOURS["smoothed"])]))
+    return found
+
+
 def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) -> None:
     """The panel of this number (from 0), two in a row below the plot, over the same steps."""
     left, _, right, _ = MAIN
@@ -134,10 +149,13 @@ def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) ->
 
 
 def limits(steps: Sequence[Point], smooth: Sequence[Point]) -> Axes:
-    """Axes from step 0 to the last; y from 0 to a little over the smooth curves and nearly all raw values."""
+    """Axes from step 0 to the last; y from 0, or a little below what is negative, to a little over the smooth curves
+    and nearly all raw values."""
     raw = sorted(value for _, value in steps)
-    high = max([value for _, value in smooth] + raw[: max(1, int(0.98 * len(raw)))], default=1.0)
-    return Axes((0.0, max([step for step, _ in steps], default=1) or 1), (0.0, 1.08 * high if high > 0 else 1.0))
+    shown = [value for _, value in smooth] + raw[: max(1, int(0.98 * len(raw)))]
+    low, high = 1.08 * min([*shown, 0.0]), max(shown, default=1.0)
+    high = 1.08 * high if high > 0 else 0.0 if low else 1.0
+    return Axes((0.0, max([step for step, _ in steps], default=1) or 1), (low, high))
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -168,9 +186,9 @@ def _line(draw, axes: Axes, points: Sequence[Point], colour: str, width: int) ->
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
 
-def _legend(draw, name: str, steps: list[Point], curve: list[Point], validation: list[Point]) -> None:
+def _legend(draw, name: str, what: str, curve: list[Point], validation: list[Point]) -> None:
     draw.text((MARGIN[0], 12), name, fill="black", font_size=20)
-    entries = [("loss, smoothed", curve, "smoothed"), ("validation", validation, "validation")]
+    entries = [(f"{what}, smoothed", curve, "smoothed"), ("validation", validation, "validation")]
     right = WIDTH - MARGIN[2]
     for title, points, key in reversed([entry for entry in entries if entry[1]]):
         text = f"{title} {points[-1][1]:.4f}"

@@ -104,3 +104,23 @@ def test_alignment_of_samples_has_a_panel_from_0_to_1():
     assert whole.shape[0] == HEIGHT + 2 * PANEL
     assert painted(whole, "alignment")[HEIGHT + PANEL :, : WIDTH // 2].any()
     assert not painted(whole, "alignment")[: HEIGHT + PANEL].any()
+
+
+def test_a_reward_rises_in_the_picture_also_below_zero_with_a_panel_for_each_term():
+    def reward_rows(start):
+        values = [start + step / 20 for step in range(100)]
+        return [
+            {"step": n, "loss": -v, "reward": v, "good": v, "good normalised": v, "true": 0.5, "true normalised": 1.0}
+            for n, v in enumerate(values, 1)
+        ]
+
+    for start in (-8.0, -1.0, 2.0):
+        image = run_chart("tuned", reward_rows(start))
+        assert image.shape == (HEIGHT + PANEL, WIDTH, 3)
+        curve = painted(image, "smoothed")[60:HEIGHT]
+        columns = curve.any(0).nonzero().flatten()
+        assert columns.max() - columns.min() > 0.8 * WIDTH
+        height = [curve[:, c].nonzero().float().mean().item() for c in (columns.min() + 5, columns.max() - 5)]
+        assert height[0] - height[1] > 0.2 * HEIGHT
+    low, high = limits([(1, -4.0), (2, -2.0)], [(1, -4.0), (2, -3.0)]).y
+    assert low < -4 and high == 0.0
