@@ -140,6 +140,7 @@ def run_in_folder(
         if here.is_main:
             kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
+            callbacks.on_text(f"run {folder.name} is finished after {loop.step} steps")
         here.barrier()
         return folder.path
 

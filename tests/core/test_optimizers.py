@@ -66,6 +66,12 @@ class Distance:
     def validation(self, loaded):
         return self.net.distance().item()
 
+    def state(self):
+        return {}
+
+    def load_state(self, state):
+        assert state == {}
+
 
 class One:
     def batch(self, number):

@@ -41,6 +41,12 @@ class Sum:
     def __call__(self, batch, step):
         return Loss(torch.stack([sum(layer.weight.sum() for layer in self.layers.values()) for _ in batch]))
 
+    def state(self):
+        return {}
+
+    def load_state(self, state):
+        assert state == {}
+
 
 class One:
     def batch(self, number):
