@@ -293,14 +293,11 @@ class TrainModelConfig(RunConfig):
 RESUMABLE = {"run_name", "steps", "samples", "resume"}
 """Fields that may differ when a run goes on."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result"}
-LATER = {"text_encoder_2_learning_rate": -1.0}
-"""Fields that the first runs did not know, with the value under which they do what those did."""
 
 
 def identity(config: Any) -> dict[str, Any]:
     """The part of a config that must be equal for a run to go on, as plain JSON values."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in RESUMABLE}
-    values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
     if "settings" in values:
         values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
     return values
