@@ -8,7 +8,7 @@ import torch
 from retune.training.adapters import Adapters, layers_of, select_layers
 from retune.training.build import ModelConfig, build_model
 from retune.training.clip_text import ClipTextEncoder
-from retune.training.config import SamplePrompts, TrainingSettings, identity
+from retune.training.config import SamplePrompts, TrainingSettings, former_identity, identity
 from retune.training.demo.files import weights_path
 from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersDenoiser
 from retune.training.formats.lora import parse_lora, read_lora
@@ -318,8 +318,8 @@ def test_a_rate_for_a_second_text_encoder_needs_one(demo, pictures, tmp_path, ra
         train_lora(demo, pictures, config, tmp_path)
 
 
-def test_a_rate_that_is_the_firsts_leaves_a_runs_identity_as_it_was():
-    assert "text_encoder_2_learning_rate" not in identity(lora_config())
+def test_runs_from_before_a_second_rate_had_the_firsts():
+    assert former_identity(lora_config())["text_encoder_2_learning_rate"] == -1
     assert identity(lora_config(text_encoder_2_learning_rate=0.0))["text_encoder_2_learning_rate"] == 0
 
 
