@@ -127,91 +127,94 @@ def _spread(member: Member, clone) -> Member:
     return Member(member.weight, clone, member.reads_first)
 
 
+class Blending:
+    """What a blend does as a CLIP; goes before comfy.sd.CLIP, see `_blended_class`."""
+
+    def clone(self, *args, **options):
+        other = super().clone(*args, **options)
+        other.__class__ = _blended_class()
+        other.retune_members = tuple(_spread(m, m.clip.clone(*args, **options)) for m in self.retune_members)
+        other.retune_untouched = self.retune_untouched
+        return other
+
+    def add_patches(self, patches, *args, **options):
+        """On every text encoder; those that lack a weight take no notice."""
+        keys = [member.clip.add_patches(patches, *args, **options) for member in self.retune_members]
+        return list(dict.fromkeys(key for found in keys for key in found))
+
+    def clip_layer(self, layer_idx):
+        super().clip_layer(layer_idx)
+        for member in self.retune_members:
+            member.clip.clip_layer(layer_idx)
+
+    def set_tokenizer_option(self, option_name, value):
+        super().set_tokenizer_option(option_name, value)
+        for member in self.retune_members:
+            member.clip.set_tokenizer_option(option_name, value)
+
+    def tokenize(self, text, return_word_ids=False, **options):
+        tokens, *others = (
+            None if place and member.reads_first else member.clip.tokenize(text, return_word_ids, **options)
+            for place, member in enumerate(self.retune_members)
+        )
+        if any(others):
+            tokens = {**tokens, TOKENS: OwnTokens(dict(tokens), (None, *others))}
+        return tokens
+
+    def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        said = [
+            member.clip.encode_from_tokens(own, return_pooled=return_pooled, return_dict=True)
+            for member, own in self._members_with(tokens)
+        ]
+        entries = [[more.pop("cond"), more] for more in said]
+        context, more = blend_entries(self._shares(), entries)
+        if return_dict:
+            return {"cond": context, **more}
+        return (context, more["pooled_output"]) if return_pooled else context
+
+    def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict=None, show_pbar=True):
+        schedules = [
+            member.clip.encode_from_tokens_scheduled(own, unprojected, dict(add_dict or {}), show_pbar)
+            for member, own in self._members_with(tokens)
+        ]
+        if len({len(one) for one in schedules}) > 1:
+            raise ValueError(
+                f"the text encoders give {', '.join(str(len(one)) for one in schedules)} conditionings for a "
+                "prompt (a timestep resampler gives one for each range of noise levels); expected as many of each."
+            )
+        return [blend_entries(self._shares(), entries) for entries in zip(*schedules, strict=True)]
+
+    def get_sd(self):
+        raise NoWeightsError(NO_WEIGHTS.format("get_sd"))
+
+    def state_dict_for_saving(self):
+        raise NoWeightsError(NO_WEIGHTS.format("state_dict_for_saving"))
+
+    def get_key_patches(self):
+        raise NoWeightsError(NO_WEIGHTS.format("get_key_patches"))
+
+    def _shares(self) -> list[float]:
+        return [member.weight for member in self.retune_members]
+
+    def _members_with(self, tokens) -> list[tuple[Member, dict]]:
+        """Each member with what it reads. Raises ValueError where that would not be what was asked for."""
+        if _state(self.patcher) != self.retune_untouched or has_hooks(self):
+            raise NoWeightsError(NO_WEIGHTS.format("hooks, a bypass LoRA or another patch on its model"))
+        others = tokens.get(TOKENS)
+        plain = {key: value for key, value in tokens.items() if key != TOKENS}
+        if others is None and not all(member.reads_first for member in self.retune_members):
+            raise ValueError("the tokens are another CLIP's; expected the blend's own, for every encoder.")
+        if others is not None and any(plain.get(key) is not value for key, value in others.first.items()):
+            raise ValueError(
+                "the prompt has a text for each encoder of a pair, and the blended CLIPs are not alike; expected "
+                'one text. Use CLIP Text Encode, or space "weights".'
+            )
+        own = others.own if others is not None else [None] * len(self.retune_members)
+        return [(m, plain if o is None else o) for m, o in zip(self.retune_members, own, strict=True)]
+
+
 @cache
 def _blended_class() -> type:
     import comfy.sd
 
-    class BlendedCLIP(comfy.sd.CLIP):
-        def clone(self, *args, **options):
-            other = super().clone(*args, **options)
-            other.__class__ = _blended_class()
-            other.retune_members = tuple(_spread(m, m.clip.clone(*args, **options)) for m in self.retune_members)
-            other.retune_untouched = self.retune_untouched
-            return other
-
-        def add_patches(self, patches, *args, **options):
-            """On every text encoder; those that lack a weight take no notice."""
-            keys = [member.clip.add_patches(patches, *args, **options) for member in self.retune_members]
-            return list(dict.fromkeys(key for found in keys for key in found))
-
-        def clip_layer(self, layer_idx):
-            super().clip_layer(layer_idx)
-            for member in self.retune_members:
-                member.clip.clip_layer(layer_idx)
-
-        def set_tokenizer_option(self, option_name, value):
-            super().set_tokenizer_option(option_name, value)
-            for member in self.retune_members:
-                member.clip.set_tokenizer_option(option_name, value)
-
-        def tokenize(self, text, return_word_ids=False, **options):
-            tokens, *others = (
-                None if place and member.reads_first else member.clip.tokenize(text, return_word_ids, **options)
-                for place, member in enumerate(self.retune_members)
-            )
-            if any(others):
-                tokens = {**tokens, TOKENS: OwnTokens(dict(tokens), (None, *others))}
-            return tokens
-
-        def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
-            said = [
-                member.clip.encode_from_tokens(own, return_pooled=return_pooled, return_dict=True)
-                for member, own in self._members_with(tokens)
-            ]
-            entries = [[more.pop("cond"), more] for more in said]
-            context, more = blend_entries(self._shares(), entries)
-            if return_dict:
-                return {"cond": context, **more}
-            return (context, more["pooled_output"]) if return_pooled else context
-
-        def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict=None, show_pbar=True):
-            schedules = [
-                member.clip.encode_from_tokens_scheduled(own, unprojected, dict(add_dict or {}), show_pbar)
-                for member, own in self._members_with(tokens)
-            ]
-            if len({len(one) for one in schedules}) > 1:
-                raise ValueError(
-                    f"the text encoders give {', '.join(str(len(one)) for one in schedules)} conditionings for a "
-                    "prompt (a timestep resampler gives one for each range of noise levels); expected as many of each."
-                )
-            return [blend_entries(self._shares(), entries) for entries in zip(*schedules, strict=True)]
-
-        def get_sd(self):
-            raise NoWeightsError(NO_WEIGHTS.format("get_sd"))
-
-        def state_dict_for_saving(self):
-            raise NoWeightsError(NO_WEIGHTS.format("state_dict_for_saving"))
-
-        def get_key_patches(self):
-            raise NoWeightsError(NO_WEIGHTS.format("get_key_patches"))
-
-        def _shares(self) -> list[float]:
-            return [member.weight for member in self.retune_members]
-
-        def _members_with(self, tokens) -> list[tuple[Member, dict]]:
-            """Each member with what it reads. Raises ValueError where that would not be what was asked for."""
-            if _state(self.patcher) != self.retune_untouched or has_hooks(self):
-                raise NoWeightsError(NO_WEIGHTS.format("hooks, a bypass LoRA or another patch on its model"))
-            others = tokens.get(TOKENS)
-            plain = {key: value for key, value in tokens.items() if key != TOKENS}
-            if others is None and not all(member.reads_first for member in self.retune_members):
-                raise ValueError("the tokens are another CLIP's; expected the blend's own, for every encoder.")
-            if others is not None and any(plain.get(key) is not value for key, value in others.first.items()):
-                raise ValueError(
-                    "the prompt has a text for each encoder of a pair, and the blended CLIPs are not alike; expected "
-                    'one text. Use CLIP Text Encode, or space "weights".'
-                )
-            own = others.own if others is not None else [None] * len(self.retune_members)
-            return [(m, plain if o is None else o) for m, o in zip(self.retune_members, own, strict=True)]
-
-    return BlendedCLIP
+    return type("BlendedCLIP", (Blending, comfy.sd.CLIP), {})

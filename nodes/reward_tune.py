@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
-from .run_inputs import name_inputs, rate_input, run_inputs
+from .run_inputs import alpha_input, name_inputs, rank_input, rate_input, run_inputs
 from .types import LoraModel
 
 STEPS, BATCH = 100, 4
@@ -90,18 +90,9 @@ class RetuneRewardTune(io.ComfyNode):
                     optional=True,
                     tooltip="Steps are gone through one by one, and memory does not grow with their number.",
                 ),
-                io.Int.Input(
-                    "lora_rank", default=d.lora_rank, min=1, max=4096, optional=True, tooltip="Rank of a tuned LoRA."
-                ),
-                io.Float.Input(
-                    "lora_alpha",
-                    default=d.lora_alpha,
-                    min=0.001,
-                    max=4096.0,
-                    step=0.5,
-                    round=False,
-                    optional=True,
-                    tooltip="Scale of a tuned LoRA: alpha / rank multiplies it.",
+                rank_input("lora_rank", d.lora_rank, "Rank of a tuned LoRA.", optional=True),
+                alpha_input(
+                    "lora_alpha", d.lora_alpha, "Scale of a tuned LoRA: alpha / rank multiplies it.", optional=True
                 ),
                 *run_inputs(),
             ],

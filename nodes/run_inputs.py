@@ -23,6 +23,15 @@ def rate_input(name: str, default: float, tooltip: str, **more) -> io.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip, **more)
 
 
+def rank_input(name: str, default: int, tooltip: str, low: int = 1, **more) -> io.Input:
+    return io.Int.Input(name, default=default, min=low, max=4096, tooltip=tooltip, **more)
+
+
+def alpha_input(name: str, default: float, tooltip: str, low: float = 0.001, **more) -> io.Input:
+    """Scale of adapters."""
+    return io.Float.Input(name, default=default, min=low, max=4096.0, step=0.5, round=False, tooltip=tooltip, **more)
+
+
 def name_inputs(default: str) -> list:
     """Name and seed of a run."""
     return [

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.embedding_config import LORA_TARGETS, EmbeddingConfig
 from . import types
-from .run_inputs import data_inputs, name_inputs, rate_input, run_inputs
+from .run_inputs import alpha_input, data_inputs, name_inputs, rank_input, rate_input, run_inputs
 from .types import LoraModel
 
 LEARNING_RATE = 5e-3
@@ -79,23 +79,15 @@ class RetuneTrainEmbedding(io.ComfyNode):
                     tooltip="vocabulary: vectors stay as long as usual words, so that they mix with others. free: they "
                     "may grow.",
                 ),
-                io.Int.Input(
+                rank_input(
                     "lora_rank",
-                    default=0,
-                    min=0,
-                    max=4096,
+                    0,
+                    "Rank of a LoRA on the model that trains in the same run (pivotal tuning); 0: none.",
+                    low=0,
                     optional=True,
-                    tooltip="Rank of a LoRA on the model that trains in the same run (pivotal tuning); 0: none.",
                 ),
-                io.Float.Input(
-                    "lora_alpha",
-                    default=d.lora_alpha,
-                    min=0.001,
-                    max=4096.0,
-                    step=0.5,
-                    round=False,
-                    optional=True,
-                    tooltip="Scale of that LoRA: alpha / rank multiplies it.",
+                alpha_input(
+                    "lora_alpha", d.lora_alpha, "Scale of that LoRA: alpha / rank multiplies it.", optional=True
                 ),
                 io.Combo.Input(
                     "lora_targets",

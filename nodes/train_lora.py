@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.lora_config import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
 from . import types
-from .run_inputs import data_inputs, name_inputs, rate_input, run_inputs
+from .run_inputs import alpha_input, data_inputs, name_inputs, rank_input, rate_input, run_inputs
 from .types import LoraModel
 
 LEARNING_RATE = 1e-4
@@ -33,15 +33,9 @@ class RetuneTrainLora(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that the captions are read with."),
                 *data_inputs(),
                 rate_input("learning_rate", LEARNING_RATE, "Peak learning rate of the UNet's adapters."),
-                io.Int.Input("rank", default=d.rank, min=1, max=4096, tooltip="Rank of the adapters."),
-                io.Float.Input(
-                    "alpha",
-                    default=d.alpha,
-                    min=0.001,
-                    max=4096.0,
-                    step=0.5,
-                    round=False,
-                    tooltip="Scale of the adapters: alpha / rank multiplies them. It does not train.",
+                rank_input("rank", d.rank, "Rank of the adapters."),
+                alpha_input(
+                    "alpha", d.alpha, "Scale of the adapters: alpha / rank multiplies them. It does not train."
                 ),
                 io.Combo.Input(
                     "algorithm",
@@ -75,24 +69,8 @@ class RetuneTrainLora(io.ComfyNode):
                     optional=True,
                     tooltip="A named group of values wins over those above that it names; see the help page.",
                 ),
-                io.Int.Input(
-                    "conv_rank",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    optional=True,
-                    tooltip="Rank for 3x3 convolutions; 0: rank.",
-                ),
-                io.Float.Input(
-                    "conv_alpha",
-                    default=0.0,
-                    min=0.0,
-                    max=4096.0,
-                    step=0.5,
-                    round=False,
-                    optional=True,
-                    tooltip="Scale for 3x3 convolutions; 0: alpha.",
-                ),
+                rank_input("conv_rank", 0, "Rank for 3x3 convolutions; 0: rank.", low=0, optional=True),
+                alpha_input("conv_alpha", 0.0, "Scale for 3x3 convolutions; 0: alpha.", low=0.0, optional=True),
                 io.Int.Input(
                     "lokr_factor",
                     default=-1,

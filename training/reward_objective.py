@@ -21,7 +21,7 @@ from .model import Conditioning, TextToImage
 from .objectives import Loss
 from .reward_config import RewardTuneConfig
 from .rewards.combined import CombinedReward, CombinedScores
-from .rollout import Heard, Step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from .rollout import Heard, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
 from .sampling import initial_noise
 
 
@@ -112,19 +112,11 @@ class RewardObjective:
 
     def _through_one(self, states, number: int, heard: Heard, prompts, wanted, random):
         """Through the clean latent that one step's output stands for."""
-        step = self.chain[number]
-        single = Step(step.time, step.sigma, *self._clean(number))
+        single = clean_step(self.model.denoiser, self.chain[number])
         clean = rollout(self.model.denoiser, states[number], [single], heard)[-1]
         scores, end = self._end_gradient(clean, prompts, random)
         gradients = stepwise_gradient(self.model.denoiser, [states[number], clean], [single], [0], heard, end, wanted)
         return scores, gradients
-
-    def _clean(self, number: int) -> tuple[Tensor, Tensor]:
-        """Coefficients p and q of the clean latent p x + q out."""
-        denoiser, sigma = self.model.denoiser, self.chain[number].sigma
-        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-        p, q = (denoiser.denoised(x, sigma[None].float(), out).view(()) for x, out in ((one, zero), (zero, one)))
-        return p, q
 
     def _through_all(self, states, last: int, heard: Heard, prompts, wanted, random):
         """Through all of the last steps together, what the UNet reads of the picture included."""

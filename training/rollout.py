@@ -57,15 +57,25 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
     """The steps of `sampling.ddim_steps`, the noisiest first, as numbers; their denoised latent is p x + q out."""
     times = timesteps(count, len(denoiser.sigmas))
     sigmas = [denoiser.sigmas[time].to(dtype) for time in times] + [torch.zeros((), dtype=dtype)]
-    one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
     steps = []
     for time, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):
-        p, q = (denoiser.denoised(x, sigma[None], out).view(()) for x, out in ((one, zero), (zero, one)))
+        p, q = _clean(denoiser, sigma)
         kept, share = following / sigma, 1 - following / sigma
         if denoiser.prediction_type == "flow":
             share = 1 - following - following * (1 - sigma) / sigma
         steps.append(Step(time, sigma, kept + share * p, share * q))
     return steps
+
+
+def clean_step(denoiser: Denoiser, step: Step) -> Step:
+    """The step that ends at once: from x to the clean latent p x + q out that its output stands for."""
+    return Step(step.time, step.sigma, *_clean(denoiser, step.sigma))
+
+
+def _clean(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    one, zero = sigma.new_ones(1, 1, 1, 1), sigma.new_zeros(1, 1, 1, 1)
+    p, q = (denoiser.denoised(x, sigma[None], out).view(()) for x, out in ((one, zero), (zero, one)))
+    return p, q
 
 
 def first_latent(denoiser: Denoiser, noise: Tensor, chain: Sequence[Step]) -> Tensor:
