@@ -111,14 +111,14 @@ def embedding(arguments: argparse.Namespace) -> dict:
 
 def reward(arguments: argparse.Namespace) -> dict:
     from .data.prompts import read_prompts
-    from .tune_rewards import rewards_of, tune
+    from .rewards.described import read_rewards
+    from .tune_rewards import tune
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     config = read_flags(arguments, RewardTuneConfig, settings=settings, samples=samples)
-    prompts, rewards = (
-        read_prompts(arguments.prompts),
-        rewards_of(arguments.reward, arguments.held_out, arguments.comfyui),
-    )
+    prompts = read_prompts(arguments.prompts)
+    held_out = [f"{text},weight=0" for text in arguments.held_out]
+    rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
     model = open_model(arguments)
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal())
@@ -203,11 +203,9 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     w = verbs.add_parser("reward", help="tune a text encoder or UNet so that pictures score higher")
     add_flags(w, ModelConfig)
     w.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line, or .jsonl with weights")
-    g = w.add_argument_group("rewards: KIND WEIGHT [FILE [IMAGE_TOWER]]")
-    g.add_argument("--reward", nargs="+", action="append", required=True, help="one term; may be given several times")
-    g.add_argument(
-        "--held-out", nargs="+", action="append", default=[], help="logged, never trained on: KIND [FILE ...]"
-    )
+    g = w.add_argument_group("rewards, each as kind,name=value,... (see `score --help`)")
+    g.add_argument("--rewards", nargs="+", required=True, metavar="REWARD", help="what is maximised, summed by weight")
+    g.add_argument("--held-out", nargs="*", default=(), metavar="REWARD", help="rewards logged and not trained on")
     add_flags(w, RewardTuneConfig, skip=("settings", "samples"))
     add_flags(w, TrainingSettings)
     _add_run_flags(w, ("custom",))

@@ -22,8 +22,7 @@ from .loop import Loop, LoopConfig
 from .model import TextToImage
 from .reward_config import RewardTuneConfig
 from .reward_objective import RewardObjective
-from .rewards.combined import CombinedReward, Term
-from .rewards.load import RewardConfig, load_reward
+from .rewards.combined import CombinedReward
 from .run_folder import RunFolder
 from .train_lora import ARTIFACT as LORA_ARTIFACT
 from .train_lora import described_model, networks_of, trainable_layers, write_lora
@@ -202,20 +201,3 @@ def read_tuned(path: Path) -> Tuned:
     text = {name: value for name, value in tensors.items() if name.startswith("text_encoders.")}
     adapters = read_tensors(lora)[0] if lora.exists() else {}
     return Tuned(file, under(ldm.UNET_PREFIX), text, under(PROJECTION_PREFIX), adapters)
-
-
-def rewards_of(
-    terms: Sequence[Sequence[str]], held_out: Sequence[Sequence[str]], comfyui: Path | None
-) -> CombinedReward:
-    """The command line's rewards: each of `terms` is kind, weight, then up to two files; `held_out` have no weight."""
-    found = []
-    for kind, *rest in [*terms, *([kind, "0", *files] for kind, *files in held_out)]:
-        try:
-            weight = float(rest[0]) if rest else 1.0
-        except ValueError as error:
-            raise ValueError(
-                f"weight of reward {kind} is {rest[0]!r}; expected a number: KIND WEIGHT [FILE]."
-            ) from error
-        files = dict(zip(("file", "image_tower"), map(Path, rest[1:]), strict=False))
-        found.append(Term(reward=load_reward(RewardConfig(kind=kind, comfyui=comfyui, **files)), weight=weight))
-    return CombinedReward(found)

@@ -198,3 +198,18 @@ def test_what_the_model_lacks(tiny_model, tmp_path):
         tune(tiny_model, reward(), PROMPTS, config(train="projection"), tmp_path)
     with pytest.raises(ValueError, match="prompts hold no prompts"):
         tune(tiny_model, reward(), [], config(), tmp_path)
+
+
+def test_the_command_line_tunes_and_logs_what_it_holds_out(tmp_path, capsys):
+    from retune.training.__main__ import main
+
+    (tmp_path / "p.txt").write_text("two small red circles\n", encoding="utf-8")
+    sizes = "--steps 1 --batch-size 1 --gradient-steps 1 --sampling-steps 2 --width 64 --height 64 --lora-rank 2"
+    arguments = ["reward", "--model", "demo", "--prompts", str(tmp_path / "p.txt"), *sizes.split(), "--run-name", "r"]
+    arguments += ["--rewards", "demo aesthetic,weight=2", "--held-out", "demo CLIP", "--train", "text encoder LoRA"]
+    assert main([*arguments, "--output", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(tmp_path / "r")
+    (row,) = (row for row in rows(tmp_path) if "event" not in row)
+    assert row["reward"] == pytest.approx(2 * row["demo aesthetic normalised"]) and "demo CLIP" in row
+    assert main([*arguments, "--rewards", "demo CLIP,wait=2", "--output", str(tmp_path)]) == 2
+    assert "has 'wait'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,11 @@ from torch import Tensor
 from ..data.folder import find_images
 from ..data.images import load_image
 from ..files import write_text
-from .combined import CombinedReward, Term
+from .described import read_rewards
 from .diversity import diversity
-from .load import RewardConfig, load_reward
 from .score import score_images
 
 log = logging.getLogger(__name__)
-_PATHS = ("file", "image_tower", "tokenizer", "comfyui")
-_TERM = ("weight", "target", "form")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,26 +63,6 @@ def score_files(config: ScoreConfig) -> dict[str, Any]:
     return result
 
 
-def read_rewards(texts: Sequence[str], tokenizer: Path | None = None, comfyui: Path | None = None) -> CombinedReward:
-    """The rewards that texts such as "PickScore,file=a.safetensors,weight=2" describe, on the CPU.
-
-    Errors: ValueError for a name that there is not or a value that is no number, and those of `load_reward`.
-    """
-    terms = []
-    for text in texts:
-        kind, *given = (part.strip() for part in text.split(","))
-        values: dict[str, Any] = dict(part.partition("=")[::2] for part in given)
-        known = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
-        for name in values.keys() - known:
-            raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(known))}.")
-        values |= {name: Path(values[name]) for name in _PATHS if name in values}
-        values |= {name: _number(text, name, values[name]) for name in ("weight", "target") if name in values}
-        shape = {name: values.pop(name) for name in _TERM if name in values}
-        config = RewardConfig(kind=kind, **{"tokenizer": tokenizer, "comfyui": comfyui} | values)
-        terms.append(Term(reward=load_reward(config), **shape))
-    return CombinedReward(terms)
-
-
 def read_prompts(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
     """A prompt for each image, from a file or the .txt beside it; ValueError for another number, or none."""
     if file is not None:
@@ -108,13 +85,6 @@ def of_one_size(files: Sequence[Path]) -> Tensor:
             height, width = images[0].shape[1:]
             raise ValueError(f"{file.name} has another size than {width} x {height}; expected images of one size.")
     return torch.stack(images)
-
-
-def _number(text: str, name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"reward {text!r} has {name} {value!r}; expected a number.") from error
 
 
 VERBS = {"score": (ScoreConfig, score_files)}

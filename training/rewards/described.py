@@ -1,0 +1,41 @@
+"""Rewards as the command line describes them: "PickScore,file=PickScore_v1.safetensors,weight=2"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .combined import CombinedReward, Term
+from .load import RewardConfig, load_reward
+
+_PATHS = ("file", "image_tower", "tokenizer", "comfyui")
+_TERM = ("weight", "target", "form")
+
+
+def read_rewards(texts: Sequence[str], tokenizer: Path | None = None, comfyui: Path | None = None) -> CombinedReward:
+    """The rewards that texts such as "PickScore,file=a.safetensors,weight=2" describe, on the CPU.
+
+    Errors: ValueError for a name that there is not or a value that is no number, and those of `load_reward`.
+    """
+    terms = []
+    for text in texts:
+        kind, *given = (part.strip() for part in text.split(","))
+        values: dict[str, Any] = dict(part.partition("=")[::2] for part in given)
+        known = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
+        for name in values.keys() - known:
+            raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(known))}.")
+        values |= {name: Path(values[name]) for name in _PATHS if name in values}
+        values |= {name: _number(text, name, values[name]) for name in ("weight", "target") if name in values}
+        shape = {name: values.pop(name) for name in _TERM if name in values}
+        config = RewardConfig(kind=kind, **{"tokenizer": tokenizer, "comfyui": comfyui} | values)
+        terms.append(Term(reward=load_reward(config), **shape))
+    return CombinedReward(terms)
+
+
+def _number(text: str, name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"reward {text!r} has {name} {value!r}; expected a number.") from error
