@@ -67,19 +67,21 @@ class RewardObjective:
         indices, spoken = [index for index, _ in batch], [Spoken(*one) for _, one in batch]
         prompts = [one.prompt for one in spoken]
         heard, noise = self._heard(spoken), self._noise(indices, step)
-        scores, pull = self._pull(heard, noise, prompts, step)
+        scores, pull = self._pull(heard, noise, prompts, (step, indices[0]))
         self._seen[1].extend(world().gathered(_on_cpu(scores)))
         value = -scores.total.detach()
         return Loss(value + (pull - pull.detach()) / len(value), scores.means())
 
-    def _pull(self, heard: Heard, noise: Tensor, prompts: list[str], step: int) -> tuple[CombinedScores, Tensor]:
-        """The scores, and a number whose gradient is that of minus their sum."""
+    def _pull(
+        self, heard: Heard, noise: Tensor, prompts: list[str], draw: tuple[int, int]
+    ) -> tuple[CombinedScores, Tensor]:
+        """The scores, and a number whose gradient is that of minus their sum. draw: the step and the first index."""
         denoiser, config = self.model.denoiser, self.config
         cut, parameters = heard.detached(), list(self._wanted())
         states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, cut)
-        last, chosen = self._chosen(step)
+        last, chosen = self._chosen(draw[0])
         wanted = [*cut.tensors, *parameters]
-        random = generator(config.seed, "reward augmentation", step)
+        random = generator(config.seed, "reward augmentation", *draw)
         if config.method == "one step":
             scores, gradients = self._through_one(states, chosen[0], cut, prompts, wanted, random)
         elif config.stop_gradient:
