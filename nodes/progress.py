@@ -29,10 +29,10 @@ class NodeCallbacks(Callbacks):
         self._denoiser: ComfyDenoiser | None = None
         self._memory, self._said = 0, 0.0
 
-    def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int) -> None:
+    def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int, more: int = 0) -> None:
         """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
         largest = max(dataset.examples, key=lambda example: example.width * example.height)
-        self.keep_ready(model, batch_size, largest.height, largest.width)
+        self.keep_ready(model, batch_size, largest.height, largest.width, more)
 
     def keep_ready(self, model: TextToImage, batch_size: int, height: int, width: int, more: int = 0) -> None:
         """The same for pictures of one size in pixels; more: bytes to keep free besides."""

@@ -16,6 +16,10 @@ def size_input(name: str, default: int) -> io.Input:
     return io.Int.Input(name, default=default, min=64, max=8192, step=8, tooltip=tooltip)
 
 
+def constraint_input(name: str, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=0.0, min=0.0, max=1e6, step=0.05, round=False, optional=True, tooltip=tooltip)
+
+
 class RetuneRewardTune(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -45,7 +49,8 @@ class RetuneRewardTune(io.ComfyNode):
                     options=list(METHODS),
                     default=d.method,
                     tooltip="last K: through the last gradient_steps. random K: through a random number of the last, "
-                    "up to it. one step: by the clean picture seen from one of them, the cheapest.",
+                    "up to it. one step: by the clean picture seen from one of them, the cheapest. direct: no sampler, "
+                    "by the clean picture seen from noised images of a dataset.",
                 ),
                 io.Int.Input(
                     "gradient_steps",
@@ -94,6 +99,17 @@ class RetuneRewardTune(io.ComfyNode):
                 alpha_input(
                     "lora_alpha", d.lora_alpha, "Scale of a tuned LoRA: alpha / rank multiplies it.", optional=True
                 ),
+                types.Dataset.Input(
+                    "dataset", optional=True, tooltip="Captioned images, for method direct, which reads no prompts."
+                ),
+                constraint_input(
+                    "eps_constraint",
+                    "Weight of the squared difference between the tuned and the original model's outputs; 0: none.",
+                ),
+                constraint_input(
+                    "drift_constraint",
+                    "Weight of how far the prompts' encodings move, as a share of their squared length; 0: none.",
+                ),
                 *run_inputs(),
             ],
             outputs=[
@@ -107,7 +123,18 @@ class RetuneRewardTune(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, reward, prompts, settings=None, samples=None, constraint=None, held_out=None, **values
+        cls,
+        model,
+        clip,
+        vae,
+        reward,
+        prompts,
+        settings=None,
+        samples=None,
+        constraint=None,
+        held_out=None,
+        dataset=None,
+        **values,
     ):
         from ..training.tune_rewards import tune
         from .paths import runs_folder
@@ -121,6 +148,8 @@ class RetuneRewardTune(io.ComfyNode):
         with tuning(model, clip, vae, judge) as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)
             callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
+            if config.method == "direct" and dataset is not None:
+                callbacks.keep_loaded(view, dataset, config.batch_size, memory)
             details = {"prompt": cls.hidden.prompt}
-            found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details)
+            found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details, dataset)
         return io.NodeOutput(*applied(model, clip, found, config.run_name), found.lora, found.path.parent)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..training.data.prompts import Prompt, expect_prompts, read_prompts
+from ..training.data.prompts import Prompt, read_prompts
 from ..training.model import TextToImage
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.reward import ClipReward
@@ -20,9 +20,9 @@ from .weights import is_dynamic, with_text_weights, with_unet_weights
 
 
 def prompt_list(prompts: str, file: str) -> list[Prompt]:
-    """The lines of a text, then the prompts of a file if one is named. ValueError when there are none."""
+    """The lines of a text, then the prompts of a file if one is named."""
     typed = [Prompt(line.strip()) for line in prompts.splitlines() if line.strip()]
-    return expect_prompts(typed + (read_prompts(Path(file.strip())) if file.strip() else []), "prompts")
+    return typed + (read_prompts(Path(file.strip())) if file.strip() else [])
 
 
 def tuned_by(reward, weight: float, constraint, held_out) -> ManagedReward:

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,12 +116,13 @@ def reward(arguments: argparse.Namespace) -> dict:
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     config = read_flags(arguments, RewardTuneConfig, settings=settings, samples=samples)
-    prompts = read_prompts(arguments.prompts)
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    dataset = open_dataset(arguments, Terminal()) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
     model = open_model(arguments)
     rewards.network.to(model.denoiser.device)
-    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal())
+    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return {"run": str(tuned.path.parent), "result": str(tuned.path)}
 
 
@@ -202,11 +203,13 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     e.set_defaults(function=embedding)
     w = verbs.add_parser("reward", help="tune a text encoder or UNet so that pictures score higher")
     add_flags(w, ModelConfig)
-    w.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line, or .jsonl with weights")
+    w.add_argument("--prompts", type=Path, help="text file, a prompt a line, or .jsonl with weights")
     g = w.add_argument_group("rewards, each as kind,name=value,... (see `score --help`)")
     g.add_argument("--rewards", nargs="+", required=True, metavar="REWARD", help="what is maximised, summed by weight")
     g.add_argument("--held-out", nargs="*", default=(), metavar="REWARD", help="rewards logged and not trained on")
     add_flags(w, RewardTuneConfig, skip=("settings", "samples"))
+    w.add_argument("--folder", type=Path, help="folder of captioned images, for --method direct")
+    _add_data_flags(w, skip=("folder",))
     add_flags(w, TrainingSettings)
     _add_run_flags(w, ("custom",))
     w.set_defaults(function=reward)
@@ -237,8 +240,8 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     return top
 
 
-def _add_data_flags(verb: argparse.ArgumentParser) -> None:
-    add_flags(verb, FolderConfig)
+def _add_data_flags(verb: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
+    add_flags(verb, FolderConfig, skip=skip)
     g = verb.add_argument_group("regularisation images")
     g.add_argument("--reg-folder", type=Path, help="images that keep the model what it was; an epoch shows as many")
     g.add_argument("--reg-weight", type=float, default=1.0, help="factor of their loss (default: 1.0)")

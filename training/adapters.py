@@ -88,7 +88,7 @@ class Adapters:
 
     def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
         self.config, self.seed = config, seed
-        self._layers = dict(layers)
+        self._layers, self._released = dict(layers), False
         self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
         holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
         for name, module in self.modules.items():
@@ -137,6 +137,15 @@ class Adapters:
                 stack.callback(handle.remove)
             yield
 
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """While entered, inside `attach`, the layers are what they were before it."""
+        self._released = True
+        try:
+            yield
+        finally:
+            self._released = False
+
     def lora_model(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """ComfyUI's LORA_MODEL: copies of the tensors, fp32 on the CPU, alphas included."""
         values = self.values() if values is None else values
@@ -152,6 +161,8 @@ class Adapters:
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0]
+            if self._released:
+                return output
             if training and config.module_dropout and torch.rand(()).item() < config.module_dropout:
                 return output
             if training and config.dropout:

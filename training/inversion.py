@@ -67,6 +67,7 @@ class TokenEmbeddings:
         device: torch.device,
     ):
         self._networks, self._norms = list(networks), dict(norms)
+        self._originals: dict[str, Tensor] = {}
         self._places = {f"{c.token}/{name}": (c, name) for c in concepts for name in c.vectors}
         self.parameters = {
             key: nn.Parameter(concept.vectors[name].detach().to(device, torch.float32, copy=True))
@@ -109,13 +110,27 @@ class TokenEmbeddings:
         originals = {key: concept.vectors[name] for key, (concept, name) in self._places.items()}
         with frozen(self._networks):
             try:
-                for key, vectors in self.vectors(values).items():
-                    concept, name = self._places[key]
-                    concept.vectors[name] = vectors
+                self._originals = originals
+                self._put(self.vectors(values))
                 yield
             finally:
-                for key, (concept, name) in self._places.items():
-                    concept.vectors[name] = originals[key]
+                self._originals = {}
+                self._put(originals)
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """While entered, inside `attach`, the text encoder is what it was before it."""
+        attached = {key: concept.vectors[name] for key, (concept, name) in self._places.items()}
+        try:
+            self._put(self._originals)
+            yield
+        finally:
+            self._put(attached)
+
+    def _put(self, vectors: Mapping[str, Tensor]) -> None:
+        for key, value in vectors.items():
+            concept, name = self._places[key]
+            concept.vectors[name] = value
 
     def concepts(self, values: Mapping[str, Tensor] | None = None) -> tuple[Concept, ...]:
         """Concepts of their own with these values, fp32 on the CPU."""

@@ -9,7 +9,7 @@ from .config import RunConfig, check_choices, check_range
 from .lora_config import LoraConfig
 
 WHAT = ("text encoder", "text encoder LoRA", "UNet", "UNet LoRA", "projection")
-METHODS = ("last K", "random K", "one step")
+METHODS = ("last K", "random K", "one step", "direct")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class RewardTuneConfig(RunConfig):
     """What is tuned."""
     method: Literal[METHODS] = "last K"  # type: ignore[valid-type]
     """Sampler steps that gradients go through: the last K; as many of the last as a draw from 1 to K says (AlignProp,
-    arXiv 2310.03739); or the clean picture seen from one step among the last K (ReFL, arXiv 2304.05977)."""
+    arXiv 2310.03739); the clean picture seen from one step among the last K (ReFL, arXiv 2304.05977); or direct: no
+    sampler, the clean picture seen from a noised image of a data set, without guidance (TextCraftor, equation 4)."""
     gradient_steps: int = 5
     """K, the steps counted from the end."""
     sampling_steps: int = 25
@@ -40,18 +41,34 @@ class RewardTuneConfig(RunConfig):
     """Rank of the adapters, where a LoRA is tuned."""
     lora_alpha: float = 16.0
     """Scale of the adapters, fixed: dW = alpha / rank * up * down."""
+    eps_constraint: float = 0.0
+    """Weight of the mean squared difference between the tuned and the frozen model's outputs at the steps that
+    gradients go through (the KL term of DRaFT+); 0 = off. It costs a frozen pass for each."""
+    drift_constraint: float = 0.0
+    """Weight of how far the prompts' encodings move, as a share of their squared length; 0 = off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
         check_range(self, gradient_steps=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
         check_range(self, width=(8, 8192), height=(8, 8192), lora_rank=(1, 4096), lora_alpha=(1e-6, 1e6))
+        check_range(self, eps_constraint=(0, 1e6), drift_constraint=(0, 1e6))
+        if self.drift_constraint and not self.text_trains:
+            raise ValueError(
+                f"drift_constraint is {self.drift_constraint:g} and train {self.train!r}; expected 0, since no "
+                "encoding of a prompt moves. Use eps_constraint instead."
+            )
         if self.gradient_steps > self.sampling_steps:
             raise ValueError(
                 f"gradient_steps is {self.gradient_steps}; expected at most sampling_steps, {self.sampling_steps}."
             )
         if self.width % 8 or self.height % 8:
             raise ValueError(f"picture size is {self.width}x{self.height}; expected multiples of 8.")
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether what is tuned is part of the text encoder."""
+        return self.train in ("text encoder", "text encoder LoRA", "projection")
 
     @property
     def lora(self) -> LoraConfig:

@@ -3,16 +3,17 @@
 One step of TextCraftor (arXiv 2403.18978, algorithm 1): prompts become pictures by guided DDIM from noise, the pictures
 a reward, and its gradient goes back through the last sampler steps into what trains. With the gradient stopped at the
 UNet's input each of those steps is gone through on its own (see `rollout`), and the reward and the decoder before them,
-so that no two graphs are in memory at a time.
+so that no two graphs are in memory at a time. The constraints are in `reward_constraint`, training on images instead of
+prompts in `direct_objective`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data.prompts import PromptSlot
 from .distributed import world
@@ -20,43 +21,61 @@ from .generators import generator
 from .model import Conditioning, TextToImage
 from .objectives import Loss
 from .reward_config import RewardTuneConfig
+from .reward_constraint import NearFrozen, drift
 from .rewards.combined import CombinedReward, CombinedScores
-from .rollout import Heard, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from .rollout import Heard, Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
 from .sampling import initial_noise
+from .trainable import Trainable
 
 
 class Spoken(NamedTuple):
-    """A prompt as the objective works on it: with its encoding and the empty prompt's, unless what trains is in it."""
+    """A prompt as the objective works on it: with its and the empty prompt's encoding by the frozen text encoder, where
+    they are wanted; `latent` (C, h, w) and `weight` only where an image belongs to it."""
 
     prompt: str
     positive: Conditioning | None = None
     negative: Conditioning | None = None
+    latent: Tensor | None = None
+    weight: float = 1.0
+
+
+class Chain(NamedTuple):
+    """Latents before each step and the end, the steps, and the numbers of those that gradients go through."""
+
+    states: list[Tensor]
+    steps: list[Step]
+    chosen: list[int]
 
 
 class RewardObjective:
-    """Objective: loss_i = - total reward of picture i.
+    """Objective: loss_i = - total reward of picture i, and what the constraints add.
 
-    wanted: the parameters that train. text_trains: whether the text encoder is among them; the empty prompt of the
-    guidance is then heard with it too, as it is in use.
+    trainable: whose parameters get the gradient. text_trains: whether the text encoder is among them; the empty prompt
+    of the guidance is then heard with it too, as it is in use.
     """
+
+    guided = True
+    """Whether training hears the empty prompt as well, at the config's cfg."""
 
     def __init__(
         self,
         model: TextToImage,
         reward: CombinedReward,
         config: RewardTuneConfig,
-        wanted: Callable[[], Sequence[nn.Parameter]],
+        trainable: Trainable,
         *,
         text_trains: bool,
     ):
-        self.model, self.reward, self.config, self._wanted = model, reward, config, wanted
+        self.model, self.reward, self.config, self._trainable = model, reward, config, trainable
         self._text_trains = text_trains
+        self._compares = bool(config.eps_constraint or config.drift_constraint)
+        self._cfg = config.cfg if self.guided else 1.0
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         self._seen: tuple[int, list[CombinedScores]] = (0, [])
 
     def load(self, slots: list[PromptSlot]) -> list[Spoken]:
-        """Prompts, encoded already unless the text encoder trains: encoding may move models about."""
-        if self._text_trains:
+        """Prompts, encoded by the frozen text encoder where that is wanted: encoding may move models about."""
+        if self._text_trains and not self._compares:
             return [Spoken(slot.prompt) for slot in slots]
         with torch.no_grad():
             empty = self._read("")
@@ -65,41 +84,58 @@ class RewardObjective:
     def __call__(self, batch: list[tuple[int, Spoken]], step: int) -> Loss:
         self._settle(step)
         indices, spoken = [index for index, _ in batch], [Spoken(*one) for _, one in batch]
-        prompts = [one.prompt for one in spoken]
-        heard, noise = self._heard(spoken), self._noise(indices, step)
-        scores, pull = self._pull(heard, noise, prompts, (step, indices[0]))
+        heard = self._now(spoken, self._cfg)
+        scores, pull, parts = self._pull(heard, indices, spoken, step)
         self._seen[1].extend(world().gathered(_on_cpu(scores)))
         value = -scores.total.detach()
-        return Loss(value + (pull - pull.detach()) / len(value), scores.means())
+        loss = value + (pull - pull.detach()) / len(value)
+        if "eps_mse" in parts:
+            loss = loss + self.config.eps_constraint * parts["eps_mse"].to(value)
+        if self.config.drift_constraint:
+            parts["drift"] = drift(heard, self._frozen(spoken, self._cfg))
+            loss = loss + self.config.drift_constraint * parts["drift"].to(value)
+        weights = torch.tensor([one.weight for one in spoken]).to(value)
+        return Loss(loss * weights, scores.means() | {name: part.mean().item() for name, part in parts.items()})
 
     def _pull(
-        self, heard: Heard, noise: Tensor, prompts: list[str], draw: tuple[int, int]
-    ) -> tuple[CombinedScores, Tensor]:
-        """The scores, and a number whose gradient is that of minus their sum. draw: the step and the first index."""
-        denoiser, config = self.model.denoiser, self.config
-        cut, parameters = heard.detached(), list(self._wanted())
-        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, cut)
-        last, chosen = self._chosen(draw[0])
-        wanted = [*cut.tensors, *parameters]
-        random = generator(config.seed, "reward augmentation", *draw)
-        if config.method == "one step":
-            scores, gradients = self._through_one(states, chosen[0], cut, prompts, wanted, random)
-        elif config.stop_gradient:
-            scores, end = self._end_gradient(states[-1], prompts, random)
-            gradients = stepwise_gradient(denoiser, states, self.chain, chosen, cut, end, wanted)
-        else:
-            scores, gradients = self._through_all(states, last, cut, prompts, wanted, random)
+        self, heard: Heard, indices: list[int], spoken: list[Spoken], step: int
+    ) -> tuple[CombinedScores, Tensor, dict[str, Tensor]]:
+        """The scores, a number whose gradient is that of minus their sum, and (B,) figures of constraints, in both."""
+        cut, parameters = heard.detached(), list(self._trainable.parameters.values())
+        chain = self._drawn(indices, spoken, step, cut)
+        near = self._near(spoken, len(chain.chosen))
+        wanted, prompts = [*cut.tensors, *parameters], [one.prompt for one in spoken]
+        random = generator(self.config.seed, "reward augmentation", step, indices[0])
+        scores, end = self._end_gradient(chain.states[-1], prompts, random)
+        gradients = self._joint if self._is_joint else self._stepwise
         live = [*heard.tensors, *parameters]
-        pull = sum((one * -gradient).sum() for one, gradient in zip(live, gradients, strict=True))
-        return scores, pull
+        pairs = zip(live, gradients(chain, cut, end, wanted, near), strict=True)
+        pull = sum((one * -gradient).sum() for one, gradient in pairs)
+        return scores, pull, {} if near is None else {"eps_mse": near.error}
 
-    def _chosen(self, step: int) -> tuple[int, list[int]]:
-        """How many of the last steps, and which, gradients go through; drawn once a step where the method draws."""
+    def _drawn(self, indices: list[int], spoken: list[Spoken], step: int, heard: Heard) -> Chain:
+        """Pictures of the prompts, as the sampler draws them."""
+        denoiser, noise = self.model.denoiser, self._noise(indices, step)
+        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)
+        chosen = self._chosen(step)
+        if self.config.method != "one step":
+            return Chain(states, self.chain, chosen)
+        noisy, single = states[chosen[0]], clean_step(denoiser, self.chain[chosen[0]].sigma)
+        return Chain(rollout(denoiser, noisy, [single], heard), [single], [0])
+
+    def _chosen(self, step: int) -> list[int]:
+        """The sampler steps that gradients go through; drawn once a step where the method draws."""
         most, count = self.config.gradient_steps, len(self.chain)
         if self.config.method != "last K":
             most = 1 + torch.randint(most, (), generator=generator(self.config.seed, "gradient steps", step)).item()
         chosen = range(count - most, count)
-        return most, [chosen[0]] if self.config.method == "one step" else list(chosen)
+        return [chosen[0]] if self.config.method == "one step" else list(chosen)
+
+    def _near(self, spoken: list[Spoken], count: int) -> NearFrozen | None:
+        if not self.config.eps_constraint:
+            return None
+        frozen = self._frozen(spoken, self._cfg)
+        return NearFrozen(self.model.denoiser, frozen, self._trainable.released, self.config.eps_constraint, count)
 
     def _end_gradient(
         self, latents: Tensor, prompts: list[str], random: torch.Generator
@@ -112,32 +148,44 @@ class RewardObjective:
             (gradient,) = torch.autograd.grad(images, leaf, at_images.to(images))
         return scores, gradient
 
-    def _through_one(self, states, number: int, heard: Heard, prompts, wanted, random):
-        """Through the clean latent that one step's output stands for."""
-        single = clean_step(self.model.denoiser, self.chain[number])
-        clean = rollout(self.model.denoiser, states[number], [single], heard)[-1]
-        scores, end = self._end_gradient(clean, prompts, random)
-        gradients = stepwise_gradient(self.model.denoiser, [states[number], clean], [single], [0], heard, end, wanted)
-        return scores, gradients
+    @property
+    def _is_joint(self) -> bool:
+        return not self.config.stop_gradient and self.config.method in ("last K", "random K")
 
-    def _through_all(self, states, last: int, heard: Heard, prompts, wanted, random):
+    def _stepwise(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
+        """Step by step, the gradient stopped at what the UNet reads of the picture."""
+        of_output = near and (lambda number, out: near.gradient(chain.states[number], chain.steps[number], out))
+        return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output)
+
+    def _joint(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
         """Through all of the last steps together, what the UNet reads of the picture included."""
+        (states, steps, chosen), denoiser = chain, self.model.denoiser
         with torch.enable_grad():
-            end = joint_end(self.model.denoiser, states, self.chain, last, heard, stop_gradient=False)
-            scores, at_end = self._end_gradient(end, prompts, random)
-            found = torch.autograd.grad(end, wanted, at_end, allow_unused=True)
-        return scores, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+            last, outputs = joint_end(denoiser, states, steps, len(chosen), heard, stop_gradient=False)
+            ends, at_ends = [last], [end]
+            if near is not None:
+                ends += outputs
+                at_ends += [
+                    near.gradient(states[n], steps[n], o.detach()) for n, o in zip(chosen, outputs, strict=True)
+                ]
+            found = torch.autograd.grad(ends, wanted, at_ends, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
 
-    def _heard(self, spoken: Sequence[Spoken]) -> Heard:
-        """What guidance reads of prompts, encoded now if they are not."""
+    def _now(self, spoken: Sequence[Spoken], cfg: float) -> Heard:
+        """What guidance reads of prompts, as the text encoder says it now."""
+        if not self._text_trains:
+            return self._frozen(spoken, cfg)
+        positive = [self._read(one.prompt) for one in spoken]
+        return self._guidance(positive, None if cfg == 1.0 else self._read(""), cfg)
+
+    def _frozen(self, spoken: Sequence[Spoken], cfg: float) -> Heard:
+        """What guidance reads of prompts, as the frozen text encoder said it."""
+        return self._guidance([one.positive for one in spoken], None if cfg == 1.0 else spoken[0].negative, cfg)
+
+    def _guidance(self, positive: list[Conditioning], negative: Conditioning | None, cfg: float) -> Heard:
         device = self.model.denoiser.device
-        positive = [self._read(one.prompt) if one.positive is None else one.positive for one in spoken]
-        if self.config.cfg == 1.0:
-            return Heard(Conditioning.cat(positive).to(device))
-        first = spoken[0].negative
-        negative = self._read("") if first is None else first
-        both = (Conditioning.cat(positive).to(device), Conditioning.cat([negative] * len(spoken)).to(device))
-        return Heard(*both, self.config.cfg)
+        empty = None if negative is None else Conditioning.cat([negative] * len(positive)).to(device)
+        return Heard(Conditioning.cat(positive).to(device), empty, cfg)
 
     def _read(self, text: str) -> Conditioning:
         encoder = self.model.text_encoder
@@ -176,7 +224,7 @@ class RewardObjective:
         total = 0.0
         for number, one in enumerate(loaded):
             noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
-            heard = self._heard([one])
+            heard = self._now([one], self.config.cfg)
             end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)[-1]
             total -= self.reward.scores(self.model.autoencoder.pixels(end), [one.prompt]).item()
         return total / len(loaded)

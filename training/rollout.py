@@ -8,7 +8,7 @@ through backward on its own, and peak memory does not grow with their count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,18 @@ from .sampling import timesteps
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a chain: x' = a x + b out, where out is the network's (guided) output at `sigma` (a scalar)."""
+    """One step of a chain: x' = a x + b out, where out is the network's (guided) output at `sigma`.
 
-    time: int
+    sigma, a and b: scalars, or one a sample, sigma (B,) and the others (B, 1, 1, 1).
+    """
+
     sigma: Tensor
     a: Tensor
     b: Tensor
+
+
+OutputGradient = Callable[[int, Tensor], Tensor]
+"""Of a step's number and its output (B, C, h, w): the gradient there of something that is to be maximised as well."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +64,26 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
     times = timesteps(count, len(denoiser.sigmas))
     sigmas = [denoiser.sigmas[time].to(dtype) for time in times] + [torch.zeros((), dtype=dtype)]
     steps = []
-    for time, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
         p, q = _clean(denoiser, sigma)
         kept, share = following / sigma, 1 - following / sigma
         if denoiser.prediction_type == "flow":
             share = 1 - following - following * (1 - sigma) / sigma
-        steps.append(Step(time, sigma, kept + share * p, share * q))
+        steps.append(Step(sigma, kept + share * p, share * q))
     return steps
 
 
-def clean_step(denoiser: Denoiser, step: Step) -> Step:
-    """The step that ends at once: from x to the clean latent p x + q out that its output stands for."""
-    return Step(step.time, step.sigma, *_clean(denoiser, step.sigma))
+def clean_step(denoiser: Denoiser, sigma: Tensor) -> Step:
+    """The step that ends at once: from x to the clean latent p x + q out that its output stands for; sigma: a scalar or
+    one a sample, (B,)."""
+    return Step(sigma, *_clean(denoiser, sigma))
 
 
 def _clean(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    one, zero = sigma.new_ones(1, 1, 1, 1), sigma.new_zeros(1, 1, 1, 1)
-    p, q = (denoiser.denoised(x, sigma[None], out).view(()) for x, out in ((one, zero), (zero, one)))
-    return p, q
+    shape = (sigma.numel(), 1, 1, 1)
+    one, zero = sigma.new_ones(shape), sigma.new_zeros(shape)
+    p, q = (denoiser.denoised(x, sigma.reshape(-1), out) for x, out in ((one, zero), (zero, one)))
+    return (p, q) if sigma.ndim else (p.view(()), q.view(()))
 
 
 def first_latent(denoiser: Denoiser, noise: Tensor, chain: Sequence[Step]) -> Tensor:
@@ -117,13 +125,14 @@ def stepwise_gradient(
     heard: Heard,
     end_gradient: Tensor,
     wanted: Sequence[Tensor],
+    of_output: OutputGradient | None = None,
 ) -> list[Tensor]:
     """Gradient of a function of the chain's end with respect to `wanted`, through the outputs of the chosen steps.
 
     states: as `rollout` gives them. heard: its tensors may be among `wanted`, as may parameters of the network.
     end_gradient: (B, C, h, w), the function's gradient at states[-1]. Equals back-propagation through the whole chain
-    with `stop_gradient`, all steps but the chosen ones held constant. One tensor for each of `wanted`, zeros for those
-    that no chosen step reads.
+    with `stop_gradient`, all steps but the chosen ones held constant. of_output: adds a function of each chosen step's
+    output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads.
     """
     total = [torch.zeros_like(one) for one in wanted]
     for number in chosen:
@@ -132,16 +141,23 @@ def stepwise_gradient(
             weight = weight * later.a
         with torch.enable_grad():
             out = guided_output(denoiser, states[number], chain[number], heard)
-            found = torch.autograd.grad(out, wanted, weight.to(out) * end_gradient, allow_unused=True)
+            at_output = weight.to(out) * end_gradient
+            if of_output is not None:
+                at_output = at_output + of_output(number, out.detach())
+            found = torch.autograd.grad(out, wanted, at_output, allow_unused=True)
         total = [whole if part is None else whole + part for whole, part in zip(total, found, strict=True)]
     return total
 
 
 def joint_end(
     denoiser: Denoiser, states: Sequence[Tensor], chain: Sequence[Step], last: int, heard: Heard, stop_gradient: bool
-) -> Tensor:
-    """The chain's end (B, C, h, w) with gradients through its last steps, so many; states: as `rollout` gives them."""
-    x = states[len(chain) - last]
+) -> tuple[Tensor, list[Tensor]]:
+    """The chain's end (B, C, h, w) and the outputs of its last steps, so many, with gradients through them.
+
+    states: as `rollout` gives them. stop_gradient: as for `advance`.
+    """
+    x, outputs = states[len(chain) - last], []
     for step in chain[len(chain) - last :]:
-        x = advance(denoiser, x, step, heard, stop_gradient=stop_gradient)
-    return x
+        outputs.append(guided_output(denoiser, x.detach() if stop_gradient else x, step, heard))
+        x = step.a.to(x) * x + step.b.to(x) * outputs[-1]
+    return x, outputs

@@ -247,10 +247,10 @@ def denoising_loop(
         model.denoiser,
         config.settings,
         config.seed,
-        latent_of=lambda slot: _shown(latents.get, slot, crops[slot.example.key], config.seed),
+        latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed),
         text_of=text_of,
         project=model.text_encoder.project,
-        mask_of=lambda slot: _shown(latents.mask, slot, crops[slot.example.key], config.seed),
+        mask_of=lambda slot: shown(latents.mask, slot, crops[slot.example.key], config.seed),
         varied_text_of=(lambda caption: None) if text_trains else texts.once,
         caption_of=kind.caption_of,
     )
@@ -312,15 +312,18 @@ def sampler_of(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks
 
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:
-    encoder, autoencoder = model.text_encoder, model.autoencoder
-    latents = LatentCache(
-        root / "latents", autoencoder.encode, autoencoder.fingerprint, downscale=autoencoder.downscale
-    )
+    encoder = model.text_encoder
     texts = TextCache(root / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
-    return latents, texts
+    return latent_cache(model, root), texts
 
 
-def _shown(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
+def latent_cache(model: TextToImage, root: Path) -> LatentCache:
+    """The cache of a model's latents below the folder `root`, which all runs share."""
+    autoencoder = model.autoencoder
+    return LatentCache(root / "latents", autoencoder.encode, autoencoder.fingerprint, downscale=autoencoder.downscale)
+
+
+def shown(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
     """The latent or the mask of a slot, whichever `get` gives, cropped alike."""
     if crop == "random":
         random = generator(seed, "crop", slot.epoch, slot.index, slot.example.key)

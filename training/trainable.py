@@ -38,6 +38,10 @@ class Trainable(Protocol):
         self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()
     ) -> AbstractContextManager[None]: ...
 
+    def released(self) -> AbstractContextManager[None]:
+        """While entered, inside `attach`, the network is what it was before."""
+        ...
+
 
 @dataclass(frozen=True)
 class Target:
@@ -83,6 +87,7 @@ class SelectedWeights:
             raise ValueError("selection of weights to train is empty; expected at least one. Choose other layers.")
         self._targets = dict(selected)
         self._networks = networks
+        self._originals: dict[str, Tensor] = {}
         self.parameters = {
             name: nn.Parameter(target.tensor.detach().clone().float()) for name, target in selected.items()
         }
@@ -122,13 +127,27 @@ class SelectedWeights:
         originals = {name: target.tensor for name, target in self._targets.items()}
         with frozen(self._networks):
             try:
-                for name, target in self._targets.items():
-                    original = originals[name]
-                    target.owner._parameters[target.attribute] = values[name].to(original.device)
+                self._originals = originals
+                self._put({name: values[name].to(original.device) for name, original in originals.items()})
                 yield
             finally:
-                for name, target in self._targets.items():
-                    target.owner._parameters[target.attribute] = originals[name]
+                self._originals = {}
+                self._put(originals)
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """While entered, inside `attach`, the networks are what they were before it."""
+        attached = {name: target.tensor for name, target in self._targets.items()}
+        try:
+            self._put(self._originals)
+            yield
+        finally:
+            self._put(attached)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            target = self._targets[name]
+            target.owner._parameters[target.attribute] = value
 
 
 class Together:
@@ -166,6 +185,14 @@ class Together:
         with ExitStack() as stack:
             for part, own in zip(self._parts, shared, strict=True):
                 stack.enter_context(part.attach(own, draw))
+            yield
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """While entered, inside `attach`, the networks are what they were before it."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.released())
             yield
 
     def _shared(self, values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

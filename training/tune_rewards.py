@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adapters import Adapters, select_layers
 from .callbacks import Callbacks
+from .data.dataset import split_validation
+from .data.examples import Dataset
+from .data.order import BatchOrder
 from .data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of
+from .direct_objective import DirectObjective
+from .distributed import world
 from .files import read_tensors, write_tensors
 from .formats import ldm
 from .generate import TextOf
-from .loop import Loop, LoopConfig
+from .loop import Batches, Loop, LoopConfig
 from .model import TextToImage
 from .reward_config import RewardTuneConfig
 from .reward_objective import RewardObjective
@@ -26,8 +34,19 @@ from .rewards.combined import CombinedReward
 from .run_folder import RunFolder
 from .train_lora import ARTIFACT as LORA_ARTIFACT
 from .train_lora import described_model, networks_of, trainable_layers, write_lora
-from .train_model import PROJECTION_PREFIX, Kind, check_fit, run_identity, run_in_folder, sampler_of
+from .train_model import (
+    PROJECTION_PREFIX,
+    Kind,
+    check_fit,
+    latent_cache,
+    run_identity,
+    run_in_folder,
+    sampler_of,
+    shown,
+)
 from .trainable import SelectedWeights, Trainable, targets
+
+log = logging.getLogger(__name__)
 
 ARTIFACT = "tuned.safetensors"
 HELD_OUT = 16
@@ -54,41 +73,49 @@ def tune(
     root: Path,
     callbacks: Callbacks | None = None,
     details: dict | None = None,
+    dataset: Dataset | None = None,
 ) -> Tuned:
     """Tunes, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
 
     root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
-    The model is left bit-identical. Raises ValueError before any tuning for no prompts, a text encoder that does not
-    fit, nothing to train, or a run of other settings under this name.
+    dataset: captioned images for method "direct", which reads no prompts. The model is left bit-identical. Raises
+    ValueError before any tuning for no prompts or images, a text encoder that does not fit, nothing to train, or a run
+    of other settings under this name.
     """
     check_fit(model, config)
-    expect_prompts(prompts, "prompts")
+    _check_data(config, prompts, dataset)
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
-    text_trains = config.train in ("text encoder", "text encoder LoRA", "projection")
-    with model.text_encoder.training() if text_trains else nullcontext():
+    direct = config.method == "direct"
+    with model.text_encoder.training() if config.text_trains else nullcontext():
         trainable = trainable_of(model, config)
         kind = Kind(
             name="reward",
             artifact=ARTIFACT,
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
-            identity={"rewards": reward.fingerprint, "prompts": fingerprint_of(prompts)},
+            identity={"rewards": reward.fingerprint}
+            | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
             details=described_model(model) | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
-        objective = RewardObjective(
-            model,
-            reward,
-            config,
-            lambda: list(trainable.parameters.values()),
-            text_trains=text_trains,
-        )
-        loop_of = partial(_loop, model, objective, prompts, config, trainable, text_trains)
+        data = partial(_on_images, dataset) if direct else partial(_on_prompts, prompts)
+        loop_of = partial(_loop, model, reward, data, config, trainable)
         identity = run_identity(kind.name, model, config)
         path = run_in_folder(kind, model, config, Path(root), callbacks or Callbacks(), identity, loop_of)
     return read_tuned(path)
+
+
+def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+    if config.method != "direct":
+        expect_prompts(prompts, "prompts")
+        if dataset is not None:
+            log.warning("method %r draws prompts; the data set is left aside (it is for 'direct')", config.method)
+    elif dataset is None or not len(dataset):
+        raise ValueError("dataset is empty with method 'direct'; expected captioned images, from Load Dataset.")
+    elif prompts:
+        log.warning("method 'direct' trains on the data set's captions; %d prompts are left aside", len(prompts))
 
 
 def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
@@ -108,33 +135,67 @@ def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
     return Adapters(layers, networks_of(model, layers), config.lora, config.seed)
 
 
+class Data(NamedTuple):
+    """What a tuning reads: how its objective begins, its batches, held-out prompts, steps an epoch."""
+
+    objective: Callable[..., RewardObjective]
+    batches: Batches
+    held_out: list[Prompt]
+    steps_per_epoch: float = math.inf
+
+
+def _on_prompts(
+    prompts: Sequence[Prompt], model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
+) -> Data:
+    training, held_out = split_prompts(prompts, config)
+    return Data(RewardObjective, PromptOrder(training, config.batch_size, config.seed), held_out)
+
+
+def _on_images(
+    dataset: Dataset, model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
+) -> Data:
+    """Fills the latents' cache; prompts to validate on are the captions of held-out images."""
+    training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
+    latents = latent_cache(model, folder.path.parent / ".cache")
+    if world().is_main:
+        latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
+    world().barrier()
+    order = BatchOrder(training, config.batch_size, config.seed)
+    crops = {example.key: training.crop for example in training.examples}
+    objective = partial(
+        DirectObjective, latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed)
+    )
+    captions = [] if held_out is None else list(dict.fromkeys(held_out.captions))[:HELD_OUT]
+    return Data(objective, order, [Prompt(c) for c in captions], order.steps_per_epoch / config.gradient_accumulation)
+
+
 def _loop(
     model: TextToImage,
-    objective: RewardObjective,
-    prompts: Sequence[Prompt],
+    reward: CombinedReward,
+    data_of: Callable[..., Data],
     config: RewardTuneConfig,
     trainable: Trainable,
-    text_trains: bool,
     folder: RunFolder,
     callbacks: Callbacks,
 ) -> Loop:
-    training, held_out = split_prompts(prompts, config)
-    text_of = _heard_now(model) if text_trains else _heard_before(model, config.samples.prompts)
+    data = data_of(model, config, folder, callbacks)
+    text_of = _heard_now(model) if config.text_trains else _heard_before(model, config.samples.prompts)
     callbacks.after_load()
     return Loop(
         folder,
         trainable,
-        objective,
-        PromptOrder(training, config.batch_size, config.seed),
+        data.objective(model, reward, config, trainable, text_trains=config.text_trains),
+        data.batches,
         LoopConfig(
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
-            settings=config.settings,
+            settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
+            steps_per_epoch=data.steps_per_epoch,
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
-        validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(held_out)],
+        validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
         callbacks=callbacks,
         device=model.denoiser.device,
     )
