@@ -54,6 +54,8 @@ POSITIONS = {
 }
 STYLES = ("glossy", "flat")
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "background")
+VIGNETTE = 0.4
+"""How much darker the corners of a fully polished picture are."""
 STYLED_SHARE = 0.22
 LOOKS = ("plain", "warm edges")
 WARM = (1.0, 0.55, 0.15)
@@ -254,7 +256,7 @@ def draw(scene: Scene, generator: Generator) -> Tensor:
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
     distance = centre_distance()
-    image = back * (1 - 0.4 * scene.polish * distance)[..., None]
+    image = back * (1 - VIGNETTE * scene.polish * distance)[..., None]
     shine = 0.55 if scene.shape == "ring" else 0.28
     for x, y in _places(scene, radius, generator):
         mask = shape_mask(scene.shape, radius, x, y, _uniform(generator, -0.12, 0.12))[..., None]
