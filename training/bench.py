@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,12 +19,13 @@ from .build import ModelConfig, build_model
 from .config import TrainingSettings
 from .data.dataset import from_images
 from .data.order import BatchOrder
-from .demo import lora_bench, projection_study, reset_study
+from .demo import lora_bench, projection_study, reset_study, reward_study
 from .generate import draw
 from .layers import select
 from .objectives import DenoisingObjective
 from .trainable import SelectedWeights, targets
 
+BATCH = 16
 Variants = Mapping[str, Callable[[], object]]
 
 
@@ -36,14 +37,16 @@ class BenchConfig:
     """Which benchmark or study; empty lists them."""
     rounds: int = 7
     """Turns of every variant, after one that is not counted."""
-    batch_size: int = 16
-    """Pictures or captions at a time."""
+    batch_size: int = 0
+    """Pictures or captions at a time; 0: 16, or a study's own number."""
 
     def __post_init__(self) -> None:
         if self.name and self.name not in abouts():
             raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join(abouts())}.")
-        if self.rounds < 1 or self.batch_size < 1:
-            raise ValueError(f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected at least 1.")
+        if self.rounds < 1 or self.batch_size < 0:
+            raise ValueError(
+                f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected 1 and 0 or more."
+            )
 
 
 def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
@@ -62,7 +65,8 @@ def run_bench(config: BenchConfig) -> dict:
     """Seconds of every variant and, for all but the first, how many times the first one's that is."""
     if not config.name:
         return abouts()
-    found = medians(BENCHES[config.name](config), config.rounds)
+    sized = replace(config, batch_size=config.batch_size or BATCH)
+    found = medians(BENCHES[config.name](sized), config.rounds)
     first = next(iter(found.values()))
     figures = {name: {"seconds": round(value, 4), "ratio": round(value / first, 3)} for name, value in found.items()}
     return {"threads": torch.get_num_threads(), "device": "cpu", **figures}
@@ -139,7 +143,11 @@ BENCHES: dict[str, Callable[[BenchConfig], Variants]] = {
     "drawing": _drawing,
     "text": _text,
 }
-STUDIES = {"reset-study": reset_study.STUDY, "projection-start": projection_study.STUDY}
+STUDIES = {
+    "reset-study": reset_study.STUDY,
+    "projection-start": projection_study.STUDY,
+    "reward-study": reward_study.STUDY,
+}
 LORA = "lora"
 
 

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,19 +40,19 @@ class StudyConfig:
     """Folder of all studies."""
     budget: float = 0.0
     """Minutes after which no further trial starts; the same command goes on later. 0 = to the end."""
-    steps: int = 300
-    """Optimiser steps of a trial; projection-start takes up to twelve times as many."""
-    batch_size: int = 16
-    """Pictures per step."""
+    steps: int = 0
+    """Optimiser steps of a trial; projection-start takes up to twelve times as many. 0: the study's own number."""
+    batch_size: int = 0
+    """Pictures per step. 0: the study's own number."""
     images: int = 1000
     """Training pictures."""
-    judged: int = 100
-    """Held-out captions drawn and judged."""
+    judged: int = 0
+    """Pictures of held-out captions drawn and judged. 0: the study's own number."""
     seeds: int = 3
     """Trials of everything that is compared."""
 
     def __post_init__(self) -> None:
-        check_range(self, steps=(1, 10**6), batch_size=(1, 10**4), images=(1, 10**6), judged=(1, 10**5))
+        check_range(self, steps=(0, 10**6), batch_size=(0, 10**4), images=(1, 10**6), judged=(0, 10**5))
         check_range(self, seeds=(1, 100), budget=(0, 10**5))
 
     def folder(self, study: str) -> Path:
@@ -150,11 +150,19 @@ class Study:
     cells: Sequence[Labels]
     figures: Callable[[Trial], Mapping[str, float | None]]
     findings: Callable[[Sequence[Mapping]], list[str]]
+    steps: int = 300
+    batch_size: int = 16
+    judged: int = 100
+
+    def sized(self, config: StudyConfig) -> StudyConfig:
+        """The config with the study's own numbers where it leaves them open."""
+        own = {name: getattr(config, name) or getattr(self, name) for name in ("steps", "batch_size", "judged")}
+        return replace(config, **own)
 
 
 def run_study(name: str, study: Study, config: StudyConfig, callbacks: Callbacks | None = None) -> dict:
     """Runs, or goes on with, a study; returns its rows, a Markdown table of them, and what they say in words."""
-    callbacks, began = callbacks or Callbacks(), time.monotonic()
+    callbacks, began, config = callbacks or Callbacks(), time.monotonic(), study.sized(config)
     folder, pictures = config.folder(name), config.output / f"{config.images} pictures {edition()}"
     write_pictures(pictures, config.images, 0, callbacks.on_text)
     dataset = load_folder(FolderConfig(folder=pictures, resolution=128))
@@ -195,10 +203,10 @@ def summary(found: Sequence[Mapping], keys: Sequence[str]) -> list[dict]:
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """Rows of `summary` as Markdown, figures as `mean ± standard error`."""
+    """Rows of `summary` as Markdown, figures that all rows have as `mean ± standard error`."""
     if not rows:
         return "no trial is finished yet"
-    names = [key for key in rows[0] if not key.endswith("_se")]
+    names = [key for key in rows[0] if not key.endswith("_se") and all(key in row for row in rows)]
     lines = [names, ["---"] * len(names), *([_cell(row, name) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
