@@ -64,7 +64,8 @@ class ClipTextEncoder:
         shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
         more = ("penultimate", self._pad) if penultimate else ()
         digest = _tokenizer_digest(folder)
-        self._fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, digest, *more)
+        self._about = ("clip", shape, digest, *more)
+        self._fingerprint = tensors_fingerprint(network.named_parameters(), *self._about)
 
     @classmethod
     def from_state(
@@ -145,6 +146,12 @@ class ClipTextEncoder:
         other = copy.copy(self)
         other.concepts = add_concepts(self.concepts, concepts)
         expect_vectors(other.concepts, {self.name: self.width})
+        return other
+
+    def refreshed(self) -> ClipTextEncoder:
+        """The same encoder after its weights were changed in place: its fingerprint is taken anew."""
+        other = copy.copy(self)
+        other._fingerprint = tensors_fingerprint(self.network.named_parameters(), *self._about)
         return other
 
     def training(self) -> AbstractContextManager:

@@ -88,6 +88,10 @@ class SdxlTextEncoder:
         expect_vectors(known, {part.name: part.width for part in (self.first, self.second)})
         return SdxlTextEncoder(self.first.with_concepts(known), self.second.with_concepts(known))
 
+    def refreshed(self) -> SdxlTextEncoder:
+        """See `ClipTextEncoder.refreshed`."""
+        return SdxlTextEncoder(self.first.refreshed(), self.second.refreshed())
+
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
