@@ -40,6 +40,7 @@ class ClipTextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
+    splits = True
 
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
@@ -110,6 +111,10 @@ class ClipTextEncoder:
         return with_fingerprints(self._fingerprint, self.concepts)
 
     @property
+    def room(self) -> int:
+        return self.window - 2
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         """transformers 5 has no `text_model.` in its paths."""
         start = f"text_encoders.{self.name}.transformer.text_model."
@@ -163,7 +168,7 @@ class ClipTextEncoder:
         Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
         """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        room = self.window - 2
+        room = self.room
         windows = []
         for text in texts:
             parts = _in_windows(self._groups(text), room)

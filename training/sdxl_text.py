@@ -27,6 +27,8 @@ class SdxlTextEncoder:
     Both encoders read the same tokens, split into windows as `ClipTextEncoder` says; only their pads differ.
     """
 
+    splits = True
+
     def __init__(self, first: ClipTextEncoder, second: ClipTextEncoder):
         if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
             raise ValueError(
@@ -66,6 +68,10 @@ class SdxlTextEncoder:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.first.fingerprint} {self.second.fingerprint}".encode()).hexdigest()
+
+    @property
+    def room(self) -> int:
+        return self.first.room
 
     @property
     def layers(self) -> dict[str, nn.Module]:

@@ -61,6 +61,7 @@ class T5TextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
+    splits = False
 
     def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
         width = model.config.d_model
@@ -92,6 +93,10 @@ class T5TextEncoder:
     @property
     def token_embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
+
+    @property
+    def room(self) -> int:
+        return self.padding.max_tokens - 1
 
     @property
     def layers(self) -> dict[str, nn.Module]:
