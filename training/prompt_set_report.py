@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,34 +86,33 @@ def as_csv(known: Mapping[tuple[str, str], Drawn], models: Sequence[str], prompt
 
 def table(result: Mapping[str, Any]) -> str:
     """The figures of a result as lines of text."""
+    parts = [("all", result["all"]), *((name or "(none)", part) for name, part in result["categories"].items())]
     compared = TUNED in next(iter(result["all"]["rewards"].values()))
-    heads = [
-        "reward",
-        "category",
-        "prompts",
-        BASE,
-        "+-",
-        *([TUNED, "+-", "gain", "+-", "win rate", "+-"] if compared else []),
-    ]
-    lines = [heads]
-    parts = {"all": result["all"], **result["categories"]}
-    for part, figures in parts.items():
+    heads = ["reward", "category", "prompts", BASE, "+-"]
+    heads += [TUNED, "+-", "gain", "+-", "win rate", "+-"] if compared else []
+    lines = [heads, *_score_lines(parts, compared), *_spread_lines(parts, compared)]
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(heads))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+
+
+def _score_lines(parts: Sequence[tuple[str, Mapping]], compared: bool) -> Iterator[list[str]]:
+    for part, figures in parts:
         for name, found in figures["rewards"].items():
-            line = [name, part or "(no category)", str(figures["prompts"])]
+            line = [name, part, str(figures["prompts"])]
             for model in (BASE, TUNED)[: 1 + compared]:
                 line += [_number(found[model]["mean"]), _number(found[model]["seed_std"])]
             for figure in ("gain", "win_rate") if compared else ():
                 line += [_number(found[figure]), _number(found[f"{figure}_error"])]
-            lines.append(line)
-    for part, figures in parts.items():
-        found = figures["diversity"]
-        if found:
-            line = ["spread of a prompt's pictures", part or "(no category)", str(figures["prompts"])]
-            line += [_number(found[BASE]["spread"]), ""]
-            line += [_number(found[TUNED]["spread"]), "", f"kept {_number(found.get('kept'))}"] if compared else []
-            lines.append(line)
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(heads))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+            yield line
+
+
+def _spread_lines(parts: Sequence[tuple[str, Mapping]], compared: bool) -> Iterator[list[str]]:
+    """None for one seed."""
+    for part, figures in parts:
+        if found := figures["diversity"]:
+            line = ["spread of a prompt's pictures", part, str(figures["prompts"]), _number(found[BASE]["spread"]), ""]
+            kept = f"kept {_number(found.get('kept'))}"
+            yield line + ([_number(found[TUNED]["spread"]), "", kept] if compared else [])
 
 
 def _number(value: float | None) -> str:

@@ -64,6 +64,8 @@ def tune(
     """
     check_fit(model, config)
     expect_prompts(prompts, "prompts")
+    if not any(term.weight for term in reward.terms.values()):
+        raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
     warn_of_long_prompts(model.text_encoder, prompts)
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
