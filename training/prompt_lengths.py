@@ -22,8 +22,9 @@ def long_prompts(encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[tuple[
     may_be = [(number, text) for number, text in numbered if len(text.encode()) > encoder.room]  # a token has a byte
     if not may_be:
         return []
-    ids = next(iter(encoder.vocabularies.values())).ids
-    counted = [(number, len(ids(text)), text) for number, text in may_be]
+    words = encoder.vocabularies
+    name = next((name for name in words if name.startswith("t5") != encoder.splits), next(iter(words)))
+    counted = [(number, len(words[name].ids(text)), text) for number, text in may_be]
     return sorted((one for one in counted if one[1] > encoder.room), key=lambda one: (-one[1], one[0]))
 
 
