@@ -167,7 +167,14 @@ def _projection(
     if (tuned.in_width, tuned.width) != (own.in_width, own.width):
         found, wanted = (f"{one.in_width} -> {one.width}" for one in (tuned, own))
         raise ValueError(f"the projection in {name} maps {found}; expected {wanted}. Use the T5 that its run had.")
-    return tuned if strength == 1 else blend_projections((1 - strength, strength), (own, tuned))
+    if strength == 1:
+        return tuned
+    if tuned.config() != own.config():
+        raise ValueError(
+            f"the projection in {name} is {tuned.config()} and the text encoder's {own.config()}; expected one kind to "
+            "go a part of the way. Use strength 1, or --projection as its run had it."
+        )
+    return blend_projections((1 - strength, strength), (own, tuned))
 
 
 def merged(

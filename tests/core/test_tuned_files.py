@@ -12,6 +12,7 @@ from retune.training.formats import ldm
 from retune.training.formats.lora_metadata import LoraAbout
 from retune.training.formats.lora_save import save_lora
 from retune.training.lora_config import ALGORITHMS, LoraConfig
+from retune.training.text_encoder.projection import Projection
 from retune.training.train_lora import networks_of, trainable_layers
 from retune.training.tuned_files import TunedFile, model_weights, tuned_file, tuned_identity, with_tuned
 
@@ -130,6 +131,31 @@ def test_runs_are_put_in_by_their_folders_and_count_for_the_next(tmp_path, capsy
         torch.testing.assert_close(half.encode(tokens).context, sum(ends) / 2, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
     assert run("picture", "UNet LoRA") == 2 and "scale differs from the one" in capsys.readouterr().err
+
+
+def test_a_retrained_model_brings_its_own_projection(tmp_path):
+    swapped = {"model": "demo", "t5": "demo"}
+    plain = build_model(ModelConfig(**swapped))
+    own = plain.text_encoder.projection
+    other = Projection(own.in_width, own.width, "mlp", seed=5)
+    name, value = next(item for item in model_weights(plain).items() if ".attn2." in item[0])
+    tensors = {f"projection.{key}": tensor for key, tensor in other.state_dict().items()}
+    tensors[name.replace(UNET, ldm.UNET_PREFIX, 1)] = value + 1
+    (tmp_path / "run").mkdir()
+    about = {"retune.run": json.dumps({"projection": other.config()})}
+    write_tensors(tmp_path / "run" / "model.safetensors", tensors, about)
+    tuned = build_model(ModelConfig(**swapped, tuned=(str(tmp_path / "run"),)))
+    assert tuned.text_encoder.projection.config() == other.config()
+    found = tuned.text_encoder.projection.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in other.state_dict().items())
+    assert torch.equal(model_weights(tuned)[name], value + 1)
+    assert tuned.text_encoder.fingerprint == plain.text_encoder.fingerprint  # of what is before the projection
+    with pytest.raises(ValueError, match="expected one kind to go a part of the way"):
+        with_tuned(plain, [f"{tmp_path / 'run'}:0.5"])
+    narrow = Projection(own.in_width, own.width // 2)
+    write_tensors(tmp_path / "a.safetensors", {f"projection.{k}": v for k, v in narrow.state_dict().items()})
+    with pytest.raises(ValueError, match=r"a\.safetensors: the projection's tensors do not fit"):
+        with_tuned(plain, [str(tmp_path / "a.safetensors")])
 
 
 def test_what_cannot_be_put_in_is_named(tiny, tmp_path):
