@@ -22,6 +22,9 @@ from . import t5_clip
 from .concept_tokens import concepts_of, vocabularies_of, with_concepts
 from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
 
+CLIP_ROOM = 75
+"""Tokens in one of a CLIP's windows of 77, its start and end token left out."""
+
 
 @contextmanager
 def training_mode() -> Iterator[None]:
@@ -218,6 +221,15 @@ class ComfyTextEncoder:
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:
         return vocabularies_of(self.clip)
+
+    @property
+    def room(self) -> int:
+        source = self.clip.cond_stage_model.retune_source if self._is_t5 else None
+        return source.padding.max_tokens - 1 if source else CLIP_ROOM
+
+    @property
+    def splits(self) -> bool:
+        return not self._is_t5
 
     def with_concepts(self, concepts: Iterable[Concept]) -> ComfyTextEncoder:
         """Its `training` is its own; the projection that may train is shared."""

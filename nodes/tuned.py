@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from .managed_reward import ManagedReward, expect_reward
 from .weights import is_dynamic, with_text_weights, with_unet_weights
 
 
-def prompt_list(prompts: str, file: str) -> list[Prompt]:
+def prompt_list(prompts: str, file: str) -> Sequence[Prompt]:
     """The lines of a text, then the prompts of a file if one is named."""
     typed = [Prompt(line.strip()) for line in prompts.splitlines() if line.strip()]
-    return typed + (read_prompts(Path(file.strip())) if file.strip() else [])
+    read = read_prompts(Path(file.strip())) if file.strip() else []
+    return [*typed, *read] if typed else read
 
 
 def tuned_by(reward, weight: float, constraint, held_out) -> ManagedReward:

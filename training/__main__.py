@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from . import prompt_set_run
 from .bench import LORA, STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .callbacks import Callbacks, StepInfo
@@ -27,6 +28,8 @@ from .embedding_config import EmbeddingConfig
 from .layers import ResetConfig, reset_weights
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
+from .prompt_set_report import table
+from .prompt_set_run import EvaluateConfig
 from .reward_config import RewardTuneConfig
 from .rewards.score_files import VERBS as SCORE_VERBS
 
@@ -54,8 +57,13 @@ class Terminal(Callbacks):
 
 def open_model(arguments: argparse.Namespace):
     """The model the flags describe: loaded, its text encoder swapped and scaled, its layers reset."""
+    return build_model(model_flags(arguments))
+
+
+def model_flags(arguments: argparse.Namespace) -> ModelConfig:
+    """The model's flags, with the device that accelerate gives where none is asked for."""
     config = read_flags(arguments, ModelConfig)
-    return build_model(config if config.device else replace(config, device=str(local_device())))
+    return config if config.device else replace(config, device=str(local_device()))
 
 
 def open_dataset(arguments: argparse.Namespace, terminal: Terminal) -> Dataset:
@@ -124,6 +132,12 @@ def reward(arguments: argparse.Namespace) -> dict:
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return {"run": str(tuned.path.parent), "result": str(tuned.path)}
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    config = read_flags(arguments, EvaluateConfig)
+    result = prompt_set_run.evaluate(model_flags(arguments), config, arguments.output, Terminal())
+    return result if arguments.json else {"run": result["run"], "table": f"\n{table(result)}"}
 
 
 def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
@@ -213,6 +227,11 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(w, TrainingSettings)
     _add_run_flags(w, ("custom",))
     w.set_defaults(function=reward)
+    v = verbs.add_parser("evaluate", help="draw a set of prompts with a tuned model and its base, score and compare")
+    add_flags(v, ModelConfig)
+    add_flags(v, EvaluateConfig)
+    v.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
+    v.set_defaults(function=evaluate)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")

@@ -1,4 +1,4 @@
-"""From a description to a model: load, swap the text encoder, scale it, reset layers. What the command line opens."""
+"""From a description to a model: load, swap the text encoder, reset layers, put results in. What a command opens."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .text_encoder.scale import match_reference, scale_to
 from .text_encoder.t5 import Padding, load_t5
 from .text_encoder.t5_file import read_t5_config
 from .train_model import TrainedModel
+from .tuned_files import result_files, tuned_file, with_tuned
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,9 @@ class ModelConfig:
     """Layers to reset; None keeps all."""
     reset_seed: int = 0
     """Names the random weights of the reset."""
+    tuned: tuple[str, ...] = ()
+    """Results of earlier runs that are put into the model, in this order and after all else: folders of `reward`,
+    `train` or `lora` runs, or their files (a LoRA of any trainer too). FILE:0.5 goes half the way."""
     device: str = ""
     """Such as cuda or cpu; empty takes what accelerate finds on the command line, and the CPU elsewhere."""
 
@@ -68,6 +72,8 @@ class ModelConfig:
 def build_model(config: ModelConfig) -> TextToImage:
     """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
     path, tokenizer = _checkpoint(config)
+    for text in config.tuned:
+        result_files(tuned_file(text).path)
     model = load_model(path, tokenizer=tokenizer)
     if config.model == DEMO:
         from .demo.judge import judge_samples
@@ -78,6 +84,7 @@ def build_model(config: ModelConfig) -> TextToImage:
         model = with_t5(model, config, [line.strip() for line in prompts if line.strip()])
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
+    model = with_tuned(model, config.tuned)
     encoder = model.text_encoder
     text = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
     for part in (model.denoiser.network, model.autoencoder.network, *text):

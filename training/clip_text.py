@@ -40,6 +40,7 @@ class ClipTextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
+    splits = True
 
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
@@ -64,7 +65,8 @@ class ClipTextEncoder:
         shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
         more = ("penultimate", self._pad) if penultimate else ()
         digest = _tokenizer_digest(folder)
-        self._fingerprint = tensors_fingerprint(network.named_parameters(), "clip", shape, digest, *more)
+        self._about = ("clip", shape, digest, *more)
+        self._fingerprint = tensors_fingerprint(network.named_parameters(), *self._about)
 
     @classmethod
     def from_state(
@@ -109,6 +111,10 @@ class ClipTextEncoder:
         return with_fingerprints(self._fingerprint, self.concepts)
 
     @property
+    def room(self) -> int:
+        return self.window - 2
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         """transformers 5 has no `text_model.` in its paths."""
         start = f"text_encoders.{self.name}.transformer.text_model."
@@ -147,6 +153,12 @@ class ClipTextEncoder:
         expect_vectors(other.concepts, {self.name: self.width})
         return other
 
+    def refreshed(self) -> ClipTextEncoder:
+        """The same encoder after its weights were changed in place: its fingerprint is taken anew."""
+        other = copy.copy(self)
+        other._fingerprint = tensors_fingerprint(self.network.named_parameters(), *self._about)
+        return other
+
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
@@ -156,7 +168,7 @@ class ClipTextEncoder:
         Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
         """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        room = self.window - 2
+        room = self.room
         windows = []
         for text in texts:
             parts = _in_windows(self._groups(text), room)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,20 +35,24 @@ def draw_latents(
     cfg: float,
     seed: int,
     batch_size: int = 32,
+    indices: Sequence[int] | None = None,
     text_of: TextOf | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """One latent for each prompt of a width x height picture; latent i always starts from noise (seed, i).
 
+    indices: other names of the latents' noise than their places.
     text_of: prompt -> Conditioning of batch 1 before the projection; the model's text encoder's backbone by default.
     on_batch(done, total) is called after every sampler step and may raise to cancel.
     """
     encoder, denoiser, cells = model.text_encoder, model.denoiser, model.autoencoder.downscale
     text_of = text_of or (lambda prompt: encoder.backbone(encoder.tokenize([prompt])))
+    indices = range(len(prompts)) if indices is None else indices
     drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        noise = [initial_noise(denoiser, height // cells, width // cells, seed, start + i) for i in range(len(part))]
+        names = indices[start : start + len(part)]
+        noise = [initial_noise(denoiser, height // cells, width // cells, seed, name) for name in names]
         cond = _heard(model, [text_of(prompt) for prompt in part])
         uncond = _heard(model, [text_of("")] * len(part))
         on_step = None if on_batch is None else (lambda _, done=start: on_batch(done, len(prompts)))

@@ -131,6 +131,10 @@ class TextEncoder(Protocol):
     """By ComfyUI's name of each encoder, `clip_l`."""
     projection: nn.Module | None
     """The trainable part between backbone and denoiser, or None."""
+    room: int
+    """Tokens of a prompt that are read at a time, start and end token left out."""
+    splits: bool
+    """Whether a longer prompt is read in several windows; else it is cut."""
     layers: dict[str, nn.Module]
     """Linear layers of the backbone by their names in ComfyUI's LoRA files, `text_encoders.clip_l.transformer...`."""
     weights: Mapping[str, Target]

@@ -28,6 +28,9 @@ FINGERPRINTS = {
     "projection": "the text encoder's projection or scale",
     "vae": "the VAE",
     "start": "the LoRA that training starts from",
+    "tuned": "what --tuned and --baseline-tuned put into the models",
+    "rewards": "the rewards (their files, weights, targets)",
+    "prompts": "the prompts (their texts, weights, order)",
     "dataset": "the data set (images, masks, captions, sizes, repeats, weights)",
 }
 """What a run's identity holds no more of than hashes or sketches, in words."""

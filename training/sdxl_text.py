@@ -27,6 +27,8 @@ class SdxlTextEncoder:
     Both encoders read the same tokens, split into windows as `ClipTextEncoder` says; only their pads differ.
     """
 
+    splits = True
+
     def __init__(self, first: ClipTextEncoder, second: ClipTextEncoder):
         if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
             raise ValueError(
@@ -68,6 +70,10 @@ class SdxlTextEncoder:
         return hashlib.sha256(f"{self.first.fingerprint} {self.second.fingerprint}".encode()).hexdigest()
 
     @property
+    def room(self) -> int:
+        return self.first.room
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         return self.first.layers | self.second.layers
 
@@ -87,6 +93,10 @@ class SdxlTextEncoder:
         known = add_concepts(self.concepts, concepts)
         expect_vectors(known, {part.name: part.width for part in (self.first, self.second)})
         return SdxlTextEncoder(self.first.with_concepts(known), self.second.with_concepts(known))
+
+    def refreshed(self) -> SdxlTextEncoder:
+        """See `ClipTextEncoder.refreshed`."""
+        return SdxlTextEncoder(self.first.refreshed(), self.second.refreshed())
 
     def training(self) -> AbstractContextManager:
         return nullcontext()

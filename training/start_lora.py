@@ -26,10 +26,10 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
     the layers that have an adapter can be taken. unet_config: UNet2DConditionModel's, for the names of layers.
     """
     naming = naming_of(start, unet_config=unet_config)
-    known = {_plain(name): name for name in adapters.modules}
+    known = {plain_layer(name): name for name in adapters.modules}
     values, idle, misfits = dict(adapters.values()), [], []
     for module in start.modules.values():
-        name = known.get(_plain(naming.layer(module.name) or module.name))
+        name = known.get(plain_layer(naming.layer(module.name) or module.name))
         if name is None:
             idle.append(module.name)
             continue
@@ -51,8 +51,8 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
     adapters.load(values)
 
 
-def _plain(layer: str) -> str:
-    """A T5 has several names in ComfyUI."""
+def plain_layer(layer: str) -> str:
+    """A layer's name in which every T5 is `t5`: it has several names in ComfyUI."""
     return re.sub(rf"^{re.escape(TEXT)}t5\w*\.", f"{TEXT}t5.", layer)
 
 

@@ -20,7 +20,7 @@ from .callbacks import Callbacks
 from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder
-from .data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of
+from .data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
 from .direct_objective import DirectObjective
 from .distributed import world
 from .files import read_tensors, write_tensors
@@ -28,6 +28,7 @@ from .formats import ldm
 from .generate import TextOf
 from .loop import Batches, Loop, LoopConfig
 from .model import TextToImage
+from .prompt_lengths import warn_of_long_prompts
 from .reward_config import RewardTuneConfig
 from .reward_objective import RewardObjective
 from .rewards.combined import CombinedReward
@@ -84,6 +85,9 @@ def tune(
     """
     check_fit(model, config)
     _check_data(config, prompts, dataset)
+    if not any(term.weight for term in reward.terms.values()):
+        raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
+    warn_of_long_prompts(model.text_encoder, prompts)
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
@@ -214,14 +218,9 @@ def _heard_before(model: TextToImage, prompts: Sequence[str]) -> TextOf:
     return known.__getitem__
 
 
-def split_prompts(prompts: Sequence[Prompt], config: RewardTuneConfig) -> tuple[list[Prompt], list[Prompt]]:
+def split_prompts(prompts: Sequence[Prompt], config: RewardTuneConfig) -> tuple[Sequence[Prompt], list[Prompt]]:
     """Prompts to train on, and every n-th held out by `validation_fraction`, at most HELD_OUT of them."""
-    fraction = config.settings.validation_fraction
-    if not fraction or len(prompts) < 2:
-        return list(prompts), []
-    stride = max(2, round(1 / fraction))
-    held_out = set(list(range(stride - 1, len(prompts), stride))[:HELD_OUT]) or {len(prompts) - 1}
-    return [p for i, p in enumerate(prompts) if i not in held_out], [prompts[i] for i in sorted(held_out)]
+    return split_held_out(prompts, config.settings.validation_fraction, HELD_OUT)
 
 
 def _write(

@@ -16,6 +16,7 @@ from retune.training.files import read_tensors, write_tensors
 from retune.training.formats import ldm
 from retune.training.layers import ResetConfig
 from retune.training.lora_tools import VERBS as LORA_VERBS
+from retune.training.prompt_set_run import EvaluateConfig
 
 CONFIGS = {
     "train": [
@@ -26,6 +27,7 @@ CONFIGS = {
         (SamplePrompts, "sample_"),
     ],
     "reset": [(ResetConfig, "")],
+    "evaluate": [(ModelConfig, ""), (EvaluateConfig, "")],
     **{verb: [(config, "")] for verb, (config, _) in LORA_VERBS.items()},
 }
 REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from retune.training.callbacks import Callbacks
 from retune.training.config import SamplePrompts, TrainingSettings
-from retune.training.data.prompts import Prompt, PromptOrder, PromptSlot, read_prompts
+from retune.training.data.prompts import Prompt, PromptSlot
 from retune.training.reward_config import WHAT, RewardTuneConfig
 from retune.training.reward_objective import RewardObjective
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.rollout import first_latent, joint_end, rollout
-from retune.training.tune_rewards import split_prompts, trainable_of, tune
+from retune.training.tune_rewards import trainable_of, tune
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 
@@ -148,34 +148,6 @@ def test_how_many_steps_are_gone_through(tiny_model):
     assert set(map(str, chosen("last K"))) == {"[2, 3]"}
     assert set(map(str, chosen("random K"))) == {"[3]", "[2, 3]"}
     assert set(map(str, chosen("one step"))) == {"[3]", "[2]"}
-
-
-def test_prompts_come_from_files_and_by_weight(tmp_path):
-    (tmp_path / "p.txt").write_text("# about\na cat\n\n a dog \n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == [Prompt("a cat"), Prompt("a dog")]
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "weight": 3}\n{"text": "a  dog"}\n', encoding="utf-8")
-    weighted = read_prompts(tmp_path / "p.jsonl")
-    assert weighted == [Prompt("a cat", 3.0), Prompt("a dog")]
-    shown = [slot.prompt for number in range(1, 201) for slot in PromptOrder(weighted, 2, 0).batch(number)]
-    assert 0.68 < shown.count("a cat") / len(shown) < 0.82
-    order = PromptOrder(PROMPTS, 3, 0)
-    assert {slot.prompt for slot in order.batch(5)} == {prompt.text for prompt in PROMPTS}
-    assert len({tuple(s.prompt for s in order.batch(n)) for n in range(1, 9)}) > 2
-    for text, words in (("", "hold no prompts"), ('{"weight": 1}', "line 1: no prompt"), ("{", "line 1: not JSON")):
-        (tmp_path / "bad.jsonl").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=words):
-            read_prompts(tmp_path / "bad.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "weight": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match="weight is 0; expected a number above 0"):
-        read_prompts(tmp_path / "bad.jsonl")
-
-
-def test_held_out_prompts():
-    many = [Prompt(str(i)) for i in range(10)]
-    chosen = config(settings=TrainingSettings(validation_fraction=0.2))
-    training, held_out = split_prompts(many, chosen)
-    assert [p.text for p in held_out] == ["4", "9"] and len(training) == 8
-    assert split_prompts(many, config(settings=TrainingSettings())) == (many, [])
 
 
 @pytest.mark.parametrize(

@@ -286,3 +286,17 @@ def test_the_optimiser_gets_each_text_encoders_rate(folder):
     rates = {name.split(".")[1]: adapters.rate(name) for name in adapters.parameters if name.startswith("text")}
     assert rates == {"clip_l": pytest.approx(0.2), "clip_g": pytest.approx(0.05)}
     assert {adapters.rate(name) for name in adapters.parameters if not name.startswith("text")} == {1.0}
+
+
+def test_a_tuned_first_encoder_goes_into_the_pair(folder, tmp_path):
+    model = load_model(folder)
+    weights = {name: target.tensor.clone() for name, target in model.text_encoder.weights.items()}
+    first = {name: 2 * value for name, value in weights.items() if name.startswith("text_encoders.clip_l.")}
+    write_tensors(tmp_path / "tuned.safetensors", first)
+    tuned = build_model(ModelConfig(model=str(folder), tuned=(str(tmp_path / "tuned.safetensors"),)))
+    found = {name: target.tensor for name, target in tuned.text_encoder.weights.items()}
+    assert 0 < len(first) < len(found) and all(
+        torch.equal(value, first.get(name, weights[name])) for name, value in found.items()
+    )
+    assert tuned.text_encoder.fingerprint != model.text_encoder.fingerprint
+    assert tuned.text_encoder.second.fingerprint == model.text_encoder.second.fingerprint

@@ -93,7 +93,10 @@ class CombinedReward:
     def value_and_gradient(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> tuple[CombinedScores, Tensor]:
-        """The scores, detached, and d sum(total) / d images, with one reward's graph in memory at a time."""
+        """The scores, detached, and d sum(total) / d images, with one reward's graph in memory at a time.
+
+        Raises ValueError for a reward with a weight and without a gradient.
+        """
         expect_a_prompt_each(images, prompts)
         with torch.enable_grad():
             leaf = images.detach().requires_grad_(True)
@@ -102,8 +105,14 @@ class CombinedReward:
             parts = {}
             for name in self.terms:
                 raw, part = self._part(name, cut, prompts)
+                weight = self.terms[name].weight
+                if weight != 0 and not part.requires_grad:
+                    raise ValueError(
+                        f"{name} gives no gradient to the pictures; expected a differentiable reward, or weight 0, "
+                        "which logs it alone."
+                    )
                 if part.requires_grad:
-                    (self.terms[name].weight * part).sum().backward()
+                    (weight * part).sum().backward()
                 parts[name] = (raw, part.detach())
             gradient = torch.zeros_like(cut) if cut.grad is None else cut.grad
             if seen is not leaf:

@@ -24,6 +24,7 @@ from ..concepts import (
     pieces,
     with_fingerprints,
 )
+from ..fingerprint import tensors_fingerprint
 from ..model import Conditioning
 from ..trainable import Target, targets
 from .projection import Projection, masked_mean
@@ -60,6 +61,7 @@ class T5TextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
+    splits = False
 
     def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
         width = model.config.d_model
@@ -93,6 +95,10 @@ class T5TextEncoder:
         return self.model.get_input_embeddings()
 
     @property
+    def room(self) -> int:
+        return self.padding.max_tokens - 1
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         start = f"text_encoders.{self.name}.transformer."
         found = self.model.named_modules()
@@ -114,6 +120,12 @@ class T5TextEncoder:
         other.concepts = add_concepts(self.concepts, concepts)
         expect_vectors(other.concepts, {self.name: self.model.config.d_model})
         return other
+
+    def refreshed(self) -> T5TextEncoder:
+        """The same encoder after its weights were changed in place: its fingerprint is taken anew, from them."""
+        source = tensors_fingerprint(self.model.named_parameters(), "changed")
+        other = T5TextEncoder(self.model, self.tokenizer, self.projection, self.padding, source)
+        return other.with_concepts(self.concepts)
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
