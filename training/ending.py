@@ -60,14 +60,14 @@ def guard_words(status: Mapping[str, Any]) -> str:
     guard = status.get("guard")
     if guard is None:
         return ""
-    floor, share = f"{guard['floor']:.0%} of the start's", f"{guard['share']:.0%} of the start's"
+    floor, share = f"{100 * guard['floor']:.0f} %", f"{100 * guard['share']:.0f} % of the start's"
     kept = f"the result is that of step {status.get('best_step')}"
     if guard["stopped"]:
-        return f"; the guard stopped it: diversity was {share}, below the {floor} allowed, and {kept}"
+        return f"; the guard ended it: diversity is {share}, below {floor}; {kept}"
     if status["result"] != "guard":
-        return f"; diversity was {share} at the end, and the result is that of the last step"
-    fell = f"fell below {floor} at step {guard['fell_at']}" if guard["fell_at"] is not None else f"kept to {floor}"
-    return f"; the guard chose among its checks: diversity {fell}, and {kept}"
+        return f"; its guard found diversity at {share}"
+    fell = "never" if guard["fell_at"] is None else f"at step {guard['fell_at']}"
+    return f"; the guard chose among its checks: diversity fell below {floor} of the start's {fell}; {kept}"
 
 
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:

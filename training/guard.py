@@ -118,6 +118,13 @@ class Guard:
             "best_step": state.best_step,
         }
 
+    def warning(self, step: int) -> str:
+        """What to say of the check just taken, where it found too little; else ""."""
+        if self.rule.allows(self.state.share):
+            return ""
+        found = f"diversity at step {step} is {100 * self.state.share:.0f} % of the start's"
+        return f"{found}, below {100 * self.rule.floor:g} %; {'stopping' if self.stops else 'going on'}"
+
     def ending(self) -> dict[str, Any]:
         """What status.json says of the guard: `ending.guard_words` puts it into words."""
         state = self.state

@@ -321,10 +321,9 @@ class Loop:
         if row["best_step"] == self.step:
             write_tensors(self.folder.guarded, values, {"step": str(self.step), "reward": repr(row["reward"])})
         self.folder.add_row(row)
-        if not self.guard.rule.allows(row["shares"]["diversity"]):
-            what = f"diversity at step {self.step} is {row['shares']['diversity']:.0%} of the start's"
-            log.warning("run %s: %s, below the %g %% allowed", self.folder.name, what, 100 * self.guard.rule.floor)
-            self.callbacks.on_text(f"{what}; {'stopping' if self.guard.stops else 'going on'}")
+        if warning := self.guard.warning(self.step):
+            log.warning("run %r: %s", self.folder.name, warning)
+            self.callbacks.on_text(warning)
 
     @torch.no_grad()
     def _sample(self) -> None:
