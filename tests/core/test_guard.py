@@ -21,6 +21,14 @@ from retune.training.tune_rewards import tune
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 
 
+DRAWN = (
+    "two small red circles on the left, white background",
+    "one large blue cross in the centre, black background",
+    "three small green squares at the top, grey background",
+    "one large yellow ring on the right, blue background",
+)
+
+
 def reward():
     """One term that is trained on, one that is held out."""
     kinds = {"demo aesthetic": 1.0, "demo CLIP": 0.0}
@@ -199,13 +207,12 @@ def test_a_collapse_of_the_demo_model_is_caught(tmp_path):
 
     model = build_model(ModelConfig(model="demo", device="cpu"))
     settings = TrainingSettings(warmup_steps=1, lr_schedule="constant", validate_every=2)
-    changes = {"train": "text encoder", "learning_rate": 2e-3, "batch_size": 4, "sampling_steps": 6, "cfg": 2.5}
-    changes |= {"width": 64, "height": 64, "guard_images": 4, "guard_diversity": 0.8, "settings": settings}
-    told = ("two small red circles on the left, white background", "one large blue cross in the centre")
-    tune(model, reward(), [Prompt(text) for text in told], config(**changes), tmp_path)
+    changes = {"train": "text encoder", "learning_rate": 7e-4, "batch_size": 4, "sampling_steps": 6, "cfg": 2.5}
+    changes |= {"width": 64, "height": 64, "guard_images": 4, "settings": settings}
+    tune(model, reward(), [Prompt(text) for text in DRAWN], config(**changes), tmp_path)
     checks, status = rows(tmp_path, "guard"), json.loads(results(tmp_path)[0])
     assert status["guard"]["stopped"] and status["step"] == checks[-1]["step"] < 7
-    assert checks[-1]["shares"]["diversity"] < 0.8 <= min(row["shares"]["diversity"] for row in checks[:-1])
+    assert checks[-1]["shares"]["diversity"] < 0.6 <= min(row["shares"]["diversity"] for row in checks[:-1])
     for name, falls in (("reward", False), ("demo aesthetic", False), ("demo CLIP", True)):
         values = [row[name] for row in checks]
         assert values == sorted(values, reverse=falls), name
