@@ -61,7 +61,7 @@ def guard_words(status: Mapping[str, Any]) -> str:
     if guard is None:
         return ""
     floor, share = f"{100 * guard['floor']:.0f} %", f"{100 * guard['share']:.0f} % of the start's"
-    kept = f"the result is that of step {status.get('best_step')}"
+    kept = f"the result is that of step {status.get('best_step')}{'' if status.get('best_step') else ', untuned'}"
     if guard["stopped"]:
         return f"; the guard ended it: diversity is {share}, below {floor}; {kept}"
     if status["result"] != "guard":

@@ -9,6 +9,7 @@ import torch
 from retune.training.callbacks import Callbacks
 from retune.training.config import TrainingSettings, former_identity, identity
 from retune.training.data.prompts import Prompt
+from retune.training.ending import guard_words
 from retune.training.files import read_tensors, write_tensors
 from retune.training.guard import Guard, GuardRule, Seen
 from retune.training.guard_pictures import guard_prompts, variety
@@ -199,6 +200,21 @@ def test_what_a_run_without_a_guard_was_it_stays():
     with pytest.raises(ValueError, match="result is 'best' and guard_action is 'keep best'"):
         config(guard_action="keep best", settings=settings)
     assert config(guard_action="stop", settings=settings).guard_rule.floor == 0.6
+
+
+def test_what_a_guard_did_is_said_in_words():
+    def words(fell_at, stopped, **status):
+        return guard_words({"guard": {"floor": 0.8, "share": 0.715, "fell_at": fell_at, "stopped": stopped}, **status})
+
+    assert guard_words({"state": "finished", "result": "last"}) == ""
+    assert words(8, True, result="guard", best_step=6) == (
+        "; the guard ended it: diversity is 72 % of the start's, below 80 %; the result is that of step 6"
+    )
+    assert words(2, True, result="guard", best_step=0).endswith("; the result is that of step 0, untuned")
+    chose = "; the guard chose among its checks: diversity fell below 80 % of the start's"
+    assert words(8, False, result="guard", best_step=4) == f"{chose} at step 8; the result is that of step 4"
+    assert words(None, False, result="guard", best_step=4) == f"{chose} never; the result is that of step 4"
+    assert words(None, False, result="last") == "; its guard found diversity at 72 % of the start's"
 
 
 def test_a_collapse_of_the_demo_model_is_caught(tmp_path):
