@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..training.config import SamplePrompts, TrainingSettings
+from ..training.guard import ACTIONS
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
 from .run_inputs import alpha_input, name_inputs, rank_input, rate_input, run_inputs
@@ -18,6 +19,43 @@ def size_input(name: str, default: int) -> io.Input:
 
 def constraint_input(name: str, tooltip: str) -> io.Input:
     return io.Float.Input(name, default=0.0, min=0.0, max=1e6, step=0.05, round=False, optional=True, tooltip=tooltip)
+
+
+def guard_inputs(default: RewardTuneConfig) -> list:
+    """When too alike pictures end a tuning, and what tells."""
+    count = {"min": 1, "max": 64, "optional": True}
+    return [
+        io.Float.Input(
+            "guard_diversity",
+            default=default.guard_diversity,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Lowest diversity of a prompt's pictures, as a share of the untuned model's; 0.8 is a good start. "
+            "Looked at every validate_every steps of Training Settings, on pictures drawn for it. 0: no guard.",
+        ),
+        io.Combo.Input(
+            "guard_action",
+            options=list(ACTIONS),
+            default=default.guard_action,
+            optional=True,
+            tooltip="stop: below it the run ends, with the best weights before. keep best: the run goes on, and the "
+            "best weights not below it are the result. Best by the reward of the guard's pictures.",
+        ),
+        io.Int.Input(
+            "guard_prompts",
+            default=default.guard_prompts,
+            tooltip="Prompts that the guard draws, the held-out ones first.",
+            **count,
+        ),
+        io.Int.Input(
+            "guard_images",
+            default=default.guard_images,
+            tooltip="Pictures of each, always from the same noise.",
+            **(count | {"min": 2}),
+        ),
+    ]
 
 
 class RetuneRewardTune(io.ComfyNode):
@@ -99,6 +137,8 @@ class RetuneRewardTune(io.ComfyNode):
                 alpha_input(
                     "lora_alpha", d.lora_alpha, "Scale of a tuned LoRA: alpha / rank multiplies it.", optional=True
                 ),
+                *run_inputs(),
+                *guard_inputs(d),
                 types.Dataset.Input(
                     "dataset", optional=True, tooltip="Captioned images, for method direct, which reads no prompts."
                 ),
@@ -110,7 +150,6 @@ class RetuneRewardTune(io.ComfyNode):
                     "drift_constraint",
                     "Weight of how far the prompts' encodings move, as a share of their squared length; 0: none.",
                 ),
-                *run_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, tuned if its UNet was."),

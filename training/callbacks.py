@@ -28,6 +28,10 @@ class Callbacks:
     def on_text(self, text: str) -> None:
         """A phase in words: loading, caching, sampling."""
 
+    def on_end(self, text: str) -> None:
+        """How the run ended, in words: the last that is said of it."""
+        self.on_text(text)
+
     def before_step(self, step: int) -> None:
         """A step, or the first drawing, comes next: a moment to look for a cancel."""
 

@@ -1,6 +1,7 @@
 """When a run ends, and which of its weights are the result. What is asked for may change later, without training anew.
 
-`stale` is the number of validations in a row that brought no lower loss; status.json keeps it.
+`stale` is the number of validations in a row that brought no lower loss; status.json keeps it, and what a guard (see
+`guard`) said last.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .config import TrainingSettings
 from .files import read_tensors
+from .guard import GuardRule
 from .run_folder import RunFolder
 
 
@@ -20,17 +22,52 @@ def stopped_early(stale: int, settings: TrainingSettings) -> bool:
     return 0 < settings.early_stop_after <= stale
 
 
-def result_kind(stale: int, settings: TrainingSettings) -> str:
-    """The weights that are the result, "last" or "best"; "best" after an early stop, whatever was asked for."""
+def result_kind(
+    stale: int, settings: TrainingSettings, rule: GuardRule | None = None, guard_stopped: bool = False
+) -> str:
+    """The weights that are the result, "last", "best" or the "guard"'s choice. "best" after an early stop, whatever was
+    asked for; rule: of the run's guard, whose choice goes before."""
+    if rule is not None and rule.chooses(guard_stopped):
+        return "guard"
     return "best" if stopped_early(stale, settings) else settings.result
 
 
-def is_finished(status: Mapping[str, Any], steps: int, settings: TrainingSettings) -> bool:
+def is_finished(
+    status: Mapping[str, Any], steps: int, settings: TrainingSettings, rule: GuardRule | None = None
+) -> bool:
     """Whether a run with this status.json ended as it would with these steps and settings, and with that result."""
     stale = status.get("stale", 0)
-    at_end = status["step"] == steps or stopped_early(stale, settings)
-    same = status.get("result", "last") == result_kind(stale, settings)
+    guard_stopped = rule is not None and rule.stops(status.get("guard", {}).get("share", 1.0))
+    at_end = status["step"] == steps or stopped_early(stale, settings) or guard_stopped
+    same = status.get("result", "last") == result_kind(stale, settings, rule, guard_stopped)
     return status["state"] == "finished" and at_end and same
+
+
+def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
+    """Weights of the guard's best step. Raises ValueError for those of another step: a run that was killed after it and
+    then asked for fewer steps than it had done."""
+    tensors, about = read_tensors(folder.guarded)
+    if int(about["step"]) != step:
+        raise ValueError(
+            f"{folder.guarded} is of step {about['step']}; expected step {step}. Ask for as many steps as before, or "
+            "choose resume = restart."
+        )
+    return tensors
+
+
+def guard_words(status: Mapping[str, Any]) -> str:
+    """What the guard of a run with this status.json did, as the rest of a sentence; "" for a run without one."""
+    guard = status.get("guard")
+    if guard is None:
+        return ""
+    floor, share = f"{100 * guard['floor']:.0f} %", f"{100 * guard['share']:.0f} % of the start's"
+    kept = f"the result is that of step {status.get('best_step')}{'' if status.get('best_step') else ', untuned'}"
+    if guard["stopped"]:
+        return f"; the guard ended it: diversity is {share}, below {floor}; {kept}"
+    if status["result"] != "guard":
+        return f"; its guard found diversity at {share}"
+    fell = "never" if guard["fell_at"] is None else f"at step {guard['fell_at']}"
+    return f"; the guard chose among its checks: diversity fell below {floor} of the start's {fell}; {kept}"
 
 
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +27,9 @@ from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
 from .data.images import contact_sheet, save_png
 from .distributed import World, world
-from .ending import best_values, result_kind, stopped_early
+from .ending import best_values, guarded_values, result_kind, stopped_early
 from .files import check_free_disk, write_tensors
+from .guard import Guard, GuardState
 from .objectives import Objective
 from .optim import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .run_folder import RunFolder
@@ -80,7 +81,7 @@ class LoopConfig:
 class Loop:
     """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots, `evaluation` gives further
     figures of them, once loaded, for the validation's row. `watch` says of the trained values what is worth a row of
-    its own, event "watch", whenever a validation would be due."""
+    its own, event "watch", whenever a validation would be due; so does `guard`, event "guard", and may end the run."""
 
     def __init__(
         self,
@@ -94,12 +95,14 @@ class Loop:
         validation: list | None = None,
         evaluation: Callable[[list], dict[str, Any]] | None = None,
         watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None,
+        guard: Guard | None = None,
         callbacks: Callbacks | None = None,
         device: torch.device | None = None,
     ):
         self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
         self.config, self.settings = config, config.settings
         self.sampler, self.validation, self.evaluation, self.watch = sampler, validation or [], evaluation, watch
+        self.guard, self.guard_stops = guard, 0
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
@@ -138,7 +141,7 @@ class Loop:
         try:
             self.callbacks.before_step(self.step)
             self._after_step()
-            while self.step < self.config.steps and not self.stopped_early:
+            while self.step < self.config.steps and not self.stopped:
                 self.callbacks.before_step(self.step + 1)
                 began = time.perf_counter()
                 row = self._gradients(self.step + 1)
@@ -168,12 +171,22 @@ class Loop:
     def stopped_early(self) -> bool:
         return stopped_early(self.stale, self.settings)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ends here, whatever its steps."""
+        return self.stopped_early or bool(self.guard_stops)
+
     def _result(self) -> Mapping[str, Tensor]:
-        """The last values or the best; `ending` then says which and why, for status.json."""
-        kind = result_kind(self.stale, self.settings)
+        """The last values, the best or the guard's choice; `ending` then says which and why, for status.json."""
+        kind = result_kind(self.stale, self.settings, self.guard and self.guard.rule, bool(self.guard_stops))
         self.ending = {"stopped_early": self.stopped_early, "result": kind, "stale": self.stale}
-        if kind == "last":
+        if self.guard:
+            self.ending["guard"] = self.guard.ending()
+        if kind == "last" or (kind == "guard" and not self.world.is_main):  # the main process alone knows the choice
             return self.values()
+        if kind == "guard":
+            self.ending["best_step"] = self.guard.state.best_step
+            return guarded_values(self.folder, self.guard.state.best_step)
         best = best_values(self.folder)
         if best is None:
             raise ValueError("no validation loss was a number, so no weights are the best; expected result 'last'.")
@@ -261,6 +274,8 @@ class Loop:
         if self.world.is_main:
             self._look()
         self.stale = self.world.from_main(self.stale, self.device)
+        if self.guard:
+            self.guard_stops = self.world.from_main(self.guard_stops, self.device)
         if self.stopped_early and self.step < self.config.steps:
             self.callbacks.on_text(f"stopping at step {self.step}: {self.stale} validations without a lower loss")
 
@@ -270,7 +285,11 @@ class Loop:
             self._validate()
         if self.watch and due and ("watch", self.step) not in self.events:
             self.folder.add_row({"event": "watch", "step": self.step, **self.watch(self.values())})
-        last = self.step == self.config.steps or self.stopped_early
+        if self.guard and due and ("guard", self.step) not in self.events:
+            self._guard()
+        if self.guard:
+            self.guard_stops = int(self.guard.stops)
+        last = self.step == self.config.steps or self.stopped
         due = self.step % self.config.sample_every == 0 or last
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
@@ -291,6 +310,20 @@ class Loop:
             write_tensors(self.folder.best, values, {"step": str(self.step), "validation_loss": repr(loss)})
             self.best, self.stale = loss, 0
         self.folder.add_row({"event": "validation", "step": self.step, "loss": loss, **figures})
+
+    def _guard(self) -> None:
+        self.callbacks.on_text(f"the guard looks at step {self.step}")
+        self.callbacks.after_load()
+        values = self.values()
+        with self.trainable.attach(values), self._autocast():
+            seen = self.guard.look()
+        row = self.guard.take(self.step, seen)
+        if row["best_step"] == self.step:
+            write_tensors(self.folder.guarded, values, {"step": str(self.step), "reward": repr(row["reward"])})
+        self.folder.add_row(row)
+        if warning := self.guard.warning(self.step):
+            log.warning("run %r: %s", self.folder.name, warning)
+            self.callbacks.on_text(warning)
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -315,6 +348,8 @@ class Loop:
             best = self.best if math.isfinite(self.best) else None
             extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
             extra["objective"] = self.objective.state()
+            if self.guard:
+                extra["guard"] = asdict(self.guard.state)
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
             self.saved_step = self.step
 
@@ -335,6 +370,8 @@ class Loop:
             self.best = state.extra["best"] if state.extra["best"] is not None else math.inf
             self.stale = state.extra.get("stale", 0)  # none in states of earlier versions
             self.objective.load_state(state.extra.get("objective", {}))
+            if self.guard:
+                self.guard.state = GuardState(**state.extra["guard"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step

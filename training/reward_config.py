@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import RunConfig, check_choices, check_range
+from .guard import ACTIONS, GuardRule
 from .lora_config import LoraConfig
 
 WHAT = ("text encoder", "text encoder LoRA", "UNet", "UNet LoRA", "projection")
@@ -46,6 +47,17 @@ class RewardTuneConfig(RunConfig):
     gradients go through (the KL term of DRaFT+); 0 = off. It costs a frozen pass for each."""
     drift_constraint: float = 0.0
     """Weight of how far the prompts' encodings move, as a share of their squared length; 0 = off."""
+    guard_diversity: float = 0.0
+    """Lowest diversity of a prompt's pictures, as a share of the untuned model's, that the guard allows; 0.8 is a good
+    start, and 0.01 only logs. 0: no guard. It draws guard_prompts x guard_images pictures at step 0, every
+    validate_every steps and at the end."""
+    guard_action: Literal[ACTIONS] = "stop"  # type: ignore[valid-type]
+    """Below guard_diversity, end the run with the best weights before; or let it go on, and make the best weights of
+    all that are not below it the result. Best: the highest reward of the guard's pictures."""
+    guard_prompts: int = 4
+    """Prompts that the guard draws: the first held-out ones, and then the first of the others."""
+    guard_images: int = 4
+    """Pictures of each of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +70,12 @@ class RewardTuneConfig(RunConfig):
                 f"drift_constraint is {self.drift_constraint:g} and train {self.train!r}; expected 0, since no "
                 "encoding of a prompt moves. Use eps_constraint instead."
             )
+        check_range(self, guard_diversity=(0, 1), guard_prompts=(1, 1000), guard_images=(2, 1000))
+        if self.guard_rule and self.guard_rule.chooses(stopped=False) and self.settings.result == "best":
+            raise ValueError(
+                "result is 'best' and guard_action is 'keep best'; expected one of the two. The one goes by the loss "
+                "of held-out prompts, the other by the reward of the guard's pictures: set result to 'last'."
+            )
         if self.gradient_steps > self.sampling_steps:
             raise ValueError(
                 f"gradient_steps is {self.gradient_steps}; expected at most sampling_steps, {self.sampling_steps}."
@@ -69,6 +87,10 @@ class RewardTuneConfig(RunConfig):
     def text_trains(self) -> bool:
         """Whether what is tuned is part of the text encoder."""
         return self.train in ("text encoder", "text encoder LoRA", "projection")
+
+    @property
+    def guard_rule(self) -> GuardRule | None:
+        return GuardRule(self.guard_diversity, self.guard_action) if self.guard_diversity else None
 
     @property
     def lora(self) -> LoraConfig:

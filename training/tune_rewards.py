@@ -26,6 +26,7 @@ from .distributed import world
 from .files import read_tensors, write_tensors
 from .formats import ldm
 from .generate import TextOf
+from .guard_pictures import guard_of, guard_prompts
 from .loop import Batches, Loop, LoopConfig
 from .model import TextToImage
 from .prompt_lengths import warn_of_long_prompts
@@ -140,10 +141,11 @@ def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
 
 
 class Data(NamedTuple):
-    """What a tuning reads: how its objective begins, its batches, held-out prompts, steps an epoch."""
+    """What a tuning reads: how its objective begins, its batches, its prompts and those held out, steps an epoch."""
 
     objective: Callable[..., RewardObjective]
     batches: Batches
+    training: Sequence[Prompt]
     held_out: list[Prompt]
     steps_per_epoch: float = math.inf
 
@@ -152,7 +154,7 @@ def _on_prompts(
     prompts: Sequence[Prompt], model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Data:
     training, held_out = split_prompts(prompts, config)
-    return Data(RewardObjective, PromptOrder(training, config.batch_size, config.seed), held_out)
+    return Data(RewardObjective, PromptOrder(training, config.batch_size, config.seed), training, held_out)
 
 
 def _on_images(
@@ -169,8 +171,8 @@ def _on_images(
     objective = partial(
         DirectObjective, latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed)
     )
-    captions = [] if held_out is None else list(dict.fromkeys(held_out.captions))[:HELD_OUT]
-    return Data(objective, order, [Prompt(c) for c in captions], order.steps_per_epoch / config.gradient_accumulation)
+    said, kept = ([Prompt(c) for c in dict.fromkeys(one.captions)] if one else [] for one in (training, held_out))
+    return Data(objective, order, said, kept[:HELD_OUT], order.steps_per_epoch / config.gradient_accumulation)
 
 
 def _loop(
@@ -183,7 +185,8 @@ def _loop(
     callbacks: Callbacks,
 ) -> Loop:
     data = data_of(model, config, folder, callbacks)
-    text_of = _heard_now(model) if config.text_trains else _heard_before(model, config.samples.prompts)
+    guarded, drawn = guard_prompts(data.training, data.held_out, config), config.samples.prompts
+    text_of = _heard_now(model) if config.text_trains else _heard_before(model, [*drawn, *guarded])
     callbacks.after_load()
     return Loop(
         folder,
@@ -200,9 +203,14 @@ def _loop(
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
+        guard=guard_of(model, reward, config, guarded, text_of, partial(_say_drawn, callbacks)),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
+
+
+def _say_drawn(callbacks: Callbacks, done: int, total: int) -> None:
+    callbacks.on_text(f"drawing the guard's pictures ({done}/{total})")
 
 
 def _heard_now(model: TextToImage) -> TextOf:

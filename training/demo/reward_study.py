@@ -21,7 +21,7 @@ from ..generators import generator
 from ..model import Conditioning, TextToImage
 from ..reward_config import RewardTuneConfig
 from ..rewards.combined import CombinedReward, Term
-from ..rewards.diversity import vendi_score
+from ..rewards.diversity import Diversity
 from ..rewards.load import RewardConfig, load_reward
 from ..rollout import Heard, advance, ddim_chain, first_latent
 from ..tune_rewards import Tuned, tune
@@ -202,8 +202,8 @@ class Gauge:
 
 
 def spreads_of(embeddings: Tensor) -> list[float]:
-    """(vendi - 1) / (n - 1) within each caption's n pictures: 0, all alike, to 1."""
-    return [(vendi_score(group) - 1) / (IMAGES - 1) for group in embeddings.split(IMAGES)]
+    """Within each caption's pictures: 0, all alike, to 1."""
+    return [Diversity.of(group).spread for group in embeddings.split(IMAGES)]
 
 
 def findings(rows: Sequence[Mapping]) -> list[str]:
