@@ -148,6 +148,8 @@ class TrainingSettings:
     """The first tags of a caption, so many, that are neither shuffled nor left out."""
     tag_dropout: float = 0.0
     """Share of a caption's comma-separated tags that is left out each time it is shown."""
+    tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder; needs the package tensorboard."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -292,7 +294,7 @@ class TrainModelConfig(RunConfig):
 
 RESUMABLE = {"run_name", "steps", "samples", "resume"}
 """Fields that may differ when a run goes on."""
-RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result"}
+RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -48,9 +48,10 @@ class RewardObjective:
         wanted: Callable[[], Sequence[nn.Parameter]],
         *,
         text_trains: bool,
+        pulse: Callable[[], None] = lambda: None,
     ):
         self.model, self.reward, self.config, self._wanted = model, reward, config, wanted
-        self._text_trains = text_trains
+        self._text_trains, self._pulse = text_trains, pulse
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         self._seen: tuple[int, list[CombinedScores]] = (0, [])
 
@@ -78,7 +79,7 @@ class RewardObjective:
         """The scores, and a number whose gradient is that of minus their sum. draw: the step and the first index."""
         denoiser, config = self.model.denoiser, self.config
         cut, parameters = heard.detached(), list(self._wanted())
-        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, cut)
+        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, cut, self._pulse)
         last, chosen = self._chosen(draw[0])
         wanted = [*cut.tensors, *parameters]
         random = generator(config.seed, "reward augmentation", *draw)
@@ -86,7 +87,7 @@ class RewardObjective:
             scores, gradients = self._through_one(states, chosen[0], cut, prompts, wanted, random)
         elif config.stop_gradient:
             scores, end = self._end_gradient(states[-1], prompts, random)
-            gradients = stepwise_gradient(denoiser, states, self.chain, chosen, cut, end, wanted)
+            gradients = stepwise_gradient(denoiser, states, self.chain, chosen, cut, end, wanted, self._pulse)
         else:
             scores, gradients = self._through_all(states, last, cut, prompts, wanted, random)
         live = [*heard.tensors, *parameters]
@@ -123,7 +124,7 @@ class RewardObjective:
     def _through_all(self, states, last: int, heard: Heard, prompts, wanted, random):
         """Through all of the last steps together, what the UNet reads of the picture included."""
         with torch.enable_grad():
-            end = joint_end(self.model.denoiser, states, self.chain, last, heard, stop_gradient=False)
+            end = joint_end(self.model.denoiser, states, self.chain, last, heard, False, self._pulse)
             scores, at_end = self._end_gradient(end, prompts, random)
             found = torch.autograd.grad(end, wanted, at_end, allow_unused=True)
         return scores, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
@@ -177,7 +178,7 @@ class RewardObjective:
         for number, one in enumerate(loaded):
             noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
             heard = self._heard([one])
-            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)[-1]
+            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)[-1]
             total -= self.reward.scores(self.model.autoencoder.pixels(end), [one.prompt]).item()
         return total / len(loaded)
 

@@ -6,13 +6,16 @@
 <run>/samples/          pictures, `<step>_<index>.png`
 <run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors (masters)
 <run>/<artifact>        the result
+<run>/report.html       all of it on one page, once the run is finished
+<run>/tensorboard/      events for TensorBoard, where settings ask for them
+<run>/finish            put there by somebody who wants the run to end after this step; it goes when it is seen
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,15 @@ class RunFolder:
 
     def set_status(self, state: str, step: int, **more: Any) -> None:
         write_json(self.path / "status.json", {"state": state, "step": step, **more})
+
+    def take_finish(self) -> bool:
+        """Whether a file `finish` was in the folder; it is gone then."""
+        asked = self.path / "finish"
+        if not asked.is_file():
+            return False
+        with suppress(PermissionError):  # Windows: a program that made it holds it open still
+            asked.unlink(missing_ok=True)
+        return True
 
     def claim(self, identity: dict[str, Any], details: dict[str, Any], former: dict[str, Any] | None = None) -> None:
         """Records what this run is, or checks that a run going on is the same; details may change between calls.

@@ -19,6 +19,7 @@ from .files import read_tensors, write_tensors
 from .formats import ldm
 from .generate import TextOf
 from .loop import Loop, LoopConfig
+from .memory import hints
 from .model import TextToImage
 from .reward_config import RewardTuneConfig
 from .reward_objective import RewardObjective
@@ -62,6 +63,7 @@ def tune(
     fit, nothing to train, or a run of other settings under this name.
     """
     check_fit(model, config)
+    callbacks = callbacks or Callbacks()
     expect_prompts(prompts, "prompts")
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
@@ -84,10 +86,11 @@ def tune(
             config,
             lambda: list(trainable.parameters.values()),
             text_trains=text_trains,
+            pulse=callbacks.pulse,
         )
         loop_of = partial(_loop, model, objective, prompts, config, trainable, text_trains)
         identity = run_identity(kind.name, model, config)
-        path = run_in_folder(kind, model, config, Path(root), callbacks or Callbacks(), identity, loop_of)
+        path = run_in_folder(kind, model, config, Path(root), callbacks, identity, loop_of)
     return read_tuned(path)
 
 
@@ -119,7 +122,7 @@ def _loop(
     callbacks: Callbacks,
 ) -> Loop:
     training, held_out = split_prompts(prompts, config)
-    text_of = _heard_now(model) if text_trains else _heard_before(model, config.samples.prompts)
+    text_of = _heard_now(model) if text_trains else _heard_before(model, config.samples.prompts, callbacks)
     callbacks.after_load()
     return Loop(
         folder,
@@ -132,6 +135,7 @@ def _loop(
             learning_rate=config.learning_rate,
             settings=config.settings,
             samples=config.samples,
+            when_full=hints(config, (config.width, config.height)),
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(held_out)],
@@ -145,11 +149,13 @@ def _heard_now(model: TextToImage) -> TextOf:
     return lambda text: encoder.backbone(encoder.tokenize([text]))
 
 
-def _heard_before(model: TextToImage, prompts: Sequence[str]) -> TextOf:
+def _heard_before(model: TextToImage, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
     """Of a text encoder that does not train: encoding may move models about, which nothing may while others train."""
-    now = _heard_now(model)
+    now, known = _heard_now(model), {}
     with torch.no_grad():
-        known = {text: now(text) for text in ("", *prompts)} if prompts else {}
+        for number, text in enumerate(dict.fromkeys(("", *prompts)) if prompts else ()):
+            callbacks.on_text(f"reading the sample prompts ({number}/{len(prompts)})")
+            known[text] = now(text)
     return known.__getitem__
 
 
