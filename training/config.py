@@ -295,6 +295,7 @@ class TrainModelConfig(RunConfig):
 RESUMABLE = {"run_name", "steps", "samples", "resume"}
 """Fields that may differ when a run goes on."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
+RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # it gives the same bits, and a run that ran out of memory may need it
 
 
 def identity(config: Any) -> dict[str, Any]:

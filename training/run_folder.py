@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .config import check_run_name
+from .config import RESUMABLE_SETTINGS, check_run_name
 from .files import read_json, sync, write_json
 from .fingerprint import sketches_match
 
@@ -106,7 +106,7 @@ class RunFolder:
         """
         identity, former = json.loads(json.dumps([identity, former or {}]))
         old = self.config()
-        before_now = _difference(_filled(old["identity"], former), identity) if old is not None else None
+        before_now = _difference(_filled(_counting(old["identity"]), former), identity) if old is not None else None
         if before_now is not None:
             where, before, now = before_now
             what = f"{where} is {now!r}; run {self.name!r} was made with {before!r}"
@@ -161,6 +161,13 @@ def move_aside(path: Path) -> None:
         while path.with_name(f"{path.name} (old {number})").exists():
             number += 1
         path.rename(path.with_name(f"{path.name} (old {number})"))
+
+
+def _counting(old: dict[str, Any]) -> dict[str, Any]:
+    """A recorded identity without the settings that were part of one in earlier versions and are not any more."""
+    if "settings" not in old:
+        return old
+    return old | {"settings": {k: v for k, v in old["settings"].items() if k not in RESUMABLE_SETTINGS}}
 
 
 def _filled(old: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
