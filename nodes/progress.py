@@ -79,6 +79,10 @@ class NodeCallbacks(Callbacks):
         if self._beat.silence > TEXT_INTERVAL:
             self._say(text)
 
+    def on_end(self, text: str) -> None:
+        self._check()
+        self._say(text)
+
     def on_step(self, info: StepInfo) -> None:
         self._step = info.step
         self._bar.update_absolute(info.step, info.steps)

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..training.config import SamplePrompts, TrainingSettings
+from ..training.guard import ACTIONS
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
 from .run_inputs import alpha_input, name_inputs, rank_input, rate_input, run_inputs
@@ -14,6 +15,43 @@ STEPS, BATCH = 100, 4
 def size_input(name: str, default: int) -> io.Input:
     tooltip = f"Picture {name} in pixels, while tuning."
     return io.Int.Input(name, default=default, min=64, max=8192, step=8, tooltip=tooltip)
+
+
+def guard_inputs(default: RewardTuneConfig) -> list:
+    """When too alike pictures end a tuning, and what tells."""
+    count = {"min": 1, "max": 64, "optional": True}
+    return [
+        io.Float.Input(
+            "guard_diversity",
+            default=default.guard_diversity,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Lowest diversity of a prompt's pictures, as a share of the untuned model's; 0.8 is a good start. "
+            "Looked at every validate_every steps of Training Settings, on pictures drawn for it. 0: no guard.",
+        ),
+        io.Combo.Input(
+            "guard_action",
+            options=list(ACTIONS),
+            default=default.guard_action,
+            optional=True,
+            tooltip="stop: below it the run ends, with the best weights before. keep best: the run goes on, and the "
+            "best weights not below it are the result. Best by the reward of the guard's pictures.",
+        ),
+        io.Int.Input(
+            "guard_prompts",
+            default=default.guard_prompts,
+            tooltip="Prompts that the guard draws, the held-out ones first.",
+            **count,
+        ),
+        io.Int.Input(
+            "guard_images",
+            default=default.guard_images,
+            tooltip="Pictures of each, always from the same noise.",
+            **(count | {"min": 2}),
+        ),
+    ]
 
 
 class RetuneRewardTune(io.ComfyNode):
@@ -95,6 +133,7 @@ class RetuneRewardTune(io.ComfyNode):
                     "lora_alpha", d.lora_alpha, "Scale of a tuned LoRA: alpha / rank multiplies it.", optional=True
                 ),
                 *run_inputs(),
+                *guard_inputs(d),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, tuned if its UNet was."),

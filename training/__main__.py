@@ -47,6 +47,9 @@ class Terminal(Callbacks):
     def on_text(self, text: str) -> None:
         self._print(text)
 
+    def on_end(self, text: str) -> None:
+        self._print(text, always=True)
+
     def on_step(self, info: StepInfo) -> None:
         left = (info.steps - info.step) * info.seconds_per_step
         pace = f"{info.seconds_per_step:.2f} s/step  {left:.0f} s left"

@@ -40,6 +40,10 @@ class Callbacks:
     def pulse(self) -> None:
         """Long work has come a piece further, a sampler step or a picture: a moment to look for a cancel."""
 
+    def on_end(self, text: str) -> None:
+        """How the run ended, in words: the last that is said of it."""
+        self.on_text(text)
+
     def before_step(self, step: int) -> None:
         """A step, or the first drawing, comes next: a moment to look for a cancel."""
 

@@ -2,7 +2,8 @@
 
 Where a validation has further figures (see `evaluate`), small panels below show them: how much the text is used, and
 the held-out loss per range of noise levels. So does one the alignment of samples, where something judged them. A reward
-tuning shows its reward, which rises, in place of the loss, and a panel for every term of it.
+tuning shows its reward, which rises, in place of the loss, and a panel for every term of it; two more show what its
+guard saw.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ COLOURS = {
     "grid": "#e4e4e4",
     "text gap": "#2b8a5a",
     "alignment": "#7a4fb0",
+    "diversity": "#0f7f8c",
+    "floor": "#b5282e",
 }
 BANDS = ("#fbb862", "#ef7f4d", "#cf4a5f", "#93307a", "#3f1d71")
 """Noise levels from nearly clean to nearly pure noise."""
@@ -77,6 +80,7 @@ def run_chart(name: str, rows: list[dict[str, Any]], rates: bool = False) -> Ten
     panels = _panels(figures, [row for row in rows if row.get("event") == "sample" and "alignment" in row])
     panels += _term_panels(taken) if what == "reward" else []
     panels += _rate_panel(taken) if rates else []
+    panels += _guard_panels([row for row in rows if row.get("event") == "guard"])
     height = HEIGHT + PANEL * math.ceil(len(panels) / 2)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
@@ -132,6 +136,29 @@ def _term_panels(steps: list[dict[str, Any]]) -> list[_Panel]:
 def _rate_panel(steps: list[dict[str, Any]]) -> list[_Panel]:
     rates = [(row["step"], row["learning_rate"]) for row in steps if "learning_rate" in row]
     return [_Panel(f"learning rate {rates[-1][1]:.3g}", [(rates, COLOURS["smoothed"])])] if rates else []
+
+
+def _guard_panels(checks: list[dict[str, Any]]) -> list[_Panel]:
+    """How the reward and the held-out terms of the guard's pictures rose, with a dot where they were best, and what was
+    left of the pictures' diversity, with the share at which the guard steps in."""
+    if not checks:
+        return []
+    last, held_out = checks[-1], checks[-1]["held_out"][: len(BANDS)]
+    gains = {name: [(row["step"], row["gains"][name]) for row in checks] for name in ("reward", *held_out)}
+    best = [point for point in gains["reward"] if point[0] == last["best_step"]]
+    colours = [COLOURS["smoothed"], *(BANDS[number] for number in range(len(held_out)))]
+    lines = [*zip(gains.values(), colours, strict=True), (best, COLOURS["smoothed"])]
+    shares = [(row["step"], row["shares"]["diversity"]) for row in checks]
+    floor = [(shares[0][0], last["floor"]), (shares[-1][0], last["floor"])]
+    title = f"guard: diversity {100 * shares[-1][1]:.0f} % of the start's,"
+    return [
+        _Panel("guard: gain in std,", lines, tuple(gains)),
+        _Panel(
+            title,
+            [(floor, COLOURS["floor"]), (shares, COLOURS["diversity"])],
+            (f"at least {100 * last['floor']:.0f} %",),
+        ),
+    ]
 
 
 def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) -> None:

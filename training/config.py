@@ -6,6 +6,8 @@ import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from .guard import GuardRule
+
 LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention", "whole UNet")
 GROUPS = ("projection", "cross_attention", "self_attention", "rest")
 """Parts of a swapped model that may train at rates and from steps of their own."""
@@ -281,6 +283,11 @@ class RunConfig:
         """Batches summed up before an optimiser step."""
         return self.settings.total_batch // self.batch_size or self.settings.gradient_accumulation
 
+    @property
+    def guard_rule(self) -> GuardRule | None:
+        """When a guard ends the run and chooses its result; only reward tuning can have one."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainModelConfig(RunConfig):
@@ -292,7 +299,7 @@ class TrainModelConfig(RunConfig):
     """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
 
 
-RESUMABLE = {"run_name", "steps", "samples", "resume"}
+RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}
 """Fields that may differ when a run goes on."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
 RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # it gives the same bits, and a run that ran out of memory may need it

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +28,9 @@ from .callbacks import Callbacks, StepInfo
 from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
 from .distributed import World, world
-from .ending import best_values, noted, result_kind, stopped_early
+from .ending import best_values, guarded_values, noted, result_kind, stopped_early
 from .files import check_free_disk, write_tensors
+from .guard import Guard, GuardState
 from .journal import Journal
 from .memory import OutOfMemory, message
 from .objectives import Objective
@@ -74,7 +75,7 @@ class LoopConfig:
 class Loop:
     """One run. `sampler` draws the sample prompts; `validation` is a list of held-out slots, `evaluation` gives further
     figures of them, once loaded, for the validation's row. `watch` says of the trained values what is worth a row of
-    its own, event "watch", whenever a validation would be due."""
+    its own, event "watch", whenever a validation would be due; so does `guard`, event "guard", and may end the run."""
 
     def __init__(
         self,
@@ -88,12 +89,14 @@ class Loop:
         validation: list | None = None,
         evaluation: Callable[[list], dict[str, Any]] | None = None,
         watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None,
+        guard: Guard | None = None,
         callbacks: Callbacks | None = None,
         device: torch.device | None = None,
     ):
         self.folder, self.trainable, self.objective, self.batches = folder, trainable, objective, batches
         self.config, self.settings = config, config.settings
         self.sampler, self.validation, self.evaluation, self.watch = sampler, validation or [], evaluation, watch
+        self.guard, self.guard_stops = guard, 0
         self.callbacks = callbacks or Callbacks()
         self.device = device or torch.device("cpu")
         self.world: World = world()
@@ -184,16 +187,21 @@ class Loop:
     @property
     def at_end(self) -> bool:
         """Whether no step comes after this one, for whatever reason."""
-        return self.step == self.config.steps or self.stopped_early or self.finishing
+        return self.step == self.config.steps or self.stopped_early or self.finishing or bool(self.guard_stops)
 
     def _result(self) -> Mapping[str, Tensor]:
-        """The last values or the best; `ending` then says which and why, for status.json."""
-        kind = result_kind(self.stale, self.settings)
+        """The last values, the best or the guard's choice; `ending` then says which and why, for status.json."""
+        kind = result_kind(self.stale, self.settings, self.guard and self.guard.rule, bool(self.guard_stops))
         self.ending = {"stopped_early": self.stopped_early, "result": kind, "stale": self.stale}
         if self.finishing and self.step < self.config.steps:
             self.ending |= {"finished_on_request": True, "steps_asked": self.config.steps}
-        if kind == "last":
+        if self.guard:
+            self.ending["guard"] = self.guard.ending()
+        if kind == "last" or (kind == "guard" and not self.world.is_main):  # the main process alone knows the choice
             return self.values()
+        if kind == "guard":
+            self.ending["best_step"] = self.guard.state.best_step
+            return guarded_values(self.folder, self.guard.state.best_step)
         best = best_values(self.folder)
         if best is None:
             raise ValueError("no validation loss was a number, so no weights are the best; expected result 'last'.")
@@ -284,6 +292,8 @@ class Loop:
             self._look()
         self.stale = self.world.from_main(self.stale, self.device)
         self.finishing = bool(self.world.from_main(int(self.finishing), self.device))
+        if self.guard:
+            self.guard_stops = self.world.from_main(self.guard_stops, self.device)
         if self.stopped_early and self.step < self.config.steps:
             self.callbacks.on_text(f"stopping at step {self.step}: {self.stale} validations without a lower loss")
 
@@ -293,6 +303,10 @@ class Loop:
             self._validate()
         if self.watch and due and ("watch", self.step) not in self.events:
             self.journal.add({"event": "watch", "step": self.step, **self.watch(self.values())})
+        if self.guard and due and ("guard", self.step) not in self.events:
+            self._guard()
+        if self.guard:
+            self.guard_stops = int(self.guard.stops)
         due = self.step % self.config.sample_every == 0 or self.at_end
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
@@ -315,6 +329,20 @@ class Loop:
             self.best, self.stale = loss, 0
         self.journal.add({"event": "validation", "step": self.step, "loss": loss, **figures})
 
+    def _guard(self) -> None:
+        self.callbacks.on_text(f"the guard looks at step {self.step}")
+        self.callbacks.after_load()
+        values = self.values()
+        with self.trainable.attach(values), self._autocast():
+            seen = self.guard.look()
+        row = self.guard.take(self.step, seen)
+        if row["best_step"] == self.step:
+            write_tensors(self.folder.guarded, values, {"step": str(self.step), "reward": repr(row["reward"])})
+        self.journal.add(row)
+        if warning := self.guard.warning(self.step):
+            log.warning("run %r: %s", self.folder.name, warning)
+            self.callbacks.on_text(warning)
+
     @torch.no_grad()
     def _sample(self) -> None:
         self.callbacks.on_text(f"drawing samples at step {self.step}")
@@ -330,6 +358,8 @@ class Loop:
             best = self.best if math.isfinite(self.best) else None
             extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
             extra["objective"] = self.objective_state
+            if self.guard:
+                extra["guard"] = asdict(self.guard.state)
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
             self.saved_step = self.step
 
@@ -350,6 +380,8 @@ class Loop:
             self.best = state.extra["best"] if state.extra["best"] is not None else math.inf
             self.stale = state.extra.get("stale", 0)  # none in states of earlier versions
             self.objective.load_state(state.extra.get("objective", {}))
+            if self.guard:
+                self.guard.state = GuardState(**state.extra["guard"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import RunConfig, check_choices, check_range
+from .guard import ACTIONS, GuardRule
 from .lora_config import LoraConfig
 
 WHAT = ("text encoder", "text encoder LoRA", "UNet", "UNet LoRA", "projection")
@@ -40,18 +41,39 @@ class RewardTuneConfig(RunConfig):
     """Rank of the adapters, where a LoRA is tuned."""
     lora_alpha: float = 16.0
     """Scale of the adapters, fixed: dW = alpha / rank * up * down."""
+    guard_diversity: float = 0.0
+    """Lowest diversity of a prompt's pictures, as a share of the untuned model's, that the guard allows; 0.8 is a good
+    start, and 0.01 only logs. 0: no guard. It draws guard_prompts x guard_images pictures at step 0, every
+    validate_every steps and at the end."""
+    guard_action: Literal[ACTIONS] = "stop"  # type: ignore[valid-type]
+    """Below guard_diversity, end the run with the best weights before; or let it go on, and make the best weights of
+    all that are not below it the result. Best: the highest reward of the guard's pictures."""
+    guard_prompts: int = 4
+    """Prompts that the guard draws: the first held-out ones, and then the first of the others."""
+    guard_images: int = 4
+    """Pictures of each of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
         check_range(self, gradient_steps=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
         check_range(self, width=(8, 8192), height=(8, 8192), lora_rank=(1, 4096), lora_alpha=(1e-6, 1e6))
+        check_range(self, guard_diversity=(0, 1), guard_prompts=(1, 1000), guard_images=(2, 1000))
+        if self.guard_rule and self.guard_rule.chooses(stopped=False) and self.settings.result == "best":
+            raise ValueError(
+                "result is 'best' and guard_action is 'keep best'; expected one of the two. The one goes by the loss "
+                "of held-out prompts, the other by the reward of the guard's pictures: set result to 'last'."
+            )
         if self.gradient_steps > self.sampling_steps:
             raise ValueError(
                 f"gradient_steps is {self.gradient_steps}; expected at most sampling_steps, {self.sampling_steps}."
             )
         if self.width % 8 or self.height % 8:
             raise ValueError(f"picture size is {self.width}x{self.height}; expected multiples of 8.")
+
+    @property
+    def guard_rule(self) -> GuardRule | None:
+        return GuardRule(self.guard_diversity, self.guard_action) if self.guard_diversity else None
 
     @property
     def lora(self) -> LoraConfig:

@@ -4,7 +4,8 @@
 <run>/status.json       running, interrupted, failed or finished; step; message; how it ended (see `ending`)
 <run>/metrics.jsonl     one row per optimiser step, and rows with `event`; no clock times, so equal runs are equal files
 <run>/samples/          pictures, `<step>_<index>.png`
-<run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors (masters)
+<run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors and, of a guard,
+                        guarded.safetensors (masters)
 <run>/<artifact>        the result
 <run>/report.html       all of it on one page, once the run is finished
 <run>/tensorboard/      events for TensorBoard, where settings ask for them
@@ -46,6 +47,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.latest = path / "state" / "latest.safetensors"
         self.best = path / "state" / "best.safetensors"
+        self.guarded = path / "state" / "guarded.safetensors"
         self._metrics = path / "metrics.jsonl"
 
     @property

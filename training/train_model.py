@@ -23,7 +23,7 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
-from .ending import is_finished, noted
+from .ending import guard_words, is_finished, noted
 from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
@@ -137,7 +137,7 @@ def run_in_folder(
             folder.claim({**identity, **kind.identity}, about, former_identity(config))
         here.barrier()
         if finished(folder, config, kind.artifact):
-            callbacks.on_text(f"run {folder.name} is finished; reading its result")
+            callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
         with noted(folder, callbacks):
             loop = loop_of(folder, callbacks)
@@ -149,7 +149,7 @@ def run_in_folder(
                 kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
             write_report(folder)
-            callbacks.on_text(f"run {folder.name} is finished after {loop.step} steps")
+            callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
         here.barrier()
         return folder.path
 
@@ -230,7 +230,8 @@ def environment(model: TextToImage) -> dict:
 
 def finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
     """Whether the folder holds the result of exactly these steps, or of a run that stopped early all the same."""
-    return is_finished(folder.status(), config.steps, config.settings) and (folder.path / artifact).exists()
+    ended = is_finished(folder.status(), config.steps, config.settings, config.guard_rule)
+    return ended and (folder.path / artifact).exists()
 
 
 def denoising_loop(

@@ -18,6 +18,7 @@ from .data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, finge
 from .files import read_tensors, write_tensors
 from .formats import ldm
 from .generate import TextOf
+from .guard_pictures import guard_of, guard_prompts
 from .loop import Loop, LoopConfig
 from .memory import hints
 from .model import TextToImage
@@ -122,7 +123,8 @@ def _loop(
     callbacks: Callbacks,
 ) -> Loop:
     training, held_out = split_prompts(prompts, config)
-    text_of = _heard_now(model) if text_trains else _heard_before(model, config.samples.prompts, callbacks)
+    guarded, drawn = guard_prompts(training, held_out, config), config.samples.prompts
+    text_of = _heard_now(model) if text_trains else _heard_before(model, [*drawn, *guarded], callbacks)
     callbacks.after_load()
     return Loop(
         folder,
@@ -139,9 +141,14 @@ def _loop(
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(held_out)],
+        guard=guard_of(model, objective.reward, config, guarded, text_of, partial(_say_drawn, callbacks)),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
+
+
+def _say_drawn(callbacks: Callbacks, done: int, total: int) -> None:
+    callbacks.on_text(f"drawing the guard's pictures ({done}/{total})")
 
 
 def _heard_now(model: TextToImage) -> TextOf:

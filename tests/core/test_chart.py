@@ -124,3 +124,31 @@ def test_a_reward_rises_in_the_picture_also_below_zero_with_a_panel_for_each_ter
         assert height[0] - height[1] > 0.2 * HEIGHT
     low, high = limits([(1, -4.0), (2, -2.0)], [(1, -4.0), (2, -3.0)]).y
     assert low < -4 and high == 0.0
+
+
+def test_a_guard_shows_gains_and_diversity_with_its_floor():
+    steps = [{"step": n, "loss": -n, "reward": n, "good": n, "good normalised": n} for n in range(1, 21)]
+    checks = [
+        {
+            "event": "guard",
+            "step": step,
+            "gains": {"reward": step / 10, "true": -step / 20},
+            "shares": {"diversity": 1 - step / 40},
+            "held_out": ["true"],
+            "floor": 0.8,
+            "best_step": min(step, 5),
+        }
+        for step in (0, 5, 10, 15, 20)
+    ]
+    image = run_chart("guarded", steps + checks)
+    assert image.shape[0] == HEIGHT + 2 * PANEL  # the term, then the two of the guard
+    gains, shares = image[HEIGHT : HEIGHT + PANEL, WIDTH // 2 :], image[HEIGHT + PANEL :, : WIDTH // 2]
+    for colour, rises in (("smoothed", True), (BANDS[0], False)):
+        line = painted(gains, colour)[24:].nonzero()
+        first, last = (line[line[:, 1] == column, 0].float().mean() for column in (line[:, 1].min(), line[:, 1].max()))
+        assert (last < first) == rises
+    floor, curve = (painted(shares, name)[24:].nonzero() for name in ("floor", "diversity"))
+    height = floor[:, 0].float().mean().item()
+    above = curve[curve[:, 0] < height - 1, 1].max() / curve[:, 1].max()
+    assert floor[:, 0].max() - floor[:, 0].min() <= 2 and 0.3 < above < 0.6  # 0.8 is crossed at step 8 of 20
+    assert torch.equal(run_chart("guarded", steps)[:HEIGHT], image[:HEIGHT])

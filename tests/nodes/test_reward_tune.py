@@ -96,6 +96,36 @@ def test_the_node_hands_out_what_was_tuned(demo, judge, sampled, train):
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
+def test_a_guard_chooses_the_result_and_the_node_says_so(demo, judge, sampled, monkeypatch):
+    """One step far too large: the best weights are either those after it or the start's, as the guard's rows say."""
+    from retune.nodes.progress import NodeCallbacks
+    from retune.nodes.reward_tune import RetuneRewardTune
+
+    said = []
+    monkeypatch.setattr(NodeCallbacks, "_say", lambda self, text: said.append(text))
+    model, clip, vae = demo
+    names = ("batch_size", "gradient_steps", "sampling_steps", "cfg", "width", "height", "lora_rank")
+    values = {name: getattr(config(), name) for name in names} | {"method": "last K", "seed": 0, "steps": 1}
+    values |= {"train": "UNet LoRA", "run_name": "guarded in a test", "clip_constraint": 0.0, "learning_rate": 5.0}
+    values |= {"guard_diversity": 0.9, "guard_action": "keep best", "guard_prompts": 1, "guard_images": 3}
+    before = state_of(model, clip.patcher, vae.patcher)
+    with torch.inference_mode():
+        node = RetuneRewardTune.PREPARE_CLASS_CLONE(None)
+        tuned_model, *_, run = node.execute(model, clip, vae, judge, prompts="a red circle", **values).args
+        changed = not torch.equal(sampled(tuned_model, clip), sampled(model, clip))
+    asked, status = (json.loads((run / name).read_text()) for name in ("config.json", "status.json"))
+    assert {name: asked["config"][name] for name in values if name.startswith("guard")} == {
+        name: value for name, value in values.items() if name.startswith("guard")
+    }
+    checks = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row for row in checks if row.get("event") == "guard")
+    better = last["reward"] > first["reward"] and last["shares"]["diversity"] >= 0.9
+    assert status["best_step"] == int(better) and changed == better
+    assert said[-1].startswith("run guarded in a test is finished after 1 steps; the guard chose among its checks")
+    after = state_of(model, clip.patcher, vae.patcher)
+    assert all(torch.equal(new[key], old[key]) for new, old in zip(after, before, strict=True) for key in old)
+
+
 def test_the_projection_of_a_t5_is_tuned(demo, judge):
     from retune.nodes.reward_tune import RetuneRewardTune
     from retune.nodes.t5_clip import load_t5_clip

@@ -27,6 +27,11 @@ class Diversity:
     distance: float
     lpips: float | None = None
 
+    @classmethod
+    def of(cls, embeddings: Tensor, lpips: float | None = None) -> Diversity:
+        """Of (n, D) embeddings of length 1, n >= 2."""
+        return cls(len(embeddings), vendi_score(embeddings), mean_pairwise_distance(embeddings), lpips)
+
     @property
     def spread(self) -> float:
         """(vendi - 1) / (count - 1): 0 (all alike) to 1, in which a loss shows where vendi itself stays near 1."""
@@ -50,8 +55,7 @@ def diversity(images: Tensor, reward: Reward, lpips: bool = True) -> Diversity:
     if len(images) < 2:
         raise ValueError(f"images are {len(images)}; expected two or more to compare.")
     embeddings = torch.cat([reward.image_embeddings(batch) for batch in images.split(BATCH)])
-    distance = mean_pairwise_distance(embeddings)
-    return Diversity(len(images), vendi_score(embeddings), distance, lpips_distance(images) if lpips else None)
+    return Diversity.of(embeddings, lpips_distance(images) if lpips else None)
 
 
 def vendi_score(embeddings: Tensor) -> float:
