@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -10,13 +10,16 @@ from ..training.callbacks import Callbacks, StepInfo
 from ..training.data.examples import Dataset
 from ..training.model import TextToImage
 from .bridge import ComfyDenoiser
+from .heartbeat import Heartbeat
+from .running import running
 
 TEXT_INTERVAL = 0.5
 """Seconds between two texts under the node in phases that report often."""
 
 
 class NodeCallbacks(Callbacks):
-    """Callbacks for a training node. Every call looks for ComfyUI's cancel and raises its interrupt."""
+    """Callbacks for a training node, entered while it works. Every call looks for ComfyUI's cancel and raises its
+    interrupt; while entered, the run can be asked to finish (see `running`), and no phase is silent for long."""
 
     def __init__(self, node_id: str | None, run: str, steps: int):
         import comfy.model_management
@@ -27,7 +30,25 @@ class NodeCallbacks(Callbacks):
         self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
         self._node, self._run, self._steps, self._step = node_id, run, steps, 0
         self._denoiser: ComfyDenoiser | None = None
-        self._memory, self._said = 0, 0.0
+        self._memory = 0
+        self._beat, self._while_entered = Heartbeat(self._say), ExitStack()
+
+    def __enter__(self) -> NodeCallbacks:
+        self._finish = self._while_entered.enter_context(running(self._run))
+        self._while_entered.enter_context(self._beat)
+        self._say("loading")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._while_entered.__exit__(*error)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        import comfy.model_management
+
+        return comfy.model_management.is_oom(error)
+
+    def wants_finish(self) -> bool:
+        return self._finish.is_set()
 
     def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int, more: int = 0) -> None:
         """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
@@ -40,16 +61,22 @@ class NodeCallbacks(Callbacks):
         self._denoiser = model.denoiser
         self._memory = more + self._denoiser.activation_memory(batch_size, height // cells, width // cells)
 
-    def before_step(self, step: int) -> None:
+    def pulse(self) -> None:
         self._check()
 
+    def before_step(self, step: int) -> None:
+        self._check()
+        self._beat.phase(f"step {step} of {self._steps}")
+
     def after_load(self) -> None:
+        self._check()
         if self._denoiser is not None:
             self._denoiser.load(self._memory)
 
     def on_text(self, text: str) -> None:
         self._check()
-        if time.monotonic() - self._said > TEXT_INTERVAL:
+        self._beat.phase(text)
+        if self._beat.silence > TEXT_INTERVAL:
             self._say(text)
 
     def on_end(self, text: str) -> None:
@@ -75,7 +102,7 @@ class NodeCallbacks(Callbacks):
         server = _server()
         if server is not None and self._node is not None:
             server.send_progress_text(text, self._node)
-        self._said = time.monotonic()
+        self._beat.said()
 
     def _send(self, event: str, values: dict) -> None:
         server = _server()

@@ -183,8 +183,8 @@ class RetuneRewardTune(io.ComfyNode):
         judge = tuned_by(reward, values.pop("clip_constraint"), constraint, held_out)
         wanted = prompt_list(prompts, values.pop("prompt_file", ""))
         config = RewardTuneConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
-        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with tuning(model, clip, vae, judge) as (view, rewards):
+        progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with progress as callbacks, tuning(model, clip, vae, judge) as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)
             callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
             if config.method == "direct" and dataset is not None:

@@ -130,3 +130,16 @@ def objective_inputs(default: TrainingSettings) -> list:
             "Share of a caption's tags left out each time it is shown.",
         ),
     ]
+
+
+def log_inputs(default: TrainingSettings) -> list:
+    """Where figures go besides the run's own files."""
+    return [
+        io.Boolean.Input(
+            "tensorboard",
+            default=default.tensorboard,
+            optional=True,
+            advanced=True,
+            tooltip="Write events for TensorBoard into the run's folder; needs the package tensorboard.",
+        )
+    ]

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings
 from . import types
 from .run_inputs import STEPS, seed_input
-from .setting_inputs import ending_inputs, objective_inputs, schedule_inputs, stage_inputs
+from .setting_inputs import ending_inputs, log_inputs, objective_inputs, schedule_inputs, stage_inputs
 
 LEARNING_RATE = 1e-5
 """What Train Model starts with."""
@@ -228,6 +228,7 @@ class RetuneTrainingSettings(io.ComfyNode):
                 *schedule_inputs(d),
                 *ending_inputs(d),
                 *objective_inputs(d),
+                *log_inputs(d),
             ],
             outputs=[
                 types.Settings.Output(display_name="settings", tooltip="Goes into a training node."),

@@ -50,8 +50,8 @@ class RetuneTrainModel(io.ComfyNode):
         from .weights import with_unet_weights
 
         config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
-        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with text_to_image(model, clip, vae) as view:
+        progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
             trained = train_model(view, dataset, config, runs_folder(), callbacks, {"prompt": cls.hidden.prompt})
         new_model = with_unet_weights(model, trained.unet)

@@ -121,8 +121,8 @@ class RetuneTrainEmbedding(io.ComfyNode):
 
         values["lines"] = tuple(line.strip() for line in lines.splitlines() if line.strip())
         config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
-        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with text_to_image(model, clip, vae) as view:
+        progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
             details = {"prompt": cls.hidden.prompt}
             trained = train_embedding(view, dataset, config, runs_folder(), callbacks, details)

@@ -128,8 +128,8 @@ class RetuneTrainLora(io.ComfyNode):
 
         values |= LORA_PRESETS[preset]
         config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
-        callbacks = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with text_to_image(model, clip, vae) as view:
+        progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
+        with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
             first = None if start is None else lora_of("start", start)
             details = {"prompt": cls.hidden.prompt}

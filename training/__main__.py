@@ -28,10 +28,17 @@ from .embedding_config import EmbeddingConfig
 from .layers import ResetConfig, reset_weights
 from .lora_config import LORA_PRESETS, LoraConfig
 from .lora_tools import VERBS as LORA_VERBS
+from .memory import OutOfMemory
 from .prompt_set_report import table
 from .prompt_set_run import EvaluateConfig
 from .reward_config import RewardTuneConfig
 from .rewards.score_files import VERBS as SCORE_VERBS
+
+STOPPING = (
+    "Ctrl-C stops the run, and the same command goes on where it was. A file named finish in the run's folder ends it "
+    "after the step in progress, with its result: the same command then gives that, and more --steps go on from there."
+)
+"""Said in the help of every training."""
 
 
 class Terminal(Callbacks):
@@ -161,6 +168,16 @@ def reset(arguments: argparse.Namespace) -> dict:
     return {"file": str(arguments.output), "tensors": len(new)}
 
 
+def report(arguments: argparse.Namespace) -> dict:
+    from .report import write_report
+    from .run_folder import RunFolder
+
+    folder = RunFolder(arguments.run_folder)
+    if folder.config() is None:
+        raise ValueError(f"{folder.path} has no config.json; expected a run's folder, such as output/retune/my run.")
+    return {"report": str(write_report(folder))}
+
+
 def demo(arguments: argparse.Namespace) -> dict:
     from .demo.run import DemoConfig, run_demo
 
@@ -189,14 +206,14 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="retune", description="Change how a text-to-image model listens to text.")
     top.add_argument("--verbose", action="store_true")
     verbs = top.add_subparsers(dest="verb", required=True)
-    t = verbs.add_parser("train", help="retrain layers of a UNet on captioned images")
+    t = verbs.add_parser("train", help="retrain layers of a UNet on captioned images", epilog=STOPPING)
     add_flags(t, ModelConfig)
     _add_data_flags(t)
     add_flags(t, TrainModelConfig, skip=("settings", "samples"))
     add_flags(t, TrainingSettings)
     _add_run_flags(t, PRESETS)
     t.set_defaults(**PRESETS.get(preset, {}), **PRESET_RUNS.get(preset, {}), function=train)
-    o = verbs.add_parser("lora", help="train a LoRA on captioned images")
+    o = verbs.add_parser("lora", help="train a LoRA on captioned images", epilog=STOPPING)
     add_flags(o, ModelConfig)
     _add_data_flags(o)
     add_flags(o, LoraConfig, skip=("settings", "samples"))
@@ -204,7 +221,7 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     o.add_argument("--start-lora", type=Path, help="a LoRA file of any trainer whose values the adapters begin with")
     _add_run_flags(o, LORA_PRESETS)
     o.set_defaults(**LORA_PRESETS.get(preset, {}), function=lora)
-    e = verbs.add_parser("embedding", help="train new words of a text encoder (textual inversion)")
+    e = verbs.add_parser("embedding", help="train new words of a text encoder (textual inversion)", epilog=STOPPING)
     add_flags(e, ModelConfig)
     _add_data_flags(e)
     add_flags(e, EmbeddingConfig, skip=("settings", "samples"))
@@ -218,7 +235,7 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     )
     _add_run_flags(e, ("custom",))
     e.set_defaults(function=embedding)
-    w = verbs.add_parser("reward", help="tune a text encoder or UNet so that pictures score higher")
+    w = verbs.add_parser("reward", help="tune a text encoder or UNet so that pictures score higher", epilog=STOPPING)
     add_flags(w, ModelConfig)
     w.add_argument("--prompts", type=Path, help="text file, a prompt a line, or .jsonl with weights")
     g = w.add_argument_group("rewards, each as kind,name=value,... (see `score --help`)")
@@ -235,6 +252,9 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(v, EvaluateConfig)
     v.add_argument("--output", type=Path, default=Path("output") / "retune", help="folder of all runs")
     v.set_defaults(function=evaluate)
+    n = verbs.add_parser("report", help="write a run's report.html anew, also of one that goes on or was stopped")
+    n.add_argument("run_folder", type=Path, help="the run's folder, such as 'output/retune/my run'")
+    n.set_defaults(function=report)
     r = verbs.add_parser("reset", help="re-initialise attention layers and write the UNet")
     r.add_argument("--model", required=True, help="diffusers folder, .safetensors checkpoint, or 'demo'")
     r.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
@@ -286,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         result = arguments.function(arguments)
-    except (ValueError, OSError, WorkflowFailed) as error:
+    except (ValueError, OSError, WorkflowFailed, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

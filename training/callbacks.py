@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,8 +26,19 @@ class Callbacks:
     interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
     """Exceptions that mean "cancelled by the user" rather than "failed"."""
 
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether this means that the device's memory did not suffice."""
+        return isinstance(error, torch.cuda.OutOfMemoryError)
+
+    def wants_finish(self) -> bool:
+        """Whether the run shall end with the step just done, as if that were its last; asked after every step."""
+        return False
+
     def on_text(self, text: str) -> None:
         """A phase in words: loading, caching, sampling."""
+
+    def pulse(self) -> None:
+        """Long work has come a piece further, a sampler step or a picture: a moment to look for a cancel."""
 
     def on_end(self, text: str) -> None:
         """How the run ended, in words: the last that is said of it."""

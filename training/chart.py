@@ -63,10 +63,10 @@ def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return result
 
 
-def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
+def run_chart(name: str, rows: list[dict[str, Any]], rates: bool = False) -> Tensor:
     """The chart (HEIGHT, WIDTH, 3) in 0..1 of a run's metrics rows; a run without steps gives empty axes.
 
-    PANEL higher for every two panels below.
+    PANEL higher for every two panels below. rates: with a panel for the learning rate.
     """
     from PIL import Image, ImageDraw
 
@@ -79,6 +79,7 @@ def run_chart(name: str, rows: list[dict[str, Any]]) -> Tensor:
     figures = [row for row in rows if row.get("event") == "validation" and "bands" in row]
     panels = _panels(figures, [row for row in rows if row.get("event") == "sample" and "alignment" in row])
     panels += _term_panels(taken) if what == "reward" else []
+    panels += _rate_panel(taken) if rates else []
     panels += _guard_panels([row for row in rows if row.get("event") == "guard"])
     height = HEIGHT + PANEL * math.ceil(len(panels) / 2)
     image = Image.new("RGB", (WIDTH, height), "white")
@@ -130,6 +131,11 @@ def _term_panels(steps: list[dict[str, Any]]) -> list[_Panel]:
         curve = list(zip([step for step, _ in values], smoothed([v for _, v in values], 0.9), strict=True))
         found.append(_Panel(f"{name} {curve[-1][1]:.4g} (raw scores, smoothed)", [(curve, COLOURS["smoothed"])]))
     return found
+
+
+def _rate_panel(steps: list[dict[str, Any]]) -> list[_Panel]:
+    rates = [(row["step"], row["learning_rate"]) for row in steps if "learning_rate" in row]
+    return [_Panel(f"learning rate {rates[-1][1]:.3g}", [(rates, COLOURS["smoothed"])])] if rates else []
 
 
 def _guard_panels(checks: list[dict[str, Any]]) -> list[_Panel]:

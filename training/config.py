@@ -150,6 +150,8 @@ class TrainingSettings:
     """The first tags of a caption, so many, that are neither shuffled nor left out."""
     tag_dropout: float = 0.0
     """Share of a caption's comma-separated tags that is left out each time it is shown."""
+    tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder; needs the package tensorboard."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -299,7 +301,8 @@ class TrainModelConfig(RunConfig):
 
 RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}
 """Fields that may differ when a run goes on."""
-RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result"}
+RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
+RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # it gives the same bits, and a run that ran out of memory may need it
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """When a run ends, and which of its weights are the result. What is asked for may change later, without training anew.
 
 `stale` is the number of validations in a row that brought no lower loss; status.json keeps it, and what a guard (see
-`guard`) said last.
+`guard`) said last. A run that was asked to finish before its end is as good as one that stopped early, until more steps
+are asked for than before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from .callbacks import Callbacks
 from .config import TrainingSettings
+from .distributed import world
 from .files import read_tensors
 from .guard import GuardRule
 from .run_folder import RunFolder
@@ -37,8 +41,9 @@ def is_finished(
 ) -> bool:
     """Whether a run with this status.json ended as it would with these steps and settings, and with that result."""
     stale = status.get("stale", 0)
+    on_request = status.get("finished_on_request", False) and steps <= status["steps_asked"]
     guard_stopped = rule is not None and rule.stops(status.get("guard", {}).get("share", 1.0))
-    at_end = status["step"] == steps or stopped_early(stale, settings) or guard_stopped
+    at_end = status["step"] == steps or stopped_early(stale, settings) or on_request or guard_stopped
     same = status.get("result", "last") == result_kind(stale, settings, rule, guard_stopped)
     return status["state"] == "finished" and at_end and same
 
@@ -73,3 +78,18 @@ def guard_words(status: Mapping[str, Any]) -> str:
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
     return read_tensors(folder.best) if folder.best.exists() else None
+
+
+@contextmanager
+def noted(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Whatever is raised inside goes on up, and stands in status.json: interrupted or failed, at which step, and why.
+
+    step: steps done; 0 leaves it to what status.json says already.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world().is_main:
+            state = "interrupted" if isinstance(error, callbacks.interrupts) else "failed"
+            folder.set_status(state, step() or folder.status()["step"], message=str(error) or type(error).__name__)
+        raise

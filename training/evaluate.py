@@ -62,6 +62,7 @@ def shuffled(captions: Sequence[str]) -> list[str]:
 
 def _errors(objective: DenoisingObjective, index: int, caption: str, shown: Shown, bands: int) -> Tensor:
     """(bands,) errors of one image under a caption; noise and timesteps depend on the image's index only."""
+    objective.pulse()
     denoiser, (_, latent, *more) = objective.denoiser, shown
     latents = latent[None].to(denoiser.device).expand(bands, -1, -1, -1)
     sources = [generator(0, "evaluation", index, band) for band in range(bands)]

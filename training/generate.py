@@ -19,9 +19,13 @@ def draw(model: TextToImage, prompts: list[str], **options) -> list[Tensor]:
 
 
 @torch.no_grad()
-def decode(model: TextToImage, latents: list[Tensor]) -> list[Tensor]:
-    """Pictures (3, H, W) in 0..1 on the CPU, decoded one by one."""
-    return [model.autoencoder.decode(latent[None])[0].float().cpu() for latent in latents]
+def decode(model: TextToImage, latents: list[Tensor], on_image: Callable[[], None] = lambda: None) -> list[Tensor]:
+    """Pictures (3, H, W) in 0..1 on the CPU, decoded one by one; on_image is called after each, and may raise."""
+    images = []
+    for latent in latents:
+        images.append(model.autoencoder.decode(latent[None])[0].float().cpu())
+        on_image()
+    return images
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     for every optimiser step:
         put the masters in effect; sum the loss and its gradient over the accumulated batches
         clip, step the optimiser, update the average
-        log a row; now and then validate, draw samples, save the state; stop early when validation gets no better
+        log a row; now and then validate, draw samples, save the state; stop early when validation gets no better, or
+        when somebody asks the run to finish
 
 A run is a function of its config: killed anywhere and started again it goes on from the last state, rewrites the rows
 after it and ends with the same files, bit for bit (at the same number of threads).
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,14 +27,16 @@ from torch import Tensor
 from .callbacks import Callbacks, StepInfo
 from .checkpoint import load_state, restore_optimizer, save_state
 from .config import SamplePrompts, TrainingSettings
-from .data.images import contact_sheet, save_png
 from .distributed import World, world
-from .ending import best_values, guarded_values, result_kind, stopped_early
+from .ending import best_values, guarded_values, noted, result_kind, stopped_early
 from .files import check_free_disk, write_tensors
 from .guard import Guard, GuardState
+from .journal import Journal
+from .memory import OutOfMemory, message
 from .objectives import Objective
 from .optim import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .run_folder import RunFolder
+from .samples import Sampler, write_samples
 from .trainable import Trainable
 
 log = logging.getLogger(__name__)
@@ -42,18 +46,6 @@ class Batches(Protocol):
     """Endless data order, a pure function of the batch's number (from 1)."""
 
     def batch(self, number: int) -> list: ...
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Sample pictures in two moves: `draw` runs with the trained weights attached, `decode` without them.
-
-    `judge` gives figures of the pictures and their prompts for the samples' row.
-    """
-
-    draw: Callable[[], list[Tensor]]
-    decode: Callable[[list[Tensor]], list[Tensor]]
-    judge: Callable[[list[Tensor], list[str]], dict[str, float]] | None = None
 
 
 class TrainingDiverged(ValueError):
@@ -69,6 +61,8 @@ class LoopConfig:
     samples: SamplePrompts
     steps_per_epoch: float = math.inf
     """Optimiser steps in which every image is shown once (or `repeats` times)."""
+    when_full: str = ""
+    """What to change when memory does not suffice, in words."""
 
     @property
     def sample_every(self) -> int:
@@ -114,6 +108,9 @@ class Loop:
         self.best, self.stale = math.inf, 0
         self.ending: dict[str, Any] = {}
         self.events: set[tuple[str, int]] = set()
+        self.journal = Journal(folder, config.settings)
+        self.objective_state: dict[str, Any] = {}
+        self.whole, self.finishing = True, False
 
     def _check(self) -> None:
         """Raises ValueError when nothing would train at the first step, or no validation tell when to stop."""
@@ -135,33 +132,49 @@ class Loop:
         Raises TrainingDiverged on a non-finite loss or gradient. The state on disk then stays that of the last regular
         save, if there was one: weights just before the end are finite, but may have gone astray already.
         """
-        check_free_disk(self.folder.path, 8 * 4 * len(self.trainable) + 2**26)
-        self._resume()
-        consistent = True
+        with noted(self.folder, self.callbacks, lambda: self.step):
+            check_free_disk(self.folder.path, 8 * 4 * len(self.trainable) + 2**26)
+            self._resume()
+            try:
+                self._train()
+            finally:
+                self.journal.close()
+            self.folder.take_finish()  # one that came too late
+            return self._result()
+
+    def _train(self) -> None:
+        """All steps and the last state; where anything is raised before, the state after the last whole step."""
+        self.whole = True
         try:
             self.callbacks.before_step(self.step)
             self._after_step()
-            while self.step < self.config.steps and not self.stopped:
-                self.callbacks.before_step(self.step + 1)
-                began = time.perf_counter()
-                row = self._gradients(self.step + 1)
-                row["grad_norm"] = self._clip()
-                consistent = False
-                self._update(row)
-                consistent = True
-                self._time(time.perf_counter() - began)
-                self.callbacks.on_step(self._info(row))
+            while not self.at_end:
+                self._one_step()
                 self._after_step()
+            self.callbacks.on_text(f"saving the state after step {self.step}")
+            self._save()
         except BaseException as error:
+            full = self.callbacks.is_out_of_memory(error)
+            if full:  # what the step still holds would leave no room for the state
+                traceback.clear_frames(error.__traceback__)
+                self.optimizer.zero_grad(set_to_none=True)
             astray = isinstance(error, TrainingDiverged) and self.saved_step >= 0
-            if consistent and self.step != self.saved_step and not astray:
+            if self.whole and self.step != self.saved_step and not astray:
                 self._save()
-            if self.world.is_main:
-                state = "interrupted" if isinstance(error, self.callbacks.interrupts) else "failed"
-                self.folder.set_status(state, self.step, message=str(error) or type(error).__name__)
+            if full:
+                raise OutOfMemory(message(self.step, self.saved_step, self.config.when_full)) from error
             raise
-        self._save()
-        return self._result()
+
+    def _one_step(self) -> None:
+        self.callbacks.before_step(self.step + 1)
+        began = time.perf_counter()
+        row = self._gradients(self.step + 1)
+        row["grad_norm"] = self._clip()
+        self.whole = False
+        self._update(row)
+        self.whole = True
+        self._time(time.perf_counter() - began)
+        self.callbacks.on_step(self._info(row))
 
     def values(self) -> Mapping[str, Tensor]:
         """What samples, validation and the result use: the average when there is one, else the masters."""
@@ -172,14 +185,16 @@ class Loop:
         return stopped_early(self.stale, self.settings)
 
     @property
-    def stopped(self) -> bool:
-        """Whether the run ends here, whatever its steps."""
-        return self.stopped_early or bool(self.guard_stops)
+    def at_end(self) -> bool:
+        """Whether no step comes after this one, for whatever reason."""
+        return self.step == self.config.steps or self.stopped_early or self.finishing or bool(self.guard_stops)
 
     def _result(self) -> Mapping[str, Tensor]:
         """The last values, the best or the guard's choice; `ending` then says which and why, for status.json."""
         kind = result_kind(self.stale, self.settings, self.guard and self.guard.rule, bool(self.guard_stops))
         self.ending = {"stopped_early": self.stopped_early, "result": kind, "stale": self.stale}
+        if self.finishing and self.step < self.config.steps:
+            self.ending |= {"finished_on_request": True, "steps_asked": self.config.steps}
         if self.guard:
             self.ending["guard"] = self.guard.ending()
         if kind == "last" or (kind == "guard" and not self.world.is_main):  # the main process alone knows the choice
@@ -248,8 +263,9 @@ class Loop:
         self.scaler.update()
         self._average()
         self.step = row["step"]
+        self.objective_state = self.objective.state()
         if self.world.is_main:
-            self.folder.add_row(row)
+            self.journal.add(row)
 
     def _diverged(self, what: str, value: float) -> TrainingDiverged:
         kept = self.saved_step if self.saved_step >= 0 else self.step
@@ -272,28 +288,30 @@ class Loop:
     def _after_step(self) -> None:
         """Validation, samples and state when they are due; each is skipped when a resumed run has done it already."""
         if self.world.is_main:
+            self.finishing = self.step > 0 and (self.callbacks.wants_finish() or self.folder.take_finish())
             self._look()
         self.stale = self.world.from_main(self.stale, self.device)
+        self.finishing = bool(self.world.from_main(int(self.finishing), self.device))
         if self.guard:
             self.guard_stops = self.world.from_main(self.guard_stops, self.device)
         if self.stopped_early and self.step < self.config.steps:
             self.callbacks.on_text(f"stopping at step {self.step}: {self.stale} validations without a lower loss")
 
     def _look(self) -> None:
-        due = self.step % self.settings.validate_every == 0 or self.step == self.config.steps
+        due = self.step % self.settings.validate_every == 0 or self.step == self.config.steps or self.finishing
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
         if self.watch and due and ("watch", self.step) not in self.events:
-            self.folder.add_row({"event": "watch", "step": self.step, **self.watch(self.values())})
+            self.journal.add({"event": "watch", "step": self.step, **self.watch(self.values())})
         if self.guard and due and ("guard", self.step) not in self.events:
             self._guard()
         if self.guard:
             self.guard_stops = int(self.guard.stops)
-        last = self.step == self.config.steps or self.stopped
-        due = self.step % self.config.sample_every == 0 or last
+        due = self.step % self.config.sample_every == 0 or self.at_end
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
-        if self.step and self.step % self.settings.save_every == 0 and not last:
+        if self.step and self.step % self.settings.save_every == 0 and not self.at_end:
+            self.callbacks.on_text(f"saving the state after step {self.step}")
             self._save()
             self.folder.set_status("running", self.step)
 
@@ -309,7 +327,7 @@ class Loop:
         if loss < self.best:
             write_tensors(self.folder.best, values, {"step": str(self.step), "validation_loss": repr(loss)})
             self.best, self.stale = loss, 0
-        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss, **figures})
+        self.journal.add({"event": "validation", "step": self.step, "loss": loss, **figures})
 
     def _guard(self) -> None:
         self.callbacks.on_text(f"the guard looks at step {self.step}")
@@ -320,7 +338,7 @@ class Loop:
         row = self.guard.take(self.step, seen)
         if row["best_step"] == self.step:
             write_tensors(self.folder.guarded, values, {"step": str(self.step), "reward": repr(row["reward"])})
-        self.folder.add_row(row)
+        self.journal.add(row)
         if warning := self.guard.warning(self.step):
             log.warning("run %r: %s", self.folder.name, warning)
             self.callbacks.on_text(warning)
@@ -331,23 +349,15 @@ class Loop:
         with self.trainable.attach(self.values()), self._autocast():
             latents = self.sampler.draw()
         images = self.sampler.decode(latents)
-        files = []
-        for index, image in enumerate(images):
-            files.append(f"{self.step:06d}_{index:02d}.png")
-            save_png(image, self.folder.samples / files[-1])
-        grid = f"{self.step:06d}_grid.png"
-        save_png(contact_sheet(images), self.folder.samples / grid)
-        about = {"step": self.step, "epoch": round(self.step / self.config.steps_per_epoch, 2)}
-        prompts = list(self.config.samples.prompts)
-        figures = self.sampler.judge(images, prompts) if self.sampler.judge else {}
-        self.folder.add_row({"event": "sample", **about, **figures, "files": files, "grid": grid, "prompts": prompts})
+        prompts, epoch = self.config.samples.prompts, self.step / self.config.steps_per_epoch
+        self.journal.add(write_samples(self.folder, self.sampler, images, prompts, self.step, epoch))
         self.callbacks.on_samples(self.step, images)
 
     def _save(self) -> None:
         if self.world.is_main:
             best = self.best if math.isfinite(self.best) else None
             extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
-            extra["objective"] = self.objective.state()
+            extra["objective"] = self.objective_state
             if self.guard:
                 extra["guard"] = asdict(self.guard.state)
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
@@ -380,6 +390,8 @@ class Loop:
         if self.world.is_main:
             self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
             self.folder.set_status("running", self.step)
+            self.journal.begin(self.step)
+        self.objective_state = self.objective.state()
 
     def _truncate_metrics(self, size: int) -> None:
         self.world.barrier()  # nobody reads the state any more

@@ -168,7 +168,8 @@ class DenoisingObjective:
     of those to what the denoiser listens to. mask_of(slot) -> (1, h, w) or None. varied_text_of: text_of for captions
     that may never be shown again, or None where it leaves them to text_of. caption_of(caption, number, index): what an
     image is shown with at a place of batch `number`, 0 outside of training; its own caption without it. All draws of
-    sample `index` in a step come from generators named by it.
+    sample `index` in a step come from generators named by it. pulse: called for each image that is loaded or looked at;
+    it may raise.
     """
 
     def __init__(
@@ -183,17 +184,20 @@ class DenoisingObjective:
         mask_of: Callable[[Any], Tensor | None] = lambda slot: None,
         varied_text_of: Callable[[str], Conditioning | None] | None = None,
         caption_of: Callable[[str, int, int], str] | None = None,
+        pulse: Callable[[], None] = lambda: None,
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project, self.mask_of = latent_of, text_of, project, mask_of
         self.varied_text_of = varied_text_of or text_of
         self.caption_of = caption_of or (lambda caption, number, index: caption)
+        self.pulse = pulse
 
     def load(self, slots: list) -> list[Shown]:
         """Latents, masks and captions; captions that vary are drawn and encoded here, while models may still move."""
         return [self._shown(slot) for slot in slots]
 
     def _shown(self, slot: Any) -> Shown:
+        self.pulse()
         example, text = slot.example, None
         caption = self.caption_of(example.caption, slot.number, slot.index)
         if self.settings.varies_captions and slot.number:
@@ -260,6 +264,7 @@ class DenoisingObjective:
         total, losses = len(self.denoiser.sigmas), []
         inner = torch.linspace(0, total - 1, levels + 2)[1:-1].round().long()
         for index, (caption, one, *more) in enumerate(loaded):
+            self.pulse()
             latent = one[None].to(self.denoiser.device).expand(levels, -1, -1, -1)
             text = self.text_of(caption).to(self.denoiser.device)
             conditioning = self.project(Conditioning.cat([text] * levels), inner / (total - 1))

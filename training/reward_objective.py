@@ -9,7 +9,7 @@ prompts in `direct_objective`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Chain(NamedTuple):
 class RewardObjective:
     """Objective: loss_i = - total reward of picture i, and what the constraints add.
 
-    trainable: whose parameters get the gradient. text_trains: whether the text encoder is among them; the empty prompt
+    trainable: whose parameters get the gradient. pulse: called before each sampler step. text_trains: whether the text encoder is among them; the empty prompt
     of the guidance is then heard with it too, as it is in use.
     """
 
@@ -65,9 +65,10 @@ class RewardObjective:
         trainable: Trainable,
         *,
         text_trains: bool,
+        pulse: Callable[[], None] = lambda: None,
     ):
         self.model, self.reward, self.config, self._trainable = model, reward, config, trainable
-        self._text_trains = text_trains
+        self._text_trains, self._pulse = text_trains, pulse
         self._compares = bool(config.eps_constraint or config.drift_constraint)
         self._cfg = config.cfg if self.guided else 1.0
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
@@ -116,7 +117,7 @@ class RewardObjective:
     def _drawn(self, indices: list[int], spoken: list[Spoken], step: int, heard: Heard) -> Chain:
         """Pictures of the prompts, as the sampler draws them."""
         denoiser, noise = self.model.denoiser, self._noise(indices, step)
-        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)
+        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)
         chosen = self._chosen(step)
         if self.config.method != "one step":
             return Chain(states, self.chain, chosen)
@@ -155,13 +156,13 @@ class RewardObjective:
     def _stepwise(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
         """Step by step, the gradient stopped at what the UNet reads of the picture."""
         of_output = near and (lambda number, out: near.gradient(chain.states[number], chain.steps[number], out))
-        return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output)
+        return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output, self._pulse)
 
     def _joint(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
         """Through all of the last steps together, what the UNet reads of the picture included."""
         (states, steps, chosen), denoiser = chain, self.model.denoiser
         with torch.enable_grad():
-            last, outputs = joint_end(denoiser, states, steps, len(chosen), heard, stop_gradient=False)
+            last, outputs = joint_end(denoiser, states, steps, len(chosen), heard, False, self._pulse)
             ends, at_ends = [last], [end]
             if near is not None:
                 ends += outputs
@@ -225,7 +226,7 @@ class RewardObjective:
         for number, one in enumerate(loaded):
             noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
             heard = self._now([one], self.config.cfg)
-            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard)[-1]
+            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)[-1]
             total -= self.reward.scores(self.model.autoencoder.pixels(end), [one.prompt]).item()
         return total / len(loaded)
 

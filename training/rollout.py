@@ -108,11 +108,18 @@ def advance(denoiser: Denoiser, x: Tensor, step: Step, heard: Heard, *, stop_gra
     return step.a.to(x) * x + step.b.to(x) * out
 
 
+def _quiet() -> None:
+    """For nobody who looks on."""
+
+
 @torch.no_grad()
-def rollout(denoiser: Denoiser, x: Tensor, chain: Sequence[Step], heard: Heard) -> list[Tensor]:
-    """The latents before each step, and the end: len(chain) + 1 of (B, C, h, w)."""
+def rollout(
+    denoiser: Denoiser, x: Tensor, chain: Sequence[Step], heard: Heard, pulse: Callable[[], None] = _quiet
+) -> list[Tensor]:
+    """The latents before each step, and the end: len(chain) + 1 of (B, C, h, w). pulse: called before each step."""
     states = [x]
     for step in chain:
+        pulse()
         states.append(advance(denoiser, states[-1], step, heard))
     return states
 
@@ -126,16 +133,19 @@ def stepwise_gradient(
     end_gradient: Tensor,
     wanted: Sequence[Tensor],
     of_output: OutputGradient | None = None,
+    pulse: Callable[[], None] = _quiet,
 ) -> list[Tensor]:
     """Gradient of a function of the chain's end with respect to `wanted`, through the outputs of the chosen steps.
 
     states: as `rollout` gives them. heard: its tensors may be among `wanted`, as may parameters of the network.
     end_gradient: (B, C, h, w), the function's gradient at states[-1]. Equals back-propagation through the whole chain
     with `stop_gradient`, all steps but the chosen ones held constant. of_output: adds a function of each chosen step's
-    output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads.
+    output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads. pulse:
+    called before each of them.
     """
     total = [torch.zeros_like(one) for one in wanted]
     for number in chosen:
+        pulse()
         weight = chain[number].b
         for later in chain[number + 1 :]:
             weight = weight * later.a
@@ -150,14 +160,21 @@ def stepwise_gradient(
 
 
 def joint_end(
-    denoiser: Denoiser, states: Sequence[Tensor], chain: Sequence[Step], last: int, heard: Heard, stop_gradient: bool
+    denoiser: Denoiser,
+    states: Sequence[Tensor],
+    chain: Sequence[Step],
+    last: int,
+    heard: Heard,
+    stop_gradient: bool,
+    pulse: Callable[[], None] = _quiet,
 ) -> tuple[Tensor, list[Tensor]]:
     """The chain's end (B, C, h, w) and the outputs of its last steps, so many, with gradients through them.
 
-    states: as `rollout` gives them. stop_gradient: as for `advance`.
+    states: as `rollout` gives them. stop_gradient: as for `advance`. pulse: called before each.
     """
     x, outputs = states[len(chain) - last], []
     for step in chain[len(chain) - last :]:
+        pulse()
         outputs.append(guided_output(denoiser, x.detach() if stop_gradient else x, step, heard))
         x = step.a.to(x) * x + step.b.to(x) * outputs[-1]
     return x, outputs

@@ -7,19 +7,22 @@
 <run>/state/            latest.safetensors (masters, optimiser, average), best.safetensors and, of a guard,
                         guarded.safetensors (masters)
 <run>/<artifact>        the result
+<run>/report.html       all of it on one page, once the run is finished
+<run>/tensorboard/      events for TensorBoard, where settings ask for them
+<run>/finish            put there by somebody who wants the run to end after this step; it goes when it is seen
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .config import check_run_name
+from .config import RESUMABLE_SETTINGS, check_run_name
 from .files import read_json, sync, write_json
 from .fingerprint import sketches_match
 
@@ -91,6 +94,15 @@ class RunFolder:
     def set_status(self, state: str, step: int, **more: Any) -> None:
         write_json(self.path / "status.json", {"state": state, "step": step, **more})
 
+    def take_finish(self) -> bool:
+        """Whether a file `finish` was in the folder; it is gone then."""
+        asked = self.path / "finish"
+        if not asked.is_file():
+            return False
+        with suppress(PermissionError):  # Windows: a program that made it holds it open still
+            asked.unlink(missing_ok=True)
+        return True
+
     def claim(self, identity: dict[str, Any], details: dict[str, Any], former: dict[str, Any] | None = None) -> None:
         """Records what this run is, or checks that a run going on is the same; details may change between calls.
 
@@ -99,7 +111,7 @@ class RunFolder:
         """
         identity, former = json.loads(json.dumps([identity, former or {}]))
         old = self.config()
-        before_now = _difference(_filled(old["identity"], former), identity) if old is not None else None
+        before_now = _difference(_filled(_counting(old["identity"]), former), identity) if old is not None else None
         if before_now is not None:
             where, before, now = before_now
             what = f"{where} is {now!r}; run {self.name!r} was made with {before!r}"
@@ -154,6 +166,13 @@ def move_aside(path: Path) -> None:
         while path.with_name(f"{path.name} (old {number})").exists():
             number += 1
         path.rename(path.with_name(f"{path.name} (old {number})"))
+
+
+def _counting(old: dict[str, Any]) -> dict[str, Any]:
+    """A recorded identity without the settings that were part of one in earlier versions and are not any more."""
+    if "settings" not in old:
+        return old
+    return old | {"settings": {k: v for k, v in old["settings"].items() if k not in RESUMABLE_SETTINGS}}
 
 
 def _filled(old: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,19 +23,22 @@ from .data.dataset import split_validation
 from .data.examples import Dataset
 from .data.order import BatchOrder, Slot
 from .distributed import world
-from .ending import guard_words, is_finished
+from .ending import guard_words, is_finished, noted
 from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
 from .formats import ldm
 from .generate import TextOf, decode, draw_latents
 from .generators import generator
+from .journal import check_tensorboard
 from .layers import select
 from .loop import Loop, LoopConfig, Sampler
+from .memory import hints
 from .model import Conditioning, TextEncoder, TextToImage
 from .noise import zero_terminal_sigmas
 from .objectives import DenoisingObjective, check_objective
 from .optim import check_optimizer
+from .report import write_report
 from .run_folder import RunFolder
 from .trainable import SelectedWeights, Trainable, targets
 
@@ -134,12 +139,16 @@ def run_in_folder(
         if finished(folder, config, kind.artifact):
             callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
-        loop = loop_of(folder, callbacks)
+        with noted(folder, callbacks):
+            loop = loop_of(folder, callbacks)
         with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
             values = loop.run()
         if here.is_main:
-            kind.write(folder, values, {"steps": loop.step, **loop.ending})
+            with noted(folder, callbacks):
+                callbacks.on_text(f"writing the result of run {folder.name}")
+                kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
+            write_report(folder)
             callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
         here.barrier()
         return folder.path
@@ -162,6 +171,7 @@ def check_steps(folder: RunFolder, steps: int) -> None:
 
 def check_fit(model: TextToImage, config: RunConfig) -> None:
     """Raises ValueError for what could only fail after long work: widths, precision, loss weighting, channels."""
+    check_tensorboard(config.settings)
     check_width(model)
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
@@ -214,7 +224,8 @@ def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
 def environment(model: TextToImage) -> dict:
     """What decides the last bits of a result."""
     device = str(model.denoiser.device)
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    about = {"python": platform.python_version(), "system": platform.platform()}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **about}
 
 
 def finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
@@ -254,6 +265,7 @@ def denoising_loop(
         mask_of=lambda slot: shown(latents.mask, slot, crops[slot.example.key], config.seed),
         varied_text_of=(lambda caption: None) if text_trains else texts.once,
         caption_of=kind.caption_of,
+        pulse=callbacks.pulse,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
@@ -268,6 +280,7 @@ def denoising_loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
+            when_full=hints(config, max(((e.width, e.height) for e in dataset.examples), key=math.prod)),
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
@@ -309,7 +322,7 @@ def sampler_of(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks
             on_batch=lambda done, total: callbacks.on_text(f"drawing samples ({done}/{total})"),
         )
 
-    return Sampler(draw, lambda latents: decode(model, latents), model.judge)
+    return Sampler(draw, lambda latents: decode(model, latents, callbacks.pulse), model.judge)
 
 
 def _caches(model: TextToImage, root: Path) -> tuple[LatentCache, TextCache]:

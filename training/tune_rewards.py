@@ -28,6 +28,7 @@ from .formats import ldm
 from .generate import TextOf
 from .guard_pictures import guard_of, guard_prompts
 from .loop import Batches, Loop, LoopConfig
+from .memory import hints
 from .model import TextToImage
 from .prompt_lengths import warn_of_long_prompts
 from .reward_config import RewardTuneConfig
@@ -85,6 +86,7 @@ def tune(
     of other settings under this name.
     """
     check_fit(model, config)
+    callbacks = callbacks or Callbacks()
     _check_data(config, prompts, dataset)
     if not any(term.weight for term in reward.terms.values()):
         raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
@@ -108,7 +110,7 @@ def tune(
         data = partial(_on_images, dataset) if direct else partial(_on_prompts, prompts)
         loop_of = partial(_loop, model, reward, data, config, trainable)
         identity = run_identity(kind.name, model, config)
-        path = run_in_folder(kind, model, config, Path(root), callbacks or Callbacks(), identity, loop_of)
+        path = run_in_folder(kind, model, config, Path(root), callbacks, identity, loop_of)
     return read_tuned(path)
 
 
@@ -186,12 +188,12 @@ def _loop(
 ) -> Loop:
     data = data_of(model, config, folder, callbacks)
     guarded, drawn = guard_prompts(data.training, data.held_out, config), config.samples.prompts
-    text_of = _heard_now(model) if config.text_trains else _heard_before(model, [*drawn, *guarded])
+    text_of = _heard_now(model) if config.text_trains else _heard_before(model, [*drawn, *guarded], callbacks)
     callbacks.after_load()
     return Loop(
         folder,
         trainable,
-        data.objective(model, reward, config, trainable, text_trains=config.text_trains),
+        data.objective(model, reward, config, trainable, text_trains=config.text_trains, pulse=callbacks.pulse),
         data.batches,
         LoopConfig(
             steps=config.steps,
@@ -200,6 +202,7 @@ def _loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=data.steps_per_epoch,
+            when_full=hints(config, (config.width, config.height)),
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
@@ -218,11 +221,13 @@ def _heard_now(model: TextToImage) -> TextOf:
     return lambda text: encoder.backbone(encoder.tokenize([text]))
 
 
-def _heard_before(model: TextToImage, prompts: Sequence[str]) -> TextOf:
+def _heard_before(model: TextToImage, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
     """Of a text encoder that does not train: encoding may move models about, which nothing may while others train."""
-    now = _heard_now(model)
+    now, known = _heard_now(model), {}
     with torch.no_grad():
-        known = {text: now(text) for text in ("", *prompts)} if prompts else {}
+        for number, text in enumerate(dict.fromkeys(("", *prompts)) if prompts else ()):
+            callbacks.on_text(f"reading the sample prompts ({number}/{len(prompts)})")
+            known[text] = now(text)
     return known.__getitem__
 
 

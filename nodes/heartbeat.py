@@ -1,0 +1,53 @@
+"""Signs of life in long phases: clients give up on a server that says nothing (comfy-cli after two minutes)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+INTERVAL = 5.0
+"""Seconds without a word after which the phase is said again."""
+
+
+class Heartbeat:
+    """While entered, a thread repeats what goes on, with the seconds it has taken, whenever nothing else was said.
+
+    say: tells a text to whoever waits; it is called from that thread too.
+    """
+
+    def __init__(self, say: Callable[[str], None], interval: float = INTERVAL):
+        self._say, self._interval = say, interval
+        self._phase, self._began, self._said = "loading", time.monotonic(), time.monotonic()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Heartbeat:
+        self.phase("loading")
+        self._thread = threading.Thread(target=self._beat, name="retune heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def phase(self, text: str) -> None:
+        """What goes on from now; the seconds count from where it was first said."""
+        if text != self._phase:
+            self._phase, self._began = text, time.monotonic()
+
+    def said(self) -> None:
+        """Something was told just now."""
+        self._said = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since something was told."""
+        return time.monotonic() - self._said
+
+    def _beat(self) -> None:
+        while not self._over.wait(max(0.01, self._interval - self.silence)):
+            if self.silence >= self._interval:
+                self.said()
+                self._say(f"{self._phase} … {time.monotonic() - self._began:.0f} s")

@@ -1,0 +1,254 @@
+"""ComfyUI's cancel, "finish now" and memory errors: nodes called as ComfyUI calls them, and a real server."""
+
+import hashlib
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from retune.training.comfyui_server import WorkflowFailed, server
+from retune.training.config import SamplePrompts, TrainingSettings
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+STEADY = {"lr_schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.3, "validate_every": 2}
+
+
+@pytest.fixture
+def progress(comfyui, monkeypatch):
+    """What training nodes say, each text with its time; `then(text)` is called after it."""
+    from retune.nodes import progress as module
+
+    said, then = [], []
+
+    class Server:
+        def send_progress_text(self, text, node):
+            said.append((time.monotonic(), text))
+            for one in then:
+                one(text)
+
+        def send_sync(self, event, values):
+            pass
+
+    monkeypatch.setattr(module, "_server", Server)
+    monkeypatch.setattr(module, "TEXT_INTERVAL", -1.0)  # every text counts here
+    said_and_then = (said, then)
+    yield said_and_then
+    assert not heartbeats()
+
+
+def heartbeats():
+    return [thread for thread in threading.enumerate() if thread.name == "retune heartbeat"]
+
+
+def trained(demo, pictures, name, steps=4, node_id="8"):
+    """RetuneTrainModel as ComfyUI executes it; returns the run's folder."""
+    from types import SimpleNamespace
+
+    from retune.nodes.train import RetuneTrainModel
+
+    class Node(RetuneTrainModel):
+        hidden = SimpleNamespace(unique_id=node_id, prompt={})
+
+    model, clip, vae = demo
+    values = {"steps": steps, "batch_size": 2, "learning_rate": 1e-3, "train": "QK", "train_projection": False}
+    samples = SamplePrompts(prompts=("a red circle",), every=2, steps=2, cfg=2.0, width=64, height=64)
+    settings = TrainingSettings(save_every=3, **STEADY)
+    with torch.inference_mode():
+        found = Node.execute(
+            model, clip, vae, pictures, settings=settings, samples=samples, run_name=name, seed=0, **values
+        )
+    return found.result[2]
+
+
+def status_of(folder):
+    return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+
+
+def digest(folder, artifact="model.safetensors"):
+    files = [folder / "metrics.jsonl", folder / artifact, *sorted((folder / "samples").iterdir())]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def expect_nothing_half_written(folder):
+    """Every file opens: states, rows, pictures; and no temporary one is left. Returns the run's state."""
+    from PIL import Image
+    from retune.training.checkpoint import load_state
+    from retune.training.run_folder import RunFolder
+
+    run = RunFolder(folder)
+    load_state(run)
+    assert not list(folder.rglob("*.tmp"))
+    for row in run.rows():
+        for name in row.get("files", ()):
+            with Image.open(folder / "samples" / name) as image:
+                image.load()
+    return status_of(folder)["state"]
+
+
+PHASES = ("loading", "caching", "validating", "drawing samples at", "drawing samples (0/1)", "step 2")
+PHASES += ("saving", "writing")
+
+
+def test_a_cancel_in_every_phase_ends_at_once_and_the_run_goes_on(demo, pictures, progress):
+    import comfy.model_management as management
+
+    _, then = progress
+    whole = digest(trained(demo, pictures, "whole"))
+    asked = []
+
+    def cancel(text):
+        if text.startswith(phase) and not asked:
+            asked.append(text)
+            management.interrupt_current_processing()
+
+    then.append(cancel)
+    for phase in PHASES:
+        asked.clear()
+        with pytest.raises(management.InterruptProcessingException):
+            trained(demo, pictures, "cancelled")
+        assert asked and not management.processing_interrupted() and not heartbeats()
+        if phase != "loading":  # a cancel in the very last phase finds the run finished; the prompt is interrupted
+            state = expect_nothing_half_written(runs() / "cancelled")
+            assert state == ("finished" if phase == "writing" else "interrupted"), phase
+    then.clear()
+    assert digest(trained(demo, pictures, "cancelled")) == whole
+
+
+def runs():
+    from retune.nodes.paths import runs_folder
+
+    return runs_folder()
+
+
+def test_finish_now_ends_the_run_and_the_graph_goes_on(demo, pictures, progress):
+    from retune.nodes.running import finish
+
+    _, then = progress
+    answers = []
+    then.append(lambda text: answers.append(finish("asked")) if text.startswith("step 2 of 6") else None)
+    assert not finish("asked")
+    folder = trained(demo, pictures, "asked", steps=6)
+    assert set(answers) == {True} and not finish("asked")
+    status = status_of(folder)
+    assert status["state"] == "finished" and status["finished_on_request"] and status["step"] == 2
+    assert (folder / "model.safetensors").exists() and (folder / "report.html").exists()
+    then.clear()
+    before = digest(folder)
+    assert digest(trained(demo, pictures, "asked", steps=6)) == before
+
+
+def test_a_failed_run_is_not_known_any_more_and_comfyui_knows_it_is_memory(demo, pictures, progress):
+    import comfy.model_management as management
+    from retune.nodes.running import finish
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    hook = demo[0].model.diffusion_model.time_embed.register_forward_hook(full)
+    try:
+        with pytest.raises(
+            torch.cuda.OutOfMemoryError, match="memory ran out in the first step.*batch_size 1"
+        ) as caught:
+            trained(demo, pictures, "full", steps=2)
+    finally:
+        hook.remove()
+    assert management.is_oom(caught.value) and not finish("full") and not heartbeats()
+    assert status_of(runs() / "full")["state"] == "failed"
+
+
+def test_a_phase_that_takes_long_is_said_again_with_its_seconds(demo, pictures, progress, monkeypatch):
+    from retune.nodes import heartbeat
+    from retune.nodes import progress as module
+
+    monkeypatch.setattr(module, "Heartbeat", lambda say: heartbeat.Heartbeat(say, 0.2))
+    said, _ = progress
+    calls = [0]
+
+    def slow(*_):
+        calls[0] += 1
+        time.sleep(1.0 if calls[0] == 1 else 0.0)
+
+    hook = demo[0].model.diffusion_model.time_embed.register_forward_hook(slow)
+    try:
+        trained(demo, pictures, "slow", steps=1)
+    finally:
+        hook.remove()
+    waits = [text for _, text in said if "…" in text]
+    assert any(text.startswith(("validating", "drawing")) and text.endswith("… 1 s") for text in waits)
+    count = len(said)
+    time.sleep(0.5)
+    assert len(said) == count
+
+
+def prompt_of(name, **training):
+    """A workflow's training alone, at a size that takes seconds."""
+    prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    small = {"5": {"count": 12}, "6": {"save_every": 3, "warmup_steps": 1, **VALIDATED}, "7": {"every": 4, "steps": 4}}
+    small |= {"8": {"batch_size": 2} | training}
+    for node in small.keys() & prompt.keys():
+        prompt[node]["inputs"] |= small[node]
+    wanted, found = ["8"], {}
+    while wanted:
+        node = wanted.pop()
+        found[node] = prompt[node]
+        wanted += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
+    return found
+
+
+VALIDATED = {"validation_fraction": 0.3, "validate_every": 3}
+CASES = {
+    "swap_text_encoder": ("model.safetensors", {"steps": 24}),
+    "tune_text_encoder": ("tuned.safetensors", {"steps": 6, "sampling_steps": 6, "width": 64, "height": 64}),
+}
+MOMENTS = ("queued", "loading", "caching", "validating", "drawing", "step", "saving")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_cancelled_at_random_moments_it_ends_the_same(comfyui, tmp_path, name):
+    """Ten moments each: some random time after a random phase has begun, or after the prompt was queued."""
+    artifact, training = CASES[name]
+    source, delays = random.Random(f"cancel {name}"), []
+    with server(comfyui, tmp_path) as running:
+        running.run(prompt_of(name, run_name="whole", **training))
+        folder = tmp_path / "output" / "retune" / "cancelled"
+        stopped = 0
+        while stopped < 10:
+            moment, more = MOMENTS[stopped % len(MOMENTS)], source.random() * source.choice((0.05, 0.5, 3.0))
+            running.events.clear()
+            queued = running.queue(prompt_of(name, run_name="cancelled", **training))
+            wait_for(running, moment, queued)
+            time.sleep(more)
+            if done(running, queued):
+                break  # the run came to its end before
+            began = time.monotonic()
+            running.interrupt()
+            with pytest.raises(WorkflowFailed, match="interrupted in node"):
+                running.wait(queued)
+            delays.append((round(time.monotonic() - began, 2), moment))
+            if folder.exists() and (folder / "status.json").exists():
+                assert expect_nothing_half_written(folder) in ("interrupted", "finished")
+            stopped += 1
+        running.events.clear()
+        running.run(prompt_of(name, run_name="cancelled", **training))
+    print(f"{name}: seconds from cancel to the end of the prompt, and where: {delays}")  # noqa: T201
+    assert stopped >= 8 and max(delays)[0] < 5
+    assert digest(folder, artifact) == digest(folder.with_name("whole"), artifact)
+
+
+def done(running, queued):
+    return queued in json.loads(running.request(f"/history/{queued}"))
+
+
+def wait_for(running, moment, queued):
+    """Until a phase is told of, or the prompt is over."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        texts = [e["data"]["text"] for e in list(running.events) if e["type"] == "progress_text"]
+        if moment == "queued" or any(text.startswith(moment) for text in texts) or done(running, queued):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{moment} did not come")
