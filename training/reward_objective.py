@@ -50,8 +50,8 @@ class Chain(NamedTuple):
 class RewardObjective:
     """Objective: loss_i = - total reward of picture i, and what the constraints add.
 
-    trainable: whose parameters get the gradient. pulse: called before each sampler step. text_trains: whether the text encoder is among them; the empty prompt
-    of the guidance is then heard with it too, as it is in use.
+    trainable: whose parameters get the gradient. text_trains: whether the text encoder is among them; the empty prompt
+    of the guidance is then heard with it too, as it is in use. pulse: called before each sampler step.
     """
 
     guided = True
