@@ -120,7 +120,7 @@ def test_every_kind_of_run_reports_itself_in_words(tiny_model, pictures, tmp_pat
         tiny_model, reward, [Prompt("a"), Prompt("b")], RewardTuneConfig(run_name="reward", **short, **values), tmp_path
     )
     words = {
-        "model": ["Layers of the UNet (QK)", "projection are retrained", "4 images a step (batches of 2, 2 summed up)"],
+        "model": ["Layers of the UNet (QK) are retrained", "4 images a step (batches of 2, 2 summed up)"],
         "lora": ["A LoRA of rank 2 and alpha 16 learns on attention + feed-forward", "loss, smoothed"],
         "embedding": ["<thing> becomes a word of 2 vectors, starting at random", "nearest words"],
         "reward": ["UNet LoRA is tuned by rewards of pictures of 32x32", "1 of 1 sampler steps", "reward, smoothed"],
