@@ -53,10 +53,11 @@ def summary(about: Mapping[str, Any]) -> str:
     if batches > 1:
         batch += f" (batches of {config['batch_size']}, {batches} summed up)"
     warm = f" after {settings['warmup_steps']} steps of warm-up" if settings["warmup_steps"] else ""
+    trained = _trained(kind, config, about["identity"])
     return (
-        f"{_trained(kind, config, about['identity'])} {config['steps']} steps were asked for, {batch}, with {settings['optimizer']} at a "
-        f"peak learning rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, "
-        f"seed {config['seed']}."
+        f"{trained} {config['steps']} steps were asked for, {batch}, with {settings['optimizer']} at a peak learning "
+        f"rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, seed "
+        f"{config['seed']}."
     )
 
 
