@@ -82,12 +82,15 @@ class RetuneDemoDataset(io.ComfyNode):
                 io.Image.Output(tooltip="The pictures as one batch."),
                 io.String.Output(display_name="captions", tooltip="One caption a line."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, count, seed, subset="", look="plain"):
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
+        from .progress import telling
 
-        images, captions = demo_examples(count, seed, subset, look)
+        with telling(cls, f"drawing {count} pictures"):
+            images, captions = demo_examples(count, seed, subset, look)
         return io.NodeOutput(from_images([images], captions), images.movedim(1, -1), "\n".join(captions))

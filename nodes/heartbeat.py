@@ -13,17 +13,16 @@ INTERVAL = 5.0
 class Heartbeat:
     """While entered, a thread repeats what goes on, with the seconds it has taken, whenever nothing else was said.
 
-    say: tells a text to whoever waits; it is called from that thread too.
+    say: tells a text to whoever waits; it is called from that thread too. phase: what goes on at first.
     """
 
-    def __init__(self, say: Callable[[str], None], interval: float = INTERVAL):
+    def __init__(self, say: Callable[[str], None], interval: float = INTERVAL, phase: str = "loading"):
         self._say, self._interval = say, interval
-        self._phase, self._began, self._said = "loading", time.monotonic(), time.monotonic()
+        self._phase, self._began, self._said = phase, time.monotonic(), time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
-        self.phase("loading")
         self._thread = threading.Thread(target=self._beat, name="retune heartbeat", daemon=True)
         self._thread.start()
         return self

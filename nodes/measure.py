@@ -24,6 +24,9 @@ class MeasurableClip:
         self.clip = clip
 
     def tokenize(self, texts: list[str]) -> dict:
+        import comfy.model_management
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
         (text,) = texts
         return self.clip.tokenize(text, disable_weights=True)
 

@@ -110,6 +110,17 @@ class NodeCallbacks(Callbacks):
             server.send_sync(event, {"node": self._node, "run": self._run, **values})
 
 
+def telling(node: type, phase: str) -> Heartbeat:
+    """Signs of life of a node that may take long and tells nothing else, while entered; node: its class."""
+    node_id, server = node.hidden.unique_id if node.hidden else None, _server()
+
+    def say(text: str) -> None:
+        if server is not None and node_id is not None:
+            server.send_progress_text(text, node_id)
+
+    return Heartbeat(say, phase=phase)
+
+
 def _server():
     """The running PromptServer, or None in tests and scripts without a server."""
     import server

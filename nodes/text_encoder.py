@@ -95,6 +95,7 @@ class RetuneLoadT5(io.ComfyNode):
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="The T5 with its projection; use it like any CLIP.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -102,6 +103,7 @@ class RetuneLoadT5(io.ComfyNode):
         from ..training.text_encoder.projection import Projection
         from ..training.text_encoder.t5_file import read_t5_config
         from .kept_clip import KeptClip
+        from .progress import telling
         from .t5_clip import load_t5_clip
 
         path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
@@ -118,7 +120,8 @@ class RetuneLoadT5(io.ComfyNode):
             saved = saved_of_width(listed_file(file, ENCODERS), width)
             saved.check_pooled(pooled_width)
             projection, options["target_std"] = saved.projection, saved.target_std
-        return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
+        with telling(cls, "loading the T5"):
+            return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
 class RetuneFitProjection(io.ComfyNode):
@@ -159,13 +162,16 @@ class RetuneFitProjection(io.ComfyNode):
                     "covariance come.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip, reference, prompts, method="ridge"):
         from .measure import fit_clip
+        from .progress import telling
 
-        fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
+        with telling(cls, "fitting the projection"):
+            fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
         return io.NodeOutput(fitted, report.text())
 
 
@@ -219,14 +225,17 @@ class RetuneScaleTextEncoder(io.ComfyNode):
                     display_name="histogram", tooltip="RMS of the tokens before, after and of the reference."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
         from ..training.text_encoder.histogram import histogram
         from .measure import is_fitted, scaled_or_measured
+        from .progress import telling
 
-        clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
+        with telling(cls, "measuring the text encoder"):
+            clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
         if not prompts.strip() and is_fitted(clip):
             text += "\n" + FITTED_ELSEWHERE
             log.warning("%s", FITTED_ELSEWHERE)

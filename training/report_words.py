@@ -53,17 +53,19 @@ def summary(about: Mapping[str, Any]) -> str:
     if batches > 1:
         batch += f" (batches of {config['batch_size']}, {batches} summed up)"
     warm = f" after {settings['warmup_steps']} steps of warm-up" if settings["warmup_steps"] else ""
+    trained = _trained(kind, config, about["identity"])
     return (
-        f"{_trained(kind, config)} {config['steps']} steps were asked for, {batch}, with {settings['optimizer']} at a "
-        f"peak learning rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, "
-        f"seed {config['seed']}."
+        f"{trained} {config['steps']} steps were asked for, {batch}, with {settings['optimizer']} at a peak learning "
+        f"rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, seed "
+        f"{config['seed']}."
     )
 
 
-def _trained(kind: str, config: Mapping[str, Any]) -> str:
+def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """What trains, by kind of run."""
     if kind == "model":
-        projection = " and the text encoder's projection" if config["train_projection"] else ""
+        along = config["train_projection"] and identity.get("projection") is not None
+        projection = " and the text encoder's projection" if along else ""
         return f"Layers of the UNet ({config['train']}){projection} are retrained."
     if kind == "lora":
         text = "; the text encoder trains too" if config["text_encoder_learning_rate"] else ""

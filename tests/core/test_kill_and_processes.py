@@ -164,3 +164,10 @@ def test_two_processes_log_the_figures_of_the_whole_step(tmp_path):
     mean = (3 + 4 + 8 + 6 + 7 + 11) / 6  # two batches of three, of which the first process sees two
     assert row["mean"] == pytest.approx(mean) and row["one"] == pytest.approx(1)
     assert row["loss"] == pytest.approx(0.5 * mean) and row["grad_norm"] == pytest.approx(mean)
+
+
+def test_two_processes_end_together_when_a_run_is_asked_to_finish(tmp_path):
+    (tmp_path / "finish").touch()
+    start_two("-c", LOGGED.replace("steps=1", "steps=50"), tmp_path)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["step"] == 1 and not (tmp_path / "finish").exists()

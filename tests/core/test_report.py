@@ -1,15 +1,30 @@
 """report.html: one page that needs no other file and shows what it is given, escaped."""
 
 import base64
+import dataclasses
 import io
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from retune.training.__main__ import main
+from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
 from retune.training.data.images import save_png
-from retune.training.report import data_url, write_report
+from retune.training.data.prompts import Prompt
+from retune.training.embedding_config import EmbeddingConfig
+from retune.training.lora_config import LoraConfig
+from retune.training.report import MOST_SAMPLES, SIDE, data_url, write_report
+from retune.training.report_words import ending
+from retune.training.reward_config import RewardTuneConfig
+from retune.training.rewards.combined import CombinedReward, Term
+from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.run_folder import RunFolder
+from retune.training.train_embedding import train_embedding
+from retune.training.train_lora import train_lora
+from retune.training.train_model import train_model
+from retune.training.tune_rewards import tune
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes'"
 
@@ -73,3 +88,76 @@ def test_a_picture_survives_its_data_url():
     data = base64.b64decode(data_url(image.movedim(-1, 0)).removeprefix("data:image/png;base64,"))
     decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
     assert torch.equal(decoded, (image * 255).round().byte())
+
+
+def test_large_samples_are_made_smaller_and_only_so_many_moments_are_shown(tmp_path):
+    from PIL import Image
+
+    folder = RunFolder(tmp_path / "large")
+    folder.samples.mkdir(parents=True)
+    save_png(torch.rand(3, 600, 300), folder.samples / "x.png")
+    for step in range(100):
+        folder.add_row({"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": "ab"})
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    shown = [word for word in page.words if re.match(r"step \d+, epoch", word)]
+    assert len(shown) == MOST_SAMPLES and shown[0] == "step 0, epoch 0" and shown[-1] == "step 99, epoch 0"
+    small = [link for link in page.links if link.startswith("data:image/jpeg;base64,")]
+    with Image.open(io.BytesIO(base64.b64decode(small[0].partition(",")[2]))) as image:
+        assert image.size == (SIDE // 2, SIDE) and len(small) == MOST_SAMPLES  # those that are gone are left out
+
+
+def test_every_kind_of_run_reports_itself_in_words(tiny_model, pictures, tmp_path):
+    settings = TrainingSettings(warmup_steps=0, validation_fraction=0.3, validate_every=1, gradient_accumulation=2)
+    samples = SamplePrompts(prompts=("a red circle",), every=1, steps=1, cfg=1.0, width=32, height=32)
+    values = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "settings": settings, "samples": samples}
+    train_model(tiny_model, pictures, TrainModelConfig(run_name="model", train="QK", **values), tmp_path)
+    train_lora(tiny_model, pictures, LoraConfig(run_name="lora", rank=2, **values), tmp_path)
+    word = EmbeddingConfig(run_name="embedding", token="<thing>", vectors=2, **values)
+    train_embedding(tiny_model, pictures, word, tmp_path)
+    reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")))])
+    short = {"sampling_steps": 1, "gradient_steps": 1, "cfg": 1.0, "width": 32, "height": 32, "train": "UNet LoRA"}
+    tune(
+        tiny_model, reward, [Prompt("a"), Prompt("b")], RewardTuneConfig(run_name="reward", **short, **values), tmp_path
+    )
+    words = {
+        "model": ["Layers of the UNet (QK) are retrained", "4 images a step (batches of 2, 2 summed up)"],
+        "lora": ["A LoRA of rank 2 and alpha 16 learns on attention + feed-forward", "loss, smoothed"],
+        "embedding": ["<thing> becomes a word of 2 vectors, starting at random", "nearest words"],
+        "reward": ["UNet LoRA is tuned by rewards of pictures of 32x32", "1 of 1 sampler steps", "reward, smoothed"],
+    }
+    for kind, expected in words.items():
+        text = (tmp_path / kind / "report.html").read_text(encoding="utf-8")
+        page = Page(text)
+        said = " ".join(page.words)
+        assert "Finished after 2 steps." in said and "AdamW at a peak learning rate of 0.001" in said
+        assert all(one in said for one in expected), (kind, said[:600])
+        assert "script" not in page.tags and "http" not in text and len(page.links) == 1 + 3
+        assert {"lr_schedule", "run_name", "torch"} <= set(page.words) and "Share of captions replaced" in said
+
+
+def test_the_verb_writes_the_report_of_a_run_that_did_not_end(folder, capsys):
+    (folder.path / "report.html").unlink(missing_ok=True)
+    assert main(["report", str(folder.path)]) == 2 and "no config.json" in capsys.readouterr().err
+    config = dataclasses.asdict(TrainModelConfig(run_name="r"))
+    folder.claim({"kind": "model"}, {"config": config, "environment": {"torch": "2"}})
+    folder.set_status("failed", 4, message="memory ran out <here>.")
+    assert main(["report", str(folder.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(folder.path / "report.html")
+    page = Page((folder.path / "report.html").read_text(encoding="utf-8"))
+    assert any(word.startswith("Failed: memory ran out <here>, after step 4.") for word in page.words)
+
+
+@pytest.mark.parametrize(
+    "status, expected",
+    [
+        ({"state": "interrupted", "step": 7}, "Stopped by the user, after step 7."),
+        (
+            {"state": "finished", "step": 7, "finished_on_request": True, "steps_asked": 30},
+            "before all of its 30 steps",
+        ),
+        ({"state": "finished", "step": 7, "stopped_early": True, "stale": 3, "best_step": 4}, "weights after step 4"),
+        ({"state": "new", "step": 0}, "Nothing was trained yet."),
+    ],
+)
+def test_the_end_is_told_in_words(status, expected):
+    assert expected in ending(status)

@@ -1,0 +1,62 @@
+"""Every workflow without a browser: through `comfy run`, which gives up after two minutes without a word."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+PREPARED = {"apply_loras", "blend_controlnet", "blend_inpainting"}
+"""They read files that the tests of their nodes write."""
+SMALL = {
+    "5": {"count": 12},
+    "7": {"every": 4, "steps": 4},
+    "8": {"steps": 4, "batch_size": 2},
+    "11": {"batch_size": 1},
+    "12": {"steps": 2},
+    "19": {"steps": 2},
+}
+QUIET = 10.0
+"""Most seconds without a word from a training, in any phase."""
+
+
+@pytest.fixture
+def comfy_cli():
+    beside = Path(sys.executable).with_name("comfy.exe" if sys.platform == "win32" else "comfy")
+    found = str(beside) if beside.exists() else shutil.which("comfy")
+    if found is None:
+        pytest.skip("comfy-cli is not installed: pip install comfy-cli")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in WORKFLOWS.glob("*.json")} - PREPARED))
+def test_workflows_run_through_comfy_cli(comfyui_server, comfy_cli, tmp_path, name):
+    prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    for node, values in SMALL.items():
+        if node in prompt:
+            inputs = prompt[node]["inputs"]
+            inputs |= {key: value for key, value in values.items() if key in inputs}
+    for node in prompt.values():
+        if "run_name" in node["inputs"]:
+            node["inputs"]["run_name"] += " by comfy run"
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(prompt), encoding="utf-8")
+    texts = []
+    comfyui_server.on_event = lambda event: event["type"] == "progress_text" and texts.append(time.monotonic())
+    address = comfyui_server.url.rpartition("/")[2].partition(":")
+    command = [comfy_cli, "--skip-prompt", "--no-enable-telemetry", "run", "--workflow", str(file), "--wait"]
+    command += ["--host", address[0], "--port", address[2], "--timeout", "120"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    finally:
+        comfyui_server.on_event = None
+    assert done.returncode == 0, done.stdout + done.stderr
+    trains = any("run_name" in node["inputs"] for node in prompt.values())
+    assert not trains or len(texts) > 3
+    assert max((b - a for a, b in zip(texts, texts[1:], strict=False)), default=0.0) < QUIET
