@@ -25,6 +25,7 @@ from .objectives import DenoisingObjective
 from .timing import Variants, medians
 from .trainable import SelectedWeights, targets
 
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """What to measure and how often."""
@@ -130,5 +131,5 @@ LORA, REWARD = "lora", "reward"
 
 def abouts() -> dict[str, str]:
     """Everything that can be measured, in a sentence each."""
-    timed = {name: function.__doc__ for name, function in BENCHES.items()}
-    return timed | {name: study.about for name, study in STUDIES.items()} | {LORA: lora_bench.ABOUT, REWARD: reward_bench.ABOUT}
+    timed = {name: function.__doc__ for name, function in BENCHES.items()} | {REWARD: reward_bench.ABOUT}
+    return timed | {name: study.about for name, study in STUDIES.items()} | {LORA: lora_bench.ABOUT}

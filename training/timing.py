@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 Variants = Mapping[str, Callable[[], object]]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def medians(
+    variants: Mapping[Key, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, float]:
     """Median seconds of each variant; in each round every variant has one turn, after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Key, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, call in variants.items():
             began = clock()

@@ -34,7 +34,7 @@ from ..tune_rewards import trainable_of
 from .memory import kept_bytes
 from .study import table
 
-ABOUT = "One step of reward tuning at several K: memory and time step by step, jointly, checkpointed, and as published."
+ABOUT = "Memory and time of a step of reward tuning at several K: step by step, joint, checkpointed, and as published."
 APART, JOINT, CHECKPOINTED, OFFICIAL = "step by step", "joint", "joint, UNet checkpointed", "TextCraftor's schedule"
 OFFICIAL_STEPS = 5
 """Its K; its batch is 4 pictures a GPU."""
@@ -53,7 +53,7 @@ class RewardBenchConfig:
     """diffusers folder, .safetensors checkpoint, or "demo"."""
     rewards: tuple[str, ...] = ("demo aesthetic", "demo CLIP")
     """As of the verb `reward`."""
-    pixels: int = 128
+    pixels: int = 64
     """Side of the pictures, a multiple of 8."""
     gradient_steps: tuple[int, ...] = (1, 5, 10, 25)
     """Values of K, each at most sampling_steps."""
@@ -126,6 +126,8 @@ class Bench:
         return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(self.model.denoiser.device)
 
 
+Key = tuple[str, int]
+"""Way and K."""
 Way = Callable[[Bench, int], Callable[[], None]]
 """(what is shared, K) -> one step's forward and backward, which leaves gradients."""
 
@@ -236,9 +238,7 @@ def run_reward_bench(
     """
     callbacks = callbacks or Callbacks()
     bench = Bench.open(config, comfyui)
-    turns = {(way, steps): WAYS[way](bench, steps) for steps in config.gradient_steps for way in WAYS if way != OFFICIAL}
-    own = min(OFFICIAL_STEPS, config.sampling_steps)
-    turns[OFFICIAL, own] = official(bench, own)
+    turns = turns_of(bench)
     memory = {}
     for (way, steps), run in turns.items():
         callbacks.on_text(f"memory of {way}, K = {steps}")
@@ -246,6 +246,14 @@ def run_reward_bench(
     callbacks.on_text(f"{len(turns)} ways, {config.rounds + 1} turns each")
     seconds = medians({key: _cleared(bench, run) for key, run in turns.items()}, config.rounds, _clock)
     return figures(config, memory, seconds)
+
+
+def turns_of(bench: Bench) -> dict[Key, Callable[[], None]]:
+    """(way, K) -> one step; TextCraftor's schedule with its own K alone."""
+    config = bench.config
+    ways = [(way, steps) for steps in config.gradient_steps for way in WAYS if way != OFFICIAL]
+    ways.append((OFFICIAL, min(OFFICIAL_STEPS, config.sampling_steps)))
+    return {(way, steps): WAYS[way](bench, steps) for way, steps in ways}
 
 
 def measured(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
@@ -287,12 +295,7 @@ def _clock() -> float:
     return time.perf_counter()
 
 
-Key = tuple[str, int]
-
-
-def figures(
-    config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]
-) -> dict:
+def figures(config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]) -> dict:
     """What was measured, by way and K, as JSON. ratio: seconds over those step by step at the same K."""
     rows = []
     for (way, steps), found in memory.items():
