@@ -66,12 +66,13 @@ def test_the_ways_give_one_gradient_and_the_published_schedule_wastes_others(ben
     network, wanted = bench.model.denoiser.network, gradients(bench, JOINT, 3)
     largest = max(float(value.abs().max()) for value in wanted.values())
     frozen = [*network.parameters(), *bench.reward.network.parameters()]
+    decoder = list(bench.model.autoencoder.network.parameters())
     for way in (APART, CHECKPOINTED):
         found = gradients(bench, way, 3)
         assert wanted.keys() <= found.keys() and largest > 0
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * largest, msg=name)
-        assert all(p.grad is None for p in frozen)
+        assert all(p.grad is None for p in [*frozen, *decoder])
     wants = [p.requires_grad for p in frozen]
     found = gradients(bench, OFFICIAL, 3)
     assert not torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-4 * largest)
