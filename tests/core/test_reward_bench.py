@@ -16,6 +16,7 @@ from retune.training.demo.reward_bench import (
     RewardBenchConfig,
     figures,
     measured,
+    turns_of,
 )
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
@@ -118,3 +119,13 @@ def test_the_command_line_measures_the_demo_model(capsys):
     assert found["flatness"][APART] < 0.05 and found["table"].count("\n") == 8
     if not torch.cuda.is_available():
         assert found["device"] == "cpu" and found["note"].startswith("No CUDA device")
+
+
+def test_a_checkpoint_of_ones_own_is_measured_with_the_tokenizer_of_a_comfyui(single_file, tmp_path):
+    (tmp_path / "comfyui" / "comfy").mkdir(parents=True)
+    (tmp_path / "clip_tokenizer").rename(tmp_path / "comfyui" / "comfy" / "sd1_tokenizer")
+    config = RewardBenchConfig(model=str(single_file), pixels=16, sampling_steps=2, gradient_steps=(2,), batch_size=1)
+    bench = Bench.open(config, tmp_path / "comfyui")
+    assert list(turns_of(bench)) == [(APART, 2), (JOINT, 2), (CHECKPOINTED, 2), (OFFICIAL, 2)]
+    found = measured(bench, turns_of(bench)[APART, 2])
+    assert found["memory"] > 0 and found["gradients"] > 0
