@@ -40,8 +40,8 @@ OFFICIAL_STEPS = 5
 """Its K; its batch is 4 pictures a GPU."""
 PROMPT = "two small red circles on the left, white background"
 NO_CUDA = (
-    "No CUDA device is here, so memory is what autograd keeps, weights left out. Batch, memory and seconds at 512 "
-    "pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 --gradient-steps 5 --batch-size 4."
+    "No CUDA device is here, so memory is what autograd keeps, weights left out, and seconds are processor time of all "
+    "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 --gradient-steps 5 --batch-size 4."
 )
 
 
@@ -290,8 +290,10 @@ def _cleared(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Seconds of the GPU's work; without one those of the processor for this process, whatever else it does."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
