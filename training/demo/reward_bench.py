@@ -41,7 +41,8 @@ OFFICIAL_STEPS = 5
 PROMPT = "two small red circles on the left, white background"
 NO_CUDA = (
     "No CUDA device is here, so memory is what autograd keeps, weights left out, and seconds are processor time of all "
-    "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 --gradient-steps 5 --batch-size 4."
+    "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 "
+    "--gradient-steps 5 --batch-size 4."
 )
 
 
