@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import prompt_set_run
-from .bench import LORA, STUDIES, BenchConfig, run_bench
+from .bench import BATCH, LORA, REWARD, STUDIES, BenchConfig, run_bench
 from .build import ModelConfig, build_model
 from .callbacks import Callbacks, StepInfo
 from .cli import add_flags, read_flags
@@ -22,6 +22,7 @@ from .data.examples import Dataset
 from .data.folder import FolderConfig
 from .demo.lora_bench import run_lora_bench
 from .demo.lora_bench_runs import LoraBenchConfig
+from .demo.reward_bench import RewardBenchConfig, run_reward_bench
 from .demo.study import StudyConfig, run_study
 from .distributed import local_device, world
 from .embedding_config import EmbeddingConfig
@@ -195,6 +196,10 @@ def bench(arguments: argparse.Namespace) -> dict:
         result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
         words = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
         return result if arguments.json else {"table": f"\n{result['table']}", **words}
+    if config.name == REWARD:
+        sized = read_flags(arguments, RewardBenchConfig, batch_size=config.batch_size or BATCH)
+        result = run_reward_bench(sized, arguments.comfyui, Terminal())
+        return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
     if config.name not in STUDIES:
         return run_bench(config)
     result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
@@ -275,7 +280,8 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
     add_flags(b, BenchConfig, skip=("name",))
     add_flags(b, StudyConfig, skip=("batch_size",))
     add_flags(b, LoraBenchConfig, "lora_")
-    b.add_argument("--comfyui", type=Path, help="the ComfyUI whose Train LoRA `lora` measures")
+    add_flags(b, RewardBenchConfig, skip=("rounds", "batch_size"))
+    b.add_argument("--comfyui", type=Path, help="the ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")
     b.set_defaults(function=bench)
     for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")

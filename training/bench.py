@@ -2,14 +2,13 @@
 
 A machine's absolute times drift; medians of interleaved rounds, compared side by side, hold. The studies, under the
 same command, compare what training reaches rather than how long it takes: see `demo.study`. "lora" compares both with
-ComfyUI's own trainer: see `demo.lora_bench`.
+ComfyUI's own trainer: see `demo.lora_bench`. "reward" measures the memory and time of reward tuning's ways of going
+back through the sampler: see `demo.reward_bench`.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,14 +18,14 @@ from .build import ModelConfig, build_model
 from .config import TrainingSettings
 from .data.dataset import from_images
 from .data.order import BatchOrder
-from .demo import lora_bench, projection_study, reset_study, reward_study
+from .demo import lora_bench, projection_study, reset_study, reward_bench, reward_study
 from .generate import draw
 from .layers import select
 from .objectives import DenoisingObjective
+from .timing import Variants, medians
 from .trainable import SelectedWeights, targets
 
 BATCH = 16
-Variants = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +46,6 @@ class BenchConfig:
             raise ValueError(
                 f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected 1 and 0 or more."
             )
-
-
-def medians(variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Median seconds of each variant; in each round every variant has one turn."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, call in variants.items():
-            began = clock()
-            call()
-            if number:
-                times[name].append(clock() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def run_bench(config: BenchConfig) -> dict:
@@ -148,10 +135,10 @@ STUDIES = {
     "projection-start": projection_study.STUDY,
     "reward-study": reward_study.STUDY,
 }
-LORA = "lora"
+LORA, REWARD = "lora", "reward"
 
 
 def abouts() -> dict[str, str]:
     """Everything that can be measured, in a sentence each."""
-    timed = {name: function.__doc__ for name, function in BENCHES.items()}
+    timed = {name: function.__doc__ for name, function in BENCHES.items()} | {REWARD: reward_bench.ABOUT}
     return timed | {name: study.about for name, study in STUDIES.items()} | {LORA: lora_bench.ABOUT}

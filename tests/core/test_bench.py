@@ -4,7 +4,8 @@ import json
 
 import pytest
 from retune.training.__main__ import main
-from retune.training.bench import BENCHES, LORA, STUDIES, BenchConfig, medians, run_bench
+from retune.training.bench import BENCHES, LORA, REWARD, STUDIES, BenchConfig, run_bench
+from retune.training.timing import medians
 
 
 def test_medians_of_interleaved_turns_without_the_first():
@@ -30,9 +31,7 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["bench", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys() | {LORA}
+    assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys() | {LORA, REWARD}
     assert main(["bench", "speed"]) == 2
-    assert (
-        "benchmark is 'speed'; expected one of training-step, drawing, text, reset-study, projection-start, lora"
-        in capsys.readouterr().err
-    )
+    names = "training-step, drawing, text, reward, reset-study, projection-start, reward-study, lora"
+    assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err

@@ -153,6 +153,23 @@ def test_hpsv2_is_open_clips_cosine_from_its_own_file(clip, words, tmp_path, act
     torch.testing.assert_close(reward.scores(images, PROMPTS), wanted, rtol=0, atol=1e-5)
 
 
+def test_clip_is_transformers_cosine(clip, clip_file, words):
+    reward = load_reward(RewardConfig(kind="CLIP", file=clip_file, tokenizer=words[0]))
+    with torch.no_grad():
+        output = clip(pixel_values=View(224)(noise()), input_ids=ClipTokens(*words)(PROMPTS))
+    wanted = (output.image_embeds * output.text_embeds).sum(-1)
+    torch.testing.assert_close(reward.scores(noise(), PROMPTS), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_view_is_that_of_transformers_image_processor():
+    from transformers import CLIPImageProcessor
+
+    picture = (noise(1, 224, 224)[0] * 255).round().byte()
+    shown = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    wanted = CLIPImageProcessor()(images=shown, return_tensors="pt").pixel_values
+    torch.testing.assert_close(View(224)(picture[None] / 255), wanted, rtol=0, atol=1e-5)
+
+
 def test_clip_of_two_files_and_wrapped_names(clip, clip_file, words, tmp_path):
     state = clip.state_dict()
     vision = {f"module.{name}": t for name, t in state.items() if name.startswith("vis")}
@@ -221,8 +238,28 @@ def smooth(height, width):
     return functional.interpolate(images, (height, width), mode="bilinear").clamp(0, 1)
 
 
-@pytest.mark.parametrize("size", [(512, 512), (640, 448), (300, 511)])
-def test_full_size_pictures_score_as_after_8_bit_pillow_preprocessing(clip_file, words, size):
+@pytest.fixture(scope="module")
+def published(clip_file, words, tmp_path_factory):
+    """kind -> a reward of this kind on the tower of `clip`; the aesthetic's head is a direction, without a bias."""
+    head = tmp_path_factory.mktemp("head") / "head.safetensors"
+    direction = torch.randn(1, 24, generator=torch.Generator().manual_seed(4))
+    save_file({"weight": direction, "bias": torch.zeros(1)}, head)
+
+    def reward(kind):
+        if kind == "aesthetic":
+            return load_reward(RewardConfig(kind=kind, file=head, image_tower=clip_file))
+        return load_reward(RewardConfig(kind=kind, file=clip_file, tokenizer=words[0]))
+
+    return reward
+
+
+SIZES = [(512, 512), (640, 448), (300, 511)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [*(("PickScore", size) for size in SIZES), ("aesthetic", SIZES[1]), ("CLIP", SIZES[1])]
+)
+def test_full_size_pictures_score_as_after_8_bit_pillow_preprocessing(published, kind, size):
     images = smooth(*size)
     shorter = min(size)
     wanted = []
@@ -234,12 +271,20 @@ def test_full_size_pictures_score_as_after_8_bit_pillow_preprocessing(clip_file,
         picture = picture.crop((left, top, left + 224, top + 224))
         wanted.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
     wanted = torch.stack(wanted)
-    reward = load_reward(RewardConfig(kind="PickScore", file=clip_file, tokenizer=words[0]))
-    prompts = PROMPTS * 2
+    reward, prompts = published(kind), PROMPTS * 2
     ours, theirs = reward.scores(images, prompts), reward.scores(wanted, prompts)
     assert (ours - theirs).abs().max() <= 0.01 * theirs.abs().mean()  # random weights: single scores are near 0
     assert (centre_crop(resize_shorter(images, 224), 224) - wanted).abs().max() < 2 / 255
     assert (ours[:, None] - ours).abs().max() > 0.02 * theirs.abs().max()  # the bound can fail
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_the_gradient_of_published_kinds_reaches_every_value_in_and_out_of_range(published, kind):
+    reward, images = published(kind), (3 * noise(2, 224, 320) - 1).requires_grad_()
+    reward.scores(images, PROMPTS[:2]).sum().backward()
+    shown = centre_crop(images.grad, 224)
+    assert torch.isfinite(images.grad).all() and (shown != 0).float().mean() > 0.999
+    assert all(parameter.grad is None for parameter in reward.network.parameters())
 
 
 def test_pads_change_nothing_and_long_prompts_are_cut_with_one_warning(clip_file, words, caplog):
