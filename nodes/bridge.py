@@ -7,6 +7,7 @@ comfy.model_management: loaded through `load_models_gpu`, never edited; masters 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -248,9 +249,10 @@ class ComfyTextEncoder:
 
     @property
     def weights(self) -> dict[str, Target]:
+        """Without what no UNet reads: text projections but for that of SDXL's second CLIP (see `clip_fingerprint`)."""
         found = targets(self._plain_clip().cond_stage_model, "text_encoders.")
-        unread = ("logit_scale", *(() if self.pooled_width else ("text_projection.weight",)))
-        return {name: target for name, target in found.items() if not name.endswith(unread)}
+        unread = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection\.weight)")
+        return {name: target for name, target in found.items() if not unread.fullmatch(name)}
 
     @contextmanager
     def training(self) -> Iterator[None]:
