@@ -76,7 +76,9 @@ def tune(
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint, "prompts": fingerprint_of(prompts)},
-            details=described_model(model) | {"rewards": reward.described()} | (details or {}),
+            details=described_model(model)
+            | {"rewards": reward.described(), "resolution": [config.width, config.height]}
+            | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
         objective = RewardObjective(

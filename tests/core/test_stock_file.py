@@ -1,10 +1,14 @@
 """Text encoders in the stock layout: a run's folder holds them, and transformers reads them."""
 
+import json
+from copy import deepcopy
+
 import pytest
 import torch
 from retune.training.clip_text import ClipTextEncoder
 from retune.training.config import TrainingSettings
 from retune.training.data.prompts import Prompt
+from retune.training.files import read_tensors
 from retune.training.reward_config import RewardTuneConfig
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
@@ -98,3 +102,44 @@ def test_what_is_refused(tmp_path):
         read_stock_file(tmp_path / "t5")
     with pytest.raises(ValueError, match="holds no run"):
         about_folder(tmp_path)
+
+
+def test_a_tuned_lora_is_read_by_diffusers(tiny_model, tmp_path):
+    """In kohya's layout, as the run's folder has it, and in diffusers': the encodings are the tuned ones."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from retune.training.formats.lora_metadata import LoraAbout
+    from retune.training.formats.lora_save import save_lora
+    from retune.training.run_folder import RunFolder
+
+    pytest.importorskip("peft")
+    sizes = {"width": 32, "height": 32, "steps": 2, "batch_size": 1, "gradient_steps": 1, "sampling_steps": 2}
+    sizes |= {"train": "text encoder LoRA", "lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-2, "cfg": 3.0}
+    config = RewardTuneConfig(run_name="r", settings=TrainingSettings(warmup_steps=0), **sizes)
+    reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")), weight=3.0)])
+    tuned = tune(tiny_model, reward, [Prompt("a red circle")], config, tmp_path)
+    about = LoraAbout(run=RunFolder(tmp_path / "r").config())
+    save_lora(tmp_path / "peft" / "r.safetensors", tuned.lora, "diffusers", about=about)
+    own, start = tiny_model.text_encoder.network, "text_encoders.clip_l.transformer.text_model."
+    values = {}
+    for name, value in own.named_parameters():
+        layer = start + name.removeprefix("text_model.").removesuffix(".weight")
+        up, down = (tuned.lora.get(f"{layer}.lora_{side}.weight") for side in ("up", "down"))
+        values[name] = value if up is None else value + 2 * up @ down
+    ids = torch.tensor([window for windows in tiny_model.text_encoder.tokenize(PROMPTS) for window in windows])
+    with torch.no_grad():
+        expected = torch.func.functional_call(own, values, kwargs={"input_ids": ids}).last_hidden_state
+        plain = own(input_ids=ids).last_hidden_state
+    assert (expected - plain).abs().max() > 1e-3
+    for folder in ("r", "peft"):
+        text = deepcopy(own)
+        parts = (tiny_model.autoencoder.network, text, None, tiny_model.denoiser.network, DDIMScheduler(), None, None)
+        pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+        pipe.load_lora_weights(tmp_path / folder, weight_name="r.safetensors")
+        with torch.no_grad():
+            found = pipe.text_encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=folder)
+        metadata = read_tensors(tmp_path / folder / "r.safetensors")[1]
+        assert metadata["ss_text_encoder_lr"] == "0.01" and metadata["ss_resolution"] == "(32, 32)"
+        assert metadata["ss_training_comment"] == "reward tuning (last K, K 1 of 2, cfg 3): 3 x demo aesthetic"
+        assert not metadata.keys() & {"ss_unet_lr", "ss_loss_type", "ss_min_snr_gamma"}
+        assert json.loads(metadata["retune.run"])["settings"]["lora_rank"] == 2
