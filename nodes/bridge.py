@@ -23,6 +23,9 @@ from . import t5_clip
 from .concept_tokens import concepts_of, vocabularies_of, with_concepts
 from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
 
+UNREAD = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection(\.weight)?)")
+"""What no UNet reads of a CLIP: text projections but for that of SDXL's second one (see `clip_fingerprint`)."""
+
 
 @contextmanager
 def training_mode() -> Iterator[None]:
@@ -245,14 +248,13 @@ class ComfyTextEncoder:
     @property
     def layers(self) -> dict[str, nn.Module]:
         found = self._plain_clip().cond_stage_model.named_modules()
-        return {f"text_encoders.{path}": layer for path, layer in found if isinstance(layer, nn.Linear)}
+        linear = {path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+        return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNREAD.fullmatch(path)}
 
     @property
     def weights(self) -> dict[str, Target]:
-        """Without what no UNet reads: text projections but for that of SDXL's second CLIP (see `clip_fingerprint`)."""
         found = targets(self._plain_clip().cond_stage_model, "text_encoders.")
-        unread = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection\.weight)")
-        return {name: target for name, target in found.items() if not unread.fullmatch(name)}
+        return {name: target for name, target in found.items() if not UNREAD.fullmatch(name)}
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -201,9 +201,10 @@ def test_what_is_refused(clips, pair, demo):
         RetuneLoadTextEncoder.execute(f"test/{path.name}", keep_clip=demo[1])
 
 
-def test_the_run_is_told_in_the_file(demo, tmp_path):
+def tune_demo(demo, folder, **changes):
+    """(MODEL, CLIP, LORA_MODEL, run folder) of a reward tuning of one step."""
     from retune.nodes.managed_reward import ManagedReward
-    from retune.nodes.tuned import tuned_by, tuning
+    from retune.nodes.tuned import applied, tuned_by, tuning
     from retune.training.config import TrainingSettings
     from retune.training.data.prompts import Prompt
     from retune.training.reward_config import RewardTuneConfig
@@ -211,16 +212,18 @@ def test_the_run_is_told_in_the_file(demo, tmp_path):
     from retune.training.tune_rewards import tune
 
     sizes = {"width": 64, "height": 64, "batch_size": 1, "steps": 1, "gradient_steps": 1, "sampling_steps": 2}
-    config = RewardTuneConfig(run_name="told", settings=TrainingSettings(warmup_steps=0), learning_rate=1e-3, **sizes)
+    settings = TrainingSettings(warmup_steps=0)
+    config = RewardTuneConfig(run_name="told", settings=settings, learning_rate=1e-2, **sizes, **changes)
     with torch.inference_mode():
         aesthetic, clip_reward = (ManagedReward.open(RewardConfig(kind=f"demo {k}")) for k in ("aesthetic", "CLIP"))
         judge = tuned_by(aesthetic, 0.5, clip_reward, None)
         with tuning(*demo, judge) as (view, rewards):
-            found = tune(view, rewards, [Prompt("a red circle")], config, tmp_path)
-    from retune.nodes.tuned import applied
+            found = tune(view, rewards, [Prompt("a red circle")], config, folder)
+        return *applied(demo[0], demo[1], found, "told"), found.lora, folder / "told"
 
-    _, clip = applied(demo[0], demo[1], found, "told")
-    run = tmp_path / "told"
+
+def test_the_run_is_told_in_the_file(demo, tmp_path):
+    _, clip, _, run = tune_demo(demo, tmp_path)
     ((path,), _) = saved(clip, run=run)
     with safe_open(path, "pt") as ours, safe_open(run / "clip_l.safetensors", "pt") as core:
         assert ours.metadata() == core.metadata() and sorted(ours.keys()) == sorted(core.keys())
@@ -233,6 +236,26 @@ def test_the_run_is_told_in_the_file(demo, tmp_path):
     ]
     assert about["settings"]["gradient_steps"] == 1 and about["settings"]["sampling_steps"] == 2
     assert about["base"]["text_encoder"] and about["base"]["model"]
+
+
+def test_a_tuned_lora_is_read_by_the_stock_loader(demo, tmp_path):
+    import comfy.sd
+    import comfy.utils
+    from retune.nodes.save_lora import RetuneSaveLora
+
+    model, clip, lora, run = tune_demo(demo, tmp_path, train="text encoder LoRA", lora_rank=2, lora_alpha=4.0)
+    with torch.inference_mode():
+        written = RetuneSaveLora.execute(lora, "kohya", "test/tuned", run=run).result[0]
+    expected, plain = heard(clip)[0], heard(demo[1])[0]
+    assert (expected - plain).abs().max() > 1e-3
+    for file in (written, run / "lora.safetensors", run / "told.safetensors"):
+        tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
+        with torch.inference_mode():
+            stock = comfy.sd.load_lora_for_models(demo[0], demo[1], tensors, 1.0, 1.0)[1]
+        torch.testing.assert_close(heard(stock)[0], expected, rtol=0, atol=1e-5, msg=str(file))
+    with safe_open(written, "pt") as file:
+        assert file.metadata()["ss_text_encoder_lr"] == "0.01" and len(file.keys()) == len(lora)
+        assert {name.split("_layers_")[0] for name in file.keys()} == {"lora_te_text_model_encoder"}
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Text encoders as files of the stock layout, one for each: what ComfyUI's own loaders and transformers read.
 
-Safetensors, fp32, whole. CLIP: `text_model.*` as transformers' CLIPTextModel names it, for SDXL's second one
-`text_projection.weight` too; the names of the files in https://huggingface.co/comfyanonymous/flux_text_encoders and of
-`text_encoder/model.safetensors` in a diffusers folder. T5: `shared.weight` and `encoder.*`. The metadata entry
-`retune.run` says what run they come from.
+Safetensors, whole, fp32 if nothing else is asked for. CLIP: `text_model.*` as transformers' CLIPTextModel names it, for
+SDXL's second one `text_projection.weight` too; so are the names in `text_encoder/model.safetensors` of a diffusers
+folder and in https://huggingface.co/comfyanonymous/flux_text_encoders. T5: `shared.weight` and `encoder.*`. The
+metadata entry `retune.run` says what run they come from.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def stock_parts(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def write_stock_files(paths: Mapping[str, Path], weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_stock_files(
+    paths: Mapping[str, Path],
+    weights: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes each encoder of `paths` from `weights` (see `stock_parts`), whole or not at all; about: see `about_run`.
 
     Raises ValueError for an encoder that the weights do not hold.
@@ -51,7 +56,8 @@ def write_stock_files(paths: Mapping[str, Path], weights: Mapping[str, Tensor], 
     for part, path in paths.items():
         if part not in parts:
             raise ValueError(f"the text encoder has no {part}; expected one of {', '.join(parts) or 'none'}.")
-        write_tensors(path, parts[part], {"format": "pt", METADATA: json.dumps(about)})
+        tensors = {name: value.to(dtype) for name, value in parts[part].items()}
+        write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(about)})
 
 
 def read_stock_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
