@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from retune.training.reward_config import RewardTuneConfig
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.sdxl_text import SdxlTextEncoder
+from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.stock_file import about_folder, read_stock_file, stock_parts, write_stock_files
+from retune.training.text_encoder.t5 import load_t5
 from retune.training.tune_rewards import tune
 from safetensors.torch import load_file
 
@@ -79,6 +82,19 @@ def test_sdxls_pair_makes_two_files(tiny_model, tmp_path):
         found = network(input_ids=ids, output_hidden_states=True)
     torch.testing.assert_close(found.text_embeds, expected.pooled, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.hidden_states[-2], expected.context[..., first.width :], rtol=0, atol=1e-5)
+
+
+def test_a_tuned_t5_is_a_t5_file(tiny_model, tmp_path, write_t5_folder):
+    before = load_t5(write_t5_folder(tmp_path / "t5"), Projection(64, 32))
+    sizes = {"width": 32, "height": 32, "steps": 1, "batch_size": 1, "gradient_steps": 1, "sampling_steps": 2}
+    config = RewardTuneConfig(run_name="r", learning_rate=1e-3, settings=TrainingSettings(warmup_steps=0), **sizes)
+    reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")))])
+    tuned = tune(replace(tiny_model, text_encoder=before), reward, [Prompt("a red circle")], config, tmp_path)
+    after = load_t5(tmp_path / "r" / "t5base.safetensors", before.projection, tokenizer=before.tokenizer)
+    for name, value in after.model.named_parameters():
+        assert torch.equal(value, tuned.text[f"text_encoders.t5base.transformer.{name}"])
+    words = before.tokenize(["a red circle"])
+    assert not torch.equal(after.encode(words).context, before.encode(words).context)
 
 
 def test_names_of_every_encoder():
