@@ -131,13 +131,14 @@ def _expect_fit(first, first_parts: dict, clip, parts: dict, number: int) -> Non
             f"text encoder {number} stops at layer {clip.layer_idx}, text encoder 1 at {first.layer_idx}; expected the "
             "same. Put CLIP Set Last Layer behind the blend."
         )
-    if _is_bypassed(clip) or _is_bypassed(first):
+    if is_bypassed(clip) or is_bypassed(first):
         raise ValueError("a LoRA was put on without merging (bypass), so it is not in the weights. Use Load LoRA.")
     if is_t5_clip(first) or is_t5_clip(clip):
         _expect_same_t5(first, clip, number)
 
 
-def _is_bypassed(clip) -> bool:
+def is_bypassed(clip) -> bool:
+    """Whether a LoRA was put on a CLIP without merging it into the weights."""
     return bool(getattr(clip.patcher, "injections", None))
 
 

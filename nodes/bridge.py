@@ -7,6 +7,7 @@ comfy.model_management: loaded through `load_models_gpu`, never edited; masters 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,8 @@ from .weights import clip_fingerprint, is_dynamic, without_inference_tensors
 
 CLIP_ROOM = 75
 """Tokens in one of a CLIP's windows of 77, its start and end token left out."""
+UNREAD = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection(\.weight)?)")
+"""What no UNet reads of a CLIP: text projections but for that of SDXL's second one (see `clip_fingerprint`)."""
 
 
 @contextmanager
@@ -256,13 +259,13 @@ class ComfyTextEncoder:
     @property
     def layers(self) -> dict[str, nn.Module]:
         found = self._plain_clip().cond_stage_model.named_modules()
-        return {f"text_encoders.{path}": layer for path, layer in found if isinstance(layer, nn.Linear)}
+        linear = {path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+        return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNREAD.fullmatch(path)}
 
     @property
     def weights(self) -> dict[str, Target]:
         found = targets(self._plain_clip().cond_stage_model, "text_encoders.")
-        unread = ("logit_scale", *(() if self.pooled_width else ("text_projection.weight",)))
-        return {name: target for name, target in found.items() if not name.endswith(unread)}
+        return {name: target for name, target in found.items() if not UNREAD.fullmatch(name)}
 
     @contextmanager
     def training(self) -> Iterator[None]:

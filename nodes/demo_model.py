@@ -13,6 +13,7 @@ from torch import Tensor
 from ..training.demo.files import weights_path
 from ..training.files import read_tensors
 from ..training.formats import ldm
+from ..training.text_encoder.stock_file import read_stock_file
 
 BUILT_IN = "demo.safetensors"
 DEMO_CLASS = "RetuneDemoModel"
@@ -61,6 +62,30 @@ def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynam
     if clip is not None:
         clip.patcher.cached_patcher_init = (_clip_again, (path,))
     return model, clip, vae
+
+
+def load_demo_clip(path: Path, disable_dynamic: bool = False):
+    """The demo model's CLIP, fp32, with the weights of a file of the stock layout (`text_model.*`).
+
+    Raises ValueError for a file of another CLIP, which ComfyUI's own loaders read.
+    """
+    own, config = read_demo()
+    wanted = {name: value for name, value in own.items() if name.startswith(ldm.CLIP_PREFIX)}
+    found = {ldm.CLIP_PREFIX + name: value.float() for name, value in read_stock_file(path)[0].items()}
+    shapes = [{name: value.shape for name, value in state.items()} for state in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        width = found[f"{ldm.CLIP_PREFIX}text_model.embeddings.token_embedding.weight"].shape[1]
+        raise ValueError(
+            f"{path.name} is a CLIP of width {width}; expected a file that Save Text Encoder wrote from a T5 or from "
+            "the demo model. ComfyUI's Load CLIP reads it; SDXL's two go into its DualCLIPLoader."
+        )
+    clip = _clip(own | found, config, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_saved_clip_again, (path,))
+    return clip
+
+
+def _saved_clip_again(path: Path, disable_dynamic: bool = False):
+    return load_demo_clip(path, disable_dynamic).patcher
 
 
 def _model_again(path: Path | None, disable_dynamic: bool = False):

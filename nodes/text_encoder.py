@@ -5,12 +5,16 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.demo.files import TEXT_ENCODERS, weights_path
+from . import types
 from .paths import files, listed_file, listed_model, output_path
 
 log = logging.getLogger(__name__)
 
 ENCODERS = "text_encoders"
 DEMO = "demo"
+DEMO_CLIPS = {f"demo: {name}": f"text_encoders/{name}.safetensors" for name in TEXT_ENCODERS}
+"""Combo value -> tuned text encoder of the demo model."""
 SDXL = "sdxl"
 SDXL_WIDTHS = (2048, 1280)
 FITTED_ELSEWHERE = (
@@ -279,41 +283,61 @@ class RetuneSaveTextEncoder(io.ComfyNode):
             node_id="RetuneSaveTextEncoder",
             display_name="Save Text Encoder",
             category="retune/text encoder",
-            description="Saves projection, scale and padding of a T5 text encoder with a reference (name and hash) to "
-            "its T5 file, into output/clip.",
-            search_aliases=["save t5", "save projection"],
+            description="Saves a tuned CLIP as files that ComfyUI's own loaders, diffusers and others read; of a T5 "
+            "its projection, scale and padding with a reference (name and hash) to the T5 file. Into output/clip.",
+            search_aliases=["save t5", "save projection", "save clip", "export text encoder"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip", tooltip="A T5 from Load T5, scaled or trained."),
+                io.Clip.Input(
+                    "clip", tooltip="A CLIP of SD1.x, SD2, SDXL or the demo model, tuned or blended; or a T5."
+                ),
                 io.String.Input(
                     "filename_prefix", default="retune/text_encoder", tooltip="Name of the file; may hold a sub-folder."
                 ),
+                types.Run.Input(
+                    "run", optional=True, tooltip="The run it comes from: rewards and settings go into the file."
+                ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="The file written.")],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The file written; of SDXL's pair two, one a line.")
+            ],
         )
 
     @classmethod
-    def execute(cls, clip, filename_prefix):
-        from ..training.text_encoder.file import save_text_encoder
-        from .t5_clip import saved_text_encoder, t5_parts
+    def execute(cls, clip, filename_prefix, run=None):
+        from ..training.text_encoder.stock_file import about_folder
+        from .saved_clip import save_clip
+        from .t5_clip import is_t5_clip
 
-        saved = saved_text_encoder(clip)
-        path = output_path("clip", filename_prefix, ".safetensors")
-        save_text_encoder(path, saved)
-        text = [str(path)]
-        if t5_parts(clip).patched:
-            text.append(
-                f"{path.name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale "
-                "and padding are saved. Apply the LoRA again after Load Text Encoder."
-            )
-        if saved.keeps_clip:
-            text.append(
-                f"{path.name} lacks the kept CLIP. Save or keep it elsewhere, and connect it to keep_clip of Load Text "
-                "Encoder."
-            )
-        for warning in text[1:]:
+        about = about_folder(run) if run is not None else {}
+        save = save_clip if clip is not None and not is_t5_clip(clip) else save_t5
+        paths, warnings = save(clip, filename_prefix, about)
+        for warning in warnings:
             log.warning("%s", warning)
-        return io.NodeOutput(str(path), ui={"text": text})
+        text = [str(path) for path in paths]
+        return io.NodeOutput("\n".join(text), ui={"text": text + warnings})
+
+
+def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
+    """Writes what a T5 CLIP has of its own; the path, and warnings of what the file lacks."""
+    from ..training.text_encoder.file import save_text_encoder
+    from .t5_clip import saved_text_encoder, t5_parts
+
+    saved = saved_text_encoder(clip)
+    path = output_path("clip", prefix, ".safetensors")
+    save_text_encoder(path, saved, about)
+    warnings = []
+    if t5_parts(clip).patched:
+        warnings.append(
+            f"{path.name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale and "
+            "padding are saved. Apply the LoRA again after Load Text Encoder; a tuned T5 lies in its run's folder."
+        )
+    if saved.keeps_clip:
+        warnings.append(
+            f"{path.name} lacks the kept CLIP. Save or keep it elsewhere, and connect it to keep_clip of Load Text "
+            "Encoder."
+        )
+    return [path], warnings
 
 
 class RetuneLoadTextEncoder(io.ComfyNode):
@@ -323,11 +347,16 @@ class RetuneLoadTextEncoder(io.ComfyNode):
             node_id="RetuneLoadTextEncoder",
             display_name="Load Text Encoder",
             category="retune/text encoder",
-            description="Loads what Save Text Encoder wrote. Needs the same T5 file or folder in models/text_encoders; "
-            "its hash is checked.",
-            search_aliases=["load projection", "load t5"],
+            description="Loads what Save Text Encoder wrote of a T5 or of the demo model's CLIP. A T5 needs the same "
+            "T5 file or folder in models/text_encoders; its hash is checked.",
+            search_aliases=["load projection", "load t5", "load demo clip"],
             inputs=[
-                io.Combo.Input("file", options=files(ENCODERS), tooltip="A file written by Save Text Encoder."),
+                io.Combo.Input(
+                    "file",
+                    options=[*files(ENCODERS), *DEMO_CLIPS],
+                    tooltip="A file written by Save Text Encoder. The demo one is for the demo model: its CLIP, tuned "
+                    "for glossy pictures. Other CLIPs go into ComfyUI's Load CLIP.",
+                ),
                 keep_clip_input("The CLIP that the text encoder was made beside, if it was; it is not in the file."),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
@@ -335,14 +364,10 @@ class RetuneLoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, keep_clip=None):
-        import folder_paths
+        from .saved_clip import open_text_encoder
 
-        from ..training.text_encoder.file import read_text_encoder
-        from .t5_clip import load_saved_text_encoder
-
-        saved = read_text_encoder(listed_file(file, ENCODERS))
-        folders = folder_paths.get_folder_paths(ENCODERS)
-        return io.NodeOutput(load_saved_text_encoder(saved, folders, keep_clip))
+        path = weights_path(DEMO_CLIPS[file]) if file in DEMO_CLIPS else listed_file(file, ENCODERS)
+        return io.NodeOutput(open_text_encoder(path, keep_clip))
 
 
 def keep_clip_input(tooltip: str):
@@ -368,8 +393,6 @@ def prompt_lines(prompts: str) -> list[str]:
 
 def demo_t5() -> Path:
     """The demo's T5 file."""
-    from ..training.demo.files import weights_path
-
     return weights_path("t5.safetensors")
 
 

@@ -102,6 +102,6 @@ class RewardTuneConfig(RunConfig):
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets="regex" if text else "attention",
-            target_regex="^text_encoders" if text else "",
+            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # what every loader knows
             text_encoder_learning_rate=self.learning_rate if text else 0.0,
         )

@@ -35,6 +35,7 @@ from .reward_config import RewardTuneConfig
 from .reward_objective import RewardObjective
 from .rewards.combined import CombinedReward
 from .run_folder import RunFolder
+from .text_encoder.stock_file import about_run, stock_parts, write_stock_files
 from .train_lora import ARTIFACT as LORA_ARTIFACT
 from .train_lora import described_model, networks_of, trainable_layers, write_lora
 from .train_model import (
@@ -104,7 +105,9 @@ def tune(
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
             | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
-            details=described_model(model) | (details or {}),
+            details=described_model(model)
+            | {"rewards": reward.described(), "resolution": [config.width, config.height]}
+            | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
         data = partial(_on_images, dataset) if direct else partial(_on_prompts, prompts)
@@ -256,6 +259,9 @@ def _write(
         lora = trainable.lora_model(values)
         write_lora(folder, lora, config.lora, ending)
         values = {}
+    if config.train == "text encoder":  # whole files that stock loaders read; `values` hold every weight
+        paths = {part: folder.path / f"{part}.safetensors" for part in stock_parts(values)}
+        write_stock_files(paths, values, about_run(folder.config() or {}, ending))
     projection = model.text_encoder.projection
     if config.train == "projection":
         whole = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()}

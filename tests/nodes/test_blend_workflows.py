@@ -39,6 +39,15 @@ def test_blended_encoders_and_a_step_window_sample(comfyui_server):
         run(comfyui_server, "blend_encoders", **{"3": {"weights": "1, 0, 0"}})
 
 
+def test_more_of_the_tuned_encoder_changes_more(comfyui_server):
+    """The example's columns: original, three blends, tuned, step window."""
+    strip = run(comfyui_server, "blend_tuned_encoders")["60"]
+    columns = [strip[:, :, start : start + 128] for start in range(0, 6 * 132, 132)]
+    changes = [(column - columns[0]).abs().mean().item() for column in columns]
+    assert changes[:5] == sorted(changes[:5]) and changes[1] > 0.001 and changes[4] > 2 * changes[1]
+    assert 0 < changes[5] != changes[4]
+
+
 def test_with_stock_controlnet(comfyui_server, comfyui):
     write_control(comfyui_server.base_directory / "models" / "controlnet" / "retune_demo_control.safetensors")
     found = run(comfyui_server, "blend_controlnet")

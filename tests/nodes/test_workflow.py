@@ -198,6 +198,7 @@ TWINS = {
         "RetuneRewardTune",
         ("prompts", *TRAINING, "train", "method", "gradient_steps", "sampling_steps", "cfg", "clip_constraint"),
     ),
+    "Blend tuned encoders": ("blend_tuned_encoders", "RetuneStepWindow", ("start_percent",)),
     "Use embeddings in prompts": ("use_embeddings", "RetuneLoadEmbedding", ("file", "token", "second_file")),
     "Apply several LoRAs": (
         "apply_several_loras",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet", "loras", "embeddings")
+PARTS = ("vae", "decoder", "t5", "scorer", "clip_unet", "loras", "embeddings", "text_encoders")
 LOG = logging.getLogger(__name__)
 
 
@@ -46,6 +46,10 @@ def build(part: str, work: Path) -> None:
         from .build_embeddings import train_embeddings
 
         train_embeddings(work / "embeddings")
+    if part == "text_encoders":
+        from .build_text_encoders import tune_text_encoders
+
+        tune_text_encoders(work / "text_encoders")
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ LORAS = ("warm edges", "crescents")
 NAMES += tuple(f"loras/{name}.safetensors" for name in LORAS)
 EMBEDDINGS = ("heart",)
 NAMES += tuple(f"embeddings/{name}.safetensors" for name in EMBEDDINGS)
+TEXT_ENCODERS = ("glossy",)
+NAMES += tuple(f"text_encoders/{name}.safetensors" for name in TEXT_ENCODERS)
 
 
 def weights_path(name: str) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..text_encoder.stock_file import about_run
 from .lora import DOWN, MID, Lora
 from .lora_names import Naming
 
@@ -44,7 +45,8 @@ class LoraAbout:
     """What is known of a LoRA besides its tensors.
 
     run: what its run's config.json holds; read are `config` and, where the run recorded them, `unet` (the UNet's
-    config), `prediction_type`, `resolution` (pixels), `images` (their number) and `tag_frequency`. date: ISO 8601.
+    config), `prediction_type`, `resolution` (pixels), `images` (their number), `tag_frequency` and `rewards`, what a
+    reward tuning maximised. date: ISO 8601.
     thumbnail: a data URI. kept: a file's own metadata, of which everything that is not written anew stays.
     """
 
@@ -179,7 +181,25 @@ def _training(run: Mapping) -> dict[str, str]:
         "ss_resolution": _size(run.get("resolution"), "({}, {})"),
         "ss_tag_frequency": json.dumps(run["tag_frequency"]) if run.get("tag_frequency") else None,
     }
+    values |= _reward_tuning(run, config) if run.get("rewards") else {}
     return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _reward_tuning(run: Mapping, config: Mapping) -> dict[str, object]:
+    """What is other where rewards were maximised: no noise is told from images, and one part alone has a rate.
+
+    kohya's comment says how it was tuned, `retune.run` all of it (see `stock_file.about_run`).
+    """
+    idle = ("ss_loss_type", "ss_min_snr_gamma", "ss_debiased_estimation", "ss_noise_offset", "ss_caption_dropout_rate")
+    rate, of_text = config["learning_rate"], config["train"].startswith("text encoder")
+    terms = ", ".join(f"{term['weight']:g} x {term['reward']}" for term in run["rewards"])
+    how = f"{config['method']}, K {config['gradient_steps']} of {config['sampling_steps']}, cfg {config['cfg']:g}"
+    return dict.fromkeys(idle) | {
+        "ss_unet_lr": None if of_text else rate,
+        "ss_text_encoder_lr": rate if of_text else None,
+        "ss_training_comment": f"reward tuning ({how}): {terms}",
+        "retune.run": json.dumps(about_run(run, {})),
+    }
 
 
 def _text_rates(config: Mapping) -> str | None:

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,14 @@ class CombinedReward:
         self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
         self.name = " + ".join(self.terms)
         self.reads_prompts = any(term.reward.reads_prompts for term in terms)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Each term for a file's metadata: its name, weight, limit if there is one, and the files it was read from."""
+        found = []
+        for name, term in self.terms.items():
+            limit = {} if term.target is None else {"target": term.target, "form": term.form}
+            found.append({"reward": name, "weight": term.weight, **limit, "files": list(term.reward.files)})
+        return found
 
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None

@@ -77,9 +77,9 @@ def load_reward(config: RewardConfig) -> Reward:
     with the name of the one wanted, its source page and its folder."""
     if config.kind.startswith("demo"):
         return _demo(config.kind)
-    if config.kind == "aesthetic":
-        return _aesthetic(config)
-    return _by_prompt(config)
+    reward = _aesthetic(config) if config.kind == "aesthetic" else _by_prompt(config)
+    reward.files = tuple(path.name for path in (config.file, config.image_tower) if path is not None)
+    return reward
 
 
 def _demo(kind: Kind) -> Reward:

@@ -23,7 +23,8 @@ class Reward(Protocol):
 
     name: as logs show it. fingerprint: changes with weights, tokenizer and formula. network: its frozen weights, to
     move between devices; inputs are brought to where it is. typical_scale: rough standard deviation of its scores over
-    prompts, from which `combined` starts its normalisation. reads_prompts: whether its scores depend on them.
+    prompts, from which `combined` starts its normalisation. reads_prompts: whether its scores depend on them. files:
+    names of the files it was read from.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Reward(Protocol):
     network: nn.Module
     typical_scale: float
     reads_prompts: bool
+    files: tuple[str, ...]
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) scores of (B, 3, H, W) images in 0..1, image i by prompt i; a higher one is better.
@@ -50,6 +52,8 @@ class Reward(Protocol):
 
 class _TowerReward:
     """What both kinds share: an image tower and what it looks at."""
+
+    files: tuple[str, ...] = ()
 
     def __init__(self, name: str, network: nn.Module, towers: Towers, view: View, typical_scale: float):
         self.name, self.network, self.typical_scale = name, network.eval().requires_grad_(False), typical_scale

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import read_tensors, write_tensors
 from .projection import Projection
@@ -20,6 +21,7 @@ from .t5_file import file_hash
 
 FORMAT_VERSION = 1
 METADATA = "retune.text_encoder"
+RUN = "retune.run"
 PREFIX = "projection."
 
 
@@ -117,8 +119,8 @@ def _named(root: Path, name: str) -> list[Path]:
     return sorted(found)
 
 
-def save_text_encoder(path: str | Path, saved: SavedTextEncoder) -> None:
-    """Writes a text encoder's description and projection, fp32."""
+def save_text_encoder(path: str | Path, saved: SavedTextEncoder, about: Mapping[str, Any] | None = None) -> None:
+    """Writes a text encoder's description and projection, fp32. about: what its run was, see `stock_file.about_run`."""
     description = {
         "format_version": FORMAT_VERSION,
         "t5_file": saved.t5_file,
@@ -135,7 +137,8 @@ def save_text_encoder(path: str | Path, saved: SavedTextEncoder) -> None:
     }
     state = saved.projection.state_dict().items()
     tensors = {PREFIX + name: value.detach().float().cpu().contiguous().clone() for name, value in state}
-    write_tensors(path, tensors, {METADATA: json.dumps(description)})
+    more = {RUN: json.dumps(about)} if about else {}
+    write_tensors(path, tensors, {METADATA: json.dumps(description), **more})
 
 
 def read_text_encoder(path: str | Path) -> SavedTextEncoder:
