@@ -169,12 +169,6 @@ def test_node_ids_start_with_the_package_name_and_differ():
     assert len(set(ids)) == len(ids) and all(node_id.startswith("Retune") for node_id in ids)
 
 
-def test_every_node_has_its_help_page_and_no_page_is_left_over():
-    pages = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "js" / "docs").glob("*.md")}
-    assert set(pages) == set(node_classes().values())
-    assert not [name for name, text in pages.items() if len(text.split()) < 20]
-
-
 def test_every_input_and_output_has_a_tooltip():
     for file in sources("nodes"):
         for node in ast.walk(tree_of(file)):
@@ -196,6 +190,37 @@ def test_no_file_names_a_place_on_somebodys_machine(tracked):
     place = re.compile(rb"(?<![\w.~])/(?:root|work|home/\w+|Users/\w+)/|[A-Z]:\\Users\\\w", re.ASCII)
     text = (file for file in tracked if file.suffix not in (".safetensors", ".jpg", ".png"))
     assert not [str(file) for file in text if file != Path(__file__).resolve() and place.search(file.read_bytes())]
+
+
+@pytest.fixture(scope="module")
+def packed(tracked) -> set[str]:
+    """What the registry gets: the files under version control that `.comfyignore` does not name."""
+    patterns = ["git", "ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore"]
+    ignored = subprocess.run(patterns, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {file.relative_to(ROOT).as_posix() for file in tracked} - set(ignored.split("\0"))
+
+
+def test_the_registry_gets_what_a_user_needs_and_nothing_else(packed):
+    assert {name.split("/")[0] for name in packed} == {
+        *("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"),
+        *("example_workflows", "js", "locales", "nodes", "training"),
+    }
+    assert not [name for name in packed if name.endswith((".pyc", ".zip", ".log", ".tmp"))]
+    weights = {file for file in packed if file.startswith("training/demo/weights/")}
+    assert len([name for name in weights if name.endswith(".safetensors")]) >= 4 and len(weights) >= 10
+    assert {f"js/docs/{node_id}.md" for node_id in node_classes().values()} <= packed
+    assert sum((ROOT / name).stat().st_size for name in packed) <= 24e6
+
+
+def test_the_packed_package_works_by_itself(packed, tmp_path):
+    for name in packed:
+        target = tmp_path / "retune" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import retune.training.__main__ as m; print(m.__file__)"
+    program += IMPORT_CORE
+    output = python(program, str(tmp_path), cwd=tmp_path).splitlines()
+    assert Path(output[0]).is_relative_to(tmp_path)
 
 
 def test_nothing_large_or_generated_is_tracked(tracked):
