@@ -1,10 +1,19 @@
-"""A run in ComfyUI's interface: progress bar, preview pictures, text under the node, websocket events, cancel."""
+"""A run in ComfyUI's interface: progress bar, text under the node, websocket events, cancel.
+
+retune.step    after a step: step, steps, every figure of its row in metrics.jsonl, seconds_per_step, memory ({"used",
+               "total"}, bytes of the device), and `validation`: rows since the step before
+retune.sample  samples were drawn: their row, with the names of the files
+retune.state   the run is preparing, running, interrupted, failed or finished, or says what it is doing: state, step,
+               message
+
+Each has `node` and `run` too, and goes to every client, so that a page that was reloaded goes on.
+"""
 
 from __future__ import annotations
 
 import time
-
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
 from ..training.callbacks import Callbacks, StepInfo
 from ..training.data.examples import Dataset
@@ -13,6 +22,9 @@ from .bridge import ComfyDenoiser
 
 TEXT_INTERVAL = 0.5
 """Seconds between two texts under the node in phases that report often."""
+
+last_steps: dict[str, dict[str, Any]] = {}
+"""The last retune.step of each run that is in progress here, for a page that asks for a run in its midst."""
 
 
 class NodeCallbacks(Callbacks):
@@ -28,6 +40,7 @@ class NodeCallbacks(Callbacks):
         self._node, self._run, self._steps, self._step = node_id, run, steps, 0
         self._denoiser: ComfyDenoiser | None = None
         self._memory, self._said = 0, 0.0
+        self._state, self._validation = "preparing", []
 
     def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int) -> None:
         """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
@@ -51,21 +64,31 @@ class NodeCallbacks(Callbacks):
         self._check()
         if time.monotonic() - self._said > TEXT_INTERVAL:
             self._say(text)
+            self._send("retune.state", {"state": self._state, "step": self._step, "message": text})
 
     def on_step(self, info: StepInfo) -> None:
         self._step = info.step
         self._bar.update_absolute(info.step, info.steps)
         left = (info.steps - info.step) * info.seconds_per_step
         self._say(f"step {info.step} of {info.steps}, loss {info.loss:.4f}, about {_duration(left)} left")
-        self._send("retune.step", {"step": info.step, "steps": info.steps, "loss": info.loss})
+        pace = {"steps": info.steps, "seconds_per_step": info.seconds_per_step, "memory": _memory()}
+        last_steps[self._run] = {**info.row, **pace}
+        self._send("retune.step", {**last_steps[self._run], "validation": self._validation})
+        self._validation = []
         self._check()
 
-    def on_samples(self, step: int, images: list[Tensor]) -> None:
-        from ..training.data.images import contact_sheet, to_pil
-
-        self._bar.update_absolute(self._step, self._steps, ("PNG", to_pil(contact_sheet(images)), 512))
-        self._send("retune.sample", {"step": step, "count": len(images)})
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        if row["event"] == "sample":
+            self._send("retune.sample", dict(row))
+        elif row["event"] == "validation":
+            self._validation.append(dict(row))
         self._check()
+
+    def on_state(self, state: str, step: int, message: str = "") -> None:
+        self._state, self._step = state, step
+        if state != "running":
+            last_steps.pop(self._run, None)
+        self._send("retune.state", {"state": state, "step": step, "message": message})
 
     def _say(self, text: str) -> None:
         server = _server()
@@ -84,6 +107,15 @@ def _server():
     import server
 
     return getattr(server.PromptServer, "instance", None)
+
+
+def _memory() -> dict[str, int]:
+    """Bytes in use, and of all, on the device that trains; of the machine where that is a CPU."""
+    import comfy.model_management as management
+
+    device = management.get_torch_device()
+    total = management.get_total_memory(device)
+    return {"used": int(total - management.get_free_memory(device)), "total": int(total)}
 
 
 def _duration(seconds: float) -> str:

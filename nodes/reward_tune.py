@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
-from .run_inputs import alpha_input, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs
 from .types import LoraModel
 
 STEPS, BATCH = 100, 4
@@ -102,7 +102,7 @@ class RetuneRewardTune(io.ComfyNode):
                 LoraModel.Output(display_name="lora", tooltip="The tuned LoRA, at strength 1 in the two; else empty."),
                 types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -121,6 +121,6 @@ class RetuneRewardTune(io.ComfyNode):
         with tuning(model, clip, vae, judge) as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)
             callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
-            details = {"prompt": cls.hidden.prompt}
+            details = made_by(cls.hidden)
             found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details)
         return io.NodeOutput(*applied(model, clip, found, config.run_name), found.lora, found.path.parent)

@@ -155,7 +155,9 @@ class Loop:
                 self._save()
             if self.world.is_main:
                 state = "interrupted" if isinstance(error, self.callbacks.interrupts) else "failed"
-                self.folder.set_status(state, self.step, message=str(error) or type(error).__name__)
+                message = str(error) or type(error).__name__
+                self.folder.set_status(state, self.step, message=message)
+                self.callbacks.on_state(state, self.step, message)
             raise
         self._save()
         return self._result()
@@ -269,7 +271,7 @@ class Loop:
         if self.validation and due and ("validation", self.step) not in self.events:
             self._validate()
         if self.watch and due and ("watch", self.step) not in self.events:
-            self.folder.add_row({"event": "watch", "step": self.step, **self.watch(self.values())})
+            self._log({"event": "watch", "step": self.step, **self.watch(self.values())})
         last = self.step == self.config.steps or self.stopped_early
         due = self.step % self.config.sample_every == 0 or last
         if self.sampler and due and ("sample", self.step) not in self.events:
@@ -290,7 +292,7 @@ class Loop:
         if loss < self.best:
             write_tensors(self.folder.best, values, {"step": str(self.step), "validation_loss": repr(loss)})
             self.best, self.stale = loss, 0
-        self.folder.add_row({"event": "validation", "step": self.step, "loss": loss, **figures})
+        self._log({"event": "validation", "step": self.step, "loss": loss, **figures})
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -307,8 +309,12 @@ class Loop:
         about = {"step": self.step, "epoch": round(self.step / self.config.steps_per_epoch, 2)}
         prompts = list(self.config.samples.prompts)
         figures = self.sampler.judge(images, prompts) if self.sampler.judge else {}
-        self.folder.add_row({"event": "sample", **about, **figures, "files": files, "grid": grid, "prompts": prompts})
+        self._log({"event": "sample", **about, **figures, "files": files, "grid": grid, "prompts": prompts})
         self.callbacks.on_samples(self.step, images)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.folder.add_row(row)
+        self.callbacks.on_row(row)
 
     def _save(self) -> None:
         if self.world.is_main:
@@ -343,6 +349,7 @@ class Loop:
         if self.world.is_main:
             self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
             self.folder.set_status("running", self.step)
+            self.callbacks.on_state("running", self.step)
 
     def _truncate_metrics(self, size: int) -> None:
         self.world.barrier()  # nobody reads the state any more
@@ -368,6 +375,5 @@ class Loop:
         self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
 
     def _info(self, row: dict[str, Any]) -> StepInfo:
-        return StepInfo(
-            self.folder.name, self.step, self.config.steps, row["loss"], row["learning_rate"], self.seconds_per_step
-        )
+        figures = (row["loss"], row["learning_rate"], self.seconds_per_step, row)
+        return StepInfo(self.folder.name, self.step, self.config.steps, *figures)

@@ -132,6 +132,7 @@ def run_in_folder(
             folder.claim({**identity, **kind.identity}, about, former_identity(config))
         here.barrier()
         if finished(folder, config, kind.artifact):
+            callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_text(f"run {folder.name} is finished; reading its result")
             return folder.path
         loop = loop_of(folder, callbacks)
@@ -140,6 +141,7 @@ def run_in_folder(
         if here.is_main:
             kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
+            callbacks.on_state("finished", loop.step)
             callbacks.on_text(f"run {folder.name} is finished after {loop.step} steps")
         here.barrier()
         return folder.path
