@@ -62,10 +62,14 @@ async def _list(request: web.Request) -> web.Response:
 
 
 async def _details(request: web.Request) -> web.Response:
-    from ..training.runs import run_details
+    """204 for a run that is not there (yet): a node asks before its first run, and browsers log a 404 as an error."""
+    from ..training.runs import NoSuchRun, run_details
     from .progress import last_steps
 
-    run = await _asked(run_details, request, "id")
+    try:
+        run = await _asked(run_details, request, "id")
+    except NoSuchRun:
+        return web.Response(status=204)
     return web.json_response(run | {"live": last_steps.get(run["id"])})
 
 

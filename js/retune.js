@@ -1,0 +1,64 @@
+// Retune in ComfyUI's page: a view of the run in every training node, and the runs panel in the sidebar.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { RunView, forEachView } from "./run_view.js";
+import { RunsPanel } from "./runs_panel.js";
+
+const TRAINERS = ["RetuneTrainModel", "RetuneTrainLora", "RetuneTrainEmbedding", "RetuneRewardTune"];
+let panel = null;
+
+function listen() {
+  for (const kind of ["step", "sample", "state"])
+    api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
+      forEachView((view) => view.event(kind, detail));
+      panel?.event(kind, detail);
+    });
+  for (const ending of ["execution_interrupted", "execution_error", "execution_success", "reconnected"])
+    api.addEventListener(ending, () => {
+      forEachView((view) => view.queueEnded());
+      panel?.refreshSoon();
+    });
+}
+
+/** Calls `more` after a method or callback of an object. */
+function extend(object, name, more) {
+  const before = object[name];
+  object[name] = function (...values) {
+    const result = before?.apply(this, values);
+    more(...values);
+    return result;
+  };
+}
+
+app.registerExtension({
+  name: "retune",
+
+  setup() {
+    listen();
+    app.extensionManager.registerSidebarTab({
+      id: "retune-runs",
+      icon: "pi pi-chart-line",
+      title: "Runs",
+      tooltip: "Retune: training runs",
+      type: "custom",
+      render(element) {
+        panel?.destroy();
+        panel = new RunsPanel(element);
+      },
+      destroy() {
+        panel?.destroy();
+        panel = null;
+      },
+    });
+  },
+
+  nodeCreated(node) {
+    if (!TRAINERS.includes(node.comfyClass)) return;
+    const view = new RunView(node);
+    const name = node.widgets?.find((widget) => widget.name === "run_name");
+    if (name) extend(name, "callback", () => view.load(view.name, 400));
+    extend(node, "onConfigure", () => view.load());
+    extend(node, "onExecuted", (output) => view.load(output?.retune_run?.[0] ?? view.name));
+    extend(node, "onRemoved", () => view.dispose());
+  },
+});
