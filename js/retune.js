@@ -1,32 +1,30 @@
 // Retune in ComfyUI's page: a view of the run in every training node, and the runs panel in the sidebar.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { RunView, forEachView } from "./run_view.js";
+import { RunView, forEachView, nameWidget } from "./run_view.js";
 import { RunsPanel } from "./runs_panel.js";
 
 const TRAINERS = ["RetuneTrainModel", "RetuneTrainLora", "RetuneTrainEmbedding", "RetuneRewardTune"];
 let panel = null;
 
-function listen() {
-  for (const kind of ["step", "sample", "state"])
-    api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
-      forEachView((view) => view.event(kind, detail));
-      panel?.event(kind, detail);
-    });
-  for (const ending of ["execution_interrupted", "execution_error", "execution_success", "reconnected"])
-    api.addEventListener(ending, () => {
-      forEachView((view) => view.queueEnded());
-      panel?.refreshSoon();
-    });
-}
+// Before setup: a run may be in progress already, and ComfyUI warns of events that nobody waits for.
+for (const kind of ["step", "sample", "state"])
+  api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
+    forEachView((view) => view.event(kind, detail));
+    panel?.event(kind, detail);
+  });
+for (const ending of ["execution_interrupted", "execution_error", "execution_success", "reconnected"])
+  api.addEventListener(ending, () => {
+    forEachView((view) => view.queueEnded());
+    panel?.refreshSoon();
+  });
 
 /** Calls `more` after a method or callback of an object. */
 function extend(object, name, more) {
   const before = object[name];
   object[name] = function (...values) {
-    const result = before?.apply(this, values);
+    before?.apply(this, values);
     more(...values);
-    return result;
   };
 }
 
@@ -34,7 +32,6 @@ app.registerExtension({
   name: "retune",
 
   setup() {
-    listen();
     app.extensionManager.registerSidebarTab({
       id: "retune-runs",
       icon: "pi pi-chart-line",
@@ -55,10 +52,9 @@ app.registerExtension({
   nodeCreated(node) {
     if (!TRAINERS.includes(node.comfyClass)) return;
     const view = new RunView(node);
-    const name = node.widgets?.find((widget) => widget.name === "run_name");
-    if (name) extend(name, "callback", () => view.load(view.name, 400));
-    extend(node, "onConfigure", () => view.load());
-    extend(node, "onExecuted", (output) => view.load(output?.retune_run?.[0] ?? view.name));
+    const name = nameWidget(node);
+    if (name) extend(name, "callback", () => view.load(undefined, 400));
+    extend(node, "onExecuted", (output) => view.load(output?.retune_run?.[0]));
     extend(node, "onRemoved", () => view.dispose());
   },
 });

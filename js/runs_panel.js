@@ -1,35 +1,28 @@
 // The sidebar tab: all runs, their curves compared, their report and workflow, and deleting them.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { address, ask, el, figure, sampleURL, say } from "./dom.js";
+import { address, ask, attempt, button, el, figure, fillSelect, gap, picture } from "./dom.js";
+import { remark, row, say, sayState, steps, toast, words } from "./dom.js";
 import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
 
 const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e", "#7d86e8"];
-const REFRESH = 1500; // milliseconds between two readings of the list while runs are going on
-const CURVES = new Map([
-  ["smoothed", "loss or reward, smoothed"],
-  ["loss", "loss or reward"],
-  ["validation", "validation"],
-  ["learning_rate", "learning rate"],
-  ["alignment", "alignment"],
-]);
+const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`)); // {workflow, prompt (API format)}
+const REFRESH = 1500; // milliseconds between two readings of the list while runs go on
+const CURVES = ["smoothed", "loss", "validation", "learning_rate", "alignment"];
 
 export class RunsPanel {
   constructor(element) {
-    this.chosen = new Map(); // id -> colour
-    this.data = new Map(); // id -> RunData
-    this.cards = new Map(); // id -> {element, ...its parts}
+    this.cards = new Map(); // id -> parts of its card
+    this.chosen = new Map(); // id -> {colour, data: RunData}
     this.chart = new LineChart("Curves of the chosen runs");
-    const again = el("button", "", { type: "button", textContent: "Refresh", onclick: () => this.refresh() });
-    this.note = el("span", "retune-grow retune-quiet");
+    this.note = el("span", "grow quiet");
     this.curve = el("select", "", { ariaLabel: "Which curves", onchange: () => this.draw() });
-    this.curve.append(...[...CURVES].map(([value, textContent]) => el("option", "", { value, textContent })));
-    this.scale = el("button", "", { type: "button", textContent: "linear", onclick: () => this.changeScale() });
-    this.compare = el("div", "retune-row", {}, el("span", "retune-grow"), this.curve, this.scale);
-    this.list = el("div", "retune-list");
-    const top = el("div", "retune-row", {}, el("h3", "", { textContent: "Runs" }), this.note, again);
-    this.element = el("div", "retune retune-panel", {}, top, this.compare, this.chart.element, this.list);
+    fillSelect(this.curve, CURVES.map((key) => [key, words(key)]));
+    this.compare = row(gap(), this.curve, this.chart.scale);
+    this.list = el("div", "list");
+    const top = row(el("h3", "", { textContent: "Runs" }), this.note, button("Refresh", "", () => this.refresh()));
+    this.element = el("div", "root panel", {}, top, this.compare, this.chart.element, this.list);
     element.replaceChildren(this.element);
     this.refresh();
   }
@@ -37,16 +30,14 @@ export class RunsPanel {
   destroy() {
     clearTimeout(this.waiting);
     this.chart.dispose();
-    this.element.remove();
   }
 
   event(kind, event) {
-    if (kind === "step") this.data.get(event.run)?.addStep(event);
-    const card = this.cards.get(event.run);
-    if (kind === "step" && card) {
-      this.fillCard(card, { ...card.run, ...pick(event), state: "running", message: "" });
-      if (this.chosen.has(event.run)) this.draw();
-    } else this.refreshSoon();
+    const chosen = this.chosen.get(event.run);
+    if (chosen && kind === "state" && !event.message) this.read(event.run); // begins, goes on or ends
+    if (kind === "step") chosen?.data?.addStep(event);
+    this.draw();
+    this.refreshSoon();
   }
 
   refreshSoon() {
@@ -56,133 +47,92 @@ export class RunsPanel {
   async refresh() {
     clearTimeout(this.waiting);
     this.waiting = undefined;
-    try {
-      const runs = await ask("/retune/runs");
-      say(this.note, runs.length ? `${runs.length} in output/retune` : "none yet: they come with the first training");
-      for (const id of [...this.cards.keys()]) if (!runs.some((run) => run.id === id)) this.forget(id);
-      for (const run of runs) this.fillCard(this.cards.get(run.id) ?? this.makeCard(run.id), run);
-      const order = runs.map((run) => this.cards.get(run.id).element);
-      if (order.some((card, i) => card !== this.list.children[i])) this.list.replaceChildren(...order);
-    } catch (error) {
-      say(this.note, error.message);
-    }
+    const runs = await attempt(() => ask("/retune/runs"));
+    if (!runs) return;
+    say(this.note, runs.length ? `${runs.length} in output/retune` : "none yet");
+    for (const id of this.cards.keys())
+      if (!runs.some((run) => run.id === id)) [this.cards, this.chosen].forEach((known) => known.delete(id));
+    const order = runs.map((run) => this.fillCard(this.cards.get(run.id) ?? this.makeCard(run.id), run));
+    const { children } = this.list, moved = order.some((card, i) => card !== children[i]);
+    if (moved || order.length < children.length) this.list.replaceChildren(...order);
     this.draw();
   }
 
   makeCard(id) {
-    const box = el("input", "", { type: "checkbox", title: "Show its curve", ariaLabel: `Show the curve of ${id}` });
-    box.addEventListener("change", () => this.choose(id, box.checked));
-    const name = el("label", "retune-grow retune-name", { title: id }, box, ` ${id}`);
-    const state = el("span", "retune-state"), about = el("div", "retune-quiet"), message = el("div", "retune-quiet");
-    const grid = el("img", "", { alt: "the last samples", loading: "lazy", hidden: true });
-    grid.addEventListener("click", () => window.open(grid.src, "_blank"));
-    const button = (textContent, title, act) => el("button", "", { type: "button", textContent, title, onclick: act });
-    const report = button("Report", "Open the run's page", () => window.open(api.apiURL(`${address(id)}/report`), "_blank"));
+    const box = el("input", "", { type: "checkbox", title: "Show its curve", onchange: () => this.choose(id, box) });
+    const [about, message] = [0, 0].map(() => el("div", "quiet"));
+    const grid = el("img"), state = el("span", "state");
     const load = button("Load", "Open the workflow that made it", () => this.loadWorkflow(id));
-    const copy = button("Copy", "Copy the workflow that made it; paste it into a graph", () => this.copyWorkflow(id));
+    const copy = button("Copy", "Copy that workflow; paste it into a graph", () => this.copyWorkflow(id));
     const remove = button("Delete", "Delete the run's folder", () => this.remove(id));
-    const buttons = el("div", "retune-row", {}, report, load, copy, el("span", "retune-grow"), remove);
-    const top = el("div", "retune-row", {}, name, state);
-    const card = { box, state, about, message, grid, load, copy, remove };
-    card.element = el("div", "retune-card", {}, top, about, message, grid, buttons);
-    this.cards.set(id, card);
-    return card;
+    const report = button("Report", "Open the run's page", () => open(api.apiURL(`${address(id)}/report`), "_blank"));
+    const title = row(el("label", "grow name", { title: id }, box, ` ${id}`), state);
+    const buttons = row(report, load, copy, gap(), remove);
+    const element = el("div", "card", {}, title, about, message, grid, buttons);
+    this.cards.set(id, { state, about, message, grid, load, copy, remove, element });
+    return this.cards.get(id);
   }
 
   fillCard(card, run) {
-    card.run = run;
-    card.state.dataset.state = run.state;
-    say(card.state, run.state);
-    const what = run.reward !== null ? ["reward", run.reward] : ["loss", run.loss];
-    const words = [run.kind, `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}`];
-    if (Number.isFinite(what[1])) words.push(`${what[0]} ${figure(what[1])}`);
-    words.push(new Date(run.changed * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" }));
-    say(card.about, words.filter(Boolean).join(" · "));
-    say(card.message, run.message ?? "");
-    card.message.hidden = !run.message;
-    const src = run.grid ? sampleURL(run.id, run.grid) : "";
-    card.grid.hidden = !src;
-    if (src && card.grid.getAttribute("src") !== src) card.grid.src = src;
+    const when = new Date(run.changed * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+    const key = run.reward === null ? "loss" : "reward", last = run[key] === null ? "" : `${key} ${figure(run[key])}`;
+    const facts = [run.kind, steps(run), last, when].filter(Boolean);
+    sayState(card.state, run.state);
+    say(card.about, facts.join(" · "));
+    say(card.message, remark(run));
+    card.message.hidden = !remark(run);
+    card.grid.hidden = !run.grid;
+    if (run.grid) picture(card.grid, run.id, run.grid, "the last samples");
     card.load.disabled = card.copy.disabled = !run.workflow;
-    card.remove.disabled = run.state === "running" || run.state === "preparing";
+    card.remove.disabled = ["running", "preparing"].includes(run.state);
+    return card.element;
   }
 
-  forget(id) {
-    this.cards.get(id).element.remove();
-    for (const known of [this.cards, this.chosen, this.data]) known.delete(id);
-  }
-
-  async choose(id, chosen) {
-    const { box } = this.cards.get(id);
-    if (!chosen) this.chosen.delete(id);
-    else {
-      const used = [...this.chosen.values()], free = COLOURS.find((colour) => !used.includes(colour));
-      this.chosen.set(id, free ?? COLOURS[this.chosen.size % COLOURS.length]);
-      box.style.setProperty("--key", this.chosen.get(id));
-      const details = await this.attempt(() => ask(address(id)));
-      if (details) this.data.set(id, new RunData(details));
-    }
+  choose(id, box) {
+    const used = [...this.chosen.values()], isFree = (colour) => used.every((chosen) => chosen.colour !== colour);
+    const colour = COLOURS.find(isFree) ?? COLOURS[0];
+    box.style.setProperty("--key", colour);
+    if (box.checked) this.chosen.set(id, { colour });
+    else this.chosen.delete(id);
+    if (box.checked) this.read(id);
     this.draw();
   }
 
-  changeScale() {
-    this.chart.log = !this.chart.log;
-    say(this.scale, this.chart.log ? "log" : "linear");
-    this.chart.redraw();
+  async read(id) {
+    const details = await attempt(() => ask(address(id))), chosen = this.chosen.get(id);
+    if (details && chosen) chosen.data = new RunData(details);
+    this.draw();
   }
 
   draw() {
     this.chart.element.hidden = this.compare.hidden = !this.chosen.size;
     const key = this.curve.value, series = [];
-    for (const [id, colour] of this.chosen) {
-      const run = this.data.get(id);
-      if (!run) continue;
-      const rows = key === "validation" ? run.validation : run.figures.get(key) ?? run.rows;
-      const points = run.points(rows, key === "validation" ? "loss" : key);
-      series.push({ name: id, colour, points, legend: false, faint: key === "loss", dots: rows !== run.rows });
+    for (const [name, { colour, data }] of this.chosen) {
+      if (!data) continue;
+      const rows = key === "validation" ? data.validation : data.figures.get(key) ?? data.rows;
+      const points = data.points(rows, key === "validation" ? "loss" : key);
+      series.push({ name, colour, points, legend: false, faint: key === "loss", dots: rows !== data.rows });
     }
     this.chart.show(series);
   }
 
   async loadWorkflow(id) {
-    const made = await this.attempt(() => ask(`${address(id)}/workflow`));
+    const made = await askWorkflow(id);
     if (made?.workflow) await app.loadGraphData(made.workflow, true, true, id);
     else if (made) await app.loadApiJson(made.prompt, id);
   }
 
   async copyWorkflow(id) {
-    const made = await this.attempt(() => ask(`${address(id)}/workflow`));
+    const made = await askWorkflow(id);
     if (!made) return;
-    const text = JSON.stringify(made.workflow ?? made.prompt);
-    if (await this.attempt(() => copy(text))) toast("success", `The workflow of ${id} is in the clipboard.`);
+    if (!navigator.clipboard) return toast("error", "Only a page from https or localhost may write to the clipboard.");
+    await attempt(() => navigator.clipboard.writeText(JSON.stringify(made.workflow ?? made.prompt)));
+    toast("success", `The workflow of ${id} is in the clipboard.`);
   }
 
   async remove(id) {
     const message = `Delete the folder of run "${id}" with its state, samples and result? This cannot be undone.`;
     const sure = await app.extensionManager.dialog.confirm({ title: "Delete run", message, type: "delete" });
-    if (sure && (await this.attempt(() => ask(address(id), "DELETE")))) await this.refresh();
+    if (sure && (await attempt(() => ask(address(id), "DELETE")))) await this.refresh();
   }
-
-  /** What the action gives; tells its error to the user. */
-  async attempt(action) {
-    try {
-      return await action();
-    } catch (error) {
-      toast("error", error.message);
-      return null;
-    }
-  }
-}
-
-const pick = ({ step, steps, loss, reward = null }) => ({ step, steps, loss, reward, changed: Date.now() / 1000 });
-
-function toast(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "Runs", detail, life: 6000 });
-}
-
-/** To the clipboard; a page that is not on this machine or https has none to write to. */
-async function copy(text) {
-  if (!navigator.clipboard) throw new Error("This page may not write to the clipboard (it needs https or localhost).");
-  await navigator.clipboard.writeText(text);
-  return true;
 }
