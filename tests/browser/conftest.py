@@ -105,9 +105,9 @@ class Editor:
         """Waits until a node shows its run in this state and with these words."""
         self.page.wait_for_function(SEEN, arg=[state, words], timeout=timeout * 1000)
 
-    def chart(self) -> str | None:
-        """The picture in the node's canvas as a data: URL."""
-        return self.page.evaluate(PICTURE)
+    def chart(self) -> str:
+        """The picture in the node's canvas as a data: URL, once it is in sight."""
+        return self.page.wait_for_function(PICTURE).json_value()
 
     def shoot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)
