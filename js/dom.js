@@ -14,19 +14,16 @@ export function el(tag, names = "", properties, ...children) {
 }
 
 export const row = (...children) => el("div", "row", {}, ...children);
-
 export const gap = () => el("span", "grow");
+export const button = (textContent, title, onclick) => el("button", "", { textContent, title, onclick });
 
-export const button = (textContent, title, onclick) => el("button", "", { type: "button", textContent, title, onclick });
-
-/** A list of choices; pairs of value and words. */
 export function fillSelect(select, pairs) {
   select.replaceChildren(...pairs.map(([value, textContent]) => el("option", "", { value, textContent })));
 }
 
-/** Puts text in unless it is there already: an unchanged page costs no layout. */
+/** Text that is there already is left alone: it costs no layout. */
 export function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (element.textContent !== text) element.title = element.textContent = text;
 }
 
 export function sayState(element, state) {
@@ -49,6 +46,7 @@ export function duration(seconds) {
 export const words = (key) => key.replaceAll("_", " ");
 export const steps = (run) => `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}`;
 
+export const isBusy = (run) => ["running", "preparing"].includes(run?.state);
 export const remark = (run) => (run.state === "interrupted" ? "queue it again to go on" : run.message);
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
@@ -61,9 +59,9 @@ export function picture(image, id, file, title) {
   return image;
 }
 
-/** The JSON that a route answers, or null for a run that is not there; throws an Error with the server's reason. */
+/** A route's JSON, or null for a run that is not there; throws an Error with the server's reason. */
 export async function ask(path, method = "GET") {
-  const answer = await api.fetchApi(path, { method, cache: "no-store" });
+  const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;
   const body = await answer.json();
   if (!answer.ok) throw new Error(body.error);

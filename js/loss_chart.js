@@ -1,18 +1,17 @@
 // Lines on a canvas: two y axes, linear or log, values under the pointer. It draws only when something has changed.
-import { button, el, figure, say } from "./dom.js";
+import { button, el, figure } from "./dom.js";
 
 const TOP = 18, BOTTOM = 20, SIDE = 44; // margins in CSS pixels
 const charts = new Set();
 
-// A changed palette is a changed style or class of the page itself.
+// The palette is a class and style of the page itself.
 const palette = new MutationObserver(() => charts.forEach((chart) => chart.redraw()));
 for (const page of [document.documentElement, document.body])
   palette.observe(page, { attributeFilter: ["class", "style"] });
 
 /**
- * A series is {name, colour, points: [[step, value], ...]}, colour being a CSS variable or colour; also faint (thin,
- * and its outliers do not set the limits), dots, right (on the right axis), listed (only under the pointer), legend
- * (whether its name stands above the chart).
+ * Shows series {name, colour (or CSS variable), points: [[step, value], ...]}; also faint (outliers do not set the
+ * limits), dots, right (axis), listed (only under the pointer), legend (false: no name above the chart).
  */
 export class LineChart {
   constructor(ariaLabel) {
@@ -21,7 +20,7 @@ export class LineChart {
     this.element = el("div", "plot", { role: "img", ariaLabel }, this.canvas, this.tip);
     this.scale = button("linear", "Scale of the left axis", () => {
       this.log = !this.log;
-      say(this.scale, this.log ? "log" : "linear");
+      this.scale.textContent = this.log ? "log" : "linear";
       this.redraw();
     });
     this.series = [];
@@ -112,7 +111,7 @@ export class LineChart {
     }
   }
 
-  /** The pointer is at this place across, or away: shows the values of the nearest step. */
+  /** Shows the values of the step nearest to the pointer; null: it is away. */
   point(x) {
     const step = x === null || !this.x ? null : this.nearest(this.x.back(x));
     if (step === this.hover) return;
@@ -124,7 +123,7 @@ export class LineChart {
 
   nearest(step) {
     const near = this.series.flatMap(({ points }) => points.slice(Math.max(0, until(points, step) - 1)).slice(0, 2));
-    return near.reduce((best, [s]) => (best === null || Math.abs(s - step) < Math.abs(best - step) ? s : best), null);
+    return near.map((point) => point[0]).sort((a, b) => Math.abs(a - step) - Math.abs(b - step))[0] ?? null;
   }
 
   fillTip(step) {
@@ -146,15 +145,9 @@ export class LineChart {
   }
 }
 
-/** The number of points, sorted by step, up to and with this step. */
+/** The number of points up to and with this step. */
 function until(points, step) {
-  let low = 0, high = points.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (points[middle][0] <= step) low = middle + 1;
-    else high = middle;
-  }
-  return low;
+  return points.findLastIndex((point) => point[0] <= step) + 1;
 }
 
 function line(c, points) {
@@ -188,7 +181,6 @@ function limits(series) {
   return shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
 }
 
-/** Round numbers, 1, 2 or 5 times a power of ten apart. */
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough)), found = [];
   const apart = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
@@ -199,7 +191,7 @@ function ticks(low, high, count) {
 function logTicks(low, high, count) {
   const found = [];
   for (let e = Math.floor(low); e <= high; e++)
-    for (const m of high - low > count / 2 ? [1] : [1, 2, 5])
-      if (Math.log10(m) + e >= low && Math.log10(m) + e <= high) found.push(Number(`${m}e${e}`));
-  return found.length > 2 ? found : ticks(10 ** low, 10 ** high, count);
+    for (const m of high - low > count / 2 ? [1] : [1, 2, 5]) found.push(Number(`${m}e${e}`));
+  const seen = found.filter((value) => value >= 10 ** low && value <= 10 ** high);
+  return seen.length > 2 ? seen : ticks(10 ** low, 10 ** high, count);
 }

@@ -22,7 +22,6 @@ export class RunData {
     Object.assign(this, { live: row, state: "running", message: "", step: row.step, steps: row.steps });
   }
 
-  /** A retune.sample event. */
   addSample(row) {
     this.samples = [...this.samples.filter((s) => s.step < row.step), row];
   }

@@ -1,15 +1,13 @@
 // The run in its training node: state, chart, and the samples over time.
 import { app } from "../../scripts/app.js";
-import { address, ask, attempt, button, duration, el, figure, fillSelect, gap, picture } from "./dom.js";
+import { address, ask, attempt, button, duration, el, figure, fillSelect, gap, isBusy, picture } from "./dom.js";
 import { remark, row, say, sayState, steps } from "./dom.js";
 import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
 
 const EMPTY = 40, CHART = 270, SAMPLES = 108, MARGIN = 20; // pixels; the margin is the classic renderer's
-const views = new Set();
-const isBusy = (run) => ["running", "preparing"].includes(run?.state);
 
-export const forEachView = (act) => views.forEach(act);
+export const views = new Set();
 export const nameWidget = (node) => node.widgets?.find((widget) => widget.name === "run_name");
 
 export class RunView {
@@ -41,7 +39,7 @@ export class RunView {
     const top = row(this.state, this.progress, this.end);
     this.element = el("div", "root view", {}, top, ...this.rows, ...this.sampleRows);
     this.element.onwheel = (event) => {
-      if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event); // zooms the graph as beside the chart
+      if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event); // zooms the graph
     };
   }
 
@@ -57,7 +55,7 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Reads a run from the server, a moment later, so that several reasons to do it are one. */
+  /** Reads a run from the server a moment later: several reasons to do so are one. */
   load(id, after = 50) {
     clearTimeout(this.waiting);
     const ticket = (this.waiting = setTimeout(async () => {
@@ -69,7 +67,7 @@ export class RunView {
     }, after));
   }
 
-  /** A retune.* event, if it is about this node: its run, or, where a link names the run, the node itself. */
+  /** An event about this node: its run, or, where a link names the run, the node itself. */
   event(kind, event) {
     const { name, run } = this;
     if (name === null ? nodeAt(event.node) !== this.node : event.run !== name) return;
@@ -89,9 +87,8 @@ export class RunView {
 
   async finish() {
     this.end.disabled = true;
-    const done = await attempt(() => ask(`${address(this.run.id)}/finish`, "POST"));
-    if (done) say(this.progress, "finishing after this step");
-    else this.end.disabled = false;
+    say(this.progress, "finishing after this step");
+    this.end.disabled = Boolean(await attempt(() => ask(`${address(this.run.id)}/finish`, "POST")));
   }
 
   fill() {
@@ -104,16 +101,15 @@ export class RunView {
     else if (!this.end.disabled) this.say(run.state, [steps(run), remark(run)].filter(Boolean).join(": "));
     this.fit((shown ? CHART : EMPTY) + (sampled ? SAMPLES : 0));
     if (!shown) return;
-    this.say(null, pace(run), this.pace);
+    say(this.pace, pace(run));
     this.fillChoice(run.choices);
     this.draw();
     this.fillSamples(run);
   }
 
-  say(state, text, place = this.progress) {
-    if (state) sayState(this.state, state);
-    say(place, text);
-    place.title = text;
+  say(state, text) {
+    sayState(this.state, state);
+    say(this.progress, text);
   }
 
   fillChoice(choices) {
@@ -127,7 +123,7 @@ export class RunView {
     this.chart.show(this.run.series(this.choice.value));
   }
 
-  /** The slider stays where it was put, or at its end, where new samples come. */
+  /** The slider stays where it was put, or at its end. */
   fillSamples({ id, samples }) {
     const { slider } = this, last = String(samples.length - 1), follows = slider.value === slider.max;
     slider.max = last;
@@ -140,9 +136,9 @@ export class RunView {
     const { id, samples } = this.run, sample = samples[Number(this.slider.value)];
     if (!sample) return;
     say(this.when, `step ${sample.step}${"alignment" in sample ? `, alignment ${figure(sample.alignment)}` : ""}`);
-    const { strip } = this, image = (i) => strip.children[i] ?? strip.appendChild(el("img"));
+    const { children } = this.strip, image = (i) => children[i] ?? this.strip.appendChild(el("img"));
     sample.files.forEach((file, i) => picture(image(i), id, file, sample.prompts[i]));
-    while (strip.children.length > sample.files.length) strip.lastChild.remove();
+    while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
   /** Makes room in the node; it never shrinks again by itself. */
@@ -168,7 +164,7 @@ function pace(run) {
   return found.join(" · ");
 }
 
-/** The node that an execution id such as "5:3" names: node 3 in the subgraph of node 5 of the root graph. */
+/** The node of an execution id: "5:3" is node 3 in the subgraph of node 5. */
 function nodeAt(id) {
   let graph = app.rootGraph ?? app.graph, node;
   for (const part of String(id).split(":")) {

@@ -1,12 +1,12 @@
 // The sidebar tab: all runs, their curves compared, their report and workflow, and deleting them.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { address, ask, attempt, button, el, figure, fillSelect, gap, picture } from "./dom.js";
+import { address, ask, attempt, button, el, figure, fillSelect, gap, isBusy, picture } from "./dom.js";
 import { remark, row, say, sayState, steps, toast, words } from "./dom.js";
 import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
 
-const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e", "#7d86e8"];
+const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e"];
 const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`)); // {workflow, prompt (API format)}
 const REFRESH = 1500; // milliseconds between two readings of the list while runs go on
 const CURVES = ["smoothed", "loss", "validation", "learning_rate", "alignment"];
@@ -69,8 +69,9 @@ export class RunsPanel {
     const title = row(el("label", "grow name", { title: id }, box, ` ${id}`), state);
     const buttons = row(report, load, copy, gap(), remove);
     const element = el("div", "card", {}, title, about, message, grid, buttons);
-    this.cards.set(id, { state, about, message, grid, load, copy, remove, element });
-    return this.cards.get(id);
+    const card = { element, state, about, message, grid, load, copy, remove };
+    this.cards.set(id, card);
+    return card;
   }
 
   fillCard(card, run) {
@@ -84,7 +85,7 @@ export class RunsPanel {
     card.grid.hidden = !run.grid;
     if (run.grid) picture(card.grid, run.id, run.grid, "the last samples");
     card.load.disabled = card.copy.disabled = !run.workflow;
-    card.remove.disabled = ["running", "preparing"].includes(run.state);
+    card.remove.disabled = isBusy(run);
     return card.element;
   }
 
@@ -125,13 +126,13 @@ export class RunsPanel {
   async copyWorkflow(id) {
     const made = await askWorkflow(id);
     if (!made) return;
-    if (!navigator.clipboard) return toast("error", "Only a page from https or localhost may write to the clipboard.");
+    if (!navigator.clipboard) return toast("error", "Only pages of https or localhost may write to the clipboard.");
     await attempt(() => navigator.clipboard.writeText(JSON.stringify(made.workflow ?? made.prompt)));
     toast("success", `The workflow of ${id} is in the clipboard.`);
   }
 
   async remove(id) {
-    const message = `Delete the folder of run "${id}" with its state, samples and result? This cannot be undone.`;
+    const message = `Delete the folder of run "${id}" with its state, samples and result for good?`;
     const sure = await app.extensionManager.dialog.confirm({ title: "Delete run", message, type: "delete" });
     if (sure && (await attempt(() => ask(address(id), "DELETE")))) await this.refresh();
   }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from retune.training.comfyui_server import raise_if_failed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 TITLES = sorted(file.stem for file in EXAMPLES.glob("*.json"))
@@ -44,7 +45,7 @@ def wait_for_queue(editor) -> None:
     }"""
     editor.page.wait_for_function(done, timeout=600_000, polling=500)
     history = json.loads(editor.server.request("/history")).values()
-    assert list(history)[-1]["status"]["status_str"] == "success"
+    raise_if_failed(list(history)[-1]["status"])
 
 
 def wait_for_movement(editor) -> None:
