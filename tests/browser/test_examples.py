@@ -1,6 +1,7 @@
 """Every example workflow as a user has it: opened, run, watched, stopped, opened again and run to the same end."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,14 @@ def rename(editor, kind: str, run_name: str) -> None:
     editor.page.evaluate(change, [kind, run_name])
 
 
-def wait_for_queue(editor) -> None:
+def wait_for_queue(editor, timeout: float = 600) -> None:
     """Waits until the last prompt is done; it must have succeeded."""
-    done = """async () => {
-      const queue = await (await fetch("/queue")).json();
-      return !queue.queue_running.length && !queue.queue_pending.length;
-    }"""
-    editor.page.wait_for_function(done, timeout=600_000, polling=500)
-    history = json.loads(editor.server.request("/history")).values()
-    raise_if_failed(list(history)[-1]["status"])
+    deadline = time.monotonic() + timeout
+    while any(json.loads(editor.server.request("/queue")).values()):
+        assert time.monotonic() < deadline, "the queue was not done"
+        time.sleep(0.5)
+    history = [entry["status"] for entry in json.loads(editor.server.request("/history")).values()]
+    raise_if_failed(max(history, key=lambda status: status["messages"][0][1]["timestamp"]))
 
 
 def wait_for_movement(editor) -> None:
