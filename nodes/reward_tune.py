@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
-from .run_inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
 from .types import LoraModel
 
 STEPS, BATCH = 100, 4
@@ -123,4 +123,5 @@ class RetuneRewardTune(io.ComfyNode):
             callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
             details = made_by(cls.hidden)
             found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details)
-        return io.NodeOutput(*applied(model, clip, found, config.run_name), found.lora, found.path.parent)
+        model, clip = applied(model, clip, found, config.run_name)
+        return io.NodeOutput(model, clip, found.lora, found.path.parent, ui=shown(config.run_name))

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..training.config import LAYERS, SamplePrompts, TrainingSettings, TrainModelConfig
 from . import types
-from .run_inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs
+from .run_inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, shown
 from .settings import LEARNING_RATE
 
 
@@ -55,4 +55,5 @@ class RetuneTrainModel(io.ComfyNode):
             callbacks.keep_loaded(view, dataset, config.batch_size)
             trained = train_model(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         new_model = with_unet_weights(model, trained.unet)
-        return io.NodeOutput(new_model, with_projection(clip, trained.projection), trained.path.parent)
+        new_clip = with_projection(clip, trained.projection)
+        return io.NodeOutput(new_model, new_clip, trained.path.parent, ui=shown(config.run_name))

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.embedding_config import LORA_TARGETS, EmbeddingConfig
 from . import types
-from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
 from .types import LoraModel
 
 LEARNING_RATE = 5e-3
@@ -129,4 +129,5 @@ class RetuneTrainEmbedding(io.ComfyNode):
         clip = with_concepts(clip, trained.embedding.concepts)
         if trained.lora:
             model, _, _ = apply_loras(model, None, [Row(lora_of(config.run_name, trained.lora), 1.0, 1.0)])
-        return io.NodeOutput(clip, trained.embedding, trained.path.parent, model, trained.lora)
+        run, ui = trained.path.parent, shown(config.run_name)
+        return io.NodeOutput(clip, trained.embedding, run, model, trained.lora, ui=ui)
