@@ -29,6 +29,11 @@ from .vae import RetuneSwapVAE
 
 
 class RetuneExtension(ComfyExtension):
+    async def on_load(self):
+        from .routes import register
+
+        register()
+
     async def get_node_list(self):
         return [
             RetuneLoadDemoModel,

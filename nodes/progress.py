@@ -1,8 +1,19 @@
-"""A run in ComfyUI's interface: progress bar, preview pictures, text under the node, websocket events, cancel."""
+"""A run in ComfyUI's interface: progress bar, text under the node, websocket events, cancel.
+
+retune.step    after a step: step, steps, every figure of its row in metrics.jsonl, seconds_per_step, memory ({"used",
+               "total"}, bytes of the device), and `validation`: rows since the step before
+retune.sample  samples were drawn: their row, with the names of the files
+retune.state   the run is preparing, running, interrupted, failed or finished, or says what it is doing: state, step,
+               message
+
+Each has `node` and `run` too, and goes to every client, so that a page that was reloaded goes on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +26,9 @@ from .running import running
 
 TEXT_INTERVAL = 0.5
 """Seconds between two texts under the node in phases that report often."""
+
+last_steps: dict[str, dict[str, Any]] = {}
+"""The last retune.step of each run that is in progress here, for a page that asks for a run in its midst."""
 
 
 class NodeCallbacks(Callbacks):
@@ -32,6 +46,7 @@ class NodeCallbacks(Callbacks):
         self._denoiser: ComfyDenoiser | None = None
         self._memory = 0
         self._beat, self._while_entered = Heartbeat(self._say), ExitStack()
+        self._state, self._validation = "preparing", []
 
     def __enter__(self) -> NodeCallbacks:
         self._finish = self._while_entered.enter_context(running(self._run))
@@ -78,6 +93,7 @@ class NodeCallbacks(Callbacks):
         self._beat.phase(text)
         if self._beat.silence > TEXT_INTERVAL:
             self._say(text)
+            self._send("retune.state", {"state": self._state, "step": self._step, "message": text})
 
     def on_end(self, text: str) -> None:
         self._check()
@@ -88,15 +104,24 @@ class NodeCallbacks(Callbacks):
         self._bar.update_absolute(info.step, info.steps)
         left = (info.steps - info.step) * info.seconds_per_step
         self._say(f"step {info.step} of {info.steps}, loss {info.loss:.4f}, about {_duration(left)} left")
-        self._send("retune.step", {"step": info.step, "steps": info.steps, "loss": info.loss})
+        pace = {"steps": info.steps, "seconds_per_step": info.seconds_per_step, "memory": _memory()}
+        last_steps[self._run] = {**info.row, **pace}
+        self._send("retune.step", {**last_steps[self._run], "validation": self._validation})
+        self._validation = []
         self._check()
 
-    def on_samples(self, step: int, images: list[Tensor]) -> None:
-        from ..training.data.images import contact_sheet, to_pil
-
-        self._bar.update_absolute(self._step, self._steps, ("PNG", to_pil(contact_sheet(images)), 512))
-        self._send("retune.sample", {"step": step, "count": len(images)})
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        if row["event"] == "sample":
+            self._send("retune.sample", dict(row))
+        elif row["event"] == "validation":
+            self._validation.append(dict(row))
         self._check()
+
+    def on_state(self, state: str, step: int, message: str = "") -> None:
+        self._state, self._step = state, step
+        if state != "running":
+            last_steps.pop(self._run, None)
+        self._send("retune.state", {"state": state, "step": step, "message": message})
 
     def _say(self, text: str) -> None:
         server = _server()
@@ -126,6 +151,15 @@ def _server():
     import server
 
     return getattr(server.PromptServer, "instance", None)
+
+
+def _memory() -> dict[str, int]:
+    """Bytes in use, and of all, on the device that trains; of the machine where that is a CPU."""
+    import comfy.model_management as management
+
+    device = management.get_torch_device()
+    total = management.get_total_memory(device)
+    return {"used": int(total - management.get_free_memory(device)), "total": int(total)}
 
 
 def _duration(seconds: float) -> str:

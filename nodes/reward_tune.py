@@ -6,7 +6,7 @@ from ..training.config import SamplePrompts, TrainingSettings
 from ..training.guard import ACTIONS
 from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
 from . import types
-from .run_inputs import alpha_input, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
 from .types import LoraModel
 
 STEPS, BATCH = 100, 4
@@ -157,7 +157,7 @@ class RetuneRewardTune(io.ComfyNode):
                 LoraModel.Output(display_name="lora", tooltip="The tuned LoRA, at strength 1 in the two; else empty."),
                 types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -189,6 +189,7 @@ class RetuneRewardTune(io.ComfyNode):
             callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
             if config.method == "direct" and dataset is not None:
                 callbacks.keep_loaded(view, dataset, config.batch_size, memory)
-            details = {"prompt": cls.hidden.prompt}
+            details = made_by(cls.hidden)
             found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details, dataset)
-        return io.NodeOutput(*applied(model, clip, found, config.run_name), found.lora, found.path.parent)
+        model, clip = applied(model, clip, found, config.run_name)
+        return io.NodeOutput(model, clip, found.lora, found.path.parent, ui=shown(config.run_name))

@@ -59,3 +59,13 @@ def run_inputs() -> list:
             "folder aside. Steps, samples, validate_every and save_every may change.",
         ),
     ]
+
+
+def made_by(hidden: io.HiddenHolder) -> dict:
+    """What config.json keeps of the graph that made a run: the prompt, and the workflow where a browser sent it."""
+    return {"prompt": hidden.prompt, "workflow": (hidden.extra_pnginfo or {}).get("workflow")}
+
+
+def shown(run_name: str) -> dict:
+    """A node's output for the page: the run to show in it, also where a link names the run or a cache answers."""
+    return {"retune_run": [run_name]}

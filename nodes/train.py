@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..training.config import LAYERS, SamplePrompts, TrainingSettings, TrainModelConfig
 from . import types
-from .run_inputs import data_inputs, name_inputs, rate_input, run_inputs
+from .run_inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, shown
 from .settings import LEARNING_RATE
 
 
@@ -38,7 +38,7 @@ class RetuneTrainModel(io.ComfyNode):
                 io.Clip.Output(tooltip="The text encoder with its trained projection."),
                 types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -53,6 +53,7 @@ class RetuneTrainModel(io.ComfyNode):
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
-            trained = train_model(view, dataset, config, runs_folder(), callbacks, {"prompt": cls.hidden.prompt})
+            trained = train_model(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         new_model = with_unet_weights(model, trained.unet)
-        return io.NodeOutput(new_model, with_projection(clip, trained.projection), trained.path.parent)
+        new_clip = with_projection(clip, trained.projection)
+        return io.NodeOutput(new_model, new_clip, trained.path.parent, ui=shown(config.run_name))

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.embedding_config import LORA_TARGETS, EmbeddingConfig
 from . import types
-from .run_inputs import alpha_input, data_inputs, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
 from .types import LoraModel
 
 LEARNING_RATE = 5e-3
@@ -107,7 +107,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
                 io.Model.Output(tooltip="The model, with the LoRA if one trained."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA that trained beside the word; else empty."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -124,9 +124,10 @@ class RetuneTrainEmbedding(io.ComfyNode):
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
-            details = {"prompt": cls.hidden.prompt}
+            details = made_by(cls.hidden)
             trained = train_embedding(view, dataset, config, runs_folder(), callbacks, details)
         clip = with_concepts(clip, trained.embedding.concepts)
         if trained.lora:
             model, _, _ = apply_loras(model, None, [Row(lora_of(config.run_name, trained.lora), 1.0, 1.0)])
-        return io.NodeOutput(clip, trained.embedding, trained.path.parent, model, trained.lora)
+        run, ui = trained.path.parent, shown(config.run_name)
+        return io.NodeOutput(clip, trained.embedding, run, model, trained.lora, ui=ui)

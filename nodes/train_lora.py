@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..training.config import SamplePrompts, TrainingSettings
 from ..training.lora_config import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
 from . import types
-from .run_inputs import alpha_input, data_inputs, name_inputs, rank_input, rate_input, run_inputs
+from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
 from .types import LoraModel
 
 LEARNING_RATE = 1e-4
@@ -115,7 +115,7 @@ class RetuneTrainLora(io.ComfyNode):
                 LoraModel.Output(display_name="lora", tooltip="For Save LoRA, Apply LoRA and ComfyUI's LoRA nodes."),
                 types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -132,8 +132,9 @@ class RetuneTrainLora(io.ComfyNode):
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.keep_loaded(view, dataset, config.batch_size)
             first = None if start is None else lora_of("start", start)
-            details = {"prompt": cls.hidden.prompt}
+            details = made_by(cls.hidden)
             trained = train_lora(view, dataset, config, runs_folder(), callbacks, details, first)
         row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
         model, patched, _ = apply_loras(model, clip, [row])
-        return io.NodeOutput(model, patched if config.trains_text else clip, trained.tensors, trained.path.parent)
+        clip, run = patched if config.trains_text else clip, trained.path.parent
+        return io.NodeOutput(model, clip, trained.tensors, run, ui=shown(config.run_name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ class StepInfo:
     loss: float
     learning_rate: float
     seconds_per_step: float
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The step's row of metrics.jsonl: loss, learning rate and whatever else was measured."""
 
 
 class Callbacks:
@@ -52,6 +56,12 @@ class Callbacks:
 
     def on_step(self, info: StepInfo) -> None:
         """An optimiser step is done."""
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """A row with `event` (validation, sample, watch) was written to metrics.jsonl; a sample's files are there."""
+
+    def on_state(self, state: str, step: int, message: str = "") -> None:
+        """The run is running, interrupted, failed or finished from here on, as its status.json says."""
 
     def on_samples(self, step: int, images: list[Tensor]) -> None:
         """Samples were drawn and written, (3, H, W) each."""

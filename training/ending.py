@@ -91,5 +91,7 @@ def noted(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lam
     except BaseException as error:
         if world().is_main:
             state = "interrupted" if isinstance(error, callbacks.interrupts) else "failed"
-            folder.set_status(state, step() or folder.status()["step"], message=str(error) or type(error).__name__)
+            done, message = step() or folder.status()["step"], str(error) or type(error).__name__
+            folder.set_status(state, done, message=message)
+            callbacks.on_state(state, done, message)
         raise

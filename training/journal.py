@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from .callbacks import Callbacks
 from .config import TrainingSettings
 from .run_folder import RunFolder
 
@@ -25,8 +26,8 @@ def check_tensorboard(settings: TrainingSettings) -> None:
 class Journal:
     """Takes a run's rows. Begin it at the step that the run goes on from, and close it at the end."""
 
-    def __init__(self, folder: RunFolder, settings: TrainingSettings):
-        self._folder, self._wanted = folder, settings.tensorboard
+    def __init__(self, folder: RunFolder, settings: TrainingSettings, callbacks: Callbacks):
+        self._folder, self._wanted, self._callbacks = folder, settings.tensorboard, callbacks
         self._events: Events | None = None
 
     def begin(self, step: int) -> None:
@@ -37,6 +38,8 @@ class Journal:
         self._folder.add_row(row)
         if self._events is not None:
             self._events.add(row)
+        if "event" in row:
+            self._callbacks.on_row(row)
 
     def close(self) -> None:
         if self._events is not None:

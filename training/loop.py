@@ -108,7 +108,7 @@ class Loop:
         self.best, self.stale = math.inf, 0
         self.ending: dict[str, Any] = {}
         self.events: set[tuple[str, int]] = set()
-        self.journal = Journal(folder, config.settings)
+        self.journal = Journal(folder, config.settings, self.callbacks)
         self.objective_state: dict[str, Any] = {}
         self.whole, self.finishing = True, False
 
@@ -391,6 +391,7 @@ class Loop:
             self.events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
             self.folder.set_status("running", self.step)
             self.journal.begin(self.step)
+            self.callbacks.on_state("running", self.step)
         self.objective_state = self.objective.state()
 
     def _truncate_metrics(self, size: int) -> None:
@@ -417,6 +418,5 @@ class Loop:
         self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
 
     def _info(self, row: dict[str, Any]) -> StepInfo:
-        return StepInfo(
-            self.folder.name, self.step, self.config.steps, row["loss"], row["learning_rate"], self.seconds_per_step
-        )
+        figures = (row["loss"], row["learning_rate"], self.seconds_per_step, row)
+        return StepInfo(self.folder.name, self.step, self.config.steps, *figures)

@@ -137,6 +137,7 @@ def run_in_folder(
             folder.claim({**identity, **kind.identity}, about, former_identity(config))
         here.barrier()
         if finished(folder, config, kind.artifact):
+            callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
         with noted(folder, callbacks):
@@ -149,6 +150,7 @@ def run_in_folder(
                 kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
             write_report(folder)
+            callbacks.on_state("finished", loop.step)
             callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
         here.barrier()
         return folder.path

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.training.comfyui_server import server
+from retune.training.run_folder import RunFolder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -53,6 +54,21 @@ def wait_for_step(running, step: int) -> None:
     raise TimeoutError(f"step {step} did not come")
 
 
+def check_events(events, folder) -> None:
+    """What the page is told of a run: every row's figures with pace and memory, the samples' files, the state."""
+    told = {kind: [e for e in events if e["type"] == f"retune.{kind}"] for kind in ("step", "sample", "state")}
+    rows = RunFolder(folder).rows()
+    for event, row in zip(told["step"], [row for row in rows if "event" not in row], strict=True):
+        assert event.items() >= {**row, "steps": 6, "run": folder.name, "node": "8"}.items()
+        assert 0 < event["memory"]["used"] < event["memory"]["total"] and event["seconds_per_step"] > 0
+    validations = [row for event in told["step"] for row in event["validation"]]
+    logged = [row for row in rows if row.get("event") == "validation"]
+    assert validations == [row for row in logged if row["step"] < 6]  # the last one comes after the last step
+    assert [e["files"] for e in told["sample"]] == [row["files"] for row in rows if row.get("event") == "sample"]
+    states = [e["state"] for e in told["state"]]
+    assert states[0] == "preparing" and "running" in states and "finished" in states
+
+
 def test_the_whole_road(comfyui_server):
     tmp_path = comfyui_server.base_directory
     comfyui_server.events.clear()
@@ -63,11 +79,9 @@ def test_the_whole_road(comfyui_server):
     assert sorted(p.name for p in (folder / "samples").iterdir())[0] == "000000_00.png"
     assert len(list((folder / "samples").iterdir())) == 3 * (4 + 1)  # and the sheet
     assert json.loads((folder / "config.json").read_text())["prompt"]["8"]["class_type"] == "RetuneTrainModel"
-    steps = [e["data"]["step"] for e in comfyui_server.events if e["type"] == "retune.step"]
-    assert steps == list(range(1, 7))
+    check_events([e["data"] | {"type": e["type"]} for e in comfyui_server.events], folder)
     text = [e["data"]["text"] for e in comfyui_server.events if e["type"] == "progress_text"]
     assert any("step 6 of 6" in line for line in text)
-    assert any(e["type"] == "preview" for e in comfyui_server.events)
     image = outputs["14"]["images"][0]
     assert (tmp_path / "output" / image["subfolder"] / image["filename"]).exists()
     assert Path(outputs["16"]["text"][0]).exists() and outputs["15"]["images"]

@@ -1,0 +1,82 @@
+// Small helpers: elements, numbers, the server's answers. Text goes in as text, never as HTML.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const href = new URL("retune.css", import.meta.url).href;
+document.head.append(el("link", "", { rel: "stylesheet", href }));
+
+/** An element with classes (without their prefix), properties and children. */
+export function el(tag, names = "", properties, ...children) {
+  const className = names.replace(/\S+/g, "retune-$&");
+  const element = Object.assign(document.createElement(tag), { className }, properties);
+  element.append(...children);
+  return element;
+}
+
+export const row = (...children) => el("div", "row", {}, ...children);
+export const gap = () => el("span", "grow");
+export const button = (textContent, title, onclick) => el("button", "", { textContent, title, onclick });
+
+export function fillSelect(select, pairs) {
+  select.replaceChildren(...pairs.map(([value, textContent]) => el("option", "", { value, textContent })));
+}
+
+/** Text that is there already is left alone: it costs no layout. */
+export function say(element, text) {
+  if (element.textContent !== text) element.title = element.textContent = text;
+}
+
+export function sayState(element, state) {
+  element.dataset.state = state;
+  say(element, state);
+}
+
+/** A figure in three or four digits. */
+export function figure(value) {
+  const size = Math.abs(value);
+  if (size && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
+  return String(Number(value.toPrecision(size < 1 ? 3 : 4)));
+}
+
+export function duration(seconds) {
+  const minutes = Math.round(seconds / 60), hours = Math.floor(minutes / 60);
+  return hours ? `${hours} h ${minutes % 60} min` : seconds > 90 ? `${minutes} min` : `${Math.round(seconds)} s`;
+}
+
+export const words = (key) => key.replaceAll("_", " ");
+export const steps = (run) => `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}`;
+
+export const isBusy = (run) => ["running", "preparing"].includes(run?.state);
+export const remark = (run) => (run.state === "interrupted" ? "queue it again to go on" : run.message);
+
+export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
+
+/** A sample's picture; a click opens it alone. */
+export function picture(image, id, file, title) {
+  const src = api.apiURL(address(id, "samples", file));
+  if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
+  image.onclick = () => window.open(src, "_blank");
+  return image;
+}
+
+/** A route's JSON, or null for a run that is not there; throws an Error with the server's reason. */
+export async function ask(path, method = "GET") {
+  const answer = await api.fetchApi(path, { method });
+  if (answer.status === 204) return null;
+  const body = await answer.json();
+  if (!answer.ok) throw new Error(body.error);
+  return body;
+}
+
+export const toast = (severity, detail) =>
+  app.extensionManager.toast.add({ severity, summary: "Retune", detail, life: 6000 });
+
+/** What an action gives; tells its error to the user and gives null. */
+export async function attempt(action) {
+  try {
+    return await action();
+  } catch (error) {
+    toast("error", error.message);
+    return null;
+  }
+}

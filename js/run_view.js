@@ -1,0 +1,175 @@
+// The run in its training node: state, chart, and the samples over time.
+import { app } from "../../scripts/app.js";
+import { address, ask, attempt, button, duration, el, figure, fillSelect, gap, isBusy, picture } from "./dom.js";
+import { remark, row, say, sayState, steps } from "./dom.js";
+import { LineChart } from "./loss_chart.js";
+import { RunData } from "./run_data.js";
+
+const EMPTY = 40, CHART = 270, SAMPLES = 108, MARGIN = 20; // pixels; the margin is the classic renderer's
+
+export const views = new Set();
+export const nameWidget = (node) => node.widgets?.find((widget) => widget.name === "run_name");
+
+export class RunView {
+  constructor(node) {
+    this.node = node;
+    this.run = null; // RunData, once the server knows the run
+    this.build();
+    views.add(this);
+    const options = { serialize: false, getMinHeight: () => this.height + MARGIN };
+    node.addDOMWidget("retune_run_view", "retune_run_view", this.element, options).serialize = false;
+    this.fill();
+    this.load();
+  }
+
+  build() {
+    this.state = el("span", "state");
+    this.progress = el("span", "grow");
+    const says = "End the run cleanly after this step: its result is written and the graph goes on.";
+    this.end = button("Finish now", says, () => this.finish());
+    this.pace = el("span", "grow quiet");
+    this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
+    this.chart = new LineChart("Curves of the run");
+    this.strip = el("div", "strip");
+    this.slider = el("input", "", { type: "range", min: 0, max: 0, ariaLabel: "Samples over time" });
+    this.slider.oninput = () => this.showSamples();
+    this.when = el("span", "quiet");
+    this.rows = [row(this.pace), this.chart.element, row(gap(), this.choice, this.chart.scale)];
+    this.sampleRows = [this.strip, row(this.slider, this.when)];
+    const top = row(this.state, this.progress, this.end);
+    this.element = el("div", "root view", {}, top, ...this.rows, ...this.sampleRows);
+    this.element.onwheel = (event) => {
+      if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event); // zooms the graph
+    };
+  }
+
+  /** The run's name as the node has it; null where a link brings it. */
+  get name() {
+    const { node } = this, slot = node.findInputSlot("run_name");
+    return slot >= 0 && node.isInputConnected(slot) ? null : nameWidget(node)?.value ?? null;
+  }
+
+  dispose() {
+    views.delete(this);
+    clearTimeout(this.waiting);
+    this.chart.dispose();
+  }
+
+  /** Reads a run from the server a moment later: several reasons to do so are one. */
+  load(id, after = 50) {
+    clearTimeout(this.waiting);
+    const ticket = (this.waiting = setTimeout(async () => {
+      const wanted = id ?? this.name ?? this.run?.id;
+      const details = wanted ? await attempt(() => ask(address(wanted))) : null;
+      if (ticket !== this.waiting || !views.has(this)) return;
+      this.run = details && new RunData(details);
+      this.fill();
+    }, after));
+  }
+
+  /** An event about this node: its run, or, where a link names the run, the node itself. */
+  event(kind, event) {
+    const { name, run } = this;
+    if (name === null ? nodeAt(event.node) !== this.node : event.run !== name) return;
+    const known = run?.id === event.run;
+    if (!known || (kind === "state" && (event.state !== run.state || !event.message))) this.load(event.run);
+    else if (kind === "step") run.addStep(event);
+    else if (kind === "sample") run.addSample(event);
+    if (known && kind === "state") Object.assign(run, { state: event.state, message: event.message });
+    if (known) this.fill();
+    else if (kind === "state") this.say(event.state, event.message);
+  }
+
+  /** What the run said of itself last may be out of date. */
+  queueEnded() {
+    if (isBusy(this.run) || this.state.dataset.state === "preparing") this.load(undefined, 300);
+  }
+
+  async finish() {
+    this.end.disabled = true;
+    say(this.progress, "finishing after this step");
+    this.end.disabled = Boolean(await attempt(() => ask(`${address(this.run.id)}/finish`, "POST")));
+  }
+
+  fill() {
+    const { run } = this, sampled = run?.samples.length > 0, shown = sampled || run?.rows.length > 0;
+    for (const part of this.rows) part.hidden = !shown;
+    for (const part of this.sampleRows) part.hidden = !sampled;
+    this.end.hidden = run?.state !== "running";
+    if (this.end.hidden) this.end.disabled = false;
+    if (!run) this.say("no run yet", "its chart and samples will be here");
+    else if (!this.end.disabled) this.say(run.state, [steps(run), remark(run)].filter(Boolean).join(": "));
+    this.fit((shown ? CHART : EMPTY) + (sampled ? SAMPLES : 0));
+    if (!shown) return;
+    say(this.pace, pace(run));
+    this.fillChoice(run.choices);
+    this.draw();
+    this.fillSamples(run);
+  }
+
+  say(state, text) {
+    sayState(this.state, state);
+    say(this.progress, text);
+  }
+
+  fillChoice(choices) {
+    const { choice } = this, old = choice.length ? choice.value : null;
+    if (choice.length === choices.length) return;
+    fillSelect(choice, choices);
+    choice.value = [old, "alignment", "learning_rate", ""].find((key) => choices.some(([known]) => known === key));
+  }
+
+  draw() {
+    this.chart.show(this.run.series(this.choice.value));
+  }
+
+  /** The slider stays where it was put, or at its end. */
+  fillSamples({ id, samples }) {
+    const { slider } = this, last = String(samples.length - 1), follows = slider.value === slider.max;
+    slider.max = last;
+    if (follows || this.shown !== id) slider.value = last;
+    this.shown = id;
+    this.showSamples();
+  }
+
+  showSamples() {
+    const { id, samples } = this.run, sample = samples[Number(this.slider.value)];
+    if (!sample) return;
+    say(this.when, `step ${sample.step}${"alignment" in sample ? `, alignment ${figure(sample.alignment)}` : ""}`);
+    const { children } = this.strip, image = (i) => children[i] ?? this.strip.appendChild(el("img"));
+    sample.files.forEach((file, i) => picture(image(i), id, file, sample.prompts[i]));
+    while (children.length > sample.files.length) children[sample.files.length].remove();
+  }
+
+  /** Makes room in the node; it never shrinks again by itself. */
+  fit(height) {
+    if (height === this.height) return;
+    const { node } = this;
+    this.height = height;
+    this.element.style.minHeight = `${height}px`;
+    const [width, needed] = node.computeSize();
+    if (node.size[1] < needed) node.setSize([Math.max(width, node.size[0]), needed]);
+    node.graph?.setDirtyCanvas(true, true);
+  }
+}
+
+/** Loss, speed, time left and memory in words. */
+function pace(run) {
+  const { live, state } = run, last = run.points(run.rows.slice(-1), "smoothed")[0];
+  const found = last ? [`${run.main} ${figure(last[1])}`] : [];
+  if (!live || state !== "running") return found.join();
+  const [used, total] = [live.memory.used, live.memory.total].map((n) => (n / 2 ** 30).toFixed(1));
+  found.push(`${Number(live.seconds_per_step.toPrecision(2))} s/step`);
+  found.push(`${duration((live.steps - live.step) * live.seconds_per_step)} left`, `${used} of ${total} GB in use`);
+  return found.join(" · ");
+}
+
+/** The node of an execution id: "5:3" is node 3 in the subgraph of node 5. */
+function nodeAt(id) {
+  let graph = app.rootGraph ?? app.graph, node;
+  for (const part of String(id).split(":")) {
+    node = graph?.nodes.find((found) => String(found.id) === part);
+    graph = node?.subgraph;
+  }
+  return node;
+}

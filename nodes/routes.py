@@ -1,0 +1,111 @@
+"""HTTP routes of the runs panel and of the charts in nodes. Names from a client are compared with fresh listings of run
+folders (see `training.runs`); none becomes part of a path. Files are read off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+REPORT_POLICY = "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+REPORT_POLICY += "script-src 'unsafe-inline'"
+"""A report may come from anywhere with its run folder: it stands alone and cannot speak to ComfyUI or the network."""
+
+
+def register() -> None:
+    """Adds the routes to ComfyUI's server; nothing in a script without one."""
+    from server import PromptServer
+
+    instance = getattr(PromptServer, "instance", None)
+    if instance is None:
+        return
+    routes = instance.routes
+    routes.get("/retune/runs")(_answering(_list))
+    routes.get("/retune/runs/{id}")(_answering(_details))
+    routes.get("/retune/runs/{id}/samples/{file}")(_answering(_sample))
+    routes.get("/retune/runs/{id}/report")(_answering(_report))
+    routes.get("/retune/runs/{id}/workflow")(_answering(_workflow))
+    routes.post("/retune/runs/{id}/finish")(_answering(_finish))
+    routes.delete("/retune/runs/{id}")(_answering(_delete))
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _answering(handler: Handler) -> Handler:
+    """404 for a run or file that is not there, 409 for what cannot be done, each with {"error": why}."""
+    from ..training.runs import NoSuchRun
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except NoSuchRun as error:
+            return web.json_response({"error": str(error.args[0])}, status=404)
+        except (ValueError, OSError) as error:
+            return web.json_response({"error": str(error)}, status=409)
+
+    return answer
+
+
+async def _asked(function: Callable, request: web.Request, *names: str):
+    """What a function of `training.runs` gives for the runs folder and parts of the address, worked out in a thread."""
+    from .paths import runs_folder
+
+    return await asyncio.to_thread(function, runs_folder(), *(request.match_info[name] for name in names))
+
+
+async def _list(request: web.Request) -> web.Response:
+    from ..training.runs import list_runs
+
+    return web.json_response(await _asked(list_runs, request))
+
+
+async def _details(request: web.Request) -> web.Response:
+    """204 for a run that is not there (yet): a node asks before its first run, and browsers log a 404 as an error."""
+    from ..training.runs import NoSuchRun, run_details
+    from .progress import last_steps
+
+    try:
+        run = await _asked(run_details, request, "id")
+    except NoSuchRun:
+        return web.Response(status=204)
+    return web.json_response(run | {"live": last_steps.get(run["id"])})
+
+
+async def _sample(request: web.Request) -> web.FileResponse:
+    from ..training.runs import sample_file
+
+    path = await _asked(sample_file, request, "id", "file")
+    return web.FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+
+async def _report(request: web.Request) -> web.FileResponse:
+    from ..training.runs import report_file
+
+    path = await _asked(report_file, request, "id")
+    return web.FileResponse(path, headers={"Cache-Control": "no-cache", "Content-Security-Policy": REPORT_POLICY})
+
+
+async def _workflow(request: web.Request) -> web.Response:
+    from ..training.runs import workflow_of
+
+    return web.json_response(await _asked(workflow_of, request, "id"))
+
+
+async def _finish(request: web.Request) -> web.Response:
+    """Asks a run in progress here to end cleanly after its next step."""
+    from ..training.runs import run_details
+    from .running import finish
+
+    name = (await _asked(run_details, request, "id"))["id"]
+    if not finish(name):
+        raise ValueError(f"run {name!r} is not in progress in this ComfyUI; expected one that is.")
+    return web.json_response({"finishing": name})
+
+
+async def _delete(request: web.Request) -> web.Response:
+    from ..training.runs import delete_run
+
+    await _asked(delete_run, request, "id")
+    return web.json_response({"deleted": request.match_info["id"]})

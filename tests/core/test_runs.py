@@ -1,0 +1,137 @@
+"""Lists, charts and deletion of runs read nothing but what a fresh listing of their folders has."""
+
+import json
+import os
+
+import pytest
+from retune.training.chart import smoothed
+from retune.training.run_folder import RunFolder
+from retune.training.runs import (
+    NoSuchRun,
+    delete_run,
+    list_runs,
+    report_file,
+    run_details,
+    sample_file,
+    summary,
+    thinned,
+    workflow_of,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def a_run(root, name="a run", *, steps=5, state="interrupted", **details):
+    """A run folder with rows of loss 1, 1/2, 1/3, ... and samples at step 2."""
+    with RunFolder.open(root, name, resume="auto") as folder:
+        folder.claim({"kind": "lora"}, {"config": {"steps": 10}, **details})
+        for step in range(1, steps + 1):
+            folder.add_row({"step": step, "loss": 1 / step, "grad_norm": None})
+        folder.add_row({"event": "validation", "step": 4, "loss": 0.5, "bands": [0.1, float("nan")]})
+        row = {"event": "sample", "step": 2, "epoch": 1.0, "files": ["000002_00.png"], "prompts": ["a <b>"]}
+        folder.add_row(row | {"grid": "000002_grid.png"})
+        for file in (*row["files"], "000002_grid.png"):
+            (folder.samples / file).write_bytes(PNG)
+        folder.set_status(state, steps)
+    return folder
+
+
+def test_a_list_has_every_run_and_what_it_shows(tmp_path):
+    assert list_runs(tmp_path / "none yet") == []
+    a_run(tmp_path, prompt={"1": {}})
+    finished = a_run(tmp_path, "b", state="finished")
+    (tmp_path / "no run").mkdir()
+    os.utime(finished.path / "metrics.jsonl", (2e9, 2e9))
+    first, second = list_runs(tmp_path)
+    assert (first["id"], first["state"], first["workflow"]) == ("b", "finished", False)
+    assert second | {"changed": 0} == {
+        "id": "a run",
+        "kind": "lora",
+        "state": "interrupted",
+        "message": "",
+        "step": 5,
+        "steps": 10,
+        "loss": 0.2,
+        "reward": None,
+        "changed": 0,
+        "grid": "000002_grid.png",
+        "workflow": True,
+    }
+
+
+def test_a_state_is_checked_against_who_holds_the_run(tmp_path):
+    folder = a_run(tmp_path, state="running")
+    assert summary(tmp_path, folder)["state"] == "interrupted"  # its process was killed
+    with RunFolder.open(tmp_path, "a run", resume="auto"):
+        assert summary(tmp_path, folder)["state"] == "running"
+        with pytest.raises(ValueError, match="'a run' is in use; .* Stop it first"):
+            delete_run(tmp_path, "a run")
+        folder.set_status("failed", 5)
+        assert summary(tmp_path, folder)["state"] == "preparing"
+    assert folder.path.exists()
+
+
+def test_details_have_smoothed_rows_and_only_numbers_that_json_knows(tmp_path):
+    folder = a_run(tmp_path, steps=3000)
+    with open(folder.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3001, "lo')  # being written just now
+    run = run_details(tmp_path, "a run")
+    json.dumps(run, allow_nan=False)
+    curve = smoothed([1 / step for step in range(1, 3001)])
+    assert run["count"] == 3000 and run["rows"][-1]["step"] == 3000 and 500 < len(run["rows"]) <= 601
+    assert all(row["smoothed"] == curve[row["step"] - 1] for row in run["rows"])
+    assert run["validation"][0]["bands"] == [0.1, None] and run["samples"][0]["prompts"] == ["a <b>"]
+
+
+def test_thinning_keeps_spikes_order_and_the_last_row():
+    rows = [{"step": step, "loss": 9.0 if step == 777 else step % 7} for step in range(1, 2001)]
+    kept = [row["step"] for row in thinned(rows, 100)]
+    assert kept == sorted(set(kept)) and {777, 2000} <= set(kept) and len(kept) <= 101
+    assert thinned(rows[:100], 100) == rows[:100]
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", ".", "", "/", ".locks", "a run/samples", "a run\0", "link"])
+def test_names_that_no_listing_has_reach_nothing(tmp_path, name):
+    root = tmp_path / "retune"
+    secret = a_run(tmp_path, "secret")
+    a_run(root)
+    (root / "link").symlink_to(secret.path, target_is_directory=True)
+    (root / "a run" / "samples" / "link.png").symlink_to(secret.samples / "000002_00.png")
+    for function in (run_details, report_file, workflow_of, delete_run):
+        with pytest.raises(NoSuchRun):
+            function(root, name)
+    for file in (name, "link.png", "../config.json", str(secret.samples / "000002_00.png")):
+        with pytest.raises(NoSuchRun):
+            sample_file(root, "a run", file)
+    assert sample_file(root, "a run", "000002_00.png").read_bytes() == PNG
+    assert (secret.path / "config.json").exists()
+
+
+def test_deleting_takes_the_folder_and_nothing_else(tmp_path):
+    a_run(tmp_path)
+    other = a_run(tmp_path, "other")
+    delete_run(tmp_path, "a run")
+    assert [run["id"] for run in list_runs(tmp_path)] == ["other"] and other.path.is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".locks", "other"]
+
+
+def test_the_graph_that_made_a_run_and_a_report_of_it(tmp_path):
+    folder = a_run(tmp_path, prompt={"1": {}}, workflow={"nodes": []})
+    assert workflow_of(tmp_path, "a run") == {"prompt": {"1": {}}, "workflow": {"nodes": []}}
+    a_run(tmp_path, "command line")
+    with pytest.raises(NoSuchRun, match="not made by a workflow"):
+        workflow_of(tmp_path, "command line")
+    page = report_file(tmp_path, "a run")
+    assert "a &lt;b&gt;" in page.read_text(encoding="utf-8")
+    page.write_text("as it was", encoding="utf-8")
+    assert report_file(tmp_path, "a run").read_text(encoding="utf-8") == "as it was"
+    os.utime(page, (0, 0))
+    folder.add_row({"step": 6, "loss": 0.1})
+    assert report_file(tmp_path, "a run").read_text(encoding="utf-8") != "as it was"
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path):
+    a_run(tmp_path)
+    (a_run(tmp_path, "broken").path / "status.json").write_text("{", encoding="utf-8")
+    states = {run["id"]: run["state"] for run in list_runs(tmp_path)}
+    assert states == {"a run": "interrupted", "broken": "damaged"}

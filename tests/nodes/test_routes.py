@@ -1,0 +1,76 @@
+"""The server's routes for runs: what they answer, and that no name reaches a file which no listing has."""
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+from retune.training.comfyui_server import DIRECT
+from retune.training.run_folder import RunFolder
+
+RUN = "a run (old 1)"
+ENCODED = "a%20run%20(old%201)"
+
+
+@pytest.fixture(scope="module")
+def root(comfyui_server):
+    """ComfyUI's runs folder with one finished run in it."""
+    root = comfyui_server.base_directory / "output" / "retune"
+    with RunFolder.open(root, RUN, resume="restart") as folder:
+        folder.claim({"kind": "lora"}, {"config": {"steps": 2}, "prompt": {"1": {}}, "workflow": {"nodes": []}})
+        for step in (1, 2):
+            folder.add_row({"step": step, "loss": 1 / step})
+        (folder.samples / "000002_grid.png").write_bytes(b"a picture")
+        folder.set_status("finished", 2)
+    return root
+
+
+def answer(server, path: str, method: str = "GET"):
+    """Status, headers and body of a route's answer."""
+    request = urllib.request.Request(f"{server.url}/retune/runs{path}", method=method)
+    try:
+        with DIRECT.open(request, timeout=60) as found:
+            return found.status, found.headers, found.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def test_runs_are_listed_and_told(comfyui_server, root):
+    status, _, body = answer(comfyui_server, "")
+    (run,) = [run for run in json.loads(body) if run["id"] == RUN]
+    assert status == 200 and (run["state"], run["step"], run["loss"], run["workflow"]) == ("finished", 2, 0.5, True)
+    run = json.loads(answer(comfyui_server, f"/{ENCODED}")[2])
+    assert [row["step"] for row in run["rows"]] == [1, 2] and run["config"] == {"steps": 2} and run["live"] is None
+    made = json.loads(answer(comfyui_server, f"/{ENCODED}/workflow")[2])
+    assert made == {"workflow": {"nodes": []}, "prompt": {"1": {}}}
+    assert answer(comfyui_server, f"/{ENCODED}/samples/000002_grid.png")[2] == b"a picture"
+
+
+def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
+    status, headers, body = answer(comfyui_server, f"/{ENCODED}/report")
+    assert status == 200 and b"<!doctype html>" in body
+    assert "sandbox allow-scripts; default-src 'none'" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e", "..%2f..%2fuser", ".locks", "%2fetc", "a%00b"])
+def test_other_names_find_nothing(comfyui_server, root, name):
+    secret = comfyui_server.base_directory / "user" / "config.json"
+    secret.write_text("{}", encoding="utf-8")
+    for path, method in ((f"/{name}/report", "GET"), (f"/{name}/workflow", "GET"), (f"/{name}/finish", "POST")):
+        assert answer(comfyui_server, path, method)[0] in (404, 405)
+    assert answer(comfyui_server, f"/{ENCODED}/samples/{name}")[0] == 404
+    assert answer(comfyui_server, f"/{name}", "DELETE")[0] in (404, 405)
+    assert answer(comfyui_server, f"/{name}")[0] in (204, 404, 200 if name in ("..", "%2e%2e") else 204)
+    assert secret.exists() and (root / RUN).exists()
+
+
+def test_only_a_run_that_nobody_holds_is_deleted_and_only_one_in_progress_finishes(comfyui_server, root):
+    status, _, body = answer(comfyui_server, f"/{ENCODED}/finish", "POST")
+    assert status == 409 and "not in progress in this ComfyUI" in json.loads(body)["error"]
+    with RunFolder.open(root, RUN, resume="auto"):
+        status, _, body = answer(comfyui_server, f"/{ENCODED}", "DELETE")
+        assert status == 409 and "is in use" in json.loads(body)["error"]
+    assert (root / RUN).exists()
+    assert answer(comfyui_server, f"/{ENCODED}", "DELETE")[0] == 200
+    assert not (root / RUN).exists()
+    assert answer(comfyui_server, f"/{ENCODED}")[0] == 204

@@ -1,0 +1,228 @@
+"""All runs of a folder, as a list, a chart or a report shows them. Nothing here writes, apart from `delete_run` and a
+missing or outdated report.
+
+A run or a file is asked for by a name, and found by comparing that name with what a fresh listing has: no part of a
+path is ever made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .run_folder import RunFolder
+
+POINTS = 600
+"""About so many steps are enough for a chart."""
+SMOOTHING = 0.95
+"""Weight of the moving average in charts, as `chart.smoothed` has it."""
+TAIL = 2**18
+"""Bytes at the end of metrics.jsonl that are read for a list."""
+
+
+class NoSuchRun(LookupError):
+    """No run, or no file of a run, has that name."""
+
+
+def list_runs(root: Path) -> list[dict[str, Any]]:
+    """A summary of every run in `root`, those that changed last first; see `summary`."""
+    found = [summary(root, folder) for folder in _folders(root).values()]
+    return sorted(found, key=lambda run: (-run["changed"], run["id"]))
+
+
+def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
+    """What a list shows of a run.
+
+    id, kind; state: that of status.json, "preparing" while a run that does not step is held by somebody, "interrupted"
+    when nobody holds one that says it is running, "damaged" when its files cannot be read; message; step, steps; loss
+    and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; workflow: whether
+    `workflow_of` has one.
+    """
+    run = {"id": folder.name, "changed": _changed(folder), "grid": _last_grid(folder), "step": 0, "steps": None}
+    run |= {"kind": None, "state": "damaged", "message": "", "loss": None, "reward": None, "workflow": False}
+    try:
+        config, status = folder.config() or {}, folder.status()
+        last = next((row for row in reversed(_tail(folder)) if "event" not in row), {})
+    except ValueError as error:
+        return run | {"message": str(error)}
+    run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
+    run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
+    run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
+    return _finite(run | {"workflow": bool(config.get("workflow") or config.get("prompt"))})
+
+
+def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
+    """The summary of a run with its `config`, `environment`, `status` and rows, for charts.
+
+    rows: about `points` of its steps, each with `smoothed` loss; count: of all steps; smoothing: the average's weight,
+    so that a chart can go on from the last row; validation, samples: rows of these events. Raises NoSuchRun.
+    """
+    from .chart import smoothed
+
+    folder = _folder(root, name)
+    config, rows = folder.config() or {}, _rows(folder)
+    steps = [row for row in rows if "event" not in row]
+    curve = smoothed([row["loss"] for row in steps], SMOOTHING)
+    steps = [row | {"smoothed": value} for row, value in zip(steps, curve, strict=True)]
+    about = {key: config.get(key) for key in ("config", "environment")} | {"status": folder.status()}
+    return (
+        summary(root, folder)
+        | about
+        | {
+            "rows": _finite(thinned(steps, points)),
+            "count": len(steps),
+            "smoothing": SMOOTHING,
+            "validation": _finite([row for row in rows if row.get("event") == "validation"]),
+            "samples": _finite([row for row in rows if row.get("event") == "sample"]),
+        }
+    )
+
+
+def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
+    """About `points` of the rows: the lowest and the highest loss of equal stretches, so that spikes stay, and the last
+    row."""
+    if len(rows) <= points:
+        return rows
+    size, kept = math.ceil(2 * len(rows) / points), {}
+    for start in range(0, len(rows), size):
+        stretch = range(start, min(start + size, len(rows)))
+        kept |= dict.fromkeys(sorted({pick(stretch, key=lambda i: rows[i]["loss"]) for pick in (min, max)}))
+    return [rows[i] for i in kept | {len(rows) - 1: None}]
+
+
+def sample_file(root: Path, name: str, file: str) -> Path:
+    """The path of a run's sample picture. Raises NoSuchRun."""
+    found = {path.name: path for path in _pictures(_folder(root, name))}
+    if file not in found:
+        raise NoSuchRun(f"run {name!r} has no sample {file!r}.")
+    return found[file]
+
+
+def report_file(root: Path, name: str) -> Path:
+    """The path of a run's report.html, made anew when steps came after it. Raises NoSuchRun."""
+    from .report import write_report
+
+    folder = _folder(root, name)
+    path, metrics = folder.path / "report.html", folder.path / "metrics.jsonl"
+    if path.is_file() and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime):
+        return path
+    run = summary(root, folder)
+    shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
+    return write_report(folder, {"Run": [shown]})
+
+
+def workflow_of(root: Path, name: str) -> dict[str, Any]:
+    """{"workflow": the graph that made the run, or None; "prompt": the same in ComfyUI's API format}.
+
+    Raises NoSuchRun, also for a run of the command line, which no workflow made.
+    """
+    config = _folder(root, name).config() or {}
+    made = {key: config.get(key) for key in ("workflow", "prompt")}
+    if not any(made.values()):
+        raise NoSuchRun(f"run {name!r} was not made by a workflow.")
+    return made
+
+
+def delete_run(root: Path, name: str) -> None:
+    """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
+    folder = _folder(root, name)
+    with _held(root, name) as free:
+        if not free:
+            raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
+        gone = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
+        if gone.exists():
+            shutil.rmtree(gone)
+        folder.path.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _folders(root: Path) -> dict[str, RunFolder]:
+    """Run folders by name: true folders with a record in them, no links."""
+    if not root.is_dir():
+        return {}
+    with os.scandir(root) as entries:
+        paths = [root / e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+    return {path.name: RunFolder(path) for path in paths if (path / "config.json").is_file()}
+
+
+def _folder(root: Path, name: str) -> RunFolder:
+    found = _folders(root)
+    if name not in found:
+        raise NoSuchRun(f"there is no run {name!r}.")
+    return found[name]
+
+
+def _pictures(folder: RunFolder) -> list[Path]:
+    if not folder.samples.is_dir():
+        return []
+    return [p for p in folder.samples.iterdir() if p.suffix == ".png" and p.is_file() and not p.is_symlink()]
+
+
+def _last_grid(folder: RunFolder) -> str | None:
+    return max((path.name for path in _pictures(folder) if path.stem.endswith("_grid")), default=None)
+
+
+def _changed(folder: RunFolder) -> float:
+    files = [folder.path / name for name in ("metrics.jsonl", "status.json", "config.json")]
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+def _state(root: Path, name: str, written: str) -> str:
+    """The state of status.json, checked against who holds the run; a killed process leaves "running" behind."""
+    if written == "finished":
+        return written
+    with _held(root, name) as free:
+        if free:
+            return "interrupted" if written in ("running", "new") else written
+    return "running" if written == "running" else "preparing"
+
+
+@contextmanager
+def _held(root: Path, name: str) -> Iterator[bool]:
+    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on."""
+    lock = root / ".locks" / f"{name}.lock"
+    lock.parent.mkdir(exist_ok=True)  # a folder copied from elsewhere has no locks
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            yield True
+    except Timeout:
+        yield False
+
+
+def _rows(folder: RunFolder) -> list[dict[str, Any]]:
+    path = folder.path / "metrics.jsonl"
+    return _whole_lines(path.read_bytes()) if path.exists() else []
+
+
+def _tail(folder: RunFolder) -> list[dict[str, Any]]:
+    """The last rows of metrics.jsonl."""
+    path = folder.path / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        data = file.read()
+    return _whole_lines(data if size <= TAIL else data[data.find(b"\n") + 1 :])
+
+
+def _whole_lines(data: bytes) -> list[dict[str, Any]]:
+    """Rows, without one at the end that is being written."""
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines() if line]
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
