@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
-
 from ..training.callbacks import Callbacks, StepInfo
 from ..training.data.examples import Dataset
 from ..training.model import TextToImage
