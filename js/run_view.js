@@ -160,7 +160,7 @@ function pace(run) {
   if (!live || state !== "running") return found.join();
   const [used, total] = [live.memory.used, live.memory.total].map((n) => (n / 2 ** 30).toFixed(1));
   found.push(`${Number(live.seconds_per_step.toPrecision(2))} s/step`);
-  found.push(`${duration((live.steps - live.step) * live.seconds_per_step)} left`, `${used} of ${total} GB in use`);
+  found.push(`${duration((live.steps - live.step) * live.seconds_per_step)} left`, `${used} of ${total} GB`);
   return found.join(" · ");
 }
 

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-REPORT_POLICY = "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-REPORT_POLICY += "script-src 'unsafe-inline'"
-"""A report may come from anywhere with its run folder: it stands alone and cannot speak to ComfyUI or the network."""
+GUARD = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
+GUARD += b"style-src 'unsafe-inline'\">"
+"""Before a report, which may come from anywhere with its run folder: no scripts, no network. A header would not do,
+since ComfyUI's --disable-api-nodes writes its own over it."""
 
 
 def register() -> None:
@@ -80,11 +81,12 @@ async def _sample(request: web.Request) -> web.FileResponse:
     return web.FileResponse(path, headers={"Cache-Control": "no-cache"})
 
 
-async def _report(request: web.Request) -> web.FileResponse:
+async def _report(request: web.Request) -> web.Response:
     from ..training.runs import report_file
 
     path = await _asked(report_file, request, "id")
-    return web.FileResponse(path, headers={"Cache-Control": "no-cache", "Content-Security-Policy": REPORT_POLICY})
+    page = GUARD + await asyncio.to_thread(path.read_bytes)
+    return web.Response(body=page, content_type="text/html", charset="utf-8", headers={"Cache-Control": "no-cache"})
 
 
 async def _workflow(request: web.Request) -> web.Response:

@@ -47,9 +47,12 @@ def test_runs_are_listed_and_told(comfyui_server, root):
 
 
 def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
+    page = root / RUN / "report.html"
+    page.write_text("<!doctype html><title>foreign</title><script>evil()</script>", encoding="utf-8")
     status, headers, body = answer(comfyui_server, f"/{ENCODED}/report")
-    assert status == 200 and b"<!doctype html>" in body
-    assert "sandbox allow-scripts; default-src 'none'" in headers["Content-Security-Policy"]
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
+    assert body.startswith(policy) and body.endswith(page.read_bytes())
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e", "..%2f..%2fuser", ".locks", "%2fetc", "a%00b"])
