@@ -111,7 +111,7 @@ class RewardObjective:
         gradients = self._joint if self._is_joint else self._stepwise
         live = [*heard.tensors, *parameters]
         pairs = zip(live, gradients(chain, cut, end, wanted, near), strict=True)
-        pull = sum((one * -gradient).sum() for one, gradient in pairs)
+        pull = -sum(torch.dot(one.flatten(), gradient.flatten()) for one, gradient in pairs)
         return scores, pull, {} if near is None else {"eps_mse": near.error}
 
     def _drawn(self, indices: list[int], spoken: list[Spoken], step: int, heard: Heard) -> Chain:

@@ -143,7 +143,7 @@ def stepwise_gradient(
     output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads. pulse:
     called before each of them.
     """
-    total = [torch.zeros_like(one) for one in wanted]
+    total: list[Tensor | None] = [None] * len(wanted)
     for number in chosen:
         pulse()
         weight = chain[number].b
@@ -155,8 +155,12 @@ def stepwise_gradient(
             if of_output is not None:
                 at_output = at_output + of_output(number, out.detach())
             found = torch.autograd.grad(out, wanted, at_output, allow_unused=True)
-        total = [whole if part is None else whole + part for whole, part in zip(total, found, strict=True)]
-    return total
+        total = [_added(whole, part) for whole, part in zip(total, found, strict=True)]
+    return [torch.zeros_like(one) if part is None else part for one, part in zip(wanted, total, strict=True)]
+
+
+def _added(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return whole if part is None else part if whole is None else whole + part
 
 
 def joint_end(
