@@ -64,8 +64,8 @@ def check_report(editor) -> None:
 def check_workflow(editor) -> None:
     made = json.loads(editor.server.request("/retune/runs/second/workflow"))["workflow"]
     card(editor, "second").get_by_role("button", name="Copy").click()
-    copied = editor.page.wait_for_function("async () => await navigator.clipboard.readText()").json_value()
-    assert json.loads(copied) == made
+    editor.page.get_by_text("is in the clipboard").wait_for()
+    assert json.loads(editor.page.evaluate("() => navigator.clipboard.readText()")) == made
     card(editor, "second").get_by_role("button", name="Load").click()
     shown = "(count) => window.comfyAPI.app.app.graph.nodes.length === count"
     editor.page.wait_for_function(shown, arg=len(made["nodes"]))
