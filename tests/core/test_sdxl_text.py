@@ -300,3 +300,36 @@ def test_a_tuned_first_encoder_goes_into_the_pair(folder, tmp_path):
     )
     assert tuned.text_encoder.fingerprint != model.text_encoder.fingerprint
     assert tuned.text_encoder.second.fingerprint == model.text_encoder.second.fingerprint
+
+
+def test_rewards_tune_both_encoders_and_the_pooled_path(folder, tmp_path):
+    from retune.training.data.prompts import Prompt
+    from retune.training.reward_config import RewardTuneConfig
+    from retune.training.rewards.combined import CombinedReward, Term
+    from retune.training.rewards.load import RewardConfig, load_reward
+    from retune.training.tune_rewards import tune
+
+    model = load_model(folder)
+    before = {name: target.tensor.detach().clone() for name, target in model.text_encoder.weights.items()}
+    config = RewardTuneConfig(
+        run_name="r",
+        steps=2,
+        batch_size=2,
+        learning_rate=1e-3,
+        gradient_steps=2,
+        sampling_steps=3,
+        cfg=2.0,
+        width=32,
+        height=32,
+        eps_constraint=1.0,
+        drift_constraint=1.0,
+        settings=TrainingSettings(warmup_steps=1, weight_decay=0.0),
+    )
+    reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo CLIP")))])
+    tuned = tune(model, reward, [Prompt(text) for text in PROMPTS if text], config, tmp_path / "runs")
+    moved = {name for name, value in tuned.text.items() if not torch.equal(value, before[name])}
+    for part in ("clip_l.transformer", "clip_g.transformer", "clip_g.transformer.text_projection"):
+        assert any(part in name for name in moved), part
+    assert all(torch.equal(target.tensor, before[name]) for name, target in model.text_encoder.weights.items())
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["drift"] < 1e-10 and rows[1]["drift"] > 1e-6 and rows[1]["eps_mse"] > 0
