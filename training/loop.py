@@ -18,20 +18,20 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .callbacks import Callbacks, StepInfo
 from .checkpoint import load_state, restore_optimizer, save_state
-from .config import SamplePrompts, TrainingSettings
 from .distributed import World, world
 from .ending import best_values, guarded_values, noted, result_kind, stopped_early
 from .files import check_free_disk, write_tensors
 from .guard import Guard, GuardState
 from .journal import Journal
+from .loop_config import Batches, LoopConfig, TrainingDiverged
 from .memory import OutOfMemory, message
 from .objectives import Objective
 from .optim import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
@@ -40,36 +40,6 @@ from .samples import Sampler, write_samples
 from .trainable import Trainable
 
 log = logging.getLogger(__name__)
-
-
-class Batches(Protocol):
-    """Endless data order, a pure function of the batch's number (from 1)."""
-
-    def batch(self, number: int) -> list: ...
-
-
-class TrainingDiverged(ValueError):
-    """The loss or its gradient is not finite any more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    steps: int
-    batch_size: int
-    learning_rate: float
-    settings: TrainingSettings
-    samples: SamplePrompts
-    steps_per_epoch: float = math.inf
-    """Optimiser steps in which every image is shown once (or `repeats` times)."""
-    when_full: str = ""
-    """What to change when memory does not suffice, in words."""
-
-    @property
-    def sample_every(self) -> int:
-        """Steps between samples; an epoch's when the prompts say 0."""
-        if self.samples.every or math.isinf(self.steps_per_epoch):
-            return self.samples.every or self.steps
-        return max(1, round(self.steps_per_epoch))
 
 
 class Loop:
