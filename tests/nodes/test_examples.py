@@ -208,7 +208,7 @@ def test_examples_are_what_their_api_twins_run(comfyui_server):
 
 
 SMALL = {
-    "RetuneDemoDataset": {"count": 8},
+    "RetuneDemoDataset": {"count": 12},
     "RetuneTrainingSettings": {"warmup_steps": 1, "save_every": 3},
     "RetuneSamplePrompts": {"every": 0, "steps": 2},
     "KSampler": {"steps": 2},
