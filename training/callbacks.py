@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -46,6 +44,3 @@ class Callbacks:
 
     def on_state(self, state: str, step: int, message: str = "") -> None:
         """The run is running, interrupted, failed or finished from here on, as its status.json says."""
-
-    def on_samples(self, step: int, images: list[Tensor]) -> None:
-        """Samples were drawn and written, (3, H, W) each."""

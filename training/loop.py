@@ -310,7 +310,6 @@ class Loop:
         prompts = list(self.config.samples.prompts)
         figures = self.sampler.judge(images, prompts) if self.sampler.judge else {}
         self._log({"event": "sample", **about, **figures, "files": files, "grid": grid, "prompts": prompts})
-        self.callbacks.on_samples(self.step, images)
 
     def _log(self, row: dict[str, Any]) -> None:
         self.folder.add_row(row)
