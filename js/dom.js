@@ -47,7 +47,7 @@ export const words = (key) => key.replaceAll("_", " ");
 export const steps = (run) => `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}`;
 
 export const isBusy = (run) => ["running", "preparing"].includes(run?.state);
-export const remark = (run) => (run.state === "interrupted" ? "queue it again to go on" : run.message);
+export const remark = (run) => ({ interrupted: "queue it again to go on", finished: "" })[run.state] ?? run.message;
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 

@@ -136,8 +136,8 @@ export class LineChart {
       entry.style.setProperty("--key", this.colour(colour));
       this.tip.append(entry);
     }
-    const left = this.x(step), translate = left < this.element.clientWidth / 2 ? "8px" : "calc(-100% - 8px)";
-    Object.assign(this.tip.style, { left: `${left}px`, translate });
+    const beside = this.x(step) < this.element.clientWidth / 2 ? ["auto", "8px"] : ["8px", "auto"];
+    [this.tip.style.left, this.tip.style.right] = beside;
   }
 
   colour(name) {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,3 @@ class Callbacks:
 
     def on_state(self, state: str, step: int, message: str = "") -> None:
         """The run is running, interrupted, failed or finished from here on, as its status.json says."""
-
-    def on_samples(self, step: int, images: list[Tensor]) -> None:
-        """Samples were drawn and written, (3, H, W) each."""

@@ -321,7 +321,6 @@ class Loop:
         images = self.sampler.decode(latents)
         prompts, epoch = self.config.samples.prompts, self.step / self.config.steps_per_epoch
         self.journal.add(write_samples(self.folder, self.sampler, images, prompts, self.step, epoch))
-        self.callbacks.on_samples(self.step, images)
 
     def _save(self) -> None:
         if self.world.is_main:

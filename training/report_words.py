@@ -10,6 +10,7 @@ from .chart import smoothed
 from .cli import field_docs
 from .config import RunConfig, SamplePrompts, TrainingSettings, TrainModelConfig
 from .embedding_config import EmbeddingConfig
+from .ending import guard_words
 from .lora_config import LoraConfig
 from .reward_config import RewardTuneConfig
 
@@ -38,7 +39,10 @@ def ending(status: Mapping[str, Any]) -> str:
         said.append(f"It was asked to end there, before all of its {status['steps_asked']} steps.")
     if status.get("stopped_early"):
         said.append(f"It stopped early: {status['stale']} validations in a row brought no lower loss.")
-    if "best_step" in status:
+    if status.get("guard"):
+        words = guard_words(status).removeprefix("; ")
+        said.append(f"{words[0].upper()}{words[1:]}.")
+    elif "best_step" in status:
         said.append(f"The result is the weights after step {status['best_step']}, of the lowest validation loss.")
     return " ".join(said)
 

@@ -1,10 +1,14 @@
 """Lists, charts and deletion of runs read nothing but what a fresh listing of their folders has."""
 
+import io
 import json
 import os
+from dataclasses import asdict
 
 import pytest
+from PIL import Image
 from retune.training.chart import smoothed
+from retune.training.lora_config import LoraConfig
 from retune.training.run_folder import RunFolder
 from retune.training.runs import (
     NoSuchRun,
@@ -18,13 +22,21 @@ from retune.training.runs import (
     workflow_of,
 )
 
-PNG = b"\x89PNG\r\n\x1a\n"
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
 
 
 def a_run(root, name="a run", *, steps=5, state="interrupted", **details):
     """A run folder with rows of loss 1, 1/2, 1/3, ... and samples at step 2."""
     with RunFolder.open(root, name, resume="auto") as folder:
-        folder.claim({"kind": "lora"}, {"config": {"steps": 10}, **details})
+        config = asdict(LoraConfig(run_name=name, steps=10))
+        folder.claim({"kind": "lora"}, {"config": config, "environment": {"torch": "2", "threads": 1}, **details})
         for step in range(1, steps + 1):
             folder.add_row({"step": step, "loss": 1 / step, "grad_norm": None})
         folder.add_row({"event": "validation", "step": 4, "loss": 0.5, "bands": [0.1, float("nan")]})
