@@ -156,6 +156,11 @@ def test_the_verb_writes_the_report_of_a_run_that_did_not_end(folder, capsys):
             "before all of its 30 steps",
         ),
         ({"state": "finished", "step": 7, "stopped_early": True, "stale": 3, "best_step": 4}, "weights after step 4"),
+        (
+            {"state": "finished", "step": 7, "result": "guard", "best_step": 4}
+            | {"guard": {"floor": 0.8, "share": 0.5, "fell_at": 7, "stopped": True}},
+            "The guard ended it: diversity is 50 % of the start's, below 80 %; the result is that of step 4.",
+        ),
         ({"state": "new", "step": 0}, "Nothing was trained yet."),
     ],
 )
