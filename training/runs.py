@@ -1,5 +1,5 @@
-"""All runs of a folder, as a list, a chart or a report shows them. Nothing here writes, apart from `delete_run` and a
-missing or outdated report.
+"""All runs of a folder, as a list, a chart or a report shows them. Nothing here writes, apart from `delete_run`, a
+missing or outdated report, and locks.
 
 A run or a file is asked for by a name, and found by comparing that name with what a fresh listing has: no part of a
 path is ever made from it.
@@ -112,7 +112,11 @@ def report_file(root: Path, name: str) -> Path:
 
     folder = _folder(root, name)
     path, metrics = folder.path / "report.html", folder.path / "metrics.jsonl"
-    if path.is_file() and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime):
+    if (
+        path.is_file()
+        and not path.is_symlink()
+        and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime)
+    ):
         return path
     run = summary(root, folder)
     shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
