@@ -72,7 +72,8 @@ class NodeCallbacks(Callbacks):
         """The same for pictures of one size in pixels; more: bytes to keep free besides."""
         cells = model.autoencoder.downscale
         self._denoiser = model.denoiser
-        self._memory = more + self._denoiser.activation_memory(batch_size, height // cells, width // cells)
+        needed = more + self._denoiser.activation_memory(batch_size, height // cells, width // cells)
+        self._memory = max(self._memory, needed)
 
     def pulse(self) -> None:
         self._check()

@@ -73,7 +73,7 @@ def run_chart(name: str, rows: list[dict[str, Any]], rates: bool = False) -> Ten
     taken = [row for row in rows if "event" not in row]
     what = "reward" if taken and "reward" in taken[-1] else "loss"
     sign = -1.0 if what == "reward" else 1.0  # the loss of a reward tuning is minus its reward
-    steps = [(row["step"], sign * row["loss"]) for row in taken]
+    steps = [(row["step"], row[what]) for row in taken]
     curve = list(zip([s for s, _ in steps], smoothed([v for _, v in steps]), strict=True))
     validation = [(row["step"], sign * row["loss"]) for row in rows if row.get("event") == "validation"]
     figures = [row for row in rows if row.get("event") == "validation" and "bands" in row]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .data.prompts import Prompt
+from .distributed import world
 from .generate import TextOf, draw_latents
 from .guard import Guard, Seen
 from .model import TextToImage
@@ -64,6 +65,7 @@ def look_at(
     sampler step and every batch of scores, and may raise to cancel. Changes no random state and no running scale.
     """
     wanted = [prompt for prompt in prompts for _ in range(config.guard_images)]
+    share = max(1, config.batch_size // world().size)  # the main process draws alone, with room for its share
     latents = draw_latents(
         model,
         wanted,
@@ -72,14 +74,14 @@ def look_at(
         steps=config.sampling_steps,
         cfg=config.cfg,
         seed=NOISE_SEED,
-        batch_size=config.batch_size,
+        batch_size=share,
         text_of=functools.cache(text_of),
         on_batch=on_batch,
     )
     raw: dict[str, list[Tensor]] = {name: [] for name in reward.terms}
     embeddings = []
-    for start in range(0, len(wanted), config.batch_size):
-        end = min(start + config.batch_size, len(wanted))
+    for start in range(0, len(wanted), share):
+        end = min(start + share, len(wanted))
         images = model.autoencoder.pixels(torch.stack(latents[start:end])).clamp(0, 1)
         for name, scores in reward.evaluate(images, wanted[start:end]).raw.items():
             raw[name].append(scores.float().cpu())

@@ -372,7 +372,8 @@ class Loop:
         if self.settings.precision == "fp32":
             return nullcontext()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
+        # Casts are not kept: older torch keeps those of a pass without gradients for the next one with them.
+        return torch.autocast(self.device.type, dtype, cache_enabled=False)
 
     def _sum_over_processes(self, loss: float, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
         """Adds gradients, loss and parts up; every process has the same parts in the same order."""

@@ -39,7 +39,7 @@ def ending(status: Mapping[str, Any]) -> str:
         said.append(f"It was asked to end there, before all of its {status['steps_asked']} steps.")
     if status.get("stopped_early"):
         said.append(f"It stopped early: {status['stale']} validations in a row brought no lower loss.")
-    if status.get("guard"):
+    if status.get("guard") and status.get("result") != "best":
         words = guard_words(status).removeprefix("; ")
         said.append(f"{words[0].upper()}{words[1:]}.")
     elif "best_step" in status:
@@ -52,7 +52,7 @@ def summary(about: Mapping[str, Any]) -> str:
     config, kind = about["config"], about["identity"]["kind"]
     settings = config["settings"]
     batches = settings["total_batch"] // config["batch_size"] or settings["gradient_accumulation"]
-    what = "prompts" if kind == "reward" else "images"
+    what = "prompts" if kind == "reward" and config["method"] != "direct" else "images"
     batch = f"{config['batch_size'] * batches} {what} a step"
     if batches > 1:
         batch += f" (batches of {config['batch_size']}, {batches} summed up)"
@@ -81,6 +81,8 @@ def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) 
         beside = f", with a LoRA of rank {config['lora_rank']} beside" if config["lora_rank"] else ""
         start = f'starting from "{config["initial_text"]}"' if config["initial_text"] else "starting at random"
         return f"{config['token']} becomes a word of {config['vectors']} vectors, {start}{beside}."
+    if config["method"] == "direct":
+        return f"The {config['train']} is tuned by rewards of noised images, each cleaned in one step (direct)."
     return (
         f"The {config['train']} is tuned by rewards of pictures of {config['width']}x{config['height']}, through "
         f"{config['gradient_steps']} of {config['sampling_steps']} sampler steps ({config['method']})."
@@ -127,7 +129,7 @@ def outcome(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     held = [sign * row["loss"] for row in rows if row.get("event") == "validation"]
     read = [row["alignment"] for row in rows if row.get("event") == "sample" and "alignment" in row]
     figures = [
-        (f"{name}, smoothed", smoothed([sign * row["loss"] for row in steps]), sign),
+        (f"{name}, smoothed", smoothed([row[name] for row in steps]), sign),
         (f"held-out {name}", held, sign),
         ("alignment of the samples", read, -1.0),
     ]

@@ -14,7 +14,7 @@ from .rollout import Heard, Step, guided_output
 
 class NearFrozen:
     """weight x mean over `count` steps of mean((out - out_frozen)^2), per sample: both models' guided outputs on the
-    tuned one's latents.
+    tuned one's latents, which are taken as given. weights: (B,).
 
     The regulariser of NVIDIA's DRaFT+ (NeMo-Aligner, `kl_coeff`): for Gaussian steps of equal variance it is their KL
     divergence up to a factor. frozen: what the frozen text encoder says of the batch. released: makes the network what
@@ -26,11 +26,11 @@ class NearFrozen:
         denoiser: Denoiser,
         frozen: Heard,
         released: Callable[[], AbstractContextManager[None]],
-        weight: float,
+        weights: Tensor,
         count: int,
     ):
         self._denoiser, self._frozen, self._released = denoiser, frozen, released
-        self._weight, self._count = weight, count
+        self._weights, self._count = weights, count
         self.error = torch.zeros(len(frozen.positive))
         """(B,) the mean squared error over the steps gone through so far, unweighted."""
 
@@ -39,7 +39,7 @@ class NearFrozen:
         with torch.no_grad(), self._released():
             apart = out - guided_output(self._denoiser, x, step, self._frozen)
         self.error = self.error + apart.square().flatten(1).mean(1).cpu() / self._count
-        return apart * (-2 * self._weight / (apart[0].numel() * self._count))
+        return apart * self._weights.to(apart).view(-1, 1, 1, 1) * (-2 / (apart[0].numel() * self._count))
 
 
 def drift(tuned: Heard, frozen: Heard) -> Tensor:

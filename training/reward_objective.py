@@ -72,6 +72,7 @@ class RewardObjective:
         self._compares = bool(config.eps_constraint or config.drift_constraint)
         self._cfg = config.cfg if self.guided else 1.0
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
+        reward.reset()
         self._seen: tuple[int, list[CombinedScores]] = (0, [])
 
     def load(self, slots: list[PromptSlot]) -> list[Spoken]:
@@ -89,25 +90,30 @@ class RewardObjective:
         scores, pull, parts = self._pull(heard, indices, spoken, step)
         self._seen[1].extend(world().gathered(_on_cpu(scores)))
         value = -scores.total.detach()
-        loss = value + (pull - pull.detach()) / len(value)
         if "eps_mse" in parts:
-            loss = loss + self.config.eps_constraint * parts["eps_mse"].to(value)
+            value = value + self.config.eps_constraint * parts["eps_mse"].to(value)
         if self.config.drift_constraint:
             parts["drift"] = drift(heard, self._frozen(spoken, self._cfg))
-            loss = loss + self.config.drift_constraint * parts["drift"].to(value)
-        weights = torch.tensor([one.weight for one in spoken]).to(value)
-        return Loss(loss * weights, scores.means() | {name: part.mean().item() for name, part in parts.items()})
+            value = value + self.config.drift_constraint * parts["drift"].to(value)
+        loss = value * _weights(spoken).to(value) + (pull - pull.detach()) / len(value)
+        return Loss(loss, scores.means() | {name: part.mean().item() for name, part in parts.items()})
 
     def _pull(
         self, heard: Heard, indices: list[int], spoken: list[Spoken], step: int
     ) -> tuple[CombinedScores, Tensor, dict[str, Tensor]]:
-        """The scores, a number whose gradient is that of minus their sum, and (B,) figures of constraints, in both."""
-        cut, parameters = heard.detached(), list(self._trainable.parameters.values())
+        """The scores, a number whose gradient is that of minus their weighted sum, and (B,) figures of constraints, of
+        which it has the gradient as well.
+
+        Where the text encoder trains, all of its gradient comes through what is heard.
+        """
+        cut = heard.detached()
+        parameters = [] if self._text_trains else list(self._trainable.parameters.values())
         chain = self._drawn(indices, spoken, step, cut)
         near = self._near(spoken, len(chain.chosen))
         wanted, prompts = [*cut.tensors, *parameters], [one.prompt for one in spoken]
         random = generator(self.config.seed, "reward augmentation", step, indices[0])
         scores, end = self._end_gradient(chain.states[-1], prompts, random)
+        end = end * _weights(spoken).to(end).view(-1, 1, 1, 1)
         gradients = self._joint if self._is_joint else self._stepwise
         live = [*heard.tensors, *parameters]
         pairs = zip(live, gradients(chain, cut, end, wanted, near), strict=True)
@@ -135,8 +141,8 @@ class RewardObjective:
     def _near(self, spoken: list[Spoken], count: int) -> NearFrozen | None:
         if not self.config.eps_constraint:
             return None
-        frozen = self._frozen(spoken, self._cfg)
-        return NearFrozen(self.model.denoiser, frozen, self._trainable.released, self.config.eps_constraint, count)
+        frozen, weights = self._frozen(spoken, self._cfg), self.config.eps_constraint * _weights(spoken)
+        return NearFrozen(self.model.denoiser, frozen, self._trainable.released, weights, count)
 
     def _end_gradient(
         self, latents: Tensor, prompts: list[str], random: torch.Generator
@@ -159,18 +165,17 @@ class RewardObjective:
         return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output, self._pulse)
 
     def _joint(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
-        """Through all of the last steps together, what the UNet reads of the picture included."""
-        (states, steps, chosen), denoiser = chain, self.model.denoiser
+        """Through all of the last steps together, what the UNet reads of the picture included; the constraint still
+        takes the picture as given."""
+        states, steps, chosen = chain
         with torch.enable_grad():
-            last, outputs = joint_end(denoiser, states, steps, len(chosen), heard, False, self._pulse)
-            ends, at_ends = [last], [end]
-            if near is not None:
-                ends += outputs
-                at_ends += [
-                    near.gradient(states[n], steps[n], o.detach()) for n, o in zip(chosen, outputs, strict=True)
-                ]
-            found = torch.autograd.grad(ends, wanted, at_ends, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+            last = joint_end(self.model.denoiser, states, steps, len(chosen), heard, False, self._pulse)
+            found = torch.autograd.grad(last, wanted, end, allow_unused=True)
+        found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+        if near is None:
+            return found
+        held = self._stepwise(chain, heard, torch.zeros_like(end), wanted, near)
+        return [one + other for one, other in zip(found, held, strict=True)]
 
     def _now(self, spoken: Sequence[Spoken], cfg: float) -> Heard:
         """What guidance reads of prompts, as the text encoder says it now."""
@@ -219,7 +224,8 @@ class RewardObjective:
 
     @torch.no_grad()
     def validation(self, loaded: list[Spoken]) -> float:
-        """Minus the mean total over held-out prompts, each from its own fixed noise; touches no random state."""
+        """Minus the mean total over held-out prompts, each from its own fixed noise, in scales that stay; touches no
+        random state."""
         denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
         size = (self.config.height // cells, self.config.width // cells)
         total = 0.0
@@ -227,8 +233,12 @@ class RewardObjective:
             noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
             heard = self._now([one], self.config.cfg)
             end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)[-1]
-            total -= self.reward.scores(self.model.autoencoder.pixels(end), [one.prompt]).item()
+            total -= self.reward.comparable(self.model.autoencoder.pixels(end), [one.prompt]).item()
         return total / len(loaded)
+
+
+def _weights(spoken: Sequence[Spoken]) -> Tensor:
+    return torch.tensor([one.weight for one in spoken])
 
 
 def _on_cpu(scores: CombinedScores) -> CombinedScores:

@@ -171,14 +171,13 @@ def joint_end(
     heard: Heard,
     stop_gradient: bool,
     pulse: Callable[[], None] = _quiet,
-) -> tuple[Tensor, list[Tensor]]:
-    """The chain's end (B, C, h, w) and the outputs of its last steps, so many, with gradients through them.
+) -> Tensor:
+    """The chain's end (B, C, h, w) with gradients through its last steps, so many.
 
     states: as `rollout` gives them. stop_gradient: as for `advance`. pulse: called before each.
     """
-    x, outputs = states[len(chain) - last], []
+    x = states[len(chain) - last]
     for step in chain[len(chain) - last :]:
         pulse()
-        outputs.append(guided_output(denoiser, x.detach() if stop_gradient else x, step, heard))
-        x = step.a.to(x) * x + step.b.to(x) * outputs[-1]
-    return x, outputs
+        x = advance(denoiser, x, step, heard, stop_gradient=stop_gradient)
+    return x

@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_autograd_through_the_last_steps(tiny_model, tra
         spoken = [one for _, one in loaded(objective)]
         heard, noise = objective._now(spoken, chosen.cfg), objective._noise([0, 1], 1)
         states = rollout(denoiser, first_latent(denoiser, noise, chain), chain, heard)
-        end, _ = joint_end(denoiser, states, chain, 2, heard, stop_gradient)
+        end = joint_end(denoiser, states, chain, 2, heard, stop_gradient)
         total = objective.reward.evaluate(tiny_model.autoencoder.pixels(end), [one.prompt for one in spoken]).total
         (-total).sum().backward()
     assert loss.per_sample.detach().tolist() == pytest.approx((-total).tolist(), rel=1e-4)

@@ -220,7 +220,7 @@ def _cell(row: Mapping, name: str) -> str:
 def in_words(row: Mapping, figure: str) -> str:
     """`mean ± standard error` of a row's figure."""
     value, error = row[figure], row[f"{figure}_se"]
-    digits = 0 if abs(value) >= 10 else 3
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 

@@ -74,7 +74,7 @@ class CombinedReward:
             raise ValueError("rewards are empty; expected at least one.")
         self.augmentation = augmentation
         self.terms = dict(zip(_names([term.reward.name for term in terms]), terms, strict=True))
-        self.scales = {name: RunningScale(term.reward.typical_scale) for name, term in self.terms.items()}
+        self.reset()
         self.network = nn.ModuleList(term.reward.network for term in terms)
         about = [(t.reward.fingerprint, t.weight, t.target, t.form) for t in terms] + [augmentation]
         self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
@@ -88,6 +88,10 @@ class CombinedReward:
             limit = {} if term.target is None else {"target": term.target, "form": term.form}
             found.append({"reward": name, "weight": term.weight, **limit, "files": list(term.reward.files)})
         return found
+
+    def reset(self) -> None:
+        """The running scales as at the start of a run."""
+        self.scales = {name: RunningScale(term.reward.typical_scale) for name, term in self.terms.items()}
 
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
@@ -130,6 +134,16 @@ class CombinedReward:
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) totals without augmentation."""
         return self.evaluate(images, prompts).total
+
+    @torch.no_grad()
+    def comparable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) totals in the terms' typical scales, whatever was observed: they compare from step to step."""
+        expect_a_prompt_each(images, prompts)
+        total = torch.zeros(len(images))
+        for term in self.terms.values():
+            shaped = term.shaped(term.reward.scores(images, prompts)).cpu()
+            total = total + term.weight * shaped / term.reward.typical_scale
+        return total
 
     def observe(self, scores: CombinedScores) -> None:
         """Takes raw scores into the running scales; call it once a step, after the step's gradient."""
