@@ -14,7 +14,7 @@ STEPS = 16
 SMALL = {kind: {"steps": STEPS, "batch_size": 1} for kind in TRAINERS}
 SMALL["RetuneRewardTune"] |= {"sampling_steps": 3, "gradient_steps": 1, "width": 64, "height": 64}
 SMALL |= {"RetuneSamplePrompts": {"every": 8, "steps": 2, "prompts": "a red circle"}, "KSampler": {"steps": 2}}
-SMALL |= {"EmptyLatentImage": {"batch_size": 1}, "RetuneDemoDataset": {"count": 8}}
+SMALL |= {"EmptyLatentImage": {"batch_size": 1}, "RetuneDemoDataset": {"count": 16}}
 CLASSIC, NEW = {"Comfy_VueNodes_Enabled": False}, {"Comfy_VueNodes_Enabled": True}
 
 
