@@ -47,9 +47,10 @@ def wait_for_queue(editor, timeout: float = 600) -> None:
     raise_if_failed(max(history, key=lambda status: status["messages"][0][1]["timestamp"]))
 
 
-def wait_for_movement(editor) -> None:
+def wait_for_movement(editor, kind: str) -> None:
     """Two pictures of the chart that differ, while the run goes on."""
     editor.see("running", "s/step", timeout=300)
+    editor.focus(kind)  # late, since a template that opens moves the view again
     first = editor.chart()
     moved = "(old) => document.querySelector('.retune-view canvas').toDataURL() !== old"
     editor.page.wait_for_function(moved, arg=first, timeout=60_000)
@@ -74,8 +75,7 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
         wait_for_queue(editor)
         assert not editor.complaints
         return
-    editor.focus(trainer)
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer)
     editor.execute("Comfy.Interrupt")
     editor.see("interrupted", "queue it again to go on", timeout=60)
     editor.shoot(f"{title}, stopped")
@@ -102,12 +102,10 @@ def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(edi
     editor.open(**NEW)
     editor.load_template(title, **edits(title, f"{title} by hand", steps=steps))
     editor.queue()
-    editor.focus(trainer_of(title))
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer_of(title))
     editor.open()
     editor.load(title, **edits(title, f"{title} by hand", steps=steps))
-    editor.focus(trainer_of(title))
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer_of(title))
     editor.shoot(f"{title}, nodes 2.0")
     editor.page.get_by_role("button", name="Finish now").click()
     editor.see("finished", timeout=120)
