@@ -10,11 +10,10 @@ from retune.training.comfyui_server import raise_if_failed
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 TITLES = sorted(file.stem for file in EXAMPLES.glob("*.json"))
 TRAINERS = ("RetuneTrainModel", "RetuneTrainLora", "RetuneTrainEmbedding", "RetuneRewardTune")
-STEPS = 16
-SMALL = {kind: {"steps": STEPS, "batch_size": 1} for kind in TRAINERS}
-SMALL["RetuneRewardTune"] |= {"sampling_steps": 3, "gradient_steps": 1, "width": 64, "height": 64}
-SMALL |= {"RetuneSamplePrompts": {"every": 8, "steps": 2, "prompts": "a red circle"}, "KSampler": {"steps": 2}}
-SMALL |= {"EmptyLatentImage": {"batch_size": 1}, "RetuneDemoDataset": {"count": 8}}
+SMALL = {kind: {"steps": 60, "batch_size": 1} for kind in TRAINERS}  # long enough to be stopped on a fast machine
+SMALL["RetuneRewardTune"] |= {"steps": 16, "sampling_steps": 3, "gradient_steps": 1, "width": 64, "height": 64}
+SMALL |= {"RetuneSamplePrompts": {"every": 20, "steps": 2, "prompts": "a red circle"}, "KSampler": {"steps": 2}}
+SMALL |= {"EmptyLatentImage": {"batch_size": 1}, "RetuneDemoDataset": {"count": 16}}
 CLASSIC, NEW = {"Comfy_VueNodes_Enabled": False}, {"Comfy_VueNodes_Enabled": True}
 
 
@@ -48,9 +47,10 @@ def wait_for_queue(editor, timeout: float = 600) -> None:
     raise_if_failed(max(history, key=lambda status: status["messages"][0][1]["timestamp"]))
 
 
-def wait_for_movement(editor) -> None:
+def wait_for_movement(editor, kind: str) -> None:
     """Two pictures of the chart that differ, while the run goes on."""
     editor.see("running", "s/step", timeout=300)
+    editor.focus(kind)  # late, since a template that opens moves the view again
     first = editor.chart()
     moved = "(old) => document.querySelector('.retune-view canvas').toDataURL() !== old"
     editor.page.wait_for_function(moved, arg=first, timeout=60_000)
@@ -67,6 +67,7 @@ def made_by(editor, run_name: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("title", TITLES)
 def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     trainer = trainer_of(title)
+    steps = SMALL[trainer]["steps"] if trainer else 0
     editor.open(**CLASSIC)
     editor.load_template(title, **edits(title, f"{title} stopped"))
     editor.queue()
@@ -74,8 +75,7 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
         wait_for_queue(editor)
         assert not editor.complaints
         return
-    editor.focus(trainer)
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer)
     editor.execute("Comfy.Interrupt")
     editor.see("interrupted", "queue it again to go on", timeout=60)
     editor.shoot(f"{title}, stopped")
@@ -85,11 +85,11 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     editor.see("interrupted")
     editor.chart()
     editor.queue()
-    editor.see("finished", f"step {STEPS} of {STEPS}", timeout=600)
+    editor.see("finished", f"step {steps} of {steps}", timeout=600)
     wait_for_queue(editor)
     rename(editor, trainer, f"{title} straight")
     editor.queue()
-    editor.see("finished", f"step {STEPS} of {STEPS}", timeout=600)
+    editor.see("finished", f"step {steps} of {steps}", timeout=600)
     wait_for_queue(editor)
     assert made_by(editor, f"{title} stopped") == made_by(editor, f"{title} straight")
     assert not editor.complaints
@@ -102,12 +102,10 @@ def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(edi
     editor.open(**NEW)
     editor.load_template(title, **edits(title, f"{title} by hand", steps=steps))
     editor.queue()
-    editor.focus(trainer_of(title))
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer_of(title))
     editor.open()
     editor.load(title, **edits(title, f"{title} by hand", steps=steps))
-    editor.focus(trainer_of(title))
-    wait_for_movement(editor)
+    wait_for_movement(editor, trainer_of(title))
     editor.shoot(f"{title}, nodes 2.0")
     editor.page.get_by_role("button", name="Finish now").click()
     editor.see("finished", timeout=120)
