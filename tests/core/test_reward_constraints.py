@@ -1,6 +1,7 @@
 """What holds a tuned model near the frozen one, and tuning on images: gradients against autograd, exact resume."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,8 @@ def reward(weight=1.0):
 def config(**changes):
     values = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "gradient_steps": 2, "sampling_steps": 4, "cfg": 2.0}
     settings = TrainingSettings(warmup_steps=1, save_every=2, validation_fraction=0.4, validate_every=2)
-    return RewardTuneConfig(run_name="r", width=32, height=32, settings=settings, **(values | changes))
+    values |= {"run_name": "r", "width": 32, "height": 32, "settings": settings}
+    return RewardTuneConfig(**(values | changes))
 
 
 def pictures(count=4):
@@ -135,7 +137,11 @@ def test_direct_tuning_is_autograd_of_equations_4_and_5(tiny_model, train):
         text_trains=chosen.text_trains,
         latent_of=lambda slot: latents[slot.example.key],
     )
-    slots = BatchOrder(dataset, 2, 0).batch(3)
+    weights = torch.tensor([1.0, 3.0])
+    slots = [
+        replace(slot, example=replace(slot.example, weight=weight.item()))
+        for slot, weight in zip(BatchOrder(dataset, 2, 0).batch(3), weights, strict=True)
+    ]
     loaded, denoiser, encoder = objective.load(slots), tiny_model.denoiser, tiny_model.text_encoder
     with trainable.attach(draw=(3, 0)):
         found = objective(list(enumerate(loaded)), 3)
@@ -147,11 +153,22 @@ def test_direct_tuning_is_autograd_of_equations_4_and_5(tiny_model, train):
         spoken = Conditioning.cat([encoder.encode(encoder.tokenize([slot.example.caption])) for slot in slots])
         clean = noisy - sigma * denoiser.predict(noisy, sigma.view(-1), spoken)
         captions = [slot.example.caption for slot in slots]
-        expected = -objective.reward.evaluate(tiny_model.autoencoder.pixels(clean), captions).total
+        expected = -weights * objective.reward.evaluate(tiny_model.autoencoder.pixels(clean), captions).total
         torch.testing.assert_close(found.per_sample.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
         ours, theirs = gradients(found.per_sample, trainable), gradients(expected, trainable)
     assert theirs.abs().max() > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("train", ["UNet", "text encoder LoRA"])
+def test_half_precision_trains_and_fp16_is_refused(tiny_model, tmp_path, train):
+    settings = TrainingSettings(warmup_steps=1, precision="bf16")
+    tune(tiny_model, reward(), [Prompt(text) for text in PROMPTS], config(train=train, settings=settings), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 1e-4 for row in rows if "event" not in row)
+    half = replace(settings, precision="fp16")
+    with pytest.raises(ValueError, match="fp16"):
+        tune(tiny_model, reward(), [Prompt("a")], config(train=train, settings=half), tmp_path / "half")
 
 
 def test_a_stopped_run_on_images_goes_on_bit_for_bit(tiny_model, tmp_path):
