@@ -56,7 +56,7 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
     run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
     run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
-    return _finite(run | {"workflow": bool(config.get("workflow") or config.get("prompt"))})
+    return finite(run | {"workflow": bool(config.get("workflow") or config.get("prompt"))})
 
 
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
         summary(root, folder)
         | about
         | {
-            "rows": _finite(thinned(steps, points)),
+            "rows": finite(thinned(steps, points)),
             "count": len(steps),
             "smoothing": SMOOTHING,
-            "validation": _finite([row for row in rows if row.get("event") == "validation"]),
-            "samples": _finite([row for row in rows if row.get("event") == "sample"]),
+            "validation": finite([row for row in rows if row.get("event") == "validation"]),
+            "samples": finite([row for row in rows if row.get("event") == "sample"]),
         }
     )
 
@@ -223,10 +223,10 @@ def _whole_lines(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines() if line]
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not know."""
+def finite(value: Any) -> Any:
+    """The same value with null for numbers that JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
