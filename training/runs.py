@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .run_folder import RunFolder
+from .run_folder import PATIENCE, RunFolder
 
 POINTS = 600
 """About so many steps are enough for a chart."""
@@ -26,6 +27,9 @@ SMOOTHING = 0.95
 """Weight of the moving average in charts, as `chart.smoothed` has it."""
 TAIL = 2**18
 """Bytes at the end of metrics.jsonl that are read for a list."""
+
+_LOOKING = threading.Lock()
+"""Threads look at locks of runs one by one, or one would take another for a training."""
 
 
 class NoSuchRun(LookupError):
@@ -138,14 +142,14 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 def delete_run(root: Path, name: str) -> None:
     """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
     folder = _folder(root, name)
-    with _held(root, name) as free:
+    with _held(root, name, PATIENCE) as free:
         if not free:
             raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
         gone = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
         if gone.exists():
             shutil.rmtree(gone)
         folder.path.rename(gone)
-        shutil.rmtree(gone)
+    shutil.rmtree(gone)
 
 
 def _folders(root: Path) -> dict[str, RunFolder]:
@@ -181,8 +185,6 @@ def _changed(folder: RunFolder) -> float:
 
 def _state(root: Path, name: str, written: str) -> str:
     """The state of status.json, checked against who holds the run; a killed process leaves "running" behind."""
-    if written == "finished":
-        return written
     with _held(root, name) as free:
         if free:
             return "interrupted" if written in ("running", "new") else written
@@ -190,15 +192,19 @@ def _state(root: Path, name: str, written: str) -> str:
 
 
 @contextmanager
-def _held(root: Path, name: str) -> Iterator[bool]:
-    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on."""
+def _held(root: Path, name: str, patience: float = 0.0) -> Iterator[bool]:
+    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on.
+
+    patience: seconds to wait for another program that looks at the same lock.
+    """
     lock = root / ".locks" / f"{name}.lock"
     lock.parent.mkdir(exist_ok=True)  # a folder copied from elsewhere has no locks
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            yield True
-    except Timeout:
-        yield False
+    with _LOOKING:
+        try:
+            with FileLock(lock).acquire(timeout=patience, poll_interval=PATIENCE / 10):
+                yield True
+        except Timeout:
+            yield False
 
 
 def _rows(folder: RunFolder) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -80,7 +81,16 @@ def test_a_state_is_checked_against_who_holds_the_run(tmp_path):
             delete_run(tmp_path, "a run")
         folder.set_status("failed", 5)
         assert summary(tmp_path, folder)["state"] == "preparing"
+        folder.set_status("finished", 5)
+        assert summary(tmp_path, folder)["state"] == "preparing"  # it goes on to more steps
     assert folder.path.exists()
+
+
+def test_lists_that_are_made_at_once_take_each_other_for_no_training(tmp_path):
+    folder = a_run(tmp_path, state="running")
+    with ThreadPoolExecutor(8) as pool:
+        states = set(pool.map(lambda _: summary(tmp_path, folder)["state"], range(200)))
+    assert states == {"interrupted"}
 
 
 def test_details_have_smoothed_rows_and_only_numbers_that_json_knows(tmp_path):
