@@ -28,6 +28,8 @@ SMOOTHING = 0.95
 TAIL = 2**18
 """Bytes at the end of metrics.jsonl that are read for a list."""
 
+_DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
+"""What reading a run's files raises when they are gone, cut, or hold other things than expected."""
 _LOOKING = threading.Lock()
 """Threads look at locks of runs one by one, or one would take another for a training."""
 
@@ -39,7 +41,8 @@ class NoSuchRun(LookupError):
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """A summary of every run in `root`, those that changed last first; see `summary`."""
     found = [summary(root, folder) for folder in _folders(root).values()]
-    return sorted(found, key=lambda run: (-run["changed"], run["id"]))
+    there = [run for run in found if run["state"] != "damaged" or (root / run["id"]).exists()]  # not deleted just now
+    return sorted(there, key=lambda run: (-run["changed"], run["id"]))
 
 
 def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
@@ -50,44 +53,66 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
     and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; workflow: whether
     `workflow_of` has one.
     """
-    run = {"id": folder.name, "changed": _changed(folder), "grid": _last_grid(folder), "step": 0, "steps": None}
-    run |= {"kind": None, "state": "damaged", "message": "", "loss": None, "reward": None, "workflow": False}
+    run = {"id": folder.name, "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None, "state": "damaged"}
+    run |= {"message": "", "loss": None, "reward": None, "workflow": False}
     try:
-        config, status = folder.config() or {}, folder.status()
-        last = next((row for row in reversed(_tail(folder)) if "event" not in row), {})
-    except ValueError as error:
-        return run | {"message": str(error)}
-    run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
+        run["changed"] = _changed(folder)
+        return finite(run | _found(root, folder))
+    except _DAMAGED as error:
+        return run | {"message": _reason(error)}
+
+
+def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
+    """What the files of a run hold of its summary."""
+    config, status = folder.config() or {}, folder.status()
+    last = next((row for row in reversed(_tail(folder)) if "event" not in row), {})
+    run = {"grid": _last_grid(folder), "kind": config.get("identity", {}).get("kind")}
+    run |= {"steps": config.get("config", {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
     run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
-    return finite(run | {"workflow": bool(config.get("workflow") or config.get("prompt"))})
+    return run | {"workflow": bool(config.get("workflow") or config.get("prompt"))}
+
+
+def _reason(error: Exception) -> str:
+    """Why files cannot be read; errors of `read_json` name the file and what to do."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return f"files of this run are not as Retune writes them ({error!r}). Put them back, or begin the run again."
 
 
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
     """The summary of a run with its `config`, `environment`, `status` and rows, for charts.
 
     rows: about `points` of its steps, each with `smoothed` loss; count: of all steps; smoothing: the average's weight,
-    so that a chart can go on from the last row; validation, samples: rows of these events. Raises NoSuchRun.
+    so that a chart can go on from the last row; validation, samples: rows of these events. All of it is empty for a
+    damaged run. Raises NoSuchRun.
     """
+    folder = _folder(root, name)
+    run = summary(root, folder)
+    try:
+        return run | _curves(folder, points)
+    except _DAMAGED as error:
+        empty = {"config": None, "environment": None, "status": {}, "rows": [], "count": 0, "smoothing": SMOOTHING}
+        empty |= {"validation": [], "samples": []}
+        return run | empty | {"state": "damaged", "message": _reason(error)}
+
+
+def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
+    """What `run_details` has besides the summary."""
     from .chart import smoothed
 
-    folder = _folder(root, name)
     config, rows = folder.config() or {}, _rows(folder)
     steps = [row for row in rows if "event" not in row]
     curve = smoothed([row["loss"] for row in steps], SMOOTHING)
     steps = [row | {"smoothed": value} for row, value in zip(steps, curve, strict=True)]
     about = {key: config.get(key) for key in ("config", "environment")} | {"status": folder.status()}
-    return (
-        summary(root, folder)
-        | about
-        | {
-            "rows": finite(thinned(steps, points)),
-            "count": len(steps),
-            "smoothing": SMOOTHING,
-            "validation": finite([row for row in rows if row.get("event") == "validation"]),
-            "samples": finite([row for row in rows if row.get("event") == "sample"]),
-        }
-    )
+    return about | {
+        "rows": finite(thinned(steps, points)),
+        "count": len(steps),
+        "smoothing": SMOOTHING,
+        "validation": finite([row for row in rows if row.get("event") == "validation"]),
+        "samples": finite([row for row in rows if row.get("event") == "sample"]),
+    }
 
 
 def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
@@ -158,7 +183,15 @@ def _folders(root: Path) -> dict[str, RunFolder]:
         return {}
     with os.scandir(root) as entries:
         paths = [root / e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
-    return {path.name: RunFolder(path) for path in paths if (path / "config.json").is_file()}
+    return {path.name: RunFolder(path) for path in paths if _has_record(path)}
+
+
+def _has_record(path: Path) -> bool:
+    """Also of a folder that nobody may look into: a list tells of it as damaged."""
+    try:
+        return (path / "config.json").is_file()
+    except PermissionError:
+        return True
 
 
 def _folder(root: Path, name: str) -> RunFolder:

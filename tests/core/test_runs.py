@@ -152,8 +152,20 @@ def test_the_graph_that_made_a_run_and_a_report_of_it(tmp_path):
     assert report_file(tmp_path, "a run").read_text(encoding="utf-8") != "as it was"
 
 
-def test_a_damaged_run_does_not_hide_the_others(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("status.json", "{"),
+        ("status.json", '{"state": "failed"}'),
+        ("config.json", '[{"identity": 1}]'),
+        ("config.json", '{"identity": null}'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", '{"step": 1, "lo\n'),
+    ],
+)
+def test_a_damaged_run_does_not_hide_the_others(tmp_path, file, text):
     a_run(tmp_path)
-    (a_run(tmp_path, "broken").path / "status.json").write_text("{", encoding="utf-8")
-    states = {run["id"]: run["state"] for run in list_runs(tmp_path)}
-    assert states == {"a run": "interrupted", "broken": "damaged"}
+    (a_run(tmp_path, "broken").path / file).write_text(text, encoding="utf-8")
+    assert {run["id"]: run["state"] for run in list_runs(tmp_path)} == {"a run": "interrupted", "broken": "damaged"}
+    run = run_details(tmp_path, "broken")
+    assert run["state"] == "damaged" and run["message"] and run.keys() == run_details(tmp_path, "a run").keys()
