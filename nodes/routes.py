@@ -10,9 +10,9 @@ from typing import Any
 from aiohttp import web
 
 GUARD = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
-GUARD += b"style-src 'unsafe-inline'\">"
-"""Before a report, which may come from anywhere with its run folder: no scripts, no network. A header would not do,
-since ComfyUI's --disable-api-nodes writes its own over it."""
+GUARD += b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
+"""Before a report, which may come from anywhere with its run folder: no scripts, network or forms. A header would not
+do, since ComfyUI's --disable-api-nodes writes its own over it."""
 
 
 def register() -> None:

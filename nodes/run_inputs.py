@@ -68,7 +68,7 @@ def made_by(hidden: io.HiddenHolder) -> dict:
 
 
 def _without_changes(node: dict) -> dict:
-    """A node of a prompt without `is_changed`, which ComfyUI adds while it runs: often NaN, which JSON does not know."""
+    """A node of a prompt without `is_changed`, which ComfyUI adds while it runs: often NaN, which is no JSON."""
     return {key: value for key, value in node.items() if key != "is_changed"}
 
 

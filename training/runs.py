@@ -2,7 +2,7 @@
 missing or outdated report, and locks.
 
 A run or a file is asked for by a name, and found by comparing that name with what a fresh listing has: no part of a
-path is ever made from it.
+path is ever made from it. Links in a run folder, which may come from anywhere, are not followed.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
     run |= {"message": "", "loss": None, "reward": None, "workflow": False}
     try:
         run["changed"] = _changed(folder)
+        _check_links(folder)
         return finite(run | _found(root, folder))
     except _DAMAGED as error:
         return run | {"message": _reason(error)}
@@ -101,6 +102,7 @@ def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
     """What `run_details` has besides the summary."""
     from .chart import smoothed
 
+    _check_links(folder)
     config, rows = folder.config() or {}, _rows(folder)
     steps = [row for row in rows if "event" not in row]
     curve = smoothed([row["loss"] for row in steps], SMOOTHING)
@@ -128,24 +130,20 @@ def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
 
 
 def sample_file(root: Path, name: str, file: str) -> Path:
-    """The path of a run's sample picture. Raises NoSuchRun."""
-    found = {path.name: path for path in _pictures(_folder(root, name))}
+    """The path of a run's sample picture. Raises NoSuchRun, and ValueError for a run with links."""
+    found = _readable(root, name).pictures()
     if file not in found:
         raise NoSuchRun(f"run {name!r} has no sample {file!r}.")
     return found[file]
 
 
 def report_file(root: Path, name: str) -> Path:
-    """The path of a run's report.html, made anew when steps came after it. Raises NoSuchRun."""
+    """The path of a run's report.html, made anew when steps came after it. Raises as `sample_file`."""
     from .report import write_report
 
-    folder = _folder(root, name)
+    folder = _readable(root, name)
     path, metrics = folder.path / "report.html", folder.path / "metrics.jsonl"
-    if (
-        path.is_file()
-        and not path.is_symlink()
-        and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime)
-    ):
+    if path.is_file() and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime):
         return path
     run = summary(root, folder)
     shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
@@ -157,7 +155,7 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 
     Raises NoSuchRun, also for a run of the command line, which no workflow made.
     """
-    config = _folder(root, name).config() or {}
+    config = _readable(root, name).config() or {}
     made = {key: config.get(key) for key in ("workflow", "prompt")}
     if not any(made.values()):
         raise NoSuchRun(f"run {name!r} was not made by a workflow.")
@@ -201,14 +199,22 @@ def _folder(root: Path, name: str) -> RunFolder:
     return found[name]
 
 
-def _pictures(folder: RunFolder) -> list[Path]:
-    if not folder.samples.is_dir():
-        return []
-    return [p for p in folder.samples.iterdir() if p.suffix == ".png" and p.is_file() and not p.is_symlink()]
+def _check_links(folder: RunFolder) -> None:
+    """Raises ValueError where a file that is read here is a link, in a folder copied from elsewhere."""
+    for name in ("config.json", "status.json", "metrics.jsonl", "report.html", "samples"):
+        if (folder.path / name).is_symlink():
+            raise ValueError(f"{name} of run {folder.name!r} is a link; expected the run's own. Put a copy there.")
+
+
+def _readable(root: Path, name: str) -> RunFolder:
+    """A run's folder without links. Raises NoSuchRun and ValueError."""
+    folder = _folder(root, name)
+    _check_links(folder)
+    return folder
 
 
 def _last_grid(folder: RunFolder) -> str | None:
-    return max((path.name for path in _pictures(folder) if path.stem.endswith("_grid")), default=None)
+    return max((name for name in folder.pictures() if name.endswith("_grid.png")), default=None)
 
 
 def _changed(folder: RunFolder) -> float:

@@ -129,6 +129,34 @@ def test_names_that_no_listing_has_reach_nothing(tmp_path, name):
     assert (secret.path / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "status.json", "metrics.jsonl", "report.html", "samples"])
+def test_links_in_a_run_that_was_copied_in_are_not_followed(tmp_path, name):
+    root, secret = tmp_path / "retune", a_run(tmp_path, "secret", prompt={"1": {}})
+    report_file(tmp_path, "secret")
+    foreign = a_run(root, prompt={"1": {}}).path
+    (foreign / name).rename(tmp_path / "moved") if (foreign / name).exists() else None
+    (foreign / name).symlink_to(secret.path / name)
+    (run,) = list_runs(root)
+    assert run["state"] == "damaged" and f"{name} of run 'a run' is a link" in run["message"]
+    assert run_details(root, "a run")["rows"] == []
+    for read in (report_file, workflow_of, lambda *names: sample_file(*names, "000002_00.png")):
+        with pytest.raises(ValueError, match="is a link"):
+            read(root, "a run")
+    delete_run(root, "a run")
+    assert (secret.path / name).exists()
+
+
+def test_a_report_shows_no_picture_from_elsewhere(tmp_path):
+    folder = a_run(tmp_path / "retune")
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (folder.samples / "link.png").symlink_to(tmp_path / "secret.png")
+    row = {"event": "sample", "step": 3, "epoch": 1.0}
+    for file in (str(tmp_path / "secret.png"), "../../../secret.png", "link.png"):
+        folder.add_row(row | {"files": [file], "prompts": ["foreign"]})
+    page = report_file(tmp_path / "retune", "a run").read_text(encoding="utf-8")
+    assert "step 3" in page and 'alt="a &lt;b&gt;"' in page and 'alt="foreign"' not in page
+
+
 def test_deleting_takes_the_folder_and_nothing_else(tmp_path):
     a_run(tmp_path)
     other = a_run(tmp_path, "other")

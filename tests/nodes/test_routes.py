@@ -64,6 +64,7 @@ def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     policy = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
     assert body.startswith(policy) and body.endswith(page.read_bytes())
+    assert b"form-action 'none'; base-uri 'none'\">" in body
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e", "..%2f..%2fuser", ".locks", "%2fetc", "a%00b"])
