@@ -65,8 +65,7 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
 
 def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
     """What the files of a run hold of its summary."""
-    config, status = folder.config() or {}, folder.status()
-    last = next((row for row in reversed(_tail(folder)) if "event" not in row), {})
+    config, status, last = folder.config() or {}, folder.status(), _last_step(folder)
     run = {"grid": _last_grid(folder), "kind": config.get("identity", {}).get("kind")}
     run |= {"steps": config.get("config", {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
@@ -251,16 +250,19 @@ def _rows(folder: RunFolder) -> list[dict[str, Any]]:
     return _whole_lines(path.read_bytes()) if path.exists() else []
 
 
-def _tail(folder: RunFolder) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl."""
+def _last_step(folder: RunFolder) -> dict[str, Any]:
+    """The row of the last step among the last TAIL bytes of metrics.jsonl; empty where there is none."""
     path = folder.path / "metrics.jsonl"
     if not path.exists():
-        return []
+        return {}
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL))
-        data = file.read()
-    return _whole_lines(data if size <= TAIL else data[data.find(b"\n") + 1 :])
+        lines = file.read().split(b"\n")[:-1]  # none at the end that is being written
+    for line in reversed(lines[1:] if size > TAIL else lines):  # nor one whose start is cut off
+        if line.strip() and "event" not in (row := json.loads(line)):
+            return row
+    return {}
 
 
 def _whole_lines(data: bytes) -> list[dict[str, Any]]:

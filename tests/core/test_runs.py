@@ -12,6 +12,7 @@ from retune.training.chart import smoothed
 from retune.training.lora_config import LoraConfig
 from retune.training.run_folder import RunFolder
 from retune.training.runs import (
+    TAIL,
     NoSuchRun,
     delete_run,
     list_runs,
@@ -70,6 +71,15 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
         "grid": "000002_grid.png",
         "workflow": True,
     }
+
+
+@pytest.mark.parametrize("before", ["", "no row\n", f"no row\n{'x' * TAIL}\n"])
+def test_no_more_than_the_last_step_is_read_for_a_list(tmp_path, before):
+    folder = a_run(tmp_path)
+    rows = '{"step": 7, "loss": 0.5}\n{"event": "sample", "step": 7}\n{"step": 8, "lo'
+    (folder.path / "metrics.jsonl").write_text(before + rows, encoding="utf-8")
+    run = summary(tmp_path, folder)
+    assert (run["state"], run["step"], run["loss"]) == ("interrupted", 7, 0.5)
 
 
 def test_a_state_is_checked_against_who_holds_the_run(tmp_path):
