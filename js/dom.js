@@ -63,7 +63,7 @@ export function picture(image, id, file, title) {
 export async function ask(path, method = "GET") {
   const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;
-  const body = await answer.json();
+  const body = await answer.json().catch(() => ({ error: answer.statusText }));
   if (!answer.ok) throw new Error(body.error);
   return body;
 }
@@ -71,12 +71,11 @@ export async function ask(path, method = "GET") {
 export const toast = (severity, detail) =>
   app.extensionManager.toast.add({ severity, summary: "Retune", detail, life: 6000 });
 
-/** What an action gives; tells its error to the user and gives null. */
+/** What an action gives; tells its error to the user and gives undefined. */
 export async function attempt(action) {
   try {
     return await action();
   } catch (error) {
     toast("error", error.message);
-    return null;
   }
 }

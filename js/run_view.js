@@ -55,15 +55,21 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Reads a run from the server a moment later: several reasons to do so are one. */
+  /** Reads a run a moment later: several reasons are one, and one that comes while it is read makes it read again. */
   load(id, after = 50) {
+    this.again = true;
+    if (id && id === this.loading) return;
     clearTimeout(this.waiting);
+    this.loading = id;
     const ticket = (this.waiting = setTimeout(async () => {
+      this.again = false;
       const wanted = id ?? this.name ?? this.run?.id;
       const details = wanted ? await attempt(() => ask(address(wanted))) : null;
       if (ticket !== this.waiting || !views.has(this)) return;
-      this.run = details && new RunData(details);
+      this.loading = null;
+      if (details !== undefined) this.run = details && new RunData(details); // else it could not be read
       this.fill();
+      if (this.again) this.load(id);
     }, after));
   }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
 GUARD = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
-GUARD += b"style-src 'unsafe-inline'\">"
-"""Before a report, which may come from anywhere with its run folder: no scripts, no network. A header would not do,
-since ComfyUI's --disable-api-nodes writes its own over it."""
+GUARD += b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
+"""Before a report, which may come from anywhere with its run folder: no scripts, network or forms. A header would not
+do, since ComfyUI's --disable-api-nodes writes its own over it."""
 
 
 def register() -> None:
@@ -31,6 +32,13 @@ def register() -> None:
     routes.delete("/retune/runs/{id}")(_answering(_delete))
 
 
+def _json(value: Any, status: int = 200) -> web.Response:
+    """Strict JSON: ComfyUI's prompts, and metrics, may hold numbers that browsers refuse."""
+    from ..training.runs import finite
+
+    return web.json_response(finite(value), status=status)
+
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -42,9 +50,9 @@ def _answering(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except NoSuchRun as error:
-            return web.json_response({"error": str(error.args[0])}, status=404)
+            return _json({"error": str(error.args[0])}, status=404)
         except (ValueError, OSError) as error:
-            return web.json_response({"error": str(error)}, status=409)
+            return _json({"error": str(error)}, status=409)
 
     return answer
 
@@ -59,7 +67,7 @@ async def _asked(function: Callable, request: web.Request, *names: str):
 async def _list(request: web.Request) -> web.Response:
     from ..training.runs import list_runs
 
-    return web.json_response(await _asked(list_runs, request))
+    return _json(await _asked(list_runs, request))
 
 
 async def _details(request: web.Request) -> web.Response:
@@ -71,7 +79,7 @@ async def _details(request: web.Request) -> web.Response:
         run = await _asked(run_details, request, "id")
     except NoSuchRun:
         return web.Response(status=204)
-    return web.json_response(run | {"live": last_steps.get(run["id"])})
+    return _json(run | {"live": last_steps.get(run["id"])})
 
 
 async def _sample(request: web.Request) -> web.FileResponse:
@@ -92,7 +100,7 @@ async def _report(request: web.Request) -> web.Response:
 async def _workflow(request: web.Request) -> web.Response:
     from ..training.runs import workflow_of
 
-    return web.json_response(await _asked(workflow_of, request, "id"))
+    return _json(await _asked(workflow_of, request, "id"))
 
 
 async def _finish(request: web.Request) -> web.Response:
@@ -103,11 +111,11 @@ async def _finish(request: web.Request) -> web.Response:
     name = (await _asked(run_details, request, "id"))["id"]
     if not finish(name):
         raise ValueError(f"run {name!r} is not in progress in this ComfyUI; expected one that is.")
-    return web.json_response({"finishing": name})
+    return _json({"finishing": name})
 
 
 async def _delete(request: web.Request) -> web.Response:
     from ..training.runs import delete_run
 
     await _asked(delete_run, request, "id")
-    return web.json_response({"deleted": request.match_info["id"]})
+    return _json({"deleted": request.match_info["id"]})

@@ -63,7 +63,13 @@ def run_inputs() -> list:
 
 def made_by(hidden: io.HiddenHolder) -> dict:
     """What config.json keeps of the graph that made a run: the prompt, and the workflow where a browser sent it."""
-    return {"prompt": hidden.prompt, "workflow": (hidden.extra_pnginfo or {}).get("workflow")}
+    prompt = hidden.prompt and {name: _without_changes(node) for name, node in hidden.prompt.items()}
+    return {"prompt": prompt, "workflow": (hidden.extra_pnginfo or {}).get("workflow")}
+
+
+def _without_changes(node: dict) -> dict:
+    """A node of a prompt without `is_changed`, which ComfyUI adds while it runs: often NaN, which is no JSON."""
+    return {key: value for key, value in node.items() if key != "is_changed"}
 
 
 def shown(run_name: str) -> dict:

@@ -59,7 +59,8 @@ def write_report(
     parts.append(f'<h2>Curves</h2><figure><img alt="curves of the run" src="{chart}"></figure>')
     parts += [_pictures(title, shown) for title, shown in (pictures or {}).items()]
     parts.append("<h2>Samples while training</h2>")
-    parts += [_strip(folder, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
+    there = folder.pictures()
+    parts += [_strip(there, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
     if about:
         changed, usual = settings_tables(about)
         parts += [_table("Settings that are not the defaults", changed), _folded("All other settings", usual)]
@@ -105,10 +106,10 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
 
-def _strip(folder: RunFolder, row: Mapping) -> str:
-    """The pictures of one moment that are still there."""
+def _strip(there: Mapping[str, Path], row: Mapping) -> str:
+    """The pictures of one moment that are still there; names in a row may be anything."""
     pairs = zip(row["prompts"], row["files"], strict=True)
-    shown = [(prompt, *_sample(folder.samples / file)) for prompt, file in pairs if (folder.samples / file).exists()]
+    shown = [(prompt, *_sample(there[file])) for prompt, file in pairs if file in there]
     wide = " wide" if any(larger for *_, larger in shown) else ""
     figures = "".join(_figure(prompt, url) for prompt, url, _ in shown)
     return f'<h3>step {row["step"]}, epoch {row["epoch"]:g}</h3><div class="strip{wide}">{figures}</div>'

@@ -93,6 +93,13 @@ class RunFolder:
         path = self.path / "status.json"
         return read_json(path) if path.exists() else {"state": "new", "step": 0}
 
+    def pictures(self) -> dict[str, Path]:
+        """The sample pictures that are there, by name: true files, no links."""
+        if self.samples.is_symlink() or not self.samples.is_dir():
+            return {}
+        found = [path for path in self.samples.iterdir() if path.suffix == ".png"]
+        return {path.name: path for path in found if path.is_file() and not path.is_symlink()}
+
     def set_status(self, state: str, step: int, **more: Any) -> None:
         write_json(self.path / "status.json", {"state": state, "step": step, **more})
 

@@ -2,7 +2,7 @@
 missing or outdated report, and locks.
 
 A run or a file is asked for by a name, and found by comparing that name with what a fresh listing has: no part of a
-path is ever made from it.
+path is ever made from it. Links in a run folder, which may come from anywhere, are not followed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .run_folder import RunFolder
+from .run_folder import PATIENCE, RunFolder
 
 POINTS = 600
 """About so many steps are enough for a chart."""
@@ -26,6 +27,11 @@ SMOOTHING = 0.95
 """Weight of the moving average in charts, as `chart.smoothed` has it."""
 TAIL = 2**18
 """Bytes at the end of metrics.jsonl that are read for a list."""
+
+_DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
+"""What reading a run's files raises when they are gone, cut, or hold other things than expected."""
+_LOOKING = threading.Lock()
+"""Threads look at locks of runs one by one, or one would take another for a training."""
 
 
 class NoSuchRun(LookupError):
@@ -35,7 +41,8 @@ class NoSuchRun(LookupError):
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """A summary of every run in `root`, those that changed last first; see `summary`."""
     found = [summary(root, folder) for folder in _folders(root).values()]
-    return sorted(found, key=lambda run: (-run["changed"], run["id"]))
+    there = [run for run in found if run["state"] != "damaged" or (root / run["id"]).exists()]  # not deleted just now
+    return sorted(there, key=lambda run: (-run["changed"], run["id"]))
 
 
 def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
@@ -46,44 +53,67 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
     and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; workflow: whether
     `workflow_of` has one.
     """
-    run = {"id": folder.name, "changed": _changed(folder), "grid": _last_grid(folder), "step": 0, "steps": None}
-    run |= {"kind": None, "state": "damaged", "message": "", "loss": None, "reward": None, "workflow": False}
+    run = {"id": folder.name, "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None, "state": "damaged"}
+    run |= {"message": "", "loss": None, "reward": None, "workflow": False}
     try:
-        config, status = folder.config() or {}, folder.status()
-        last = next((row for row in reversed(_tail(folder)) if "event" not in row), {})
-    except ValueError as error:
-        return run | {"message": str(error)}
-    run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
+        run["changed"] = _changed(folder)
+        _check_links(folder)
+        return finite(run | _found(root, folder))
+    except _DAMAGED as error:
+        return run | {"message": _reason(error)}
+
+
+def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
+    """What the files of a run hold of its summary."""
+    config, status, last = folder.config() or {}, folder.status(), _last_step(folder)
+    run = {"grid": _last_grid(folder), "kind": config.get("identity", {}).get("kind")}
+    run |= {"steps": config.get("config", {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
     run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
-    return _finite(run | {"workflow": bool(config.get("workflow") or config.get("prompt"))})
+    return run | {"workflow": bool(config.get("workflow") or config.get("prompt"))}
+
+
+def _reason(error: Exception) -> str:
+    """Why files cannot be read; errors of `read_json` name the file and what to do."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return f"files of this run are not as Retune writes them ({error!r}). Put them back, or begin the run again."
 
 
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
     """The summary of a run with its `config`, `environment`, `status` and rows, for charts.
 
     rows: about `points` of its steps, each with `smoothed` loss; count: of all steps; smoothing: the average's weight,
-    so that a chart can go on from the last row; validation, samples: rows of these events. Raises NoSuchRun.
+    so that a chart can go on from the last row; validation, samples: rows of these events. All of it is empty for a
+    damaged run. Raises NoSuchRun.
     """
+    folder = _folder(root, name)
+    run = summary(root, folder)
+    try:
+        return run | _curves(folder, points)
+    except _DAMAGED as error:
+        empty = {"config": None, "environment": None, "status": {}, "rows": [], "count": 0, "smoothing": SMOOTHING}
+        empty |= {"validation": [], "samples": []}
+        return run | empty | {"state": "damaged", "message": _reason(error)}
+
+
+def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
+    """What `run_details` has besides the summary."""
     from .chart import smoothed
 
-    folder = _folder(root, name)
+    _check_links(folder)
     config, rows = folder.config() or {}, _rows(folder)
     steps = [row for row in rows if "event" not in row]
     curve = smoothed([row["loss"] for row in steps], SMOOTHING)
     steps = [row | {"smoothed": value} for row, value in zip(steps, curve, strict=True)]
     about = {key: config.get(key) for key in ("config", "environment")} | {"status": folder.status()}
-    return (
-        summary(root, folder)
-        | about
-        | {
-            "rows": _finite(thinned(steps, points)),
-            "count": len(steps),
-            "smoothing": SMOOTHING,
-            "validation": _finite([row for row in rows if row.get("event") == "validation"]),
-            "samples": _finite([row for row in rows if row.get("event") == "sample"]),
-        }
-    )
+    return about | {
+        "rows": finite(thinned(steps, points)),
+        "count": len(steps),
+        "smoothing": SMOOTHING,
+        "validation": finite([row for row in rows if row.get("event") == "validation"]),
+        "samples": finite([row for row in rows if row.get("event") == "sample"]),
+    }
 
 
 def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
@@ -99,24 +129,20 @@ def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
 
 
 def sample_file(root: Path, name: str, file: str) -> Path:
-    """The path of a run's sample picture. Raises NoSuchRun."""
-    found = {path.name: path for path in _pictures(_folder(root, name))}
+    """The path of a run's sample picture. Raises NoSuchRun, and ValueError for a run with links."""
+    found = _readable(root, name).pictures()
     if file not in found:
         raise NoSuchRun(f"run {name!r} has no sample {file!r}.")
     return found[file]
 
 
 def report_file(root: Path, name: str) -> Path:
-    """The path of a run's report.html, made anew when steps came after it. Raises NoSuchRun."""
+    """The path of a run's report.html, made anew when steps came after it. Raises as `sample_file`."""
     from .report import write_report
 
-    folder = _folder(root, name)
+    folder = _readable(root, name)
     path, metrics = folder.path / "report.html", folder.path / "metrics.jsonl"
-    if (
-        path.is_file()
-        and not path.is_symlink()
-        and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime)
-    ):
+    if path.is_file() and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime):
         return path
     run = summary(root, folder)
     shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
@@ -128,7 +154,7 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 
     Raises NoSuchRun, also for a run of the command line, which no workflow made.
     """
-    config = _folder(root, name).config() or {}
+    config = _readable(root, name).config() or {}
     made = {key: config.get(key) for key in ("workflow", "prompt")}
     if not any(made.values()):
         raise NoSuchRun(f"run {name!r} was not made by a workflow.")
@@ -138,14 +164,14 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 def delete_run(root: Path, name: str) -> None:
     """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
     folder = _folder(root, name)
-    with _held(root, name) as free:
+    with _held(root, name, PATIENCE) as free:
         if not free:
             raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
         gone = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
         if gone.exists():
             shutil.rmtree(gone)
         folder.path.rename(gone)
-        shutil.rmtree(gone)
+    shutil.rmtree(gone)
 
 
 def _folders(root: Path) -> dict[str, RunFolder]:
@@ -154,7 +180,15 @@ def _folders(root: Path) -> dict[str, RunFolder]:
         return {}
     with os.scandir(root) as entries:
         paths = [root / e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
-    return {path.name: RunFolder(path) for path in paths if (path / "config.json").is_file()}
+    return {path.name: RunFolder(path) for path in paths if _has_record(path)}
+
+
+def _has_record(path: Path) -> bool:
+    """Also of a folder that nobody may look into: a list tells of it as damaged."""
+    try:
+        return (path / "config.json").is_file()
+    except PermissionError:
+        return True
 
 
 def _folder(root: Path, name: str) -> RunFolder:
@@ -164,14 +198,22 @@ def _folder(root: Path, name: str) -> RunFolder:
     return found[name]
 
 
-def _pictures(folder: RunFolder) -> list[Path]:
-    if not folder.samples.is_dir():
-        return []
-    return [p for p in folder.samples.iterdir() if p.suffix == ".png" and p.is_file() and not p.is_symlink()]
+def _check_links(folder: RunFolder) -> None:
+    """Raises ValueError where a file that is read here is a link, in a folder copied from elsewhere."""
+    for name in ("config.json", "status.json", "metrics.jsonl", "report.html", "samples"):
+        if (folder.path / name).is_symlink():
+            raise ValueError(f"{name} of run {folder.name!r} is a link; expected the run's own. Put a copy there.")
+
+
+def _readable(root: Path, name: str) -> RunFolder:
+    """A run's folder without links. Raises NoSuchRun and ValueError."""
+    folder = _folder(root, name)
+    _check_links(folder)
+    return folder
 
 
 def _last_grid(folder: RunFolder) -> str | None:
-    return max((path.name for path in _pictures(folder) if path.stem.endswith("_grid")), default=None)
+    return max((name for name in folder.pictures() if name.endswith("_grid.png")), default=None)
 
 
 def _changed(folder: RunFolder) -> float:
@@ -181,8 +223,6 @@ def _changed(folder: RunFolder) -> float:
 
 def _state(root: Path, name: str, written: str) -> str:
     """The state of status.json, checked against who holds the run; a killed process leaves "running" behind."""
-    if written == "finished":
-        return written
     with _held(root, name) as free:
         if free:
             return "interrupted" if written in ("running", "new") else written
@@ -190,15 +230,19 @@ def _state(root: Path, name: str, written: str) -> str:
 
 
 @contextmanager
-def _held(root: Path, name: str) -> Iterator[bool]:
-    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on."""
+def _held(root: Path, name: str, patience: float = 0.0) -> Iterator[bool]:
+    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on.
+
+    patience: seconds to wait for another program that looks at the same lock.
+    """
     lock = root / ".locks" / f"{name}.lock"
     lock.parent.mkdir(exist_ok=True)  # a folder copied from elsewhere has no locks
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            yield True
-    except Timeout:
-        yield False
+    with _LOOKING:
+        try:
+            with FileLock(lock).acquire(timeout=patience, poll_interval=PATIENCE / 10):
+                yield True
+        except Timeout:
+            yield False
 
 
 def _rows(folder: RunFolder) -> list[dict[str, Any]]:
@@ -206,16 +250,19 @@ def _rows(folder: RunFolder) -> list[dict[str, Any]]:
     return _whole_lines(path.read_bytes()) if path.exists() else []
 
 
-def _tail(folder: RunFolder) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl."""
+def _last_step(folder: RunFolder) -> dict[str, Any]:
+    """The row of the last step among the last TAIL bytes of metrics.jsonl; empty where there is none."""
     path = folder.path / "metrics.jsonl"
     if not path.exists():
-        return []
+        return {}
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL))
-        data = file.read()
-    return _whole_lines(data if size <= TAIL else data[data.find(b"\n") + 1 :])
+        lines = file.read().split(b"\n")[:-1]  # none at the end that is being written
+    for line in reversed(lines[1:] if size > TAIL else lines):  # nor one whose start is cut off
+        if line.strip() and "event" not in (row := json.loads(line)):
+            return row
+    return {}
 
 
 def _whole_lines(data: bytes) -> list[dict[str, Any]]:
@@ -223,10 +270,10 @@ def _whole_lines(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines() if line]
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not know."""
+def finite(value: Any) -> Any:
+    """The same value with null for numbers that JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import textwrap
+from threading import Thread
 
 import pytest
 import torch
 from retune.training.checkpoint import load_state, restore_optimizer, save_state
 from retune.training.config import TrainingSettings
-from retune.training.files import check_free_disk, read_tensors, write_json, write_tensors
+from retune.training.files import atomic_path, check_free_disk, read_tensors, write_json, write_tensors, write_text
 from retune.training.fingerprint import tensors_sketch
 from retune.training.optim import build_optimizer
 from retune.training.run_folder import RunFolder, move_aside, next_name
@@ -260,3 +261,14 @@ def test_a_damaged_state_is_named(tmp_path, damage):
     folder.latest.write_bytes(data[: len(data) // 2] if damage is None else damage)
     with pytest.raises(ValueError, match=r"latest.safetensors cannot be read .* resume = restart"):
         load_state(folder)
+
+
+def test_two_threads_write_the_same_file_at_once(tmp_path):
+    path = tmp_path / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text("first", encoding="utf-8")
+        other = Thread(target=write_text, args=(path, "second"))
+        other.start()
+        other.join()
+        assert path.read_text(encoding="utf-8") == "second"
+    assert path.read_text(encoding="utf-8") == "first" and [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -11,6 +12,7 @@ from retune.training.chart import smoothed
 from retune.training.lora_config import LoraConfig
 from retune.training.run_folder import RunFolder
 from retune.training.runs import (
+    TAIL,
     NoSuchRun,
     delete_run,
     list_runs,
@@ -71,6 +73,15 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
     }
 
 
+@pytest.mark.parametrize("before", ["", "no row\n", f"no row\n{'x' * TAIL}\n"])
+def test_no_more_than_the_last_step_is_read_for_a_list(tmp_path, before):
+    folder = a_run(tmp_path)
+    rows = '{"step": 7, "loss": 0.5}\n{"event": "sample", "step": 7}\n{"step": 8, "lo'
+    (folder.path / "metrics.jsonl").write_text(before + rows, encoding="utf-8")
+    run = summary(tmp_path, folder)
+    assert (run["state"], run["step"], run["loss"]) == ("interrupted", 7, 0.5)
+
+
 def test_a_state_is_checked_against_who_holds_the_run(tmp_path):
     folder = a_run(tmp_path, state="running")
     assert summary(tmp_path, folder)["state"] == "interrupted"  # its process was killed
@@ -80,7 +91,16 @@ def test_a_state_is_checked_against_who_holds_the_run(tmp_path):
             delete_run(tmp_path, "a run")
         folder.set_status("failed", 5)
         assert summary(tmp_path, folder)["state"] == "preparing"
+        folder.set_status("finished", 5)
+        assert summary(tmp_path, folder)["state"] == "preparing"  # it goes on to more steps
     assert folder.path.exists()
+
+
+def test_lists_that_are_made_at_once_take_each_other_for_no_training(tmp_path):
+    folder = a_run(tmp_path, state="running")
+    with ThreadPoolExecutor(8) as pool:
+        states = set(pool.map(lambda _: summary(tmp_path, folder)["state"], range(200)))
+    assert states == {"interrupted"}
 
 
 def test_details_have_smoothed_rows_and_only_numbers_that_json_knows(tmp_path):
@@ -119,6 +139,34 @@ def test_names_that_no_listing_has_reach_nothing(tmp_path, name):
     assert (secret.path / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "status.json", "metrics.jsonl", "report.html", "samples"])
+def test_links_in_a_run_that_was_copied_in_are_not_followed(tmp_path, name):
+    root, secret = tmp_path / "retune", a_run(tmp_path, "secret", prompt={"1": {}})
+    report_file(tmp_path, "secret")
+    foreign = a_run(root, prompt={"1": {}}).path
+    (foreign / name).rename(tmp_path / "moved") if (foreign / name).exists() else None
+    (foreign / name).symlink_to(secret.path / name)
+    (run,) = list_runs(root)
+    assert run["state"] == "damaged" and f"{name} of run 'a run' is a link" in run["message"]
+    assert run_details(root, "a run")["rows"] == []
+    for read in (report_file, workflow_of, lambda *names: sample_file(*names, "000002_00.png")):
+        with pytest.raises(ValueError, match="is a link"):
+            read(root, "a run")
+    delete_run(root, "a run")
+    assert (secret.path / name).exists()
+
+
+def test_a_report_shows_no_picture_from_elsewhere(tmp_path):
+    folder = a_run(tmp_path / "retune")
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (folder.samples / "link.png").symlink_to(tmp_path / "secret.png")
+    row = {"event": "sample", "step": 3, "epoch": 1.0}
+    for file in (str(tmp_path / "secret.png"), "../../../secret.png", "link.png"):
+        folder.add_row(row | {"files": [file], "prompts": ["foreign"]})
+    page = report_file(tmp_path / "retune", "a run").read_text(encoding="utf-8")
+    assert "step 3" in page and 'alt="a &lt;b&gt;"' in page and 'alt="foreign"' not in page
+
+
 def test_deleting_takes_the_folder_and_nothing_else(tmp_path):
     a_run(tmp_path)
     other = a_run(tmp_path, "other")
@@ -142,8 +190,20 @@ def test_the_graph_that_made_a_run_and_a_report_of_it(tmp_path):
     assert report_file(tmp_path, "a run").read_text(encoding="utf-8") != "as it was"
 
 
-def test_a_damaged_run_does_not_hide_the_others(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("status.json", "{"),
+        ("status.json", '{"state": "failed"}'),
+        ("config.json", '[{"identity": 1}]'),
+        ("config.json", '{"identity": null}'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", '{"step": 1, "lo\n'),
+    ],
+)
+def test_a_damaged_run_does_not_hide_the_others(tmp_path, file, text):
     a_run(tmp_path)
-    (a_run(tmp_path, "broken").path / "status.json").write_text("{", encoding="utf-8")
-    states = {run["id"]: run["state"] for run in list_runs(tmp_path)}
-    assert states == {"a run": "interrupted", "broken": "damaged"}
+    (a_run(tmp_path, "broken").path / file).write_text(text, encoding="utf-8")
+    assert {run["id"]: run["state"] for run in list_runs(tmp_path)} == {"a run": "interrupted", "broken": "damaged"}
+    run = run_details(tmp_path, "broken")
+    assert run["state"] == "damaged" and run["message"] and run.keys() == run_details(tmp_path, "a run").keys()

@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from retune.training.comfyui_server import DIRECT
@@ -10,6 +11,8 @@ from retune.training.run_folder import RunFolder
 
 RUN = "a run (old 1)"
 ENCODED = "a%20run%20(old%201)"
+PROMPT = {"1": {"is_changed": [float("nan")]}}
+"""As ComfyUI fills it in while a graph runs."""
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def root(comfyui_server):
     """ComfyUI's runs folder with one finished run in it."""
     root = comfyui_server.base_directory / "output" / "retune"
     with RunFolder.open(root, RUN, resume="restart") as folder:
-        folder.claim({"kind": "lora"}, {"config": {"steps": 2}, "prompt": {"1": {}}, "workflow": {"nodes": []}})
+        folder.claim({"kind": "lora"}, {"config": {"steps": 2}, "prompt": PROMPT, "workflow": {"nodes": []}})
         for step in (1, 2):
             folder.add_row({"step": step, "loss": 1 / step})
         (folder.samples / "000002_grid.png").write_bytes(b"a picture")
@@ -42,8 +45,16 @@ def test_runs_are_listed_and_told(comfyui_server, root):
     run = json.loads(answer(comfyui_server, f"/{ENCODED}")[2])
     assert [row["step"] for row in run["rows"]] == [1, 2] and run["config"] == {"steps": 2} and run["live"] is None
     made = json.loads(answer(comfyui_server, f"/{ENCODED}/workflow")[2])
-    assert made == {"workflow": {"nodes": []}, "prompt": {"1": {}}}
+    assert made == {"workflow": {"nodes": []}, "prompt": {"1": {"is_changed": [None]}}}
     assert answer(comfyui_server, f"/{ENCODED}/samples/000002_grid.png")[2] == b"a picture"
+
+
+def test_a_run_keeps_its_prompt_without_what_comfyui_adds():
+    from retune.nodes.run_inputs import made_by
+
+    hidden = SimpleNamespace(prompt={"1": {"inputs": {"a": 1}, **PROMPT["1"]}}, extra_pnginfo=None)
+    assert made_by(hidden) == {"prompt": {"1": {"inputs": {"a": 1}}}, "workflow": None}
+    assert "is_changed" in hidden.prompt["1"] and made_by(SimpleNamespace(prompt=None, extra_pnginfo={}))
 
 
 def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
@@ -53,6 +64,7 @@ def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     policy = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
     assert body.startswith(policy) and body.endswith(page.read_bytes())
+    assert b"form-action 'none'; base-uri 'none'\">" in body
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e", "..%2f..%2fuser", ".locks", "%2fetc", "a%00b"])
