@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 const href = new URL("retune.css", import.meta.url).href;
 document.head.append(el("link", "", { rel: "stylesheet", href }));
 
-/** An element with classes (without their prefix), properties and children. */
+/** names: of classes, without their prefix. */
 export function el(tag, names = "", properties, ...children) {
   const className = names.replace(/\S+/g, "retune-$&");
   const element = Object.assign(document.createElement(tag), { className }, properties);
@@ -31,7 +31,6 @@ export function sayState(element, state) {
   say(element, state);
 }
 
-/** A figure in three or four digits. */
 export function figure(value) {
   const size = Math.abs(value);
   if (size && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
@@ -51,15 +50,15 @@ export const remark = (run) => ({ interrupted: "queue it again to go on", finish
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 
-/** A sample's picture; a click opens it alone. */
-export function picture(image, id, file, title) {
-  const src = api.apiURL(address(id, "samples", file));
+/** A sample's picture; with a version, since names come again after a restart. */
+export function picture(image, { id, version }, file, title) {
+  const src = api.apiURL(`${address(id, "samples", file)}?v=${version}`);
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
   image.onclick = () => window.open(src, "_blank");
   return image;
 }
 
-/** A route's JSON, or null for a run that is not there; throws an Error with the server's reason. */
+/** A route's JSON, or null for a run that is not there; throws the server's reason. */
 export async function ask(path, method = "GET") {
   const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;

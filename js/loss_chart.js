@@ -1,4 +1,4 @@
-// Lines on a canvas: two y axes, linear or log, values under the pointer. It draws only when something has changed.
+// Lines on a canvas: two y axes, linear or log, values under the pointer. It draws only after changes.
 import { button, el, figure } from "./dom.js";
 
 const TOP = 18, BOTTOM = 20, SIDE = 44; // margins in CSS pixels
@@ -111,7 +111,7 @@ export class LineChart {
     }
   }
 
-  /** Shows the values of the step nearest to the pointer; null: it is away. */
+  /** x: of the pointer; null: it is away. */
   point(x) {
     const step = x === null || !this.x ? null : this.nearest(this.x.back(x));
     if (step === this.hover) return;
@@ -164,15 +164,15 @@ function scale(low, high, from, to) {
 /** Value -> height, with `ticks`; log only where every value is above 0. */
 function yScale(series, log, box) {
   let [low, high] = limits(series);
-  const count = Math.max(2, (box.bottom - box.top) / 34), to = log && low > 0 ? Math.log10 : (v) => v;
-  if (to !== Math.log10 && low > 0 && (low < 0.6 * high || low === high)) low = 0;
+  const count = Math.max(2, (box.bottom - box.top) / 34), isLog = log && low > 0, to = isLog ? Math.log10 : (v) => v;
+  if (!isLog && low > 0 && (low < 0.6 * high || low === high)) low = 0;
   const room = 0.06 * (to(high) - to(low)) || 0.1;
   [low, high] = [low === 0 ? 0 : to(low) - room, to(high) + room];
   const linear = scale(low, high, box.bottom, box.top);
-  return Object.assign((v) => linear(to(v)), { ticks: (to === Math.log10 ? logTicks : ticks)(low, high, count) });
+  return Object.assign((v) => linear(to(v)), { ticks: (isLog ? logTicks : ticks)(low, high, count) });
 }
 
-/** Lowest and highest value; of faint series without the outermost fiftieth at each end. */
+/** Lowest and highest value; faint series without a fiftieth at each end. */
 function limits(series) {
   const shown = series.flatMap(({ points, faint }) => {
     const values = points.map((p) => p[1]).sort((a, b) => a - b), cut = faint ? Math.floor(values.length / 50) : 0;

@@ -1,4 +1,4 @@
-// Retune in ComfyUI's page: a view of the run in every training node, and the runs panel in the sidebar.
+// A view of the run in every training node, and the runs panel in the sidebar.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { RunView, nameWidget, views } from "./run_view.js";
@@ -6,7 +6,7 @@ import { RunsPanel } from "./runs_panel.js";
 
 let panel = null;
 
-// Before setup: a run may be in progress already, and ComfyUI warns of events that nobody waits for.
+// Before setup: a run may be in progress, and ComfyUI warns of events nobody waits for.
 for (const kind of ["step", "sample", "state"])
   api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
     views.forEach((view) => view.event(kind, detail));
@@ -23,7 +23,6 @@ function close() {
   panel = null;
 }
 
-/** Calls `more` after a method or callback of an object. */
 function extend(object, name, more) {
   const before = object[name];
   object[name] = function (...values) {
@@ -48,6 +47,12 @@ app.registerExtension({
       },
       destroy: close,
     });
+  },
+
+  /** Nodes in subgraphs of an old workflow go without onRemoved. */
+  afterConfigureGraph() {
+    const root = app.rootGraph ?? app.graph, graphs = [root, ...root.subgraphs.values()];
+    views.forEach((view) => graphs.includes(view.node.graph) || view.dispose());
   },
 
   nodeCreated(node) {

@@ -1,10 +1,9 @@
 // What is known of one run: the server's answer for it, and the events that came since.
 import { words } from "./dom.js";
 
-const POINTS = 2400; // more steps than this are thinned: a chart is some hundred pixels wide
+const POINTS = 2400; // more steps are thinned
 
 export class RunData {
-  /** @param details the answer of GET /retune/runs/{id} */
   constructor(details) {
     Object.assign(this, details);
     this.average = this.rows.length ? this.rows.at(-1).smoothed * (1 - this.smoothing ** this.count) : 0;
@@ -61,7 +60,6 @@ export class RunData {
     return found;
   }
 
-  /** Choices for the right axis, as pairs of key and words. */
   get choices() {
     return [["", "one axis"], ...[...this.figures.keys()].sort().map((key) => [key, words(key)])];
   }

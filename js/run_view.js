@@ -25,7 +25,7 @@ export class RunView {
   build() {
     this.state = el("span", "state");
     this.progress = el("span", "grow");
-    const says = "End the run cleanly after this step: its result is written and the graph goes on.";
+    const says = "End after this step; the result is written and the graph goes on.";
     this.end = button("Finish now", says, () => this.finish());
     this.pace = el("span", "grow quiet");
     this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
@@ -55,19 +55,21 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Reads a run a moment later: several reasons are one, and one that comes while it is read makes it read again. */
+  /** Reads a run a moment later, and once more if asked for meanwhile. */
   load(id, after = 50) {
     this.again = true;
     if (id && id === this.loading) return;
     clearTimeout(this.waiting);
     this.loading = id;
+    const { properties } = this.node;
+    if (id) properties.retune_run = id; // a linked name is known only so after a reload
     const ticket = (this.waiting = setTimeout(async () => {
       this.again = false;
-      const wanted = id ?? this.name ?? this.run?.id;
+      const wanted = id ?? this.name ?? this.run?.id ?? properties.retune_run;
       const details = wanted ? await attempt(() => ask(address(wanted))) : null;
       if (ticket !== this.waiting || !views.has(this)) return;
       this.loading = null;
-      if (details !== undefined) this.run = details && new RunData(details); // else it could not be read
+      if (details !== undefined) this.run = details && new RunData(details);
       this.fill();
       if (this.again) this.load(id);
     }, after));
@@ -86,7 +88,6 @@ export class RunView {
     else if (kind === "state") this.say(event.state, event.message);
   }
 
-  /** What the run said of itself last may be out of date. */
   queueEnded() {
     if (isBusy(this.run) || this.state.dataset.state === "preparing") this.load(undefined, 300);
   }
@@ -119,8 +120,9 @@ export class RunView {
   }
 
   fillChoice(choices) {
-    const { choice } = this, old = choice.length ? choice.value : null;
-    if (choice.length === choices.length) return;
+    const { choice } = this, old = choice.length ? choice.value : null, keys = String(choices);
+    if (this.keys === keys) return;
+    this.keys = keys;
     fillSelect(choice, choices);
     choice.value = [old, "alignment", "learning_rate", ""].find((key) => choices.some(([known]) => known === key));
   }
@@ -139,15 +141,15 @@ export class RunView {
   }
 
   showSamples() {
-    const { id, samples } = this.run, sample = samples[Number(this.slider.value)];
+    const { run } = this, sample = run.samples[Number(this.slider.value)];
     if (!sample) return;
     say(this.when, `step ${sample.step}${"alignment" in sample ? `, alignment ${figure(sample.alignment)}` : ""}`);
     const { children } = this.strip, image = (i) => children[i] ?? this.strip.appendChild(el("img"));
-    sample.files.forEach((file, i) => picture(image(i), id, file, sample.prompts[i]));
+    sample.files.forEach((file, i) => picture(image(i), run, file, sample.prompts[i]));
     while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
-  /** Makes room in the node; it never shrinks again by itself. */
+  /** Makes room; it never shrinks again. */
   fit(height) {
     if (height === this.height) return;
     const { node } = this;
@@ -159,7 +161,6 @@ export class RunView {
   }
 }
 
-/** Loss, speed, time left and memory in words. */
 function pace(run) {
   const { live, state } = run, last = run.points(run.rows.slice(-1), "smoothed")[0];
   const found = last ? [`${run.main} ${figure(last[1])}`] : [];

@@ -7,8 +7,8 @@ import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
 
 const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e"];
-const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`)); // {workflow, prompt (API format)}
-const REFRESH = 1500; // milliseconds between two readings of the list while runs go on
+const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`));
+const REFRESH = 1500; // milliseconds between readings of the list
 const CURVES = ["smoothed", "loss", "validation", "learning_rate", "alignment"];
 
 export class RunsPanel {
@@ -77,24 +77,23 @@ export class RunsPanel {
   fillCard(card, run) {
     const when = new Date(run.changed * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
     const key = run.reward === null ? "loss" : "reward", last = run[key] === null ? "" : `${key} ${figure(run[key])}`;
-    const facts = [run.kind, steps(run), last, when].filter(Boolean);
     sayState(card.state, run.state);
-    say(card.about, facts.join(" · "));
+    say(card.about, [run.kind, steps(run), last, when].filter(Boolean).join(" · "));
     say(card.message, remark(run));
     card.message.hidden = !remark(run);
     card.grid.hidden = !run.grid;
-    if (run.grid) picture(card.grid, run.id, run.grid, "the last samples");
+    if (run.grid) picture(card.grid, run, run.grid, "the last samples");
     card.load.disabled = card.copy.disabled = !run.workflow;
     card.remove.disabled = isBusy(run);
     return card.element;
   }
 
   choose(id, box) {
-    const used = [...this.chosen.values()], isFree = (colour) => used.every((chosen) => chosen.colour !== colour);
-    const colour = COLOURS.find(isFree) ?? COLOURS[0];
+    const used = [...this.chosen.values()].map((chosen) => chosen.colour);
+    const colour = COLOURS.find((free) => !used.includes(free)) ?? COLOURS[0];
     box.style.setProperty("--key", colour);
+    this.chosen.delete(id);
     if (box.checked) this.chosen.set(id, { colour });
-    else this.chosen.delete(id);
     if (box.checked) this.read(id);
     this.draw();
   }

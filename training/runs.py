@@ -50,11 +50,11 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
 
     id, kind; state: that of status.json, "preparing" while a run that does not step is held by somebody, "interrupted"
     when nobody holds one that says it is running, "damaged" when its files cannot be read; message; step, steps; loss
-    and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; workflow: whether
-    `workflow_of` has one.
+    and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; version: another one for
+    pictures of the same names in a run that began again; workflow: whether `workflow_of` has one.
     """
     run = {"id": folder.name, "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None, "state": "damaged"}
-    run |= {"message": "", "loss": None, "reward": None, "workflow": False}
+    run |= {"message": "", "loss": None, "reward": None, "workflow": False, "version": 0}
     try:
         run["changed"] = _changed(folder)
         _check_links(folder)
@@ -66,8 +66,8 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
 def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
     """What the files of a run hold of its summary."""
     config, status, last = folder.config() or {}, folder.status(), _last_step(folder)
-    run = {"grid": _last_grid(folder), "kind": config.get("identity", {}).get("kind")}
-    run |= {"steps": config.get("config", {}).get("steps")}
+    run = {"version": (folder.path / "config.json").stat().st_mtime_ns // 10**6, "grid": _last_grid(folder)}
+    run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
     run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
     return run | {"workflow": bool(config.get("workflow") or config.get("prompt"))}

@@ -58,7 +58,8 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
     os.utime(finished.path / "metrics.jsonl", (2e9, 2e9))
     first, second = list_runs(tmp_path)
     assert (first["id"], first["state"], first["workflow"]) == ("b", "finished", False)
-    assert second | {"changed": 0} == {
+    assert second["version"] == (tmp_path / "a run" / "config.json").stat().st_mtime_ns // 10**6
+    assert second | {"changed": 0, "version": 0} == {
         "id": "a run",
         "kind": "lora",
         "state": "interrupted",
@@ -68,6 +69,7 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
         "loss": 0.2,
         "reward": None,
         "changed": 0,
+        "version": 0,
         "grid": "000002_grid.png",
         "workflow": True,
     }

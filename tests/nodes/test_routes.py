@@ -46,7 +46,7 @@ def test_runs_are_listed_and_told(comfyui_server, root):
     assert [row["step"] for row in run["rows"]] == [1, 2] and run["config"] == {"steps": 2} and run["live"] is None
     made = json.loads(answer(comfyui_server, f"/{ENCODED}/workflow")[2])
     assert made == {"workflow": {"nodes": []}, "prompt": {"1": {"is_changed": [None]}}}
-    assert answer(comfyui_server, f"/{ENCODED}/samples/000002_grid.png")[2] == b"a picture"
+    assert answer(comfyui_server, f"/{ENCODED}/samples/000002_grid.png?v=1")[2] == b"a picture"
 
 
 def test_a_run_keeps_its_prompt_without_what_comfyui_adds():
