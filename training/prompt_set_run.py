@@ -103,13 +103,19 @@ def evaluate(model: ModelConfig, config: EvaluateConfig, root: Path, callbacks: 
     check_pooled(plain)
     warn_of_long_prompts(plain.text_encoder, prompts)
     variants = {BASE: config.baseline_tuned, TUNED: model.tuned} if model.tuned or config.baseline_tuned else {BASE: ()}
+    for tuned in filter(None, variants.values()):
+        build_model(replace(model, tuned=tuned, device="cpu"))  # what does not fit shall not fail after hours
+    opened, holds = plain, ()
     with RunFolder.open(Path(root), config.run_name, resume=config.resume) as folder:
         folder.claim(_identity(plain, variants, prompts, reward, config), {"config": _shown(model, config)})
+        del plain  # one model at a time
         rows = Rows(folder.path / SCORES)
         for name, tuned in variants.items():
             missing = [prompt for prompt in prompts if (name, prompt.text) not in rows.known]
             if missing:
-                opened = build_model(replace(model, tuned=tuned)) if tuned else plain
+                if tuned != holds:
+                    opened = None
+                    opened, holds = build_model(replace(model, tuned=tuned)), tuned
                 places = {prompt.text: number for number, prompt in enumerate(prompts)}
                 pictures = folder.path / "images" / name if config.save_images else None
                 for one in _drawn(name, opened, reward, missing, config, callbacks, pictures, places):
