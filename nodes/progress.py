@@ -50,6 +50,7 @@ class NodeCallbacks(Callbacks):
         self._finish = self._while_entered.enter_context(running(self._run))
         self._while_entered.enter_context(self._beat)
         self._say("loading")
+        self._send("retune.state", {"state": self._state, "step": self._step, "message": "loading"})
         return self
 
     def __exit__(self, *error) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ PICTURE = """() => {
   const canvas = document.querySelector(".retune-view canvas");
   return canvas?.checkVisibility() ? canvas.toDataURL() : null;
 }"""
+
+
+POLLING = 0.1
+"""Seconds between two looks from outside: those of a page's own starve where frames are drawn without a GPU."""
 
 
 class Editor:
@@ -101,13 +106,25 @@ class Editor:
         """Brings a node of this type into the picture."""
         self.page.evaluate(FOCUS, kind)
 
+    def until(self, script: str, argument=None, timeout: float = 30):
+        """What a script gives, once that is something; TimeoutError naming what the views say after so many seconds."""
+        deadline = time.monotonic() + timeout
+        while not (found := self.page.evaluate(script, argument)):
+            if time.monotonic() > deadline:
+                said = self.page.evaluate(
+                    "() => [...document.querySelectorAll('.retune-view')].map((v) => v.innerText)"
+                )
+                raise TimeoutError(f"{argument or script} was not seen in {timeout:g} s; the views say {said}")
+            time.sleep(POLLING)
+        return found
+
     def see(self, state: str = "", words: str = "", timeout: float = 30) -> None:
         """Waits until a node shows its run in this state and with these words."""
-        self.page.wait_for_function(SEEN, arg=[state, words], timeout=timeout * 1000)
+        self.until(SEEN, [state, words], timeout)
 
     def chart(self) -> str:
         """The picture in the node's canvas as a data: URL, once it is in sight."""
-        return self.page.wait_for_function(PICTURE).json_value()
+        return self.until(PICTURE)
 
     def shoot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)

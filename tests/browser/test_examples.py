@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 TITLES = sorted(file.stem for file in EXAMPLES.glob("*.json"))
 TRAINERS = ("RetuneTrainModel", "RetuneTrainLora", "RetuneTrainEmbedding", "RetuneRewardTune")
 SMALL = {kind: {"steps": 60, "batch_size": 1} for kind in TRAINERS}  # long enough to be stopped on a fast machine
+SMALL["RetuneTrainModel"] |= {"steps": 240, "batch_size": 6}  # its steps are the shortest
 SMALL["RetuneRewardTune"] |= {"steps": 16, "sampling_steps": 3, "gradient_steps": 1, "width": 64, "height": 64}
 SMALL |= {"RetuneSamplePrompts": {"every": 20, "steps": 2, "prompts": "a red circle"}, "KSampler": {"steps": 2}}
 SMALL |= {"EmptyLatentImage": {"batch_size": 1}, "RetuneDemoDataset": {"count": 16}}
@@ -53,7 +54,7 @@ def wait_for_movement(editor, kind: str) -> None:
     editor.focus(kind)  # late, since a template that opens moves the view again
     first = editor.chart()
     moved = "(old) => document.querySelector('.retune-view canvas').toDataURL() !== old"
-    editor.page.wait_for_function(moved, arg=first, timeout=60_000)
+    editor.until(moved, first, timeout=60)
     editor.see("running")
 
 
@@ -63,7 +64,7 @@ def made_by(editor, run_name: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("title", TITLES)
 def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     trainer = trainer_of(title)
@@ -95,10 +96,10 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     assert not editor.complaints
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("title", ["Reward-tune the text encoder", "Train a style LoRA"])
 def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(editor, title):
-    steps = 400
+    steps = 3000  # more than are ever done
     editor.open(**NEW)
     editor.load_template(title, **edits(title, f"{title} by hand", steps=steps))
     editor.queue()

@@ -52,7 +52,7 @@ def trained(demo, pictures, name, steps=4, node_id="8"):
     from retune.nodes.train import RetuneTrainModel
 
     class Node(RetuneTrainModel):
-        hidden = SimpleNamespace(unique_id=node_id, prompt={})
+        hidden = SimpleNamespace(unique_id=node_id, prompt={}, extra_pnginfo=None)
 
     model, clip, vae = demo
     values = {"steps": steps, "batch_size": 2, "learning_rate": 1e-3, "train": "QK", "train_projection": False}
@@ -220,7 +220,7 @@ MOMENTS = {
 CANCELS = 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_cancelled_at_random_moments_it_ends_the_same(comfyui, tmp_path, name):
     """Each time some random time after a phase has begun or the prompt was queued; then the same run goes on."""
