@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from retune.training.data.images import contact_sheet, save_png
+from retune.training.lora_config import LoraConfig
 from retune.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +165,8 @@ def written_run(comfyui_server):
 def _written_run(root: Path, name: str, steps: int) -> RunFolder:
     graph = json.loads((EXAMPLES / "Apply several LoRAs.json").read_text(encoding="utf-8"))
     with RunFolder.open(root, name, resume="restart") as folder:
-        folder.claim({"kind": "lora"}, {"config": {"steps": steps}, "prompt": {}, "workflow": graph})
+        about = {"config": asdict(LoraConfig(run_name=name, steps=steps)), "environment": {"torch": "2", "threads": 1}}
+        folder.claim({"kind": "lora"}, {**about, "prompt": {}, "workflow": graph})
         for step in range(1, steps + 1):
             loss = 0.3 / step**0.5 + 0.02 * (step % 3)
             folder.add_row({"step": step, "loss": loss, "learning_rate": 1e-3 * (1 - step / steps), "grad_norm": 0.1})
