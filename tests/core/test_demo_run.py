@@ -23,7 +23,7 @@ def test_the_demo_ends_with_figures_and_a_report(tmp_path, capsys):
     folder = RunFolder(tmp_path / "demo T5 swap")
     assert result["report"] == str((folder.path / "report.html").resolve())
     page = (folder.path / "report.html").read_text(encoding="utf-8")
-    assert all(name in page for name in ("T5, untrained", "T5, trained", "alignment", "epoch", "loss curve"))
+    assert all(name in page for name in ("T5, untrained", "T5, trained", "alignment", "epoch", "curves of the run"))
     assert [row["step"] for row in folder.rows() if "event" not in row] == [1, 2, 3]
     before = (folder.path / "model.safetensors").stat().st_mtime_ns
     assert main(command) == 0  # answers from disk
