@@ -165,8 +165,8 @@ function scale(low, high, from, to) {
 function yScale(series, log, box) {
   let [low, high] = limits(series);
   const count = Math.max(2, (box.bottom - box.top) / 34), isLog = log && low > 0, to = isLog ? Math.log10 : (v) => v;
-  if (!isLog && low > 0 && (low < 0.6 * high || low === high)) low = 0;
-  const room = 0.06 * (to(high) - to(low)) || 0.1;
+  if (!isLog && low > 0 && (low < 0.6 * high || high - low < 1e-6 * high)) low = 0;
+  const room = Math.max(0.06 * (to(high) - to(low)), 1e-6 * (isLog || Math.abs(high))) || 0.1;
   [low, high] = [low === 0 ? 0 : to(low) - room, to(high) + room];
   const linear = scale(low, high, box.bottom, box.top);
   return Object.assign((v) => linear(to(v)), { ticks: (isLog ? logTicks : ticks)(low, high, count) });
@@ -182,10 +182,10 @@ function limits(series) {
 }
 
 function ticks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough)), found = [];
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const apart = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
-  for (let n = Math.ceil(low / apart); n * apart <= high; n++) found.push(Number((n * apart).toPrecision(12)));
-  return found;
+  const first = Math.ceil(low / apart), length = Math.floor(high / apart) - first + 1;
+  return Array.from({ length }, (_, i) => Number(((first + i) * apart).toPrecision(12)));
 }
 
 function logTicks(low, high, count) {

@@ -1,4 +1,4 @@
-// What is known of one run: the server's answer for it, and the events that came since.
+// A run as the server told it, and the events since.
 import { words } from "./dom.js";
 
 const POINTS = 2400; // more steps are thinned
@@ -9,7 +9,7 @@ export class RunData {
     this.average = this.rows.length ? this.rows.at(-1).smoothed * (1 - this.smoothing ** this.count) : 0;
   }
 
-  /** A retune.step event; the page may know the step already from the server. */
+  /** A retune.step event; the server may have told the step. */
   addStep({ validation, ...row }) {
     if (row.step <= (this.rows.at(-1)?.step ?? 0)) return;
     this.count += 1;

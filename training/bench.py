@@ -19,7 +19,7 @@ from .config import TrainingSettings
 from .data.dataset import from_images
 from .data.order import BatchOrder
 from .demo import lora_bench, projection_study, reset_study, reward_bench, reward_study
-from .generate import draw
+from .generate import draw, heard_by
 from .layers import select
 from .objectives import DenoisingObjective
 from .timing import Variants, medians
@@ -68,7 +68,7 @@ def _training_step(config: BenchConfig) -> Variants:
     images, captions = demo_examples(config.batch_size, 0)
     dataset = from_images([image.movedim(0, -1)[None] for image in images], captions)
     latent = {e.key: model.autoencoder.encode(e.load()[None])[0] for e in dataset.examples}
-    text = {c: encoder.backbone(encoder.tokenize([c])) for c in ["", *captions]}
+    text = {c: heard_by(encoder)(c) for c in ["", *captions]}
     slots = BatchOrder(dataset, config.batch_size, 0).batch(1)
     objective = DenoisingObjective(
         denoiser,

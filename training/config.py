@@ -31,6 +31,12 @@ def check_range(config: Any, **limits: tuple[float, float]) -> None:
             raise ValueError(f"{name} is {value}; expected {low} to {high}.")
 
 
+def check_size(config: Any, what: str) -> None:
+    """Raises ValueError unless the fields width and height are multiples of 8. what: whose size it is."""
+    if config.width % 8 or config.height % 8:
+        raise ValueError(f"{what} is {config.width}x{config.height}; expected multiples of 8.")
+
+
 def check_run_name(name: str, what: str = "run name") -> None:
     """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
     bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
@@ -239,8 +245,7 @@ class SamplePrompts:
 
     def __post_init__(self) -> None:
         check_range(self, every=(0, 10**7), steps=(1, 1000), cfg=(0, 100), width=(8, 8192), height=(8, 8192))
-        if self.width % 8 or self.height % 8:
-            raise ValueError(f"sample size is {self.width}x{self.height}; expected multiples of 8.")
+        check_size(self, "sample size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .model import Conditioning, TextToImage
+from .model import Conditioning, TextEncoder, TextToImage
 from .sampling import Heard, initial_noise, sample
 
 TextOf = Callable[[str], Conditioning]
+
+
+def heard_by(encoder: TextEncoder) -> TextOf:
+    """prompt -> Conditioning of batch 1 before the projection, encoded anew each time."""
+    return lambda prompt: encoder.backbone(encoder.tokenize([prompt]))
 
 
 def draw(model: TextToImage, prompts: list[str], **options) -> list[Tensor]:
@@ -46,11 +51,11 @@ def draw_latents(
     """One latent for each prompt of a width x height picture; latent i always starts from noise (seed, i).
 
     indices: other names of the latents' noise than their places.
-    text_of: prompt -> Conditioning of batch 1 before the projection; the model's text encoder's backbone by default.
+    text_of: as `heard_by` gives it, the default.
     on_batch(done, total) is called after every sampler step and may raise to cancel.
     """
-    encoder, denoiser, cells = model.text_encoder, model.denoiser, model.autoencoder.downscale
-    text_of = text_of or (lambda prompt: encoder.backbone(encoder.tokenize([prompt])))
+    denoiser, cells = model.denoiser, model.autoencoder.downscale
+    text_of = text_of or heard_by(model.text_encoder)
     indices = range(len(prompts)) if indices is None else indices
     drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):

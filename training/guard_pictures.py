@@ -22,18 +22,10 @@ NOISE_SEED = 0
 """The same for all runs, so that theirs compare."""
 
 
-def guard_of(
-    model: TextToImage,
-    reward: CombinedReward,
-    config: RewardTuneConfig,
-    prompts: Sequence[str],
-    text_of: TextOf,
-    on_batch: Callable[[int, int], None],
-) -> Guard | None:
-    """The guard of a reward tuning, or None where none is asked for. See `look_at` for the arguments."""
+def guard_of(config: RewardTuneConfig, reward: CombinedReward, look: Callable[[], Seen]) -> Guard | None:
+    """The guard of a reward tuning, or None where none is asked for. look: `look_at` with its arguments."""
     if config.guard_rule is None:
         return None
-    look = functools.partial(look_at, model, reward, config, prompts, text_of, on_batch)
     weights = {name: term.weight for name, term in reward.terms.items()}
     priors = {name: term.reward.typical_scale for name, term in reward.terms.items()}
     return Guard(config.guard_rule, look, weights, priors)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .build import ModelConfig, build_model
 from .callbacks import Callbacks
-from .config import check_choices, check_range, check_run_name
+from .config import check_choices, check_range, check_run_name, check_size
 from .data.images import save_png
 from .data.prompts import Prompt, expect_prompts, fingerprint_of
 from .distributed import world
@@ -82,8 +82,7 @@ class EvaluateConfig:
         check_choices(self)
         check_range(self, limit=(0, 10**8), seeds=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
         check_range(self, width=(8, 8192), height=(8, 8192), batch_size=(1, 10**4), seed=(0, 2**64 - 1))
-        if self.width % 8 or self.height % 8:
-            raise ValueError(f"picture size is {self.width}x{self.height}; expected multiples of 8.")
+        check_size(self, "picture size")
 
 
 def evaluate(model: ModelConfig, config: EvaluateConfig, root: Path, callbacks: Callbacks | None = None) -> dict:

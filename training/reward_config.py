@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import RunConfig, check_choices, check_range
+from .config import RunConfig, check_choices, check_range, check_size
 from .guard import ACTIONS, GuardRule
 from .lora_config import LoraConfig
 
@@ -80,8 +80,7 @@ class RewardTuneConfig(RunConfig):
             raise ValueError(
                 f"gradient_steps is {self.gradient_steps}; expected at most sampling_steps, {self.sampling_steps}."
             )
-        if self.width % 8 or self.height % 8:
-            raise ValueError(f"picture size is {self.width}x{self.height}; expected multiples of 8.")
+        check_size(self, "picture size")
 
     @property
     def text_trains(self) -> bool:

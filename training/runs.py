@@ -80,6 +80,15 @@ def _reason(error: Exception) -> str:
     return f"files of this run are not as Retune writes them ({error!r}). Put them back, or begin the run again."
 
 
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Raises ValueError for files that hold other things than expected."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(_reason(error)) from error
+
+
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
     """The summary of a run with its `config`, `environment`, `status` and rows, for charts.
 
@@ -146,7 +155,8 @@ def report_file(root: Path, name: str) -> Path:
         return path
     run = summary(root, folder)
     shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
-    return write_report(folder, {"Run": [shown]})
+    with _as_written():
+        return write_report(folder, {"Run": [shown]})
 
 
 def workflow_of(root: Path, name: str) -> dict[str, Any]:
@@ -154,8 +164,9 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 
     Raises NoSuchRun, also for a run of the command line, which no workflow made.
     """
-    config = _readable(root, name).config() or {}
-    made = {key: config.get(key) for key in ("workflow", "prompt")}
+    with _as_written():
+        config = _readable(root, name).config() or {}
+        made = {key: config.get(key) for key in ("workflow", "prompt")}
     if not any(made.values()):
         raise NoSuchRun(f"run {name!r} was not made by a workflow.")
     return made

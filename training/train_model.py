@@ -28,13 +28,13 @@ from .evaluate import evaluate
 from .files import read_tensors, write_tensors
 from .fingerprint import tensors_sketch
 from .formats import ldm
-from .generate import TextOf, decode, draw_latents
+from .generate import TextOf, decode, draw_latents, heard_by
 from .generators import generator
 from .journal import check_tensorboard
 from .layers import select
 from .loop import Loop, LoopConfig, Sampler
 from .memory import hints
-from .model import Conditioning, TextEncoder, TextToImage
+from .model import TextToImage
 from .noise import zero_terminal_sigmas
 from .objectives import DenoisingObjective, check_objective
 from .optim import check_optimizer
@@ -256,7 +256,7 @@ def denoising_loop(
         texts.fill(["", *prompts, *captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     world().barrier()
     callbacks.after_load()
-    text_of = partial(_heard_now, model.text_encoder) if text_trains else texts.get
+    text_of = heard_by(model.text_encoder) if text_trains else texts.get
     objective = DenoisingObjective(
         model.denoiser,
         config.settings,
@@ -291,10 +291,6 @@ def denoising_loop(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
-
-
-def _heard_now(encoder: TextEncoder, caption: str) -> Conditioning:
-    return encoder.backbone(encoder.tokenize([caption]))
 
 
 def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:

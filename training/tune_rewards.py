@@ -25,8 +25,8 @@ from .direct_objective import DirectObjective
 from .distributed import world
 from .files import read_tensors, write_tensors
 from .formats import ldm
-from .generate import TextOf
-from .guard_pictures import guard_of, guard_prompts
+from .generate import TextOf, heard_by
+from .guard_pictures import guard_of, guard_prompts, look_at
 from .loop import Batches, Loop, LoopConfig
 from .memory import hints
 from .model import TextToImage
@@ -37,7 +37,7 @@ from .rewards.combined import CombinedReward
 from .run_folder import RunFolder
 from .text_encoder.stock_file import about_run, stock_parts, write_stock_files
 from .train_lora import ARTIFACT as LORA_ARTIFACT
-from .train_lora import described_model, networks_of, trainable_layers, write_lora
+from .train_lora import described, described_model, networks_of, trainable_layers, write_lora
 from .train_model import (
     PROJECTION_PREFIX,
     Kind,
@@ -91,11 +91,12 @@ def tune(
     _check_data(config, prompts, dataset)
     if not any(term.weight for term in reward.terms.values()):
         raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
-    warn_of_long_prompts(model.text_encoder, prompts)
+    direct = config.method == "direct"
+    warn_of_long_prompts(model.text_encoder, [Prompt(c) for c in dataset.captions] if direct else prompts)
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
-    direct = config.method == "direct"
+    drawn = {"resolution": [config.width, config.height]}
     with model.text_encoder.training() if config.text_trains else nullcontext():
         trainable = trainable_of(model, config)
         kind = Kind(
@@ -105,8 +106,8 @@ def tune(
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
             | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
-            details=described_model(model)
-            | {"rewards": reward.described(), "resolution": [config.width, config.height]}
+            details=(described(model, dataset) if direct else described_model(model) | drawn)
+            | {"rewards": reward.described()}
             | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
@@ -151,12 +152,14 @@ def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
 
 
 class Data(NamedTuple):
-    """What a tuning reads: how its objective begins, its batches, its prompts and those held out, steps an epoch."""
+    """What a tuning reads: how its objective begins, its batches, its prompts and those held out, the width and height
+    of its largest picture, steps an epoch."""
 
     objective: Callable[..., RewardObjective]
     batches: Batches
     training: Sequence[Prompt]
     held_out: list[Prompt]
+    size: tuple[int, int]
     steps_per_epoch: float = math.inf
 
 
@@ -164,7 +167,8 @@ def _on_prompts(
     prompts: Sequence[Prompt], model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Data:
     training, held_out = split_prompts(prompts, config)
-    return Data(RewardObjective, PromptOrder(training, config.batch_size, config.seed), training, held_out)
+    order = PromptOrder(training, config.batch_size, config.seed)
+    return Data(RewardObjective, order, training, held_out, (config.width, config.height))
 
 
 def _on_images(
@@ -182,7 +186,8 @@ def _on_images(
         DirectObjective, latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed)
     )
     said, kept = ([Prompt(c) for c in dict.fromkeys(one.captions)] if one else [] for one in (training, held_out))
-    return Data(objective, order, said, kept[:HELD_OUT], order.steps_per_epoch / config.gradient_accumulation)
+    size = max(((e.width, e.height) for e in dataset.examples), key=math.prod)
+    return Data(objective, order, said, kept[:HELD_OUT], size, order.steps_per_epoch / config.gradient_accumulation)
 
 
 def _loop(
@@ -196,7 +201,10 @@ def _loop(
 ) -> Loop:
     data = data_of(model, config, folder, callbacks)
     guarded, drawn = guard_prompts(data.training, data.held_out, config), config.samples.prompts
-    text_of = _heard_now(model) if config.text_trains else _heard_before(model, [*drawn, *guarded], callbacks)
+    text_of = heard_by(model.text_encoder)
+    if not config.text_trains:
+        text_of = _known_before(text_of, [*drawn, *guarded], callbacks)
+    look = partial(look_at, model, reward, config, guarded, text_of, partial(_say_drawn, callbacks))
     callbacks.after_load()
     return Loop(
         folder,
@@ -210,11 +218,11 @@ def _loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=data.steps_per_epoch,
-            when_full=hints(config, (config.width, config.height)),
+            when_full=hints(config, data.size),
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
-        guard=guard_of(model, reward, config, guarded, text_of, partial(_say_drawn, callbacks)),
+        guard=guard_of(config, reward, look),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
@@ -224,18 +232,13 @@ def _say_drawn(callbacks: Callbacks, done: int, total: int) -> None:
     callbacks.on_text(f"drawing the guard's pictures ({done}/{total})")
 
 
-def _heard_now(model: TextToImage) -> TextOf:
-    encoder = model.text_encoder
-    return lambda text: encoder.backbone(encoder.tokenize([text]))
-
-
-def _heard_before(model: TextToImage, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
+def _known_before(text_of: TextOf, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
     """Of a text encoder that does not train: encoding may move models about, which nothing may while others train."""
-    now, known = _heard_now(model), {}
+    known = {}
     with torch.no_grad():
         for number, text in enumerate(dict.fromkeys(("", *prompts)) if prompts else ()):
             callbacks.on_text(f"reading the sample prompts ({number}/{len(prompts)})")
-            known[text] = now(text)
+            known[text] = text_of(text)
     return known.__getitem__
 
 

@@ -44,7 +44,7 @@ PICTURE = """() => {
 
 
 POLLING = 0.1
-"""Seconds between two looks from outside: those of a page's own starve where frames are drawn without a GPU."""
+"""Seconds between two looks, from outside: a page that hangs is told apart from a condition that does not come."""
 
 
 class Editor:
@@ -133,9 +133,12 @@ class Editor:
         self.page.screenshot(path=SHOTS / f"{name}.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A running Chromium: the system's, PLAYWRIGHT_CHROMIUM, or the one that playwright has installed."""
+    """A running Chromium: the system's, PLAYWRIGHT_CHROMIUM, or the one that playwright has installed.
+
+    Not for the whole session: while playwright is up, asyncio.run refuses to work in any other test.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
     found = os.environ.get("PLAYWRIGHT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_api.sync_playwright() as playwright:
@@ -158,20 +161,28 @@ def editor(chromium, comfyui_server):
 
 @pytest.fixture
 def written_run(comfyui_server):
-    """`written_run(name, steps)`: a finished run's folder as a training leaves it, with a picture every ten steps."""
-    return lambda name, steps=40: _written_run(comfyui_server.base_directory / "output" / "retune", name, steps)
+    """`written_run(name, steps, loss)`: a finished run's folder as a training leaves it, a picture every ten steps.
+
+    loss: the loss of a step by its number.
+    """
+    root = comfyui_server.base_directory / "output" / "retune"
+    return lambda name, steps=40, loss=_falling: _written_run(root, name, steps, loss)
 
 
-def _written_run(root: Path, name: str, steps: int) -> RunFolder:
+def _falling(step: int) -> float:
+    return 0.3 / step**0.5 + 0.02 * (step % 3)
+
+
+def _written_run(root: Path, name: str, steps: int, loss) -> RunFolder:
     graph = json.loads((EXAMPLES / "Apply several LoRAs.json").read_text(encoding="utf-8"))
     with RunFolder.open(root, name, resume="restart") as folder:
         about = {"config": asdict(LoraConfig(run_name=name, steps=steps)), "environment": {"torch": "2", "threads": 1}}
         folder.claim({"kind": "lora"}, {**about, "prompt": {}, "workflow": graph})
         for step in range(1, steps + 1):
-            loss = 0.3 / step**0.5 + 0.02 * (step % 3)
-            folder.add_row({"step": step, "loss": loss, "learning_rate": 1e-3 * (1 - step / steps), "grad_norm": 0.1})
+            row = {"step": step, "loss": loss(step), "learning_rate": 1e-3 * (1 - step / steps)}
+            folder.add_row(row | {"grad_norm": 0.1})
             if step % 10 == 0:
-                folder.add_row({"event": "validation", "step": step, "loss": 0.35 / step**0.5})
+                folder.add_row({"event": "validation", "step": step, "loss": loss(step)})
                 folder.add_row(_samples(folder, step))
         folder.set_status("finished", steps)
     return folder

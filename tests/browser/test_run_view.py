@@ -46,10 +46,15 @@ def check_slider(editor) -> None:
     assert "step 10, alignment 0.125" in editor.page.locator(".retune-view").inner_text()
 
 
-def check_hover(editor) -> None:
+def hovered(editor) -> str:
+    """What is said of the middle of the chart."""
     box = editor.page.locator(".retune-view canvas").bounding_box()
     editor.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    tip = editor.page.locator(".retune-tip").inner_text()
+    return editor.page.locator(".retune-tip").inner_text()
+
+
+def check_hover(editor) -> None:
+    tip = hovered(editor)
     step = int(tip.split()[1])
     loss = 0.3 / step**0.5 + 0.02 * (step % 3)
     assert 15 <= step <= 25 and f"loss {loss:.3g}" in tip and "learning rate" in tip and "validation" in tip
@@ -124,6 +129,22 @@ def test_a_node_in_a_subgraph_shows_its_run_too(editor, written_run):
     editor.page.evaluate(enter)
     editor.see("finished", "step 40 of 40")
     editor.shoot("in a subgraph")
+    assert not editor.complaints
+
+
+@pytest.mark.parametrize("other", [0.3, 0.30000000000000004, 0.3000000003])
+def test_losses_that_hardly_differ_are_drawn(editor, written_run, other):
+    """As after the first step, where the smoothed loss is the raw one up to its last digit."""
+    written_run("flat", loss=lambda step: (0.3, other)[step % 2])
+    editor.open(**RENDERERS["classic"])
+    editor.load(TITLE, RetuneTrainLora={"run_name": "flat"})
+    editor.focus(TRAINER)
+    editor.see("finished", "step 40 of 40")
+    linear = editor.chart()
+    editor.page.get_by_role("button", name="linear").click()
+    changed = "(old) => document.querySelector('.retune-view canvas').toDataURL() !== old"
+    editor.until(changed, linear)
+    assert "loss 0.3" in hovered(editor)
     assert not editor.complaints
 
 

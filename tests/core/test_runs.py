@@ -209,3 +209,13 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path, file, text):
     assert {run["id"]: run["state"] for run in list_runs(tmp_path)} == {"a run": "interrupted", "broken": "damaged"}
     run = run_details(tmp_path, "broken")
     assert run["state"] == "damaged" and run["message"] and run.keys() == run_details(tmp_path, "a run").keys()
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.json", "[1]"), ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", "{")])
+def test_a_damaged_run_has_no_report_and_says_why(tmp_path, file, text):
+    (a_run(tmp_path, "broken", prompt={"1": {}}).path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"not as Retune writes them|metrics\.jsonl|line 1 column"):
+        report_file(tmp_path, "broken")
+    if file == "config.json":
+        with pytest.raises(ValueError, match="not as Retune writes them"):
+            workflow_of(tmp_path, "broken")

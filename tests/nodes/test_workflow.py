@@ -157,7 +157,7 @@ def picture(base: Path, output: dict) -> torch.Tensor:
 def load_again(base: Path, text_encoder: str) -> dict:
     """A graph that samples from the saved checkpoint and the saved text encoder."""
     prompt = swap_prompt()
-    (checkpoint,) = (base / "output" / "checkpoints").glob("demo_t5_swap*.safetensors")
+    checkpoint = max((base / "output" / "checkpoints").glob("demo_t5_swap*.safetensors"))  # others save there too
     with safe_open(checkpoint, "pt") as file:
         names = set(file.keys())
     assert any(name.startswith("model.diffusion_model.") for name in names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..build import ModelConfig, build_model, unet_parameters
+from ..build import ModelConfig, build_model
 from ..config import TrainingSettings
 from ..data.prompts import Prompt
 from ..files import read_json
@@ -24,7 +24,8 @@ from ..rewards.combined import CombinedReward, Term
 from ..rewards.diversity import Diversity
 from ..rewards.load import RewardConfig, load_reward
 from ..rollout import Heard, advance, ddim_chain, first_latent
-from ..tune_rewards import Tuned, tune
+from ..tune_rewards import tune
+from ..tuned_files import with_tuned
 from .judge import alignment
 from .polish import mean_polish
 from .run import held_out_captions
@@ -121,18 +122,8 @@ def _tuned(trial: Trial, cell: Tuning, rewards: Mapping) -> TextToImage:
         direct = config.method == "direct"
         dataset = trial.dataset if direct else None
         result = tune(model, judged, [] if direct else prompts, config, trial.folder, trial.callbacks, dataset=dataset)
-        put(model, result)
+        model = with_tuned(model, [str(result.path.parent)])
     return model
-
-
-@torch.no_grad()
-def put(model: TextToImage, result: Tuned) -> None:
-    """A run's tuned weights into a model that this process loaded for itself."""
-    unet = unet_parameters(model.denoiser)
-    for name, value in result.unet.items():
-        unet[name].copy_(value)
-    for name, value in result.text.items():
-        model.text_encoder.weights[name].tensor.copy_(value)
 
 
 def _mixed(first: Heard, second: Heard, share: float) -> Heard:

@@ -22,6 +22,7 @@ from ..data.examples import Dataset
 from ..data.folder import FolderConfig, load_folder
 from ..evaluate import evaluate
 from ..files import read_json, write_json, write_text
+from ..generate import heard_by
 from ..generators import generator
 from ..model import TextToImage
 from ..objectives import DenoisingObjective
@@ -137,7 +138,7 @@ def plain_objective(model: TextToImage) -> DenoisingObjective:
         TrainingSettings(),
         0,
         latent_of=lambda image: model.autoencoder.encode(image[None])[0],
-        text_of=lambda text: encoder.backbone(encoder.tokenize([text])),
+        text_of=heard_by(encoder),
         project=encoder.project,
     )
 
