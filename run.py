@@ -255,11 +255,11 @@ def demo(python: Path, options: argparse.Namespace, found: Path | None) -> None:
 
 
 def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
-    """Run pytest; with --all also the slow tests, after ruff; `-m long` runs those that take longest."""
+    """Run pytest; with --all also the slow tests, after ruff."""
     steps = []
     if options.all:
         steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
-    steps += [["pytest", *(["-m", "not long"] if options.all else []), *options.rest]]
+    steps += [["pytest", *(["-m", ""] if options.all else []), *options.rest]]
     codes = [subprocess.run([python, "-m", *step], cwd=ROOT).returncode for step in steps]
     raise SystemExit(next((code for code in codes if code), 0))
 

@@ -64,7 +64,7 @@ def made_by(editor, run_name: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("title", TITLES)
 def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     trainer = trainer_of(title)
@@ -96,8 +96,8 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
     assert not editor.complaints
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("title", ["Reward-tune the text encoder", "Train a style LoRA"])
+@pytest.mark.slow
+@pytest.mark.parametrize("title", filter(trainer_of, TITLES))
 def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(editor, title):
     steps = 3000  # more than are ever done
     editor.open(**NEW)

@@ -220,7 +220,7 @@ MOMENTS = {
 CANCELS = 12
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_cancelled_at_random_moments_it_ends_the_same(comfyui, tmp_path, name):
     """Each time some random time after a phase has begun or the prompt was queued; then the same run goes on."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 PREPARED = {"apply_loras", "blend_controlnet", "blend_inpainting"}

@@ -120,7 +120,7 @@ def test_the_command_line_tunes_sd15_with_a_vit_h_reward(comfyui, files, tmp_pat
     expect_tuned(tmp_path / "r", began)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_workflow_tunes_sd15_with_a_vit_h_reward(comfyui, files):
     checkpoint, reward = files
     base = checkpoint.parent.parent.parent
