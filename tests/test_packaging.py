@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from retune.training.demo.through_comfyui import WORKFLOW
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"}
@@ -203,7 +204,11 @@ def packed(tracked) -> set[str]:
 def test_the_registry_gets_what_a_user_needs_and_nothing_else(packed):
     assert {name.split("/")[0] for name in packed} == {
         *("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"),
-        *("example_workflows", "js", "locales", "nodes", "training"),
+        *("example_workflows", "js", "locales", "nodes", "tests", "training"),
+    }
+    there = {name for name in packed if name.startswith("tests/")}  # what the demo runs in a ComfyUI, and nothing else
+    assert WORKFLOW.relative_to(ROOT).as_posix() in there and {Path(name).parent.name for name in there} == {
+        "workflows"
     }
     assert not [name for name in packed if name.endswith((".pyc", ".zip", ".log", ".tmp"))]
     weights = {file for file in packed if file.startswith("training/demo/weights/")}
