@@ -56,7 +56,8 @@ def run_inputs() -> list:
             default="auto",
             optional=True,
             tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
-            "folder aside. Steps, samples, validate_every and save_every may change.",
+            "folder aside. Steps, samples, validate_every, save_every, early_stop_after, result, tensorboard and "
+            "gradient_checkpointing may change.",
         ),
     ]
 

@@ -84,7 +84,7 @@ def run_chart(name: str, rows: list[dict[str, Any]], rates: bool = False) -> Ten
     height = HEIGHT + PANEL * math.ceil(len(panels) / 2)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
-    axes = limits(steps, curve + validation)
+    axes = limits(steps, curve + validation, from_zero=what == "loss")
     _grid(draw, axes)
     for points, key, width in ((steps, "loss", 1), (curve, "smoothed", 3), (validation, "validation", 3)):
         _line(draw, axes, points, COLOURS[key], width)
@@ -96,12 +96,13 @@ def run_chart(name: str, rows: list[dict[str, Any]], rates: bool = False) -> Ten
 
 @dataclass(frozen=True)
 class _Panel:
-    """A small plot: coloured lines, a title, and words in the lines' colours after it."""
+    """A small plot: coloured lines, a title, and words in the lines' colours after it; from_zero: as in `limits`."""
 
     title: str
     lines: list[tuple[list[Point], str]]
     legend: tuple[str, ...] = ()
     highest: float | None = None
+    from_zero: bool = True
 
 
 def _panels(validations: list[dict[str, Any]], samples: list[dict[str, Any]]) -> list[_Panel]:
@@ -129,7 +130,8 @@ def _term_panels(steps: list[dict[str, Any]]) -> list[_Panel]:
     for name in [key for key in steps[-1] if f"{key} normalised" in steps[-1]]:
         values = [(row["step"], row[name]) for row in steps if name in row]
         curve = list(zip([step for step, _ in values], smoothed([v for _, v in values], 0.9), strict=True))
-        found.append(_Panel(f"{name} {curve[-1][1]:.4g} (raw scores, smoothed)", [(curve, COLOURS["smoothed"])]))
+        title = f"{name} {curve[-1][1]:.4g} (raw scores, smoothed)"
+        found.append(_Panel(title, [(curve, COLOURS["smoothed"])], from_zero=False))
     return found
 
 
@@ -167,10 +169,8 @@ def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) ->
     width, row = (right - left - GAP) / 2, HEIGHT + PANEL * (number // 2)
     left += (width + GAP) * (number % 2)
     box = (left, row + 24, left + width, row + PANEL - MARGIN[3])
-    values = [0.0, *(value for points, _ in panel.lines for _, value in points)]
-    low, high = min(values), panel.highest or max(values)
-    room = 0.08 * (high - low) or 1.0
-    axes = Axes(steps, (low - room if low < 0 else 0.0, high + room), box)
+    values = [value for points, _ in panel.lines for _, value in points]
+    axes = Axes(steps, _range(values, panel.highest, panel.from_zero), box)
     _grid(draw, axes, 3)
     for points, colour in panel.lines:
         _line(draw, axes, points, colour, 2)
@@ -181,14 +181,25 @@ def _draw_panel(draw, steps: tuple[float, float], panel: _Panel, number: int) ->
         x += draw.textlength(text + " ", font_size=14)
 
 
-def limits(steps: Sequence[Point], smooth: Sequence[Point]) -> Axes:
-    """Axes from step 0 to the last; y from 0, or a little below what is negative, to a little over the smooth curves
-    and nearly all raw values."""
+def limits(steps: Sequence[Point], smooth: Sequence[Point], from_zero: bool = True) -> Axes:
+    """Axes from step 0 to the last; y holds the smooth curves and nearly all raw values.
+
+    from_zero: y begins at 0, or a little below what is negative; without it, also where all values are far from 0 and
+    near each other, such as scores of 20 to 22.
+    """
     raw = sorted(value for _, value in steps)
     shown = [value for _, value in smooth] + raw[: max(1, int(0.98 * len(raw)))]
-    low, high = 1.08 * min([*shown, 0.0]), max(shown, default=1.0)
-    high = 1.08 * high if high > 0 else 0.0 if low else 1.0
-    return Axes((0.0, max([step for step, _ in steps], default=1) or 1), (low, high))
+    return Axes((0.0, max([step for step, _ in steps], default=1) or 1), _range(shown, None, from_zero))
+
+
+def _range(values: Sequence[float], highest: float | None, from_zero: bool) -> tuple[float, float]:
+    """Limits of an axis with a little room around the values; highest: instead of the largest of them."""
+    low, high = min(values, default=0.0), max(values, default=1.0) if highest is None else highest
+    near = low > 0.6 * high if low > 0 else high < 0.6 * low
+    if from_zero or not near or high - low < 1e-6 * max(abs(low), abs(high)):
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.08 * (high - low) or 1.0
+    return low - room if low else 0.0, high + room if high or not low else 0.0
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

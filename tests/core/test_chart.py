@@ -126,6 +126,14 @@ def test_a_reward_rises_in_the_picture_also_below_zero_with_a_panel_for_each_ter
     assert low < -4 and high == 0.0
 
 
+@pytest.mark.parametrize("values", [(20.0, 22.0), (-22.0, -20.0)])
+def test_an_axis_of_scores_far_from_0_holds_them_with_a_little_room(values):
+    steps = list(enumerate(values))
+    low, high = limits(steps, steps, from_zero=False).y
+    assert (low, high) == (pytest.approx(values[0] - 0.16), pytest.approx(values[1] + 0.16))
+    assert 0.0 in limits(steps, steps).y and limits([(1, 20.0)], [(1, 20.0)], from_zero=False).y[0] == 0.0
+
+
 def test_a_guard_shows_gains_and_diversity_with_its_floor():
     steps = [{"step": n, "loss": -n, "reward": n, "good": n, "good normalised": n} for n in range(1, 21)]
     checks = [
