@@ -1,4 +1,4 @@
-// Small helpers: elements, numbers, the server's answers. Text goes in as text, never as HTML.
+// Helpers: elements, numbers, the server's answers. Text never goes in as HTML.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -21,7 +21,7 @@ export function fillSelect(select, pairs) {
   select.replaceChildren(...pairs.map(([value, textContent]) => el("option", "", { value, textContent })));
 }
 
-/** Text that is there already is left alone: it costs no layout. */
+/** Equal text is left alone: it costs no layout. */
 export function say(element, text) {
   if (element.textContent !== text) element.title = element.textContent = text;
 }
@@ -50,7 +50,7 @@ export const remark = (run) => ({ interrupted: "queue it again to go on", finish
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 
-/** A sample's picture; with a version, since names come again after a restart. */
+/** A sample; with a version, since names come again after a restart. */
 export function picture(image, { id, version }, file, title) {
   const src = api.apiURL(`${address(id, "samples", file)}?v=${version}`);
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
@@ -58,7 +58,7 @@ export function picture(image, { id, version }, file, title) {
   return image;
 }
 
-/** A route's JSON, or null for a run that is not there; throws the server's reason. */
+/** A route's JSON, null for no run; throws the server's reason. */
 export async function ask(path, method = "GET") {
   const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;
@@ -70,7 +70,7 @@ export async function ask(path, method = "GET") {
 export const toast = (severity, detail) =>
   app.extensionManager.toast.add({ severity, summary: "Retune", detail, life: 6000 });
 
-/** What an action gives; tells its error to the user and gives undefined. */
+/** What an action gives; its error is shown. */
 export async function attempt(action) {
   try {
     return await action();

@@ -1,4 +1,4 @@
-// A view of the run in every training node, and the runs panel in the sidebar.
+// A view of the run in every training node; the runs panel in the sidebar.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { RunView, nameWidget, views } from "./run_view.js";

@@ -14,6 +14,7 @@ export class RunView {
   constructor(node) {
     this.node = node;
     this.run = null; // RunData, once the server knows the run
+    this.recent = []; // steps that came while it was asked
     this.build();
     views.add(this);
     const options = { serialize: false, getMinHeight: () => this.height + MARGIN };
@@ -25,7 +26,7 @@ export class RunView {
   build() {
     this.state = el("span", "state");
     this.progress = el("span", "grow");
-    const says = "End after this step; the result is written and the graph goes on.";
+    const says = "End after this step; the graph goes on.";
     this.end = button("Finish now", says, () => this.finish());
     this.pace = el("span", "grow quiet");
     this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
@@ -55,7 +56,7 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Reads a run a moment later, and once more if asked for meanwhile. */
+  /** Reads a run soon, and again if asked for meanwhile. */
   load(id, after = 50) {
     this.again = true;
     if (id && id === this.loading) return;
@@ -70,15 +71,17 @@ export class RunView {
       if (ticket !== this.waiting || !views.has(this)) return;
       this.loading = null;
       if (details !== undefined) this.run = details && new RunData(details);
+      for (const step of this.recent) if (step.run === this.run?.id) this.run.addStep(step);
       this.fill();
       if (this.again) this.load(id);
     }, after));
   }
 
-  /** An event about this node: its run, or, where a link names the run, the node itself. */
+  /** An event of its run or, where a link names that, of the node. */
   event(kind, event) {
     const { name, run } = this;
     if (name === null ? nodeAt(event.node) !== this.node : event.run !== name) return;
+    this.recent = kind === "state" ? [] : [...this.recent.slice(-300), ...(kind === "step" ? [event] : [])];
     const known = run?.id === event.run;
     if (!known || (kind === "state" && (event.state !== run.state || !event.message))) this.load(event.run);
     else if (kind === "step") run.addStep(event);
@@ -149,7 +152,7 @@ export class RunView {
     while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
-  /** Makes room; it never shrinks again. */
+  /** Makes room; never shrinks. */
   fit(height) {
     if (height === this.height) return;
     const { node } = this;
@@ -171,7 +174,7 @@ function pace(run) {
   return found.join(" · ");
 }
 
-/** The node of an execution id: "5:3" is node 3 in the subgraph of node 5. */
+/** "5:3": node 3 in the subgraph of node 5. */
 function nodeAt(id) {
   let graph = app.rootGraph ?? app.graph, node;
   for (const part of String(id).split(":")) {

@@ -1,4 +1,4 @@
-// The sidebar tab: all runs, their curves compared, their report and workflow, and deleting them.
+// The sidebar tab: all runs, their curves, reports and workflows; deleting them.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { address, ask, attempt, button, el, figure, fillSelect, gap, isBusy, picture } from "./dom.js";
@@ -8,7 +8,7 @@ import { RunData } from "./run_data.js";
 
 const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e"];
 const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`));
-const REFRESH = 1500; // milliseconds between readings of the list
+const REFRESH = 1500; // ms between readings of the list
 const CURVES = ["smoothed", "loss", "validation", "learning_rate", "alignment"];
 
 export class RunsPanel {
@@ -62,8 +62,8 @@ export class RunsPanel {
     const box = el("input", "", { type: "checkbox", title: "Show its curve", onchange: () => this.choose(id, box) });
     const [about, message] = [0, 0].map(() => el("div", "quiet"));
     const grid = el("img"), state = el("span", "state");
-    const load = button("Load", "Open the workflow that made it", () => this.loadWorkflow(id));
-    const copy = button("Copy", "Copy that workflow; paste it into a graph", () => this.copyWorkflow(id));
+    const load = button("Load", "Open its workflow", () => this.loadWorkflow(id));
+    const copy = button("Copy", "Copy its workflow", () => this.copyWorkflow(id));
     const remove = button("Delete", "Delete the run's folder", () => this.remove(id));
     const report = button("Report", "Open the run's page", () => open(api.apiURL(`${address(id)}/report`), "_blank"));
     const title = row(el("label", "grow name", { title: id }, box, ` ${id}`), state);

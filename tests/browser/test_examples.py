@@ -97,7 +97,7 @@ def test_an_example_runs_stops_and_goes_on_to_the_same_end(editor, title):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", filter(trainer_of, TITLES))
+@pytest.mark.parametrize("title", [title for title in TITLES if trainer_of(title)])
 def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(editor, title):
     steps = 3000  # more than are ever done
     editor.open(**NEW)
@@ -108,7 +108,7 @@ def test_an_example_is_watched_over_a_reload_and_finished_by_hand_in_nodes_2(edi
     editor.load(title, **edits(title, f"{title} by hand", steps=steps))
     wait_for_movement(editor, trainer_of(title))
     editor.shoot(f"{title}, nodes 2.0")
-    editor.page.get_by_role("button", name="Finish now").click()
+    editor.press("Finish now")
     editor.see("finished", timeout=120)
     wait_for_queue(editor)
     folder = editor.server.base_directory / "output" / "retune" / f"{title} by hand"

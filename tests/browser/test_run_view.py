@@ -132,6 +132,23 @@ def test_a_node_in_a_subgraph_shows_its_run_too(editor, written_run):
     assert not editor.complaints
 
 
+def test_steps_that_come_while_the_run_is_read_are_not_lost(editor, written_run):
+    written_run("read slowly")
+    editor.open(**RENDERERS["classic"])
+    editor.page.route("**/retune/runs/read*", lambda route: (editor.page.wait_for_timeout(1500), route.continue_()))
+    editor.load(TITLE, RetuneTrainLora={"run_name": "read slowly"})
+    send = """() => {
+      const about = { run: "read slowly", node: "8", steps: 60, validation: [], seconds_per_step: 1, learning_rate: 0 };
+      for (let step = 36; step <= 50; step++)
+        window.comfyAPI.api.api.dispatchCustomEvent("retune.step",
+          { ...about, step, loss: 0.5, memory: { used: 1, total: 2 } });
+    }"""
+    editor.page.wait_for_timeout(700)
+    editor.page.evaluate(send)
+    editor.see("running", "step 50 of 60")
+    assert not editor.complaints
+
+
 @pytest.mark.parametrize("other", [0.3, 0.30000000000000004, 0.3000000003])
 def test_losses_that_hardly_differ_are_drawn(editor, written_run, other):
     """As after the first step, where the smoothed loss is the raw one up to its last digit."""
