@@ -65,12 +65,7 @@ def train_embedding(
     if not config.lora_rank and config.settings.caption_dropout:
         log.info("caption_dropout is left out: an empty caption teaches a token nothing")
         config = replace(config, settings=replace(config.settings, caption_dropout=0.0))
-    vocabularies = model.text_encoder.vocabularies
-    for line in (line for token in config.tokens for line in token_warnings(token, vocabularies)):
-        log.warning("%s", line)
-    known = model.text_encoder.concepts
-    rows = zip(config.tokens, config.starts, strict=True)
-    starts = [start_concept(token, text, config.vectors, vocabularies, known, config.seed) for token, text in rows]
+    vocabularies, starts = model.text_encoder.vocabularies, _starts(model, config)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(starts))
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
     tokens = TokenEmbeddings(starts, [model.denoiser.network], norms, model.denoiser.device)
@@ -89,6 +84,15 @@ def train_embedding(
     with model.text_encoder.training():
         path = carry_out(kind, model, dataset, config, Path(root), callbacks)
     return read_embedding_run(path)
+
+
+def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
+    """Each token as it begins; warns of tokens that mean something already."""
+    vocabularies, known = model.text_encoder.vocabularies, model.text_encoder.concepts
+    for line in (line for token in config.tokens for line in token_warnings(token, vocabularies)):
+        log.warning("%s", line)
+    rows = zip(config.tokens, config.starts, strict=True)
+    return [start_concept(token, text, config.vectors, vocabularies, known, config.seed) for token, text in rows]
 
 
 def captioned(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Captions]:
