@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -159,6 +160,19 @@ def cheap_noise():
         return noise.repeat(1 + (start + count) // len(noise))[start : start + count].view(shape)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def comfy_cli(tmp_path_factory):
+    """`comfy_cli(*arguments, cwd=None)`: what `comfy` did, as subprocess.run gives it; with a home of its own."""
+    beside = Path(sys.executable).with_name("comfy.exe" if sys.platform == "win32" else "comfy")
+    found = str(beside) if beside.exists() else shutil.which("comfy")
+    if found is None:
+        pytest.skip("comfy-cli is not installed: pip install comfy-cli")
+    home = str(tmp_path_factory.mktemp("home"))
+    about = {"env": os.environ | {"HOME": home, "LOCALAPPDATA": home}, "capture_output": True, "text": True}
+    command = [found, "--skip-prompt", "--no-enable-telemetry"]
+    return lambda *arguments, cwd=None: subprocess.run([*command, *arguments], cwd=cwd, timeout=1800, **about)
 
 
 class SkippedTest(pytest.Item):

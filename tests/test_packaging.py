@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,17 @@ def test_the_registry_gets_what_a_user_needs_and_nothing_else(packed):
     assert len([name for name in weights if name.endswith(".safetensors")]) >= 4 and len(weights) >= 10
     assert {f"js/docs/{node_id}.md" for node_id in node_classes().values()} <= packed
     assert sum((ROOT / name).stat().st_size for name in packed) <= 24e6
+
+
+@pytest.mark.slow
+def test_comfy_cli_finds_no_fault_and_packs_the_same(packed, comfy_cli, tmp_path):
+    copy = tmp_path / "retune"
+    subprocess.run(["git", "clone", "--quiet", ROOT, copy], check=True)  # as committed
+    done = comfy_cli("node", "pack", cwd=copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "issues found" not in (done.stdout + done.stderr).lower()
+    with zipfile.ZipFile(copy / "node.zip") as file:
+        assert set(file.namelist()) == packed
 
 
 def test_the_packed_package_works_by_itself(packed, tmp_path):

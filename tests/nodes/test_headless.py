@@ -1,9 +1,6 @@
 """Every workflow without a browser: through `comfy run`, which gives up after two minutes without a word."""
 
 import json
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,15 +23,6 @@ QUIET = 10.0
 """Most seconds without a word from a training, in any phase."""
 
 
-@pytest.fixture
-def comfy_cli():
-    beside = Path(sys.executable).with_name("comfy.exe" if sys.platform == "win32" else "comfy")
-    found = str(beside) if beside.exists() else shutil.which("comfy")
-    if found is None:
-        pytest.skip("comfy-cli is not installed: pip install comfy-cli")
-    return found
-
-
 @pytest.mark.parametrize("name", sorted({path.stem for path in WORKFLOWS.glob("*.json")} - PREPARED))
 def test_workflows_run_through_comfy_cli(comfyui_server, comfy_cli, tmp_path, name):
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
@@ -50,10 +38,9 @@ def test_workflows_run_through_comfy_cli(comfyui_server, comfy_cli, tmp_path, na
     texts = []
     comfyui_server.on_event = lambda event: event["type"] == "progress_text" and texts.append(time.monotonic())
     address = comfyui_server.url.rpartition("/")[2].partition(":")
-    command = [comfy_cli, "--skip-prompt", "--no-enable-telemetry", "run", "--workflow", str(file), "--wait"]
-    command += ["--host", address[0], "--port", address[2], "--timeout", "120"]
+    options = ["--host", address[0], "--port", address[2], "--timeout", "120"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        done = comfy_cli("run", "--workflow", str(file), "--wait", *options)
     finally:
         comfyui_server.on_event = None
     assert done.returncode == 0, done.stdout + done.stderr
