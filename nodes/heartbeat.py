@@ -13,12 +13,14 @@ INTERVAL = 5.0
 class Heartbeat:
     """While entered, a thread repeats what goes on, with the seconds it has taken, whenever nothing else was said.
 
-    say: tells a text to whoever waits; it is called from that thread too. phase: what goes on at first.
+    say: tells a text to whoever waits; it is called from that thread too. phase: what goes on at first. spoke: whether
+    the thread has said anything yet.
     """
 
     def __init__(self, say: Callable[[str], None], interval: float = INTERVAL, phase: str = "loading"):
         self._say, self._interval = say, interval
         self._phase, self._began, self._said = phase, time.monotonic(), time.monotonic()
+        self.spoke = False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -45,8 +47,14 @@ class Heartbeat:
         """Seconds since something was told."""
         return time.monotonic() - self._said
 
+    @property
+    def seconds(self) -> float:
+        """How long the phase has taken."""
+        return time.monotonic() - self._began
+
     def _beat(self) -> None:
         while not self._over.wait(max(0.01, self._interval - self.silence)):
             if self.silence >= self._interval:
                 self.said()
-                self._say(f"{self._phase} … {time.monotonic() - self._began:.0f} s")
+                self.spoke = True
+                self._say(f"{self._phase} … {self.seconds:.0f} s")

@@ -11,8 +11,8 @@ Each has `node` and `run` too, and goes to every client, so that a page that was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..training.callbacks import Callbacks, StepInfo
@@ -135,15 +135,19 @@ class NodeCallbacks(Callbacks):
             server.send_sync(event, {"node": self._node, "run": self._run, **values})
 
 
-def telling(node: type, phase: str) -> Heartbeat:
-    """Signs of life of a node that may take long and tells nothing else, while entered; node: its class."""
+@contextmanager
+def telling(node: type, phase: str) -> Iterator[None]:
+    """Signs of life of a node that may take long and tells nothing else, and how long it took; node: its class."""
     node_id, server = node.hidden.unique_id if node.hidden else None, _server()
 
     def say(text: str) -> None:
         if server is not None and node_id is not None:
             server.send_progress_text(text, node_id)
 
-    return Heartbeat(say, phase=phase)
+    with Heartbeat(say, phase=phase) as beat:
+        yield
+    if beat.spoke:
+        say(f"{phase}: done in {beat.seconds:.0f} s")
 
 
 def _server():

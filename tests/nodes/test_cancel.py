@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +48,6 @@ def heartbeats():
 
 def trained(demo, pictures, name, steps=4, node_id="8"):
     """RetuneTrainModel as ComfyUI executes it; returns the run's folder."""
-    from types import SimpleNamespace
-
     from retune.nodes.train import RetuneTrainModel
 
     class Node(RetuneTrainModel):
@@ -186,6 +185,27 @@ def test_a_phase_that_takes_long_is_said_again_with_its_seconds(demo, pictures, 
     count = len(said)
     time.sleep(0.5)
     assert len(said) == count
+
+
+def test_a_node_that_took_long_says_how_long(progress, monkeypatch):
+    from retune.nodes import heartbeat
+    from retune.nodes import progress as module
+
+    monkeypatch.setattr(module, "Heartbeat", lambda say, phase: heartbeat.Heartbeat(say, 0.1, phase))
+    node, (said, _) = SimpleNamespace(hidden=SimpleNamespace(unique_id="3")), progress
+    with module.telling(node, "drawing"):
+        pass
+    assert said == []
+    with module.telling(node, "drawing"):
+        time.sleep(1.2)
+    *texts, last = [text for _, text in said]
+    assert len(texts) > 2 and all(text.startswith("drawing …") for text in texts)
+    assert last == "drawing: done in 1 s"
+    said.clear()
+    with pytest.raises(ValueError), module.telling(node, "drawing"):
+        time.sleep(0.3)
+        raise ValueError
+    assert not [text for _, text in said if "done" in text]
 
 
 def prompt_of(name, **training):
