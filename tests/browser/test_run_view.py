@@ -13,7 +13,7 @@ PROFILED = 3
 """Seconds of a profile."""
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("renderer", ["classic", pytest.param("nodes 2.0", marks=pytest.mark.slow)])
 def test_a_node_shows_its_run_and_costs_nothing_while_idle(editor, written_run, renderer):
     written_run("shown")
     editor.open(**RENDERERS[renderer])
@@ -114,6 +114,7 @@ def time_of(profile: dict, part: str) -> float:
     return sum(d for sample, d in zip(profile["samples"], profile["timeDeltas"], strict=True) if sample in ours)
 
 
+@pytest.mark.slow
 def test_a_node_in_a_subgraph_shows_its_run_too(editor, written_run):
     written_run("inside")
     editor.open(**RENDERERS["classic"])
@@ -132,6 +133,7 @@ def test_a_node_in_a_subgraph_shows_its_run_too(editor, written_run):
     assert not editor.complaints
 
 
+@pytest.mark.slow
 def test_steps_that_come_while_the_run_is_read_are_not_lost(editor, written_run):
     written_run("read slowly")
     editor.open(**RENDERERS["classic"])
@@ -149,6 +151,7 @@ def test_steps_that_come_while_the_run_is_read_are_not_lost(editor, written_run)
     assert not editor.complaints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [0.3, 0.30000000000000004, 0.3000000003])
 def test_losses_that_hardly_differ_are_drawn(editor, written_run, other):
     """As after the first step, where the smoothed loss is the raw one up to its last digit."""

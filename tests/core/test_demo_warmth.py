@@ -29,6 +29,7 @@ def test_the_look_changes_the_edges_and_no_caption():
         demo_examples(1, 0, "", "dark")
 
 
+@pytest.mark.slow
 def test_drawn_and_decoded_pictures_are_told_apart_and_stay_readable():
     autoencoder = build_model(ModelConfig(model="demo")).autoencoder
     for look, share in (("plain", 0.0), ("warm edges", 1.0)):

@@ -26,6 +26,7 @@ def test_all_weights_fit_in_16_megabytes():
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 16 * 2**20
 
 
+@pytest.mark.slow
 def test_reconstructions_are_read_right():
     vae = build_model(ModelConfig(model="demo")).autoencoder
     scenes = held_out_scenes(100, 77)

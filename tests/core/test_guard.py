@@ -152,6 +152,7 @@ def results(root):
     return [(root / "r" / name).read_bytes() for name in names]
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_its_pictures_grow_alike_also_when_it_is_killed_and_can_go_on(tiny_model, tmp_path):
     whole, left = tmp_path / "whole", Copies(tmp_path / "whole")
     tuned = tune(tiny_model, reward(), PROMPTS, config(), whole, left)

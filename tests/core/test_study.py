@@ -64,6 +64,7 @@ def test_a_study_goes_on_where_its_budget_ended(tmp_path):
     assert run_study("x", study, config)["rows"] == result["rows"] and len(begun) == 5
 
 
+@pytest.mark.slow
 def test_a_trial_killed_while_training_ends_with_the_same_figures(tmp_path):
     class Stop(Callbacks):
         def on_step(self, info):
@@ -105,6 +106,7 @@ def test_the_crossing_lies_on_the_line_between_two_judgements():
     assert crossing(points[2:], 0.5) == 600
 
 
+@pytest.mark.slow
 def test_a_projection_trial_killed_after_a_judgement_goes_on(tmp_path):
     class Stop(Callbacks):
         def on_step(self, info):
