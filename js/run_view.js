@@ -14,7 +14,7 @@ export class RunView {
   constructor(node) {
     this.node = node;
     this.run = null; // RunData, once the server knows the run
-    this.recent = []; // steps that came while it was asked
+    this.recent = []; // the last steps: a read misses some
     this.build();
     views.add(this);
     const options = { serialize: false, getMinHeight: () => this.height + MARGIN };

@@ -66,8 +66,8 @@ class NodeCallbacks(Callbacks):
 
     def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int, more: int = 0) -> None:
         """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
-        largest = max(dataset.examples, key=lambda example: example.width * example.height)
-        self.keep_ready(model, batch_size, largest.height, largest.width, more)
+        width, height = dataset.largest
+        self.keep_ready(model, batch_size, height, width, more)
 
     def keep_ready(self, model: TextToImage, batch_size: int, height: int, width: int, more: int = 0) -> None:
         """The same for pictures of one size in pixels; more: bytes to keep free besides."""

@@ -82,7 +82,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _as_written() -> Iterator[None]:
-    """Raises ValueError for files that hold other things than expected."""
+    """Raises ValueError for files that hold other things than expected; a NoSuchRun goes through."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as error:

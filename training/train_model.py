@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -282,7 +281,7 @@ def denoising_loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
-            when_full=hints(config, max(((e.width, e.height) for e in dataset.examples), key=math.prod)),
+            when_full=hints(config, dataset.largest),
         ),
         sampler=sampler_of(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],

@@ -186,8 +186,8 @@ def _on_images(
         DirectObjective, latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed)
     )
     said, kept = ([Prompt(c) for c in dict.fromkeys(one.captions)] if one else [] for one in (training, held_out))
-    size = max(((e.width, e.height) for e in dataset.examples), key=math.prod)
-    return Data(objective, order, said, kept[:HELD_OUT], size, order.steps_per_epoch / config.gradient_accumulation)
+    size, steps = dataset.largest, order.steps_per_epoch / config.gradient_accumulation
+    return Data(objective, order, said, kept[:HELD_OUT], size, steps)
 
 
 def _loop(

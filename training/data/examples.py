@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +98,11 @@ class Dataset:
     def captions(self) -> list[str]:
         """Every different caption once, in order of appearance."""
         return list(dict.fromkeys(example.caption for example in self.examples))
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Width and height of the image with the most pixels."""
+        return max(((example.width, example.height) for example in self.examples), key=math.prod)
 
 
 def _rarely(example: Example) -> list:
