@@ -99,7 +99,9 @@ def offer_comfyui() -> Path:
 
 def server_module():
     """The package's ComfyUI starter, which needs nothing installed."""
-    spec = importlib.util.spec_from_file_location("comfyui_server", ROOT / "training" / "comfyui_server.py")
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_server", ROOT / "training" / "commands" / "comfyui_server.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -267,7 +269,7 @@ def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
 def bench(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     """Measure something: `bench` without a name lists what there is."""
     where = ["--comfyui", found] if found else []
-    raise SystemExit(subprocess.run([python, "-m", "retune.training", "bench", *options.rest, *where]).returncode)
+    raise SystemExit(subprocess.run([python, "-m", "retune.benchmarks", *options.rest, *where]).returncode)
 
 
 def comfyui(python: Path, options: argparse.Namespace, found: Path | None) -> None:

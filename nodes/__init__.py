@@ -13,15 +13,10 @@ from .reward import RetuneCombineRewards, RetuneDiversity, RetuneLoadReward, Ret
 from .reward_tune import RetuneRewardTune
 from .run_chart import RetuneRunChart
 from .save_lora import RetuneSaveLora
+from .saved_text_encoder import RetuneLoadTextEncoder, RetuneSaveTextEncoder
+from .scale import RetuneScaleConditioning, RetuneScaleTextEncoder
 from .settings import RetuneSamplePrompts, RetuneTrainingSettings
-from .text_encoder import (
-    RetuneFitProjection,
-    RetuneLoadT5,
-    RetuneLoadTextEncoder,
-    RetuneSaveTextEncoder,
-    RetuneScaleConditioning,
-    RetuneScaleTextEncoder,
-)
+from .text_encoder import RetuneFitProjection, RetuneLoadT5
 from .train import RetuneTrainModel
 from .train_embedding import RetuneTrainEmbedding
 from .train_lora import RetuneTrainLora
@@ -30,7 +25,7 @@ from .vae import RetuneSwapVAE
 
 class RetuneExtension(ComfyExtension):
     async def on_load(self):
-        from .routes import register
+        from .ui.routes import register
 
         register()
 

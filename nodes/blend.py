@@ -43,8 +43,8 @@ class RetuneBlendTextEncoders(io.ComfyNode):
     @classmethod
     def execute(cls, clips, weights, space) -> io.NodeOutput:
         from ..training.text_encoder.blend import read_weights
-        from .blend_weights import blend_weights
-        from .blended_clip import blend_embeddings
+        from .clips.blend_weights import blend_weights
+        from .clips.blended_clip import blend_embeddings
 
         given = [clips[name] for name in sorted(clips, key=lambda name: int(name.removeprefix("clip")))]
         blend = blend_weights if space == "weights" else blend_embeddings
@@ -78,7 +78,7 @@ class RetuneBlendConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, a, b, amount) -> io.NodeOutput:
-        from .conditioning import blend_conditionings
+        from .clips.conditioning import blend_conditionings
 
         return io.NodeOutput(blend_conditionings(a, b, amount))
 
@@ -111,6 +111,6 @@ class RetuneStepWindow(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, tuned, start_percent) -> io.NodeOutput:
-        from .conditioning import step_window
+        from .clips.conditioning import step_window
 
         return io.NodeOutput(step_window(original, tuned, start_percent))

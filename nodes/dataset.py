@@ -4,7 +4,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from . import types
+from .common import types
 
 
 class RetuneLoadDataset(io.ComfyNode):
@@ -113,7 +113,7 @@ class RetuneLoadDataset(io.ComfyNode):
     @classmethod
     def execute(cls, folder, resolution, **options):
         from ..training.data.folder import FolderConfig, load_folder
-        from .progress import NodeCallbacks
+        from .ui.progress import NodeCallbacks
 
         config = FolderConfig(folder=resolved(folder), resolution=resolution, **options)
         callbacks = NodeCallbacks(cls.hidden.unique_id if cls.hidden else None, "", 1)

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from . import types
-from .paths import files, listed_file
+from .common import types
+from .common.paths import files, listed_file
 
 BUILT_IN = "built in"
 PLACES = ("checkpoints", "diffusion_models")
@@ -43,7 +43,7 @@ class RetuneLoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder, file=BUILT_IN):
-        from .demo_model import load_demo
+        from .common.demo_model import load_demo
 
         path = None if file == BUILT_IN else listed_file(file, *PLACES)
         return io.NodeOutput(*load_demo(path, with_clip=text_encoder == "clip"))
@@ -89,7 +89,7 @@ class RetuneDemoDataset(io.ComfyNode):
     def execute(cls, count, seed, subset="", look="plain"):
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
-        from .progress import telling
+        from .ui.progress import telling
 
         with telling(cls, f"drawing {count} pictures"):
             images, captions = demo_examples(count, seed, subset, look)

@@ -7,8 +7,8 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..training.demo.files import EMBEDDINGS, weights_path
-from . import types
-from .paths import files, listed_file
+from .common import types
+from .common.paths import files, listed_file
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,12 @@ class RetuneLoadEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, file, token="", second_file=NONE) -> io.NodeOutput:
-        from ..training.concepts import Concept, check_token
-        from ..training.embedding_report import file_report, file_warnings
+        from ..training.config.tokens import check_token
         from ..training.formats.embedding import read_embedding
         from ..training.formats.embedding_fit import assign
-        from .concept_tokens import vocabularies_of, with_concepts
+        from ..training.formats.embedding_report import file_report, file_warnings
+        from ..training.models.concepts import Concept
+        from .clips.concept_tokens import vocabularies_of, with_concepts
 
         chosen = [name for name in (file, second_file) if name != NONE]
         parts = [read_embedding(listed_embedding(name), token.strip()) for name in chosen]
@@ -146,7 +147,7 @@ def listed_embedding(name: str) -> Path:
 
 def own_token(name: str) -> str:
     """The word that a file gives itself, or its name, as one word: blanks and commas become hyphens."""
-    from ..training.concepts import check_token
+    from ..training.config.tokens import check_token
 
     return check_token(re.sub(r"[\s,]+", "-", name.strip()))
 

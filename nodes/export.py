@@ -41,9 +41,9 @@ class RetuneExportDiffusers(io.ComfyNode):
     def execute(cls, model, clip, vae, folder_name):
         import folder_paths
 
-        from ..training.config import check_run_name
-        from ..training.export import export_pipeline
-        from .bridge import expect_given
+        from ..training.commands.export_diffusers import export_pipeline
+        from ..training.config.checks import check_run_name
+        from .common.inputs import expect_given
 
         check_run_name(folder_name, "folder_name")
         expect_given(model=model, clip=clip, vae=vae)
@@ -60,9 +60,10 @@ def image_parts(model, vae):
 
     Raises ValueError for noise levels or a latent scale that a diffusers config of Stable Diffusion cannot say.
     """
-    from ..training.export import ImageParts
-    from .bridge import latent_format_of, prediction_type_of
-    from .weights import UNET, patched_weight
+    from ..training.commands.export_diffusers import ImageParts
+    from .bridge.autoencoder import latent_format_of
+    from .bridge.denoiser import prediction_type_of
+    from .common.weights import UNET, patched_weight
 
     sampling, network = model.get_model_object("model_sampling"), model.model.diffusion_model
     prediction = prediction_type_of(sampling)
@@ -80,7 +81,7 @@ def image_parts(model, vae):
 def _check_sigmas(sigmas) -> None:
     import torch
 
-    from ..training.diffusers_model import SD1_SCHEDULER, training_sigmas
+    from ..training.models.diffusers import SD1_SCHEDULER, training_sigmas
 
     expected = training_sigmas(SD1_SCHEDULER)
     if sigmas.shape != expected.shape or not torch.allclose(sigmas.float().cpu(), expected, rtol=1e-3):
@@ -105,15 +106,15 @@ def _scale_of(latent_format) -> float:
 
 def text_part(clip):
     """The exportable text encoder of a CLIP: SD1.x's own, or a T5 of this package. ValueError for others."""
-    from .t5_clip import is_t5_clip
+    from .clips.t5_clip import is_t5_clip
 
     return _t5_part(clip) if is_t5_clip(clip) else _clip_part(clip)
 
 
 def _clip_part(clip):
-    from ..training.clip_text import clip_config
-    from ..training.export import ClipPart
-    from .weights import patched_weight
+    from ..training.commands.export_diffusers import ClipPart
+    from ..training.models.clip import clip_config
+    from .common.weights import patched_weight
 
     stage = clip.cond_stage_model
     if [name for name, _ in stage.named_children()] != ["clip_l"]:
@@ -153,8 +154,8 @@ def _module_config(clip_l) -> dict:
 def _t5_part(clip):
     import comfy.sd
 
-    from ..training.export import T5Part, find_tokenizer_file
-    from .t5_clip import core_text_encoder, t5_parts
+    from ..training.commands.export_diffusers import T5Part, find_tokenizer_file
+    from .clips.t5_clip import core_text_encoder, t5_parts
 
     if clip.layer_idx is not None:
         raise ValueError("the T5 stops at an earlier layer (CLIP Set Last Layer); expected one without that node.")

@@ -6,8 +6,8 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..training.demo.files import LORAS, weights_path
-from .paths import files, listed_file
-from .types import LoraModel
+from .common.paths import files, listed_file
+from .common.types import LoraModel
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class RetuneApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, count, clip=None, trained=None, trained_strength_model=1.0, trained_strength_clip=1.0):
-        from .lora_patches import Row, apply_loras, lora_of
+        from .bridge.lora_patches import Row, apply_loras, lora_of
 
         rows = [file_row(row) for row in chosen_rows(count)]
         if trained is not None:
@@ -134,7 +134,7 @@ def path_of(name: str) -> Path:
 def file_row(row: dict):
     """A row with its file read. Errors: ValueError for a file that is not listed, damaged, or no LoRA."""
     from ..training.formats.lora import read_lora_tensors
-    from .lora_patches import Row, lora_of
+    from .bridge.lora_patches import Row, lora_of
 
     lora = lora_of(row["lora"], *read_lora_tensors(path_of(row["lora"])))
     return Row(lora, row["strength_model"], row["strength_clip"], row.get("blocks", ""))

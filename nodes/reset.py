@@ -67,8 +67,8 @@ class RetuneResetAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, layers, init, strength, include_output, blocks, seed):
-        from ..training.layers import ResetConfig, reset_weights
-        from .weights import attention_weights, with_unet_weights
+        from ..training.models.layers import ResetConfig, reset_weights
+        from .common.weights import attention_weights, with_unet_weights
 
         config = ResetConfig(
             layers=layers,

@@ -4,8 +4,8 @@ import json
 
 from comfy_api.latest import io
 
-from . import types
-from .paths import REWARDS, files, listed_file, reward_files
+from .common import types
+from .common.paths import REWARDS, files, listed_file, reward_files
 
 NONE = "none"
 TOWERS = "clip_vision"
@@ -89,7 +89,7 @@ class RetuneLoadReward(io.ComfyNode):
         import comfy.sd
 
         from ..training.rewards.load import RewardConfig
-        from .managed_reward import ManagedReward
+        from .bridge.rewards import ManagedReward
 
         config = RewardConfig(
             kind=kind,
@@ -145,7 +145,7 @@ class RetuneCombineRewards(io.ComfyNode):
     @classmethod
     def execute(cls, rewards: io.Autogrow.Type, smallest_crop=1.0, smallest_resize=1.0):
         from ..training.rewards.augment import Augmentation
-        from .managed_reward import ManagedReward, expect_reward
+        from .bridge.rewards import ManagedReward, expect_reward
 
         given = [reward for reward in rewards.values() if reward is not None]
         for reward in given or [None]:
@@ -187,8 +187,8 @@ class RetuneScoreImages(io.ComfyNode):
     def execute(cls, images, prompts, reward):
         from comfy_api.latest import ui
 
-        from ..training.rewards.score import score_chart
-        from .score import score
+        from ..training.plots.score_histogram import score_chart
+        from .bridge.score import score
 
         table = score(reward, images, prompts)
         chart = score_chart(table)[None]
@@ -219,7 +219,7 @@ class RetuneDiversity(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, reward):
-        from .score import diversity_of
+        from .bridge.score import diversity_of
 
         found = diversity_of(reward, images)
         return io.NodeOutput(found.vendi, found.text())

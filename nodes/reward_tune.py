@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..training.config import SamplePrompts, TrainingSettings
-from ..training.guard import ACTIONS
-from ..training.reward_config import METHODS, WHAT, RewardTuneConfig
-from . import types
-from .run_inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
-from .types import LoraModel
+from ..training.config.guard import ACTIONS
+from ..training.config.reward import METHODS, WHAT, RewardTuneConfig
+from ..training.config.sample_prompts import SamplePrompts
+from ..training.config.training_settings import TrainingSettings
+from .common import types
+from .common.inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.types import LoraModel
 
 STEPS, BATCH = 100, 4
 
@@ -175,10 +176,10 @@ class RetuneRewardTune(io.ComfyNode):
         dataset=None,
         **values,
     ):
-        from ..training.tune_rewards import tune
-        from .paths import runs_folder
-        from .progress import NodeCallbacks
-        from .tuned import applied, prompt_list, tuned_by, tuning
+        from ..training.recipes.reward import tune
+        from .bridge.tuned import applied, prompt_list, tuned_by, tuning
+        from .common.paths import runs_folder
+        from .ui.progress import NodeCallbacks
 
         judge = tuned_by(reward, values.pop("clip_constraint"), constraint, held_out)
         wanted = prompt_list(prompts, values.pop("prompt_file", ""))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from . import types
+from .common import types
 
 
 class RetuneRunChart(io.ComfyNode):
@@ -27,8 +27,8 @@ class RetuneRunChart(io.ComfyNode):
     def execute(cls, run):
         from comfy_api.latest import ui
 
-        from ..training.chart import run_chart
-        from ..training.run_folder import RunFolder
+        from ..training.plots.run_chart import run_chart
+        from ..training.runs.folder import RunFolder
 
         folder = RunFolder(run)
         image = run_chart(folder.name, folder.rows())[None]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from . import types
-from .paths import output_path
+from .common import types
+from .common.paths import output_path
 
 
 class RetuneSaveLora(io.ComfyNode):
@@ -63,7 +63,7 @@ class RetuneSaveLora(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..training.formats.lora_metadata import LoraAbout, last_sample, thumbnail
         from ..training.formats.lora_save import save_lora
-        from ..training.run_folder import RunFolder
+        from ..training.runs.folder import RunFolder
 
         picture = last_sample(Path(run)) if run is not None else None
         about = LoraAbout(

@@ -4,7 +4,7 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..training.config import TrainingSettings
+from ..training.config.training_settings import TrainingSettings
 
 
 def number(default: TrainingSettings, kind, name: str, low: float, high: float, step: float | None, tooltip: str):

@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..training.config import PRESET_RUNS, PRESETS, SamplePrompts, TrainingSettings
-from . import types
-from .run_inputs import STEPS, seed_input
+from ..training.config.sample_prompts import SamplePrompts
+from ..training.config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
+from .common import types
+from .common.inputs import STEPS, seed_input
 from .setting_inputs import ending_inputs, log_inputs, objective_inputs, schedule_inputs, stage_inputs
 
 LEARNING_RATE = 1e-5

@@ -1,4 +1,4 @@
-"""T5 as a text encoder: load, scale, save."""
+"""Loading a T5 as a text encoder, and fitting its projection."""
 
 import logging
 from pathlib import Path
@@ -6,11 +6,9 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..training.demo.files import TEXT_ENCODERS, weights_path
-from . import types
-from .paths import files, listed_file, listed_model, output_path
+from .common.paths import files, listed_file, listed_model, output_path
 
 log = logging.getLogger(__name__)
-
 ENCODERS = "text_encoders"
 DEMO = "demo"
 DEMO_CLIPS = {f"demo: {name}": f"text_encoders/{name}.safetensors" for name in TEXT_ENCODERS}
@@ -106,9 +104,9 @@ class RetuneLoadT5(io.ComfyNode):
     def execute(cls, encoder, context_width, model=None, **options):
         from ..training.text_encoder.projection import Projection
         from ..training.text_encoder.t5_file import read_t5_config
-        from .kept_clip import KeptClip
-        from .progress import telling
-        from .t5_clip import load_t5_clip
+        from .clips.kept_clip import KeptClip
+        from .clips.t5_clip import load_t5_clip
+        from .ui.progress import telling
 
         path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
         width, pooled_width = widths(context_width, model)
@@ -171,157 +169,18 @@ class RetuneFitProjection(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, reference, prompts, method="ridge"):
-        from .measure import fit_clip
-        from .progress import telling
+        from .bridge.measure import fit_clip
+        from .ui.progress import telling
 
         with telling(cls, "fitting the projection"):
             fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
         return io.NodeOutput(fitted, report.text())
 
 
-class RetuneScaleTextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RetuneScaleTextEncoder",
-            display_name="Scale Text Encoder",
-            category="retune/text encoder",
-            description="Multiplies a T5's output so that its standard deviation is a given one, or that of the "
-            "model's original CLIP. A UNet listens at the loudness it was trained with.",
-            search_aliases=["embedding std", "normalize embeddings"],
-            inputs=[
-                io.Clip.Input("clip", tooltip="A T5 from Load T5 or Load Text Encoder."),
-                io.Combo.Input(
-                    "mode",
-                    options=["target std", "match reference", "off"],
-                    default="target std",
-                    tooltip="target std: to the number below; match reference: to the reference CLIP's, measured on "
-                    "the same prompts; off: measure only.",
-                ),
-                io.Float.Input(
-                    "target_std",
-                    default=0.2,
-                    min=0.001,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Standard deviation over all elements of real tokens. 0.2 is the figure of published "
-                    "retraining notes; SD1.5's own CLIP is near 0.9.",
-                ),
-                io.Clip.Input(
-                    "reference",
-                    optional=True,
-                    tooltip="The original CLIP, for 'match reference'; with the other modes it is shown beside.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Prompts to measure on, one a line; empty uses a built-in list of varied ones. After Fit "
-                    "Projection give those of the fit.",
-                ),
-            ],
-            outputs=[
-                io.Clip.Output(tooltip="The scaled text encoder."),
-                io.Float.Output(display_name="std", tooltip="Standard deviation afterwards."),
-                io.String.Output(display_name="report", tooltip="Figures before and after, and of the reference."),
-                io.Image.Output(
-                    display_name="histogram", tooltip="RMS of the tokens before, after and of the reference."
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from ..training.text_encoder.histogram import histogram
-        from .measure import is_fitted, scaled_or_measured
-        from .progress import telling
-
-        with telling(cls, "measuring the text encoder"):
-            clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
-        if not prompts.strip() and is_fitted(clip):
-            text += "\n" + FITTED_ELSEWHERE
-            log.warning("%s", FITTED_ELSEWHERE)
-        std = figures["measured" if mode == "off" else "after"].std
-        return io.NodeOutput(clip, std, text, histogram(figures)[None])
-
-
-class RetuneScaleConditioning(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RetuneScaleConditioning",
-            display_name="Scale Conditioning",
-            category="retune/text encoder",
-            description="Scales an encoded prompt to a standard deviation over all its elements.",
-            search_aliases=["conditioning std"],
-            inputs=[
-                io.Conditioning.Input("conditioning", tooltip="From any text encoding node."),
-                io.Float.Input(
-                    "target_std", default=0.2, min=0.001, max=100.0, step=0.01, tooltip="Standard deviation wanted."
-                ),
-            ],
-            outputs=[
-                io.Conditioning.Output(tooltip="The scaled conditioning; the pooled output is left alone."),
-                io.Float.Output(display_name="std", tooltip="Standard deviation of the first entry afterwards."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, conditioning, target_std):
-        from ..training.text_encoder.scale import scale_context
-
-        scaled = [[scale_context(context, target_std), dict(options)] for context, options in conditioning]
-        return io.NodeOutput(scaled, scaled[0][0].float().std(correction=0).item())
-
-
-class RetuneSaveTextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RetuneSaveTextEncoder",
-            display_name="Save Text Encoder",
-            category="retune/text encoder",
-            description="Saves a tuned CLIP as files that ComfyUI's own loaders, diffusers and others read; of a T5 "
-            "its projection, scale and padding with a reference (name and hash) to the T5 file. Into output/clip.",
-            search_aliases=["save t5", "save projection", "save clip", "export text encoder"],
-            is_output_node=True,
-            inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="A CLIP of SD1.x, SD2, SDXL or the demo model, tuned or blended; or a T5."
-                ),
-                io.String.Input(
-                    "filename_prefix", default="retune/text_encoder", tooltip="Name of the file; may hold a sub-folder."
-                ),
-                types.Run.Input(
-                    "run", optional=True, tooltip="The run it comes from: rewards and settings go into the file."
-                ),
-            ],
-            outputs=[
-                io.String.Output(display_name="path", tooltip="The file written; of SDXL's pair two, one a line.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, clip, filename_prefix, run=None):
-        from ..training.text_encoder.stock_file import about_folder
-        from .saved_clip import save_clip
-        from .t5_clip import is_t5_clip
-
-        about = about_folder(run) if run is not None else {}
-        save = save_clip if clip is not None and not is_t5_clip(clip) else save_t5
-        paths, warnings = save(clip, filename_prefix, about)
-        for warning in warnings:
-            log.warning("%s", warning)
-        text = [str(path) for path in paths]
-        return io.NodeOutput("\n".join(text), ui={"text": text + warnings})
-
-
 def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     """Writes what a T5 CLIP has of its own; the path, and warnings of what the file lacks."""
     from ..training.text_encoder.file import save_text_encoder
-    from .t5_clip import saved_text_encoder, t5_parts
+    from .clips.t5_clip import saved_text_encoder, t5_parts
 
     saved = saved_text_encoder(clip)
     path = output_path("clip", prefix, ".safetensors")
@@ -340,36 +199,6 @@ def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     return [path], warnings
 
 
-class RetuneLoadTextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RetuneLoadTextEncoder",
-            display_name="Load Text Encoder",
-            category="retune/text encoder",
-            description="Loads what Save Text Encoder wrote of a T5 or of the demo model's CLIP. A T5 needs the same "
-            "T5 file or folder in models/text_encoders; its hash is checked.",
-            search_aliases=["load projection", "load t5", "load demo clip"],
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=[*files(ENCODERS), *DEMO_CLIPS],
-                    tooltip="A file written by Save Text Encoder. The demo one is for the demo model: its CLIP, tuned "
-                    "for glossy pictures. Other CLIPs go into ComfyUI's Load CLIP.",
-                ),
-                keep_clip_input("The CLIP that the text encoder was made beside, if it was; it is not in the file."),
-            ],
-            outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
-        )
-
-    @classmethod
-    def execute(cls, file, keep_clip=None):
-        from .saved_clip import open_text_encoder
-
-        path = weights_path(DEMO_CLIPS[file]) if file in DEMO_CLIPS else listed_file(file, ENCODERS)
-        return io.NodeOutput(open_text_encoder(path, keep_clip))
-
-
 def keep_clip_input(tooltip: str):
     """The input of both loaders."""
     return io.Clip.Input("keep_clip", optional=True, tooltip=tooltip)
@@ -377,7 +206,7 @@ def keep_clip_input(tooltip: str):
 
 def widths(context_width: str, model) -> tuple[int, int]:
     """Context and pooled width for a choice of Load T5; the latter is 0 where the model reads no pooled output."""
-    from .bridge import context_width_of, pooled_width_of
+    from .bridge.denoiser import context_width_of, pooled_width_of
 
     if context_width == "auto":
         return context_width_of(model), pooled_width_of(model)

@@ -2,9 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..training.config import LAYERS, SamplePrompts, TrainingSettings, TrainModelConfig
-from . import types
-from .run_inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, shown
+from ..training.config.run import LAYERS, TrainModelConfig
+from ..training.config.sample_prompts import SamplePrompts
+from ..training.config.training_settings import TrainingSettings
+from .common import types
+from .common.inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, shown
 from .settings import LEARNING_RATE
 
 
@@ -43,11 +45,12 @@ class RetuneTrainModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, **values):
-        from ..training.train_model import train_model
-        from .bridge import text_to_image, with_projection
-        from .paths import runs_folder
-        from .progress import NodeCallbacks
-        from .weights import with_unet_weights
+        from ..training.recipes.unet import train_model
+        from .bridge.text_encoder import with_projection
+        from .bridge.view import text_to_image
+        from .common.paths import runs_folder
+        from .common.weights import with_unet_weights
+        from .ui.progress import NodeCallbacks
 
         config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)

@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..training.config import SamplePrompts, TrainingSettings
-from ..training.embedding_config import LORA_TARGETS, EmbeddingConfig
-from . import types
-from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
-from .types import LoraModel
+from ..training.config.embedding import LORA_TARGETS, EmbeddingConfig
+from ..training.config.sample_prompts import SamplePrompts
+from ..training.config.training_settings import TrainingSettings
+from .common import types
+from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.types import LoraModel
 
 LEARNING_RATE = 5e-3
 
@@ -112,12 +113,12 @@ class RetuneTrainEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, lines="", **values):
-        from ..training.train_embedding import train_embedding
-        from .bridge import text_to_image
-        from .concept_tokens import with_concepts
-        from .lora_patches import Row, apply_loras, lora_of
-        from .paths import runs_folder
-        from .progress import NodeCallbacks
+        from ..training.recipes.textual_inversion import train_embedding
+        from .bridge.lora_patches import Row, apply_loras, lora_of
+        from .bridge.view import text_to_image
+        from .clips.concept_tokens import with_concepts
+        from .common.paths import runs_folder
+        from .ui.progress import NodeCallbacks
 
         values["lines"] = tuple(line.strip() for line in lines.splitlines() if line.strip())
         config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)

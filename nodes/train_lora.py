@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..training.config import SamplePrompts, TrainingSettings
-from ..training.lora_config import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
-from . import types
-from .run_inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
-from .types import LoraModel
+from ..training.config.lora import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
+from ..training.config.sample_prompts import SamplePrompts
+from ..training.config.training_settings import TrainingSettings
+from .common import types
+from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.types import LoraModel
 
 LEARNING_RATE = 1e-4
 
@@ -120,11 +121,11 @@ class RetuneTrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", start=None, **values):
-        from ..training.train_lora import train_lora
-        from .bridge import text_to_image
-        from .lora_patches import Row, apply_loras, lora_of
-        from .paths import runs_folder
-        from .progress import NodeCallbacks
+        from ..training.recipes.lora import train_lora
+        from .bridge.lora_patches import Row, apply_loras, lora_of
+        from .bridge.view import text_to_image
+        from .common.paths import runs_folder
+        from .ui.progress import NodeCallbacks
 
         values |= LORA_PRESETS[preset]
         config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)

@@ -45,7 +45,8 @@ class RetuneSwapVAE(io.ComfyNode):
     def execute(cls, model, vae, latent_format):
         import comfy.latent_formats
 
-        from .bridge import expect_given, latent_format_of
+        from .bridge.autoencoder import latent_format_of
+        from .common.inputs import expect_given
 
         expect_given(model=model, vae=vae)
         check_vae(vae)

@@ -86,10 +86,10 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def comfyui_server(tmp_path_factory):
-    """A running ComfyUI (`retune.training.comfyui_server.Server`) with this package in it, shared by all tests."""
+    """A running ComfyUI (a `comfyui_server.Server`) with this package in it, shared by all tests."""
     if skip_reason:
         pytest.skip(skip_reason)
-    from retune.training.comfyui_server import server
+    from retune.training.commands.comfyui_server import server
 
     with server(comfyui_path, tmp_path_factory.mktemp("comfyui")) as running:
         yield running

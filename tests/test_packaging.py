@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from retune.training.demo.through_comfyui import WORKFLOW
+from retune.training.commands.demo_in_comfyui import WORKFLOW
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"}

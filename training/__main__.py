@@ -3,67 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import prompt_set_run
-from .bench import BATCH, LORA, REWARD, STUDIES, BenchConfig, run_bench
-from .build import ModelConfig, build_model
-from .callbacks import Callbacks, StepInfo
-from .cli import add_flags, read_flags
-from .comfyui_server import WorkflowFailed
-from .config import PRESET_RUNS, PRESETS, RunConfig, SamplePrompts, TrainingSettings, TrainModelConfig
+from .commands import evaluate as prompt_set_run
+from .commands.evaluate import EvaluateConfig
+from .commands.lora_files import VERBS as LORA_VERBS
+from .commands.open_model import ModelConfig, build_model
+from .commands.score import VERBS as SCORE_VERBS
+from .commands.terminal import Terminal, run_verb
+from .common.distributed import local_device
+from .config.embedding import EmbeddingConfig
+from .config.flags import add_flags, read_flags
+from .config.lora import LORA_PRESETS, LoraConfig
+from .config.reward import RewardTuneConfig
+from .config.run import RunConfig, TrainModelConfig
+from .config.sample_prompts import SamplePrompts
+from .config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
 from .data.examples import Dataset
 from .data.folder import FolderConfig
-from .demo.lora_bench import run_lora_bench
-from .demo.lora_bench_runs import LoraBenchConfig
-from .demo.reward_bench import RewardBenchConfig, run_reward_bench
-from .demo.study import StudyConfig, run_study
-from .distributed import local_device, world
-from .embedding_config import EmbeddingConfig
-from .layers import ResetConfig, reset_weights
-from .lora_config import LORA_PRESETS, LoraConfig
-from .lora_tools import VERBS as LORA_VERBS
-from .memory import OutOfMemory
-from .prompt_set_report import table
-from .prompt_set_run import EvaluateConfig
-from .reward_config import RewardTuneConfig
-from .rewards.score_files import VERBS as SCORE_VERBS
+from .evaluation.prompt_set_report import table
+from .models.layers import ResetConfig, reset_weights
 
 STOPPING = (
     "Ctrl-C stops the run, and the same command goes on where it was. A file named finish in the run's folder ends it "
     "after the step in progress, with its result: the same command then gives that, and more --steps go on from there."
 )
 """Said in the help of every training."""
-
-
-class Terminal(Callbacks):
-    """Progress as lines on standard error, at most one every two seconds."""
-
-    def __init__(self):
-        self._last = 0.0
-
-    def on_text(self, text: str) -> None:
-        self._print(text)
-
-    def on_end(self, text: str) -> None:
-        self._print(text, always=True)
-
-    def on_step(self, info: StepInfo) -> None:
-        left = (info.steps - info.step) * info.seconds_per_step
-        pace = f"{info.seconds_per_step:.2f} s/step  {left:.0f} s left"
-        text = f"step {info.step}/{info.steps}  loss {info.loss:.4f}  {pace}"
-        self._print(text, info.step == info.steps)
-
-    def _print(self, text: str, always: bool = False) -> None:
-        if always or time.monotonic() - self._last > 2:
-            print(text, file=sys.stderr, flush=True)
-            self._last = time.monotonic()
 
 
 def open_model(arguments: argparse.Namespace):
@@ -100,7 +68,7 @@ def open_run(arguments: argparse.Namespace, kind: type[RunConfig]) -> tuple[RunC
 
 
 def train(arguments: argparse.Namespace) -> dict:
-    from .train_model import train_model
+    from .recipes.unet import train_model
 
     config, dataset, terminal = open_run(arguments, TrainModelConfig)
     trained = train_model(open_model(arguments), dataset, config, arguments.output, terminal)
@@ -109,7 +77,7 @@ def train(arguments: argparse.Namespace) -> dict:
 
 def lora(arguments: argparse.Namespace) -> dict:
     from .formats.lora import read_lora
-    from .train_lora import train_lora
+    from .recipes.lora import train_lora
 
     config, dataset, terminal = open_run(arguments, LoraConfig)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
@@ -118,7 +86,7 @@ def lora(arguments: argparse.Namespace) -> dict:
 
 
 def embedding(arguments: argparse.Namespace) -> dict:
-    from .train_embedding import known_concepts, train_embedding
+    from .recipes.textual_inversion import known_concepts, train_embedding
 
     config, dataset, terminal = open_run(arguments, EmbeddingConfig)
     model = open_model(arguments)
@@ -130,8 +98,8 @@ def embedding(arguments: argparse.Namespace) -> dict:
 
 def reward(arguments: argparse.Namespace) -> dict:
     from .data.prompts import read_prompts
+    from .recipes.reward import tune
     from .rewards.described import read_rewards
-    from .tune_rewards import tune
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     config = read_flags(arguments, RewardTuneConfig, settings=settings, samples=samples)
@@ -160,7 +128,7 @@ def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
 
 
 def reset(arguments: argparse.Namespace) -> dict:
-    from .build import open_unet, save_unet
+    from .commands.open_model import open_unet, save_unet
 
     weights = open_unet(arguments.model)
     new, report = reset_weights(weights, read_flags(arguments, ResetConfig))
@@ -170,8 +138,8 @@ def reset(arguments: argparse.Namespace) -> dict:
 
 
 def report(arguments: argparse.Namespace) -> dict:
-    from .report import write_report
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
+    from .runs.report import write_report
 
     folder = RunFolder(arguments.run_folder)
     if folder.config() is None:
@@ -180,30 +148,14 @@ def report(arguments: argparse.Namespace) -> dict:
 
 
 def demo(arguments: argparse.Namespace) -> dict:
-    from .demo.run import DemoConfig, run_demo
+    from .commands.demo import DemoConfig, run_demo
 
     config = read_flags(arguments, DemoConfig)
     if arguments.comfyui:
-        from .demo.through_comfyui import run_demo_in_comfyui
+        from .commands.demo_in_comfyui import run_demo_in_comfyui
 
         return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
     return run_demo(config, Terminal())
-
-
-def bench(arguments: argparse.Namespace) -> dict:
-    config = read_flags(arguments, BenchConfig)
-    if config.name == LORA:
-        result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
-        words = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
-        return result if arguments.json else {"table": f"\n{result['table']}", **words}
-    if config.name == REWARD:
-        sized = read_flags(arguments, RewardBenchConfig, batch_size=config.batch_size or BATCH)
-        result = run_reward_bench(sized, arguments.comfyui, Terminal())
-        return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
-    if config.name not in STUDIES:
-        return run_bench(config)
-    result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
-    return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
 
 
 def parser(preset: str = "custom") -> argparse.ArgumentParser:
@@ -269,20 +221,12 @@ def parser(preset: str = "custom") -> argparse.ArgumentParser:
         tool = verbs.add_parser(name, help=config.__doc__[0].lower() + config.__doc__.rstrip(".")[1:])
         add_flags(tool, config)
         tool.set_defaults(function=lambda arguments, c=config, f=function: f(read_flags(arguments, c)))
-    from .demo.run import DemoConfig
+    from .commands.demo import DemoConfig
 
     d = verbs.add_parser("demo", help="the T5 swap on the demo model, judged before and after")
     add_flags(d, DemoConfig)
     d.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
     d.set_defaults(function=demo)
-    b = verbs.add_parser("bench", help="measure variants side by side on the demo model")
-    b.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
-    add_flags(b, BenchConfig, skip=("name",))
-    add_flags(b, StudyConfig, skip=("batch_size",))
-    add_flags(b, LoraBenchConfig, "lora_")
-    add_flags(b, RewardBenchConfig, skip=("rounds", "batch_size"))
-    b.add_argument("--comfyui", type=Path, help="the ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")
-    b.set_defaults(function=bench)
     for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return top
@@ -307,24 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if getattr(arguments, "preset", "custom") != "custom":
         arguments = parser(arguments.preset).parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
-    try:
-        result = arguments.function(arguments)
-    except (ValueError, OSError, WorkflowFailed, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    if not world().is_main:
-        return 0
-    if arguments.json:
-        print(json.dumps(result), flush=True)
-    else:
-        print("\n".join(f"{key}: {value}" for key, value in result.items()), flush=True)
-    return 0
+    return run_verb(arguments.function, arguments)
 
 
 if __name__ == "__main__":

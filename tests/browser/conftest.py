@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from retune.training.config.lora import LoraConfig
 from retune.training.data.images import contact_sheet, save_png
-from retune.training.lora_config import LoraConfig
-from retune.training.run_folder import RunFolder
+from retune.training.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"

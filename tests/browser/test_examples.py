@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from retune.training.comfyui_server import raise_if_failed
+from retune.training.commands.comfyui_server import raise_if_failed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 TITLES = sorted(file.stem for file in EXAMPLES.glob("*.json"))

@@ -2,7 +2,7 @@
 
 import json
 
-from retune.training.run_folder import RunFolder
+from retune.training.runs.folder import RunFolder
 
 OPEN = "() => window.comfyAPI.app.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.retune-runs')"
 

@@ -65,9 +65,9 @@ def seeded(build, seed=0):
 def tiny_model(tmp_path):
     """TextToImage of random weights: 64x64 pixels are 32x32 latents, context width 32."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from retune.training.clip_text import ClipTextEncoder
-    from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersAutoencoder, DiffusersDenoiser
-    from retune.training.model import TextToImage
+    from retune.training.models.clip import ClipTextEncoder
+    from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersAutoencoder, DiffusersDenoiser
+    from retune.training.models.protocols import TextToImage
     from transformers import CLIPTextConfig, CLIPTextModel
 
     size = write_clip_tokenizer(tmp_path / "clip_tokenizer")
@@ -93,8 +93,8 @@ def pictures():
 @pytest.fixture
 def single_file(tiny_model, tmp_path):
     """The tiny model as one checkpoint in the original layout, its shapes described in the metadata."""
-    from retune.training.files import write_tensors
-    from retune.training.formats import ldm
+    from retune.training.common.files import write_tensors
+    from retune.training.models import ldm
 
     unet, vae, text = (part.network for part in (tiny_model.denoiser, tiny_model.autoencoder, tiny_model.text_encoder))
     words = {"text_model." + name.removeprefix("text_model."): t for name, t in text.state_dict().items()}

@@ -5,21 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.adapters import Adapters, layers_of, select_layers
-from retune.training.build import ModelConfig, build_model
-from retune.training.clip_text import ClipTextEncoder
-from retune.training.config import SamplePrompts, TrainingSettings, former_identity, identity
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.config.lora import ALGORITHMS, LORA_PRESETS, LoraConfig
+from retune.training.config.run import former_identity, identity
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.demo.files import weights_path
-from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersDenoiser
 from retune.training.formats.lora import parse_lora, read_lora
 from retune.training.formats.lora_save import save_lora
-from retune.training.loop import Loop, LoopConfig
-from retune.training.lora_config import ALGORITHMS, LORA_PRESETS, LoraConfig
-from retune.training.model import Conditioning
-from retune.training.objectives import DenoisingObjective, Shown
-from retune.training.run_folder import RunFolder
-from retune.training.start_lora import start_from
-from retune.training.train_lora import networks_of, train_lora, trainable_layers, unet_layers
+from retune.training.loop.loop import Loop, LoopConfig
+from retune.training.models.clip import ClipTextEncoder
+from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.denoising import DenoisingObjective, Shown
+from retune.training.recipes.lora import networks_of, train_lora, trainable_layers, unet_layers
+from retune.training.runs.folder import RunFolder
+from retune.training.trainables.lora import Adapters, layers_of, select_layers
+from retune.training.trainables.lora_init import start_from
 from torch import nn
 
 SETTINGS = TrainingSettings(warmup_steps=1, caption_dropout=0.0)
@@ -244,7 +246,7 @@ def test_every_tensor_learns_and_the_model_stays_as_it_was(demo, pictures, tmp_p
 
 
 def test_the_run_keeps_a_copy_for_other_programs(demo, pictures, tmp_path):
-    from retune.training.files import read_tensors
+    from retune.training.common.files import read_tensors
     from retune.training.formats.lora import read_lora
 
     config = lora_config(text_encoder_learning_rate=1e-3, algorithm="LoCon")
@@ -360,7 +362,7 @@ def test_one_batch_is_learned_by_heart(tmp_path, algorithm):
 
 
 def test_a_run_cut_in_two_ends_like_one_in_one_piece(demo, pictures, tmp_path):
-    from retune.training.callbacks import Callbacks
+    from retune.training.common.callbacks import Callbacks
 
     class Stop(Callbacks):
         def on_step(self, info):

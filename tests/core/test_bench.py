@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from retune.training.__main__ import main
-from retune.training.bench import BENCHES, LORA, REWARD, STUDIES, BenchConfig, run_bench
-from retune.training.timing import medians
+from retune.benchmarks.__main__ import main
+from retune.benchmarks.timing import medians
+from retune.benchmarks.variants import BENCHES, LORA, REWARD, STUDIES, BenchConfig, run_bench
 
 
 def test_medians_of_interleaved_turns_without_the_first():
@@ -30,8 +30,8 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
-    assert main(["bench", "--json"]) == 0
+    assert main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys() | {LORA, REWARD}
-    assert main(["bench", "speed"]) == 2
+    assert main(["speed"]) == 2
     names = "training-step, drawing, text, reward, reset-study, projection-start, reward-study, lora"
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings
+from retune.training.common.rng import generator
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.cache import TextCache
 from retune.training.data.captions import vary_tags
-from retune.training.generators import generator
-from retune.training.model import Conditioning
+from retune.training.models.protocols import Conditioning
 
 TAGS = "a b, c, d e, f"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.training.chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed, ticks
+from retune.training.plots.run_chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed, ticks
 
 
 def painted(image, colour):

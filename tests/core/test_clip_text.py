@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.training.clip_text import ClipTextEncoder, clip_config
+from retune.training.models.clip import ClipTextEncoder, clip_config
 
 PROMPTS = ["a red circle on the left", "", "Two SMALL blue squares, white background"]
 

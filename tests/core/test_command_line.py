@@ -8,15 +8,17 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from retune.training.__main__ import main, parser, regularisation_folder
-from retune.training.build import ModelConfig, build_model, save_unet, unet_parameters
-from retune.training.cli import add_flags, field_docs, read_flags
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.commands.evaluate import EvaluateConfig
+from retune.training.commands.lora_files import VERBS as LORA_VERBS
+from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.config.flags import add_flags, field_docs, read_flags
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.folder import FolderConfig
-from retune.training.files import read_tensors, write_tensors
-from retune.training.formats import ldm
-from retune.training.layers import ResetConfig
-from retune.training.lora_tools import VERBS as LORA_VERBS
-from retune.training.prompt_set_run import EvaluateConfig
+from retune.training.models import ldm
+from retune.training.models.layers import ResetConfig
 
 CONFIGS = {
     "train": [

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from retune.training.concepts import Concept, add_concepts, check_token, pieces, split_tokens
+from retune.training.config.tokens import check_token
+from retune.training.models.concepts import Concept, add_concepts, pieces, split_tokens
 
 
 def concept(token, width=32, count=1, name="clip_l", seed=0):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from retune.training.data.cache import LatentCache, TextCache, tight
 from retune.training.data.dataset import from_images
-from retune.training.model import Conditioning
+from retune.training.models.protocols import Conditioning
 
 
 class Encoder:

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from retune.training.build import ModelConfig, build_model
-from retune.training.concepts import Concept
-from retune.training.config import TrainingSettings
+from retune.tools.build_demo.embeddings import PICTURES, SEED, embedding_config
+from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
-from retune.training.demo.build_embeddings import PICTURES, SEED, embedding_config
 from retune.training.demo.files import weights_path
 from retune.training.demo.judge import correct, drawn_shape, parse_caption, read
-from retune.training.demo.run import LOOK, held_out_captions
 from retune.training.demo.scenes import demo_examples
-from retune.training.embedding_config import EmbeddingConfig
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.embedding_fit import assign
-from retune.training.generate import draw
-from retune.training.train_embedding import train_embedding
+from retune.training.models.concepts import Concept
+from retune.training.recipes.textual_inversion import train_embedding
+from retune.training.sampling.generate import draw
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "train_embedding.json"
 NOUN = re.compile(r"\b(circle|square|triangle|cross|ring)(e?s)?\b")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from retune.training.common.rng import generator
 from retune.training.demo.judge import UNSURE, Reading, alignment, correct, judge_samples, parse_caption, read
 from retune.training.demo.scenes import ATTRIBUTES, Scene, caption, draw, training_scenes
-from retune.training.generators import generator
 from torch.nn import functional
 
 

@@ -3,9 +3,9 @@
 import math
 
 import torch
+from retune.training.common.rng import generator
 from retune.training.demo.polish import mean_polish, polish
 from retune.training.demo.scenes import draw, held_out_scenes
-from retune.training.generators import generator
 
 
 def test_it_reads_what_was_drawn():

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.demo import run as demo_run
-from retune.training.demo.run import edition, make_way
-from retune.training.run_folder import RunFolder
+from retune.training.commands import demo as demo_run
+from retune.training.commands.demo import edition, make_way
+from retune.training.runs.folder import RunFolder
 
 SMALL = ["--images", "40", "--judged", "6", "--steps", "3", "--batch-size", "4"]
 KEYS = ["alignment_clip", "alignment_t5_untrained", "alignment_t5_trained", "seconds", "report"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from retune.training.common.rng import generator
 from retune.training.demo.judge import correct, parse_caption, read
 from retune.training.demo.scenes import (
     ATTRIBUTES,
@@ -16,7 +17,6 @@ from retune.training.demo.scenes import (
     scene_key,
     training_scenes,
 )
-from retune.training.generators import generator
 
 RED = {"shape": "circle", "colour": "red", "size": "small", "count": 2, "position": "left", "background": "blue"}
 

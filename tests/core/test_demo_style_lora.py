@@ -6,17 +6,17 @@ from statistics import median
 
 import pytest
 import torch
-from retune.training.adapters import Adapters, select_layers
-from retune.training.build import ModelConfig, build_model
-from retune.training.config import TrainingSettings
+from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.config.lora import LoraConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.demo.judge import alignment
-from retune.training.demo.run import LOOK, held_out_captions
 from retune.training.demo.scenes import demo_examples
 from retune.training.demo.warmth import warmth, with_warm_edges
-from retune.training.generate import draw
-from retune.training.lora_config import LoraConfig
-from retune.training.train_lora import networks_of, train_lora, trainable_layers
+from retune.training.recipes.lora import networks_of, train_lora, trainable_layers
+from retune.training.sampling.generate import draw
+from retune.training.trainables.lora import Adapters, select_layers
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "train_style_lora.json"
 SETTINGS = {"lr_schedule", "warmup_steps", "loss_weighting", "caption_dropout", "optimizer", "max_grad_norm"}

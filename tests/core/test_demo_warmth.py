@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from retune.training.build import ModelConfig, build_model
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.rng import generator
 from retune.training.demo.judge import alignment
 from retune.training.demo.scenes import WARM, Scene, demo_examples, draw, warm_edges
 from retune.training.demo.warmth import WARM_EDGES, warmth, with_warm_edges
-from retune.training.generators import generator
 
 SCENE = {"shape": "circle", "colour": "red", "size": "large", "count": 1, "position": "centre", "background": "white"}
 

@@ -2,24 +2,24 @@
 
 import pytest
 import torch
-from retune.training.adapters import Adapters, select_layers
-from retune.training.build import ModelConfig, build_model
-from retune.training.demo.build_loras import lora_config
-from retune.training.demo.build_scorer import aesthetic, embeddings, image_embeddings, load_scorer, scorer_figures
-from retune.training.demo.build_scorer import tokens_of as scorer_tokens
-from retune.training.demo.build_t5 import probe
-from retune.training.demo.build_unet import clip_tokenizer
-from retune.training.demo.build_vae import pictures
+from retune.tools.build_demo.loras import lora_config
+from retune.tools.build_demo.scorer import aesthetic, embeddings, image_embeddings, load_scorer, scorer_figures
+from retune.tools.build_demo.scorer import tokens_of as scorer_tokens
+from retune.tools.build_demo.t5 import probe
+from retune.tools.build_demo.unet import clip_tokenizer
+from retune.tools.build_demo.vae import pictures
+from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.rng import generator
 from retune.training.demo.files import WEIGHTS, weights_path
 from retune.training.demo.judge import alignment, drawn_shape
-from retune.training.demo.run import LOOK, held_out_captions
 from retune.training.demo.scenes import UNNAMED_SHAPES, caption, held_out_scenes, training_scenes
 from retune.training.demo.warmth import with_warm_edges
 from retune.training.formats.lora import read_lora
-from retune.training.generate import draw
-from retune.training.generators import generator
-from retune.training.start_lora import start_from
-from retune.training.train_lora import networks_of, trainable_layers
+from retune.training.recipes.lora import networks_of, trainable_layers
+from retune.training.sampling.generate import draw
+from retune.training.trainables.lora import Adapters, select_layers
+from retune.training.trainables.lora_init import start_from
 
 
 def test_all_weights_fit_in_16_megabytes():

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from retune.training.concepts import Concept, Vocabulary
-from retune.training.embedding_report import base_of_file, file_report, is_word, median_norm, nearest_words
 from retune.training.formats.embedding import Embedding, read_embedding
 from retune.training.formats.embedding_fit import assign, family_of
 from retune.training.formats.embedding_image import _sequence
+from retune.training.formats.embedding_report import base_of_file, file_report, is_word, median_norm, nearest_words
 from retune.training.formats.embedding_save import file_name, save_embedding
+from retune.training.models.concepts import Concept, Vocabulary
 from safetensors.torch import load_file, save_file
 
 WIDTHS = {
@@ -397,7 +397,7 @@ def test_diffusers_loads_saved_files(tiny_model, tmp_path, format):
 
 def scheduler():
     from diffusers import DDIMScheduler
-    from retune.training.diffusers_model import SD1_SCHEDULER
+    from retune.training.models.diffusers import SD1_SCHEDULER
 
     return DDIMScheduler(**SD1_SCHEDULER)
 

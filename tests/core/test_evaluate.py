@@ -4,14 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from retune.training import train_model as training
-from retune.training.config import TrainingSettings, TrainModelConfig
-from retune.training.evaluate import BANDS, MOST, evaluate, shuffled
-from retune.training.generators import generator
-from retune.training.loop import Loop
-from retune.training.model import Conditioning
-from retune.training.objectives import DenoisingObjective
-from retune.training.run_folder import RunFolder
+from retune.training.common.rng import generator
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.evaluation.text_gap import BANDS, MOST, evaluate, shuffled
+from retune.training.loop.loop import Loop
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.denoising import DenoisingObjective
+from retune.training.recipes import run as training
+from retune.training.runs.folder import RunFolder
 
 CAPTIONS = ["a red circle", "two small blue squares", "a green star, white background"]
 

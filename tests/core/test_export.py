@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from retune.training.diffusers_model import SD1_VAE
-from retune.training.export import (
+from retune.training.commands.export_diffusers import (
     BYT5,
     ImageParts,
     built_unet,
@@ -12,7 +11,8 @@ from retune.training.export import (
     find_tokenizer_file,
     scheduler,
 )
-from retune.training.formats import ldm
+from retune.training.models import ldm
+from retune.training.models.diffusers import SD1_VAE
 from retune.training.text_encoder.tokenizers import load_tokenizer
 
 
@@ -80,7 +80,7 @@ def test_other_kinds_of_unet_are_refused():
 
 
 def test_the_scheduler_has_the_training_noise_levels():
-    from retune.training.diffusers_model import SD1_SCHEDULER, training_sigmas
+    from retune.training.models.diffusers import SD1_SCHEDULER, training_sigmas
 
     found = scheduler("v")
     kept = found.alphas_cumprod

@@ -5,17 +5,19 @@ import json
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.embedding_config import EmbeddingConfig
-from retune.training.lora_config import LoraConfig
-from retune.training.memory import OutOfMemory, hints
-from retune.training.reward_config import RewardTuneConfig
+from retune.training.loop.memory import OutOfMemory, hints
+from retune.training.recipes.reward import tune
+from retune.training.recipes.unet import train_model
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.train_model import train_model
-from retune.training.tune_rewards import tune
 
 STEADY = {"lr_schedule": "constant", "warmup_steps": 0, "caption_dropout": 0.0}
 

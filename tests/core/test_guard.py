@@ -6,18 +6,20 @@ import shutil
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import TrainingSettings, former_identity, identity
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.config.guard import GuardRule
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.run import former_identity, identity
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.ending import guard_words
-from retune.training.files import read_tensors, write_tensors
-from retune.training.guard import Guard, GuardRule, Seen
-from retune.training.guard_pictures import guard_prompts, variety
-from retune.training.reward_config import RewardTuneConfig
+from retune.training.evaluation.diversity_guard import Guard, Seen
+from retune.training.evaluation.guard_pictures import guard_prompts, variety
+from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.rewards.scale import PRIOR_COUNT
-from retune.training.tune_rewards import tune
+from retune.training.runs.outcome import guard_words
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 
@@ -220,7 +222,7 @@ def test_what_a_guard_did_is_said_in_words():
 
 def test_a_collapse_of_the_demo_model_is_caught(tmp_path):
     """A high learning rate on one reward: it rises with every check, while the pictures grow alike and fit less."""
-    from retune.training.build import ModelConfig, build_model
+    from retune.training.commands.open_model import ModelConfig, build_model
 
     model = build_model(ModelConfig(model="demo", device="cpu"))
     settings = TrainingSettings(warmup_steps=1, lr_schedule="constant", validate_every=2)

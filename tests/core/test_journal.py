@@ -5,10 +5,12 @@ import json
 import sys
 
 import pytest
-from retune.training.callbacks import Callbacks
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig, identity
-from retune.training.journal import figures
-from retune.training.train_model import train_model
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.run import TrainModelConfig, identity
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.recipes.unet import train_model
+from retune.training.runs.metrics_log import figures
 
 
 def config(**changes):
@@ -30,7 +32,7 @@ class Dies(Callbacks):
 
 def test_events_are_the_rows_also_after_a_run_was_killed(tiny_model, pictures, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    from retune.training import loop
+    from retune.training.loop import loop
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     save = loop.save_state

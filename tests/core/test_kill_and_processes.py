@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.files import read_tensors
+from retune.training.common.files import read_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +41,11 @@ import sys
 from pathlib import Path
 
 import torch
-from retune.training.config import SamplePrompts, TrainingSettings
-from retune.training.loop import Loop, LoopConfig
-from retune.training.objectives import Loss
-from retune.training.run_folder import RunFolder
-from retune.training.trainable import SelectedWeights, targets
+from retune.training.config.run import SamplePrompts, TrainingSettings
+from retune.training.loop.loop import Loop, LoopConfig
+from retune.training.objectives.denoising import Loss
+from retune.training.runs.folder import RunFolder
+from retune.training.trainables.weights import SelectedWeights, targets
 
 layer = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.constant_(layer.weight, 0.5)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from retune.training.config import LAYERS
-from retune.training.formats import ldm
-from retune.training.layers import LAYER_PATTERNS, ResetConfig, reset_weights, select
+from retune.training.config.run import LAYERS
+from retune.training.models import ldm
+from retune.training.models.layers import LAYER_PATTERNS, ResetConfig, reset_weights, select
 
 BLOCK = "middle_block.1.transformer_blocks.0"
 

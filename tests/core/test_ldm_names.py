@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.training.formats import ldm
+from retune.training.models import ldm
 
 SD1 = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -39,7 +39,7 @@ def unet_shapes(config):
 
 def vae_shapes():
     from diffusers import AutoencoderKL
-    from retune.training.diffusers_model import SD1_VAE
+    from retune.training.models.diffusers import SD1_VAE
 
     with torch.device("meta"):
         return AutoencoderKL(**SD1_VAE).state_dict()
@@ -84,7 +84,7 @@ def test_unet_names_are_those_of_diffusers_converter(family):
 
 def test_vae_names_are_those_of_diffusers_converter():
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    from retune.training.diffusers_model import SD1_VAE
+    from retune.training.models.diffusers import SD1_VAE
 
     state = vae_shapes()
     tags, names = tagged(state), ldm.vae_names(SD1_VAE)

@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from retune.training.diffusers_model import load_denoiser, load_model
-from retune.training.files import read_tensors, write_tensors
-from retune.training.model import Conditioning
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.models.diffusers import load_denoiser, load_model
+from retune.training.models.protocols import Conditioning
 
 
 @pytest.fixture
 def diffusers_folder(tiny_model, tmp_path):
     from diffusers import DDIMScheduler
-    from retune.training.diffusers_model import SD1_SCHEDULER
+    from retune.training.models.diffusers import SD1_SCHEDULER
 
     folder = tmp_path / "diffusers"
     tiny_model.denoiser.network.save_pretrained(folder / "unet")

@@ -6,14 +6,16 @@ import json
 import pytest
 import torch
 from PIL import Image
-from retune.training.callbacks import Callbacks
-from retune.training.checkpoint import load_state
-from retune.training.config import SamplePrompts, TrainingSettings
-from retune.training.files import read_tensors
-from retune.training.loop import Loop, LoopConfig, Sampler, TrainingDiverged, best_values
-from retune.training.objectives import Loss
-from retune.training.run_folder import RunFolder
-from retune.training.trainable import SelectedWeights, targets
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.files import read_tensors
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.checkpoint import load_state
+from retune.training.loop.loop import Loop, LoopConfig, Sampler, TrainingDiverged, best_values
+from retune.training.models.parameters import targets
+from retune.training.objectives.denoising import Loss
+from retune.training.runs.folder import RunFolder
+from retune.training.trainables.weights import SelectedWeights
 from torch import nn
 
 PLAIN = {"optimizer": "SGD", "weight_decay": 0.0, "warmup_steps": 0, "lr_schedule": "constant", "max_grad_norm": 0.0}

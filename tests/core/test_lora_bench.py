@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from retune.training.__main__ import main
-from retune.training.build import ModelConfig, build_model, unet_parameters
-from retune.training.demo.lora_bench import changes_of, compared, height, jobs, put_on
-from retune.training.demo.lora_bench_runs import (
-    COMFYUI,
-    RETUNE,
-    Job,
-    LoraBenchConfig,
-    comfyui_prompt,
-    pace,
-    retune_prompt,
-)
+from retune.benchmarks.__main__ import main
+from retune.benchmarks.lora import changes_of, compared, height, jobs, put_on
+from retune.benchmarks.lora_runs import COMFYUI, RETUNE, Job, LoraBenchConfig, comfyui_prompt, pace, retune_prompt
+from retune.training.commands.open_model import ModelConfig, build_model, unet_parameters
 from retune.training.formats.lora import parse_lora
 
 
@@ -91,5 +83,5 @@ def test_a_lora_put_on_the_model_changes_weights_biases_and_norms_and_goes_again
 
 
 def test_without_comfyui_it_says_how_to_get_it(capsys):
-    assert main(["bench", "lora"]) == 2
+    assert main(["lora"]) == 2
     assert "comfyui is not given" in (said := capsys.readouterr().err) and "run.py bench lora" in said

@@ -8,13 +8,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from retune.training.files import read_tensors
-from retune.training.formats import ldm
+from retune.training.common.files import read_tensors
 from retune.training.formats.lora import parse_lora, read_lora
 from retune.training.formats.lora_difference import difference
 from retune.training.formats.lora_metadata import THUMBNAIL_BYTES, LoraAbout, tag_frequency, thumbnail
 from retune.training.formats.lora_names import Naming, naming_of
 from retune.training.formats.lora_save import save_lora
+from retune.training.models import ldm
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
 SD15 = {

@@ -5,11 +5,7 @@ import json
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.build import open_unet
-from retune.training.files import read_tensors, write_tensors
-from retune.training.formats.lora import read_lora
-from retune.training.formats.lora_difference import difference, low_rank
-from retune.training.lora_tools import (
+from retune.training.commands.lora_files import (
     ConvertLoraConfig,
     ExtractLoraConfig,
     ResizeLoraConfig,
@@ -18,6 +14,10 @@ from retune.training.lora_tools import (
     open_text_encoders,
     resize_lora,
 )
+from retune.training.commands.open_model import open_unet
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.formats.lora import read_lora
+from retune.training.formats.lora_difference import difference, low_rank
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONVOLUTION = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -223,7 +223,7 @@ def test_models_that_do_not_differ_or_do_not_match_are_refused(two_models, tmp_p
 
 
 def test_a_folder_and_a_file_have_the_same_text_encoder(single_file, tmp_path):
-    from retune.training.diffusers_model import load_model
+    from retune.training.models.diffusers import load_model
 
     model = load_model(single_file, tokenizer=single_file.parent / "clip_tokenizer")
     model.text_encoder.network.save_pretrained(tmp_path / "folder" / "text_encoder")

@@ -5,11 +5,14 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersDenoiser, training_sigmas
-from retune.training.generators import generator
-from retune.training.noise import draw_noise, draw_timestep, pyramid_noise, zero_terminal_sigmas
-from retune.training.train_model import train_model
+from retune.training.common.rng import generator
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser, training_sigmas
+from retune.training.models.noise_levels import zero_terminal_sigmas
+from retune.training.objectives.noise import draw_noise, draw_timestep, pyramid_noise
+from retune.training.recipes.unet import train_model
 
 CUMULATIVE = {
     ("uniform", 0.0, 1.0): lambda x: x,
@@ -106,7 +109,7 @@ def test_other_sigmas_keep_the_network_and_its_timesteps(tiny_model):
     sigma = other.sigmas[[400, 999]]
     noisy = other.add_noise(latent, noise, sigma)
     context = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))
-    from retune.training.model import Conditioning
+    from retune.training.models.protocols import Conditioning
 
     scaled = noisy / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
     theirs = other.network(scaled, torch.tensor([400, 999]), encoder_hidden_states=context).sample

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersDenoiser, training_sigmas
-from retune.training.model import Conditioning
+from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser, training_sigmas
+from retune.training.models.protocols import Conditioning
 
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])

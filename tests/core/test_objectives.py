@@ -5,13 +5,13 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings
+from retune.training.common.rng import derive_seed, generator
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.data.order import Slot
-from retune.training.diffusers_model import SD1_SCHEDULER
-from retune.training.generators import derive_seed, generator
-from retune.training.model import Conditioning
-from retune.training.objectives import (
+from retune.training.models.diffusers import SD1_SCHEDULER
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.denoising import (
     DenoisingObjective,
     Shown,
     check_objective,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup as diffusers_restarts
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup as diffusers_polynomial
-from retune.training.config import TrainingSettings
-from retune.training.optim import build_optimizer, learning_rate_factor
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.optimizers import build_optimizer, learning_rate_factor
 
 
 def factors(steps, **settings):

@@ -4,14 +4,16 @@ import sys
 
 import pytest
 import torch
-from retune.training import optim
-from retune.training.callbacks import Callbacks
-from retune.training.config import GROUPS, SamplePrompts, TrainingSettings
-from retune.training.loop import Loop, LoopConfig
-from retune.training.objectives import Loss
-from retune.training.optim import build_optimizer, check_optimizer, evaluation_weights, library
-from retune.training.run_folder import RunFolder
-from retune.training.trainable import SelectedWeights, targets
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import GROUPS, TrainingSettings
+from retune.training.loop import optimizers as optim
+from retune.training.loop.loop import Loop, LoopConfig
+from retune.training.loop.optimizers import build_optimizer, check_optimizer, evaluation_weights, library
+from retune.training.models.parameters import targets
+from retune.training.objectives.denoising import Loss
+from retune.training.runs.folder import RunFolder
+from retune.training.trainables.weights import SelectedWeights
 from torch import nn
 
 RATES = {

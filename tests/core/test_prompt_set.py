@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.build import ModelConfig, build_model
-from retune.training.callbacks import Callbacks
+from retune.training.commands.evaluate import EvaluateConfig, evaluate, pictures_of
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.files import write_tensors
 from retune.training.data.prompts import Prompt
-from retune.training.files import write_tensors
-from retune.training.prompt_set import choose, read_prompt_set, shares
-from retune.training.prompt_set_figures import comparison, diversity_summary, summary
-from retune.training.prompt_set_run import EvaluateConfig, evaluate, pictures_of
+from retune.training.evaluation.prompt_sets import choose, read_prompt_set, shares
+from retune.training.evaluation.statistics import comparison, diversity_summary, summary
 
 SIZES = {"sampling_steps": 2, "cfg": 2.0, "width": 64, "height": 64, "seeds": 2, "batch_size": 2}
 WORDS = ("two small red circles", "a large blue square", "a large yellow star")

@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 import torch
-from retune.training.build import ModelConfig, build_model
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.data.prompt_lengths import long_prompts, warn_of_long_prompts
 from retune.training.data.prompts import (
     Prompt,
     PromptFile,
@@ -16,7 +17,6 @@ from retune.training.data.prompts import (
     split_held_out,
     weights_of,
 )
-from retune.training.prompt_lengths import long_prompts, warn_of_long_prompts
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 

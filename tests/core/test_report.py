@@ -10,21 +10,23 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.images import save_png
 from retune.training.data.prompts import Prompt
-from retune.training.embedding_config import EmbeddingConfig
-from retune.training.lora_config import LoraConfig
-from retune.training.report import MOST_SAMPLES, SIDE, data_url, write_report
-from retune.training.report_words import ending
-from retune.training.reward_config import RewardTuneConfig
+from retune.training.recipes.lora import train_lora
+from retune.training.recipes.reward import tune
+from retune.training.recipes.textual_inversion import train_embedding
+from retune.training.recipes.unet import train_model
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.run_folder import RunFolder
-from retune.training.train_embedding import train_embedding
-from retune.training.train_lora import train_lora
-from retune.training.train_model import train_model
-from retune.training.tune_rewards import tune
+from retune.training.runs.folder import RunFolder
+from retune.training.runs.report import MOST_SAMPLES, SIDE, data_url, write_report
+from retune.training.runs.report_words import ending
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes'"
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from retune.training.generators import generator
-from retune.training.model import Conditioning
+from retune.training.common.rng import generator
+from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.projection import Projection, read_projection, save_projection
 from retune.training.text_encoder.resampler import Resampler, hidden_width
 from retune.training.text_encoder.scale import PROMPTS, scale_to

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from retune.training.__main__ import main
-from retune.training.demo.memory import kept_bytes
-from retune.training.demo.reward_bench import (
+from retune.benchmarks.__main__ import main
+from retune.benchmarks.memory import kept_bytes
+from retune.benchmarks.reward import (
     APART,
     CHECKPOINTED,
     JOINT,
@@ -18,9 +18,9 @@ from retune.training.demo.reward_bench import (
     measured,
     turns_of,
 )
+from retune.training.recipes.reward import trainable_of
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.tune_rewards import trainable_of
 
 
 def test_kept_bytes_are_those_of_live_storages_each_once():
@@ -113,7 +113,7 @@ def test_figures_hold_ratios_at_equal_k_and_flatness():
 
 def test_the_command_line_measures_the_demo_model(capsys):
     sizes = "--rounds 1 --batch-size 1 --sampling-steps 2 --gradient-steps 1 2"
-    assert main(["bench", "reward", *sizes.split(), "--json"]) == 0
+    assert main(["reward", *sizes.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["rows"]) == 3 * 2 + 1 and all(row["seconds"] > 0 for row in found["rows"])
     assert found["flatness"][APART] < 0.05 and found["table"].count("\n") == 8

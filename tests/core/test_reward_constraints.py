@@ -6,21 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import TrainingSettings
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.rng import generator
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.data.order import BatchOrder
 from retune.training.data.prompts import Prompt, PromptSlot
-from retune.training.direct_objective import DirectObjective
-from retune.training.generators import generator
-from retune.training.model import Conditioning
-from retune.training.reward_config import RewardTuneConfig
-from retune.training.reward_constraint import drift
-from retune.training.reward_objective import RewardObjective
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.regularizers import drift
+from retune.training.objectives.reward import RewardObjective
+from retune.training.objectives.reward_on_images import DirectObjective
+from retune.training.recipes.reward import trainable_of, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.rollout import Heard, guided_output
-from retune.training.tune_rewards import trainable_of, tune
+from retune.training.sampling.rollout import Heard, guided_output
 
 PROMPTS = ["a red circle", "two small blue squares"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.callbacks import Callbacks
-from retune.training.config import TrainingSettings
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
 from retune.training.demo.files import weights_path
-from retune.training.reward_config import RewardTuneConfig
+from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.tune_rewards import tune
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares")]
 

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import SamplePrompts, TrainingSettings
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.reward import WHAT, RewardTuneConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt, PromptSlot
-from retune.training.reward_config import WHAT, RewardTuneConfig
-from retune.training.reward_objective import RewardObjective
+from retune.training.objectives.reward import RewardObjective
+from retune.training.recipes.reward import trainable_of, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.rollout import first_latent, joint_end, rollout
-from retune.training.tune_rewards import trainable_of, tune
+from retune.training.sampling.rollout import first_latent, joint_end, rollout
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from retune.training.clip_text import clip_config
+from retune.training.models.clip import clip_config
 from retune.training.rewards.clip_towers import vision_config
 from retune.training.rewards.heads import folded, read_head
 from retune.training.rewards.load import KINDS, RewardConfig, load_reward
@@ -218,7 +218,7 @@ def test_folding_is_the_product_of_the_layers():
 
 
 def test_demo_rewards_are_those_the_demo_was_built_with():
-    from retune.training.demo import build_scorer
+    from retune.tools.build_demo import scorer as build_scorer
 
     images = noise(3, 128, 128)
     aesthetic, clip = (load_reward(RewardConfig(kind=kind)) for kind in KINDS[-2:])
@@ -231,7 +231,7 @@ def test_demo_rewards_are_those_the_demo_was_built_with():
 
 def smooth(height, width):
     """A picture with structure at several sizes, and edges that make a bicubic filter overshoot."""
-    from retune.training.demo.build_vae import pictures
+    from retune.tools.build_demo.vae import pictures
     from retune.training.demo.scenes import held_out_scenes
 
     images = pictures(held_out_scenes(6, 3), 3).float() / 255

@@ -5,10 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from retune.training.demo.memory import kept_bytes
-from retune.training.model import Conditioning
-from retune.training.rollout import Heard, advance, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
-from retune.training.sampling import ddim_steps
+from retune.benchmarks.memory import kept_bytes
+from retune.training.models.protocols import Conditioning
+from retune.training.sampling.ddim import ddim_steps
+from retune.training.sampling.rollout import (
+    Heard,
+    advance,
+    ddim_chain,
+    first_latent,
+    joint_end,
+    rollout,
+    stepwise_gradient,
+)
 
 COUNT = 6
 

@@ -8,17 +8,24 @@ from threading import Thread
 
 import pytest
 import torch
-from retune.training.checkpoint import load_state, restore_optimizer, save_state
-from retune.training.config import TrainingSettings
-from retune.training.files import atomic_path, check_free_disk, read_tensors, write_json, write_tensors, write_text
-from retune.training.fingerprint import tensors_sketch
-from retune.training.optim import build_optimizer
-from retune.training.run_folder import RunFolder, move_aside, next_name
+from retune.training.common.files import (
+    atomic_path,
+    check_free_disk,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from retune.training.common.fingerprint import tensors_sketch
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.checkpoint import load_state, restore_optimizer, save_state
+from retune.training.loop.optimizers import build_optimizer
+from retune.training.runs.folder import RunFolder, move_aside, next_name
 
 HOLD = """
 import sys
 from pathlib import Path
-from retune.training.run_folder import RunFolder
+from retune.training.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), "r", resume="auto"):
     print("open", flush=True)
     sys.stdin.read()

@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import pytest
 from PIL import Image
-from retune.training.chart import smoothed
-from retune.training.lora_config import LoraConfig
-from retune.training.run_folder import RunFolder
-from retune.training.runs import (
+from retune.training.config.lora import LoraConfig
+from retune.training.plots.run_chart import smoothed
+from retune.training.runs.folder import RunFolder
+from retune.training.runs.index import (
     TAIL,
     NoSuchRun,
     delete_run,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from retune.training.diffusers_model import SD1_SCHEDULER, DiffusersDenoiser
-from retune.training.generate import draw
-from retune.training.model import Conditioning
-from retune.training.sampling import ddim_steps, guided, initial_noise, sample, timesteps
+from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser
+from retune.training.models.protocols import Conditioning
+from retune.training.sampling.ddim import ddim_steps, guided, initial_noise, sample, timesteps
+from retune.training.sampling.generate import draw
 
 
 def reference(prediction, count):

@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.adapters import Adapters
-from retune.training.build import ModelConfig, build_model
-from retune.training.clip_text import clip_config
-from retune.training.config import TrainingSettings
-from retune.training.diffusers_model import SD1_SCHEDULER, SD1_VAE, load_model
-from retune.training.files import read_tensors, write_tensors
-from retune.training.formats import ldm, open_clip
-from retune.training.lora_config import LoraConfig
-from retune.training.train_lora import train_lora, trainable_layers
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.config.lora import LoraConfig
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models import ldm, open_clip
+from retune.training.models.clip import clip_config
+from retune.training.models.diffusers import SD1_SCHEDULER, SD1_VAE, load_model
+from retune.training.recipes.lora import train_lora, trainable_layers
+from retune.training.trainables.lora import Adapters
 
 PROMPTS = ["a red circle on the left", "", "Two SMALL blue squares, white background"]
 WIDTHS, POOLED = (32, 64), 20
@@ -303,11 +303,11 @@ def test_a_tuned_first_encoder_goes_into_the_pair(folder, tmp_path):
 
 
 def test_rewards_tune_both_encoders_and_the_pooled_path(folder, tmp_path):
+    from retune.training.config.reward import RewardTuneConfig
     from retune.training.data.prompts import Prompt
-    from retune.training.reward_config import RewardTuneConfig
+    from retune.training.recipes.reward import tune
     from retune.training.rewards.combined import CombinedReward, Term
     from retune.training.rewards.load import RewardConfig, load_reward
-    from retune.training.tune_rewards import tune
 
     model = load_model(folder)
     before = {name: target.tensor.detach().clone() for name, target in model.text_encoder.weights.items()}

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import GROUPS, SamplePrompts, TrainingSettings
-from retune.training.layers import group_of
-from retune.training.loop import Loop, LoopConfig
-from retune.training.objectives import Loss
-from retune.training.run_folder import RunFolder
-from retune.training.trainable import SelectedWeights, targets
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import GROUPS, TrainingSettings
+from retune.training.loop.loop import Loop, LoopConfig
+from retune.training.models.layers import group_of
+from retune.training.models.parameters import targets
+from retune.training.objectives.denoising import Loss
+from retune.training.runs.folder import RunFolder
+from retune.training.trainables.weights import SelectedWeights
 from torch import nn
 
 UNET = "model.diffusion_model.input_blocks.1."

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.clip_text import ClipTextEncoder
-from retune.training.config import TrainingSettings
+from retune.training.common.files import read_tensors
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.files import read_tensors
-from retune.training.reward_config import RewardTuneConfig
+from retune.training.models.clip import ClipTextEncoder
+from retune.training.models.sdxl_clip import SdxlTextEncoder
+from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.sdxl_text import SdxlTextEncoder
+from retune.training.runs.provenance import about_folder
 from retune.training.text_encoder.projection import Projection
-from retune.training.text_encoder.stock_file import about_folder, read_stock_file, stock_parts, write_stock_files
+from retune.training.text_encoder.stock_file import read_stock_file, stock_parts, write_stock_files
 from retune.training.text_encoder.t5 import load_t5
-from retune.training.tune_rewards import tune
 from safetensors.torch import load_file
 
 PROMPTS = ["a red circle on the left", "", "two small blue squares"]
@@ -125,7 +126,7 @@ def test_a_tuned_lora_is_read_by_diffusers(tiny_model, tmp_path):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from retune.training.formats.lora_metadata import LoraAbout
     from retune.training.formats.lora_save import save_lora
-    from retune.training.run_folder import RunFolder
+    from retune.training.runs.folder import RunFolder
 
     pytest.importorskip("peft")
     sizes = {"width": 32, "height": 32, "steps": 2, "batch_size": 1, "gradient_steps": 1, "sampling_steps": 2}

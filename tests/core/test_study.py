@@ -5,12 +5,12 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from retune.training.__main__ import main
-from retune.training.bench import STUDIES
-from retune.training.callbacks import Callbacks
-from retune.training.demo import projection_study, reset_study
-from retune.training.demo.projection_study import crossing
-from retune.training.demo.study import Study, StudyConfig, run_study, summary, table, verdict
+from retune.benchmarks import projection_study, reset_study
+from retune.benchmarks.__main__ import main
+from retune.benchmarks.projection_study import crossing
+from retune.benchmarks.study import Study, StudyConfig, run_study, summary, table, verdict
+from retune.benchmarks.variants import STUDIES
+from retune.training.common.callbacks import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
 
@@ -130,7 +130,7 @@ def test_every_study_runs_from_the_command_line(tmp_path, capsys, name):
     sizes = [
         word for key, value in {**SMALL, "steps": 1}.items() for word in ("--" + key.replace("_", "-"), str(value))
     ]
-    command = ["bench", name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]
+    command = [name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["done"] == result["trials"] == len(STUDIES[name].cells) == len(result["rows"])

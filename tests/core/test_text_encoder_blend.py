@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from retune.training.generators import generator
-from retune.training.model import Conditioning
+from retune.training.common.rng import generator
+from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.blend import (
     blend_conditioning,
     blend_projections,

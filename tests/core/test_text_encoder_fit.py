@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.training.build import ModelConfig, build_model
+from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.text_encoder.fit import aligned, fit_projection, match_covariance, ridge_regression
 from retune.training.text_encoder.scale import token_std
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from retune.training.text_encoder.histogram import BINS, COLOURS, HEIGHT, PLOT, WIDTH, histogram, limits, shares, ticks
+from retune.training.plots.token_histogram import BINS, COLOURS, HEIGHT, PLOT, WIDTH, histogram, limits, shares, ticks
 from retune.training.text_encoder.scale import TokenStatistics
 
 

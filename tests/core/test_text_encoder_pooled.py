@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings, TrainModelConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.cache import TextCache
-from retune.training.diffusers_model import DiffusersDenoiser
-from retune.training.model import Conditioning
+from retune.training.models.diffusers import DiffusersDenoiser
+from retune.training.models.protocols import Conditioning
+from retune.training.recipes.checks import check_fit
+from retune.training.recipes.unet import train_model
 from retune.training.text_encoder.file import SavedTextEncoder, read_text_encoder, save_text_encoder
 from retune.training.text_encoder.fit import fit_projection
 from retune.training.text_encoder.projection import Projection, read_projection, save_projection
 from retune.training.text_encoder.t5 import Padding, load_t5
-from retune.training.train_model import check_fit, train_model
 
 TEXTS = ["a red circle", "two small blue squares on a green ground, and a star", ""]
 PADDINGS = [{}, {"pad": "max_tokens", "max_tokens": 60}]

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from retune.training.generators import generator
-from retune.training.model import Conditioning
+from retune.training.common.rng import generator
+from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.file import SavedTextEncoder, read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection, detached_copy, read_projection, save_projection
 from retune.training.text_encoder.scale import PROMPTS, clip_real_tokens, match_reference, measure, scale_to, token_std

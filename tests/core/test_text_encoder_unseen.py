@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from retune.training.build import ModelConfig, build_model
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.rng import generator
 from retune.training.demo.files import weights_path
 from retune.training.demo.scenes import caption, training_scenes
-from retune.training.generators import generator
 from retune.training.text_encoder.fit import CoreStates, fit_projection
 from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.scale import PROMPTS, measure, scale_to

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-from retune.training.generate import draw
-from retune.training.generators import generator
-from retune.training.model import Conditioning
-from retune.training.objectives import DenoisingObjective
-from retune.training.sampling import timesteps
+from retune.training.common.rng import generator
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.denoising import DenoisingObjective
+from retune.training.recipes.unet import train_model
+from retune.training.sampling.ddim import timesteps
+from retune.training.sampling.generate import draw
 from retune.training.text_encoder.projection import BANDS, Projection, read_projection, save_projection
 from retune.training.text_encoder.resampler import TimeEmbedding
 from retune.training.text_encoder.t5 import load_t5
-from retune.training.train_model import train_model
 
 KIND = "timestep resampler"
 SIZE = {"tokens": 5, "layers": 2, "seed": 3}

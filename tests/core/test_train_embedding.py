@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.concepts import Concept
-from retune.training.config import SamplePrompts, TrainingSettings
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.data.templates import OBJECT, STYLE, Captions
-from retune.training.embedding_config import EmbeddingConfig
-from retune.training.embedding_report import median_norm
 from retune.training.formats.embedding import read_embedding
-from retune.training.inversion import TokenEmbeddings, first_vectors, start_concept
-from retune.training.train_embedding import captioned, known_concepts, train_embedding
+from retune.training.formats.embedding_report import median_norm
+from retune.training.models.concepts import Concept
+from retune.training.recipes.textual_inversion import captioned, known_concepts, train_embedding
+from retune.training.trainables.token_embeddings import TokenEmbeddings, first_vectors, start_concept
 
 
 def config(**changes):
@@ -188,7 +189,7 @@ def test_captions_and_sentences(caplog):
 
 
 def test_known_embeddings_of_the_command_line(tiny_model, tmp_path):
-    from retune.training.files import write_tensors
+    from retune.training.common.files import write_tensors
 
     write_tensors(tmp_path / "old.safetensors", {"emp_params": torch.ones(1, 32)})
     (known,) = known_concepts([f"<old>={tmp_path / 'old.safetensors'}"], tiny_model.text_encoder)

@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-from retune.training.files import read_tensors
-from retune.training.loop import TrainingDiverged
-from retune.training.run_folder import RunFolder
-from retune.training.train_model import train_model
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.files import read_tensors
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.loop import TrainingDiverged
+from retune.training.recipes.unet import train_model
+from retune.training.runs.folder import RunFolder
 
 
 def config(**changes):
@@ -169,8 +171,8 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_state(tiny_model, pictures
     with pytest.raises(TrainingDiverged, match="loss is nan at step 3.*state after step 2.*lower learning rate"):
         train_model(tiny_model, pictures, config(samples=SamplePrompts()), tmp_path, Poison())
     assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "failed"
-    from retune.training.checkpoint import load_state
-    from retune.training.run_folder import RunFolder
+    from retune.training.loop.checkpoint import load_state
+    from retune.training.runs.folder import RunFolder
 
     state = load_state(RunFolder(tmp_path / "r"))
     assert state.step == 2 and all(v.isfinite().all() for v in state.masters.values())

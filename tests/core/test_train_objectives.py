@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from retune.training.callbacks import Callbacks
-from retune.training.config import TrainingSettings, TrainModelConfig
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images, join
 from retune.training.data.examples import Mask
-from retune.training.train_model import train_model
+from retune.training.recipes.unet import train_model
 
 EVERYTHING = TrainingSettings(
     save_every=2,

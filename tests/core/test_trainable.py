@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from retune.training.layers import select
-from retune.training.model import Conditioning
-from retune.training.trainable import SelectedWeights, targets
+from retune.training.models.layers import select
+from retune.training.models.parameters import targets
+from retune.training.models.protocols import Conditioning
+from retune.training.trainables.weights import SelectedWeights
 
 
 def attn2(model):

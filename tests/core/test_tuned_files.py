@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.adapters import Adapters, select_layers
-from retune.training.build import ModelConfig, build_model
-from retune.training.files import read_tensors, write_tensors
-from retune.training.formats import ldm
+from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.files import read_tensors, write_tensors
+from retune.training.config.lora import ALGORITHMS, LoraConfig
 from retune.training.formats.lora_metadata import LoraAbout
 from retune.training.formats.lora_save import save_lora
-from retune.training.lora_config import ALGORITHMS, LoraConfig
+from retune.training.models import ldm
+from retune.training.recipes.apply_results import TunedFile, model_weights, tuned_file, tuned_identity, with_tuned
+from retune.training.recipes.lora import networks_of, trainable_layers
 from retune.training.text_encoder.projection import Projection
-from retune.training.train_lora import networks_of, trainable_layers
-from retune.training.tuned_files import TunedFile, model_weights, tuned_file, tuned_identity, with_tuned
+from retune.training.trainables.lora import Adapters, select_layers
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from retune.training.formats import ldm
+from retune.training.models import ldm
 
 SMALL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64, "hidden_size": 32, "num_attention_heads": 4}
 
@@ -12,7 +12,7 @@ SMALL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64, "hidden_size": 32
 @pytest.fixture
 def demo(comfyui):
     """(MODEL, CLIP, VAE) made under inference mode, as nodes do."""
-    from retune.nodes.demo_model import load_demo
+    from retune.nodes.common.demo_model import load_demo
 
     with torch.inference_mode():
         return load_demo()
@@ -21,7 +21,7 @@ def demo(comfyui):
 @pytest.fixture
 def core_demo():
     """The same model through diffusers."""
-    from retune.training.build import ModelConfig, build_model
+    from retune.training.commands.open_model import ModelConfig, build_model
 
     return build_model(ModelConfig(model="demo"))
 
@@ -126,7 +126,7 @@ def small_clip(model, tokenizer):
 
 @pytest.fixture(scope="session")
 def t5(comfyui, tmp_path_factory, write_t5_folder):
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     folder = write_t5_folder(tmp_path_factory.mktemp("lora_t5") / "t5")

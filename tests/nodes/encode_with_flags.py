@@ -27,8 +27,8 @@ def parse_flags(flags):
 
 def t5_clips():
     """(name, comfy.sd.CLIP) of the demo's T5 in the ways that it is used."""
-    from retune.nodes.demo_model import load_demo
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.clips.t5_clip import load_t5_clip
+    from retune.nodes.common.demo_model import load_demo
     from retune.training.text_encoder.projection import Projection
 
     _, clip, _ = load_demo()

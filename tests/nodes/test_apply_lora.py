@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from retune.training.formats import ldm
+from retune.training.models import ldm
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfyui
@@ -744,7 +744,7 @@ def test_biases_are_used_where_there_are_any(sd15):
 
 
 def test_it_draws_as_a_model_with_the_summed_weights_and_leaves_the_base_alone(demo, sampled):
-    from retune.nodes.weights import with_unet_weights
+    from retune.nodes.common.weights import with_unet_weights
 
     model, clip, _ = demo
     weights, layers = weights_of(model), attention_layers(model)

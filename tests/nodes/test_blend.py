@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from retune.nodes.blend import RetuneBlendTextEncoders
-from retune.nodes.t5_clip import clone_with_projection, load_t5_clip, t5_parts
-from retune.nodes.weights import patched_weight
-from retune.training.concepts import Concept
-from retune.training.generators import generator
+from retune.nodes.clips.t5_clip import clone_with_projection, load_t5_clip, t5_parts
+from retune.nodes.common.weights import patched_weight
+from retune.training.common.rng import generator
+from retune.training.models.concepts import Concept
 from retune.training.text_encoder.projection import Projection
 
 pytestmark = pytest.mark.comfyui
@@ -179,7 +179,7 @@ def test_t5s_blend_with_their_projections(t5, comfyui):
 
 
 def test_words_come_from_all_encoders(demo, caplog):
-    from retune.nodes.concept_tokens import with_concepts
+    from retune.nodes.clips.concept_tokens import with_concepts
 
     _, clip, _ = demo
     heart, star = (Concept(token, {"clip_l": drawn(2, 128, seed=s)}) for s, token in enumerate(("<heart>", "<star>")))
@@ -236,7 +236,7 @@ def test_blended_embeddings_are_the_weighted_sum(demo):
 
 
 def test_stock_nodes_reach_every_encoder_of_a_blend(demo):
-    from retune.nodes.lora_patches import Row, apply_loras, lora_of
+    from retune.nodes.bridge.lora_patches import Row, apply_loras, lora_of
 
     from nodes import CLIPSetLastLayer
 
@@ -271,7 +271,7 @@ def test_a_blend_of_an_sdxl_pair_reads_both_texts(small_sdxl_clip):
 
 
 def test_unlike_encoders_of_one_width_are_blended(demo, caplog):
-    from retune.nodes.blended_clip import TOKENS
+    from retune.nodes.clips.blended_clip import TOKENS
 
     _, clip, _ = demo
     with torch.inference_mode():
@@ -312,8 +312,8 @@ def test_what_a_sum_cannot_do_is_refused(demo, clips, tmp_path):
     import comfy.sd
     from comfy_extras.nodes_hooks import SetClipHooks
     from comfy_extras.nodes_model_merging import CLIPSave
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.text_encoder import RetuneScaleTextEncoder
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.scale import RetuneScaleTextEncoder
 
     model, clip, vae = demo
     found = blend("0.4, 0.6", clip, with_lora(clip), space="embeddings")

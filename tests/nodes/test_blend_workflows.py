@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from retune.training.common.rng import generator
 from retune.training.data.images import load_image
-from retune.training.generators import generator
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfyui
@@ -60,7 +60,7 @@ def write_control(path):
     """A Control-LoRA of the demo's shape: stock detection of whole ControlNets knows only real widths."""
     import comfy.cldm.cldm
     import comfy.ops
-    from retune.nodes.demo_model import load_demo
+    from retune.nodes.common.demo_model import load_demo
 
     config = dict(load_demo(with_clip=False)[0].model.model_config.unet_config)
     config.pop("out_channels")

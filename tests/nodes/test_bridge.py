@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-from retune.training.model import Conditioning
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models.protocols import Conditioning
 
 
 def train_config(**changes):
@@ -23,7 +25,7 @@ def train_config(**changes):
 
 
 def test_parts_agree_with_diffusers(demo, core_demo):
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
 
     captions = ["two small red circles (left)", "a large green star, blue background"]
     sigma = core_demo.denoiser.sigmas[[100, 900]]
@@ -51,7 +53,7 @@ def test_parts_agree_with_diffusers(demo, core_demo):
 
 
 def test_checkpointing_gives_the_same_gradient(demo, core_demo):
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
 
     noisy, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0])
     states = Conditioning.cat([Conditioning(torch.ones(1, n, 128)) for n in (3, 4)])
@@ -68,12 +70,12 @@ def test_checkpointing_gives_the_same_gradient(demo, core_demo):
 
 
 def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_demo, pictures, tmp_path):
-    from retune.nodes import t5_clip
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.clips import t5_clip
     from retune.training.demo.files import weights_path
+    from retune.training.recipes.unet import train_model
     from retune.training.text_encoder.projection import Projection
     from retune.training.text_encoder.t5 import load_t5
-    from retune.training.train_model import train_model
 
     projection = Projection(96, 128, seed=3)
     run = train_config(steps=50, train="all attention", samples=SamplePrompts())
@@ -92,7 +94,7 @@ def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_dem
 
 
 def test_a_clip_is_told_by_the_weights_that_a_unet_reads(small_sdxl_clip):
-    from retune.nodes.weights import clip_fingerprint
+    from retune.nodes.clips.fingerprint import clip_fingerprint
 
     weights = small_sdxl_clip.cond_stage_model
     before = clip_fingerprint(small_sdxl_clip)
@@ -115,8 +117,8 @@ def test_the_demo_clip_holds_no_stray_memory(demo):
 
 
 def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.weights import with_unet_weights
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.common.weights import with_unet_weights
     from retune.training.demo.judge import judge_samples
 
     model, clip, vae = demo
@@ -126,9 +128,9 @@ def test_only_the_demo_model_brings_a_judge(demo, comfyui, tmp_path):
 
 
 def test_training_leaves_model_and_clip_bit_identical(demo, sampled, pictures, tmp_path):
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.weights import with_unet_weights
-    from retune.training.train_model import train_model
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.common.weights import with_unet_weights
+    from retune.training.recipes.unet import train_model
 
     model, clip, vae = demo
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
@@ -158,8 +160,8 @@ def live_bytes() -> int:
 
 def test_memory_is_given_back(demo, sampled, pictures, tmp_path):
     import comfy.model_management
-    from retune.nodes.bridge import text_to_image
-    from retune.training.train_model import train_model
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.recipes.unet import train_model
 
     model, clip, vae = demo
     sampled(model, clip)
@@ -178,7 +180,7 @@ def test_memory_is_given_back(demo, sampled, pictures, tmp_path):
 
 @pytest.mark.parametrize("empty", ["model", "clip", "vae"])
 def test_an_empty_input_is_named(demo, empty):
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
 
     parts = dict(zip(("model", "clip", "vae"), demo, strict=True)) | {empty: None}
     with pytest.raises(ValueError, match=f"{empty} is empty; expected one"), text_to_image(**parts):
@@ -186,9 +188,9 @@ def test_an_empty_input_is_named(demo, empty):
 
 
 def test_trained_weights_arrive_exactly_and_a_lora_stays(demo, pictures, tmp_path):
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.weights import patched_weight, with_unet_weights
-    from retune.training.train_model import train_model
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.common.weights import patched_weight, with_unet_weights
+    from retune.training.recipes.unet import train_model
 
     model, clip, vae = demo
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -211,7 +213,7 @@ def test_trained_weights_arrive_exactly_and_a_lora_stays(demo, pictures, tmp_pat
 
 
 def test_unknown_models_are_refused(comfyui):
-    from retune.nodes.bridge import context_width_of
+    from retune.nodes.bridge.denoiser import context_width_of
 
     with pytest.raises(ValueError, match="model is not connected"):
         context_width_of(None)

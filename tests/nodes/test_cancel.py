@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from retune.training.comfyui_server import WorkflowFailed, server
-from retune.training.config import SamplePrompts, TrainingSettings
-from retune.training.files import read_tensors
+from retune.training.commands.comfyui_server import WorkflowFailed, server
+from retune.training.common.files import read_tensors
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 STEADY = {"lr_schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.3, "validate_every": 2}
@@ -22,7 +23,7 @@ STEADY = {"lr_schedule": "constant", "warmup_steps": 0, "validation_fraction": 0
 @pytest.fixture
 def progress(comfyui, monkeypatch):
     """What training nodes say, each text with its time; `then(text)` is called after it."""
-    from retune.nodes import progress as module
+    from retune.nodes.ui import progress as module
 
     said, then = [], []
 
@@ -79,8 +80,8 @@ def digest(folder, artifact="model.safetensors"):
 def expect_nothing_half_written(folder):
     """Every file opens: states, rows, pictures; and no temporary one is left. Returns the run's state."""
     from PIL import Image
-    from retune.training.checkpoint import load_state
-    from retune.training.run_folder import RunFolder
+    from retune.training.loop.checkpoint import load_state
+    from retune.training.runs.folder import RunFolder
 
     run = RunFolder(folder)
     load_state(run)
@@ -122,13 +123,13 @@ def test_a_cancel_in_every_phase_ends_at_once_and_the_run_goes_on(demo, pictures
 
 
 def runs():
-    from retune.nodes.paths import runs_folder
+    from retune.nodes.common.paths import runs_folder
 
     return runs_folder()
 
 
 def test_finish_now_ends_the_run_and_the_graph_goes_on(demo, pictures, progress):
-    from retune.nodes.running import finish
+    from retune.nodes.ui.running import finish
 
     _, then = progress
     answers = []
@@ -146,7 +147,7 @@ def test_finish_now_ends_the_run_and_the_graph_goes_on(demo, pictures, progress)
 
 def test_a_failed_run_is_not_known_any_more_and_comfyui_knows_it_is_memory(demo, pictures, progress):
     import comfy.model_management as management
-    from retune.nodes.running import finish
+    from retune.nodes.ui.running import finish
 
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -164,8 +165,8 @@ def test_a_failed_run_is_not_known_any_more_and_comfyui_knows_it_is_memory(demo,
 
 
 def test_a_phase_that_takes_long_is_said_again_with_its_seconds(demo, pictures, progress, monkeypatch):
-    from retune.nodes import heartbeat
-    from retune.nodes import progress as module
+    from retune.nodes.ui import heartbeat
+    from retune.nodes.ui import progress as module
 
     monkeypatch.setattr(module, "Heartbeat", lambda say: heartbeat.Heartbeat(say, 0.2))
     said, _ = progress
@@ -188,8 +189,8 @@ def test_a_phase_that_takes_long_is_said_again_with_its_seconds(demo, pictures, 
 
 
 def test_a_node_that_took_long_says_how_long(progress, monkeypatch):
-    from retune.nodes import heartbeat
-    from retune.nodes import progress as module
+    from retune.nodes.ui import heartbeat
+    from retune.nodes.ui import progress as module
 
     monkeypatch.setattr(module, "Heartbeat", lambda say, phase: heartbeat.Heartbeat(say, 0.1, phase))
     node, (said, _) = SimpleNamespace(hidden=SimpleNamespace(unique_id="3")), progress

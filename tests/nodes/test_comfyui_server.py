@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from retune.training.comfyui_server import prepare, read_event, server
+from retune.training.commands.comfyui_server import prepare, read_event, server
 
 IMAGE = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 255}}
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from retune.nodes.concept_tokens import concepts_of, vocabularies_of, widths_of, with_concepts
-from retune.training.concepts import Concept
+from retune.nodes.clips.concept_tokens import concepts_of, vocabularies_of, widths_of, with_concepts
+from retune.training.models.concepts import Concept
 from safetensors.torch import save_file
 
 
@@ -71,7 +71,7 @@ def test_the_core_reads_the_same(demo, core_demo):
 
 
 def test_the_core_reads_the_same_with_a_t5(t5):
-    from retune.nodes.t5_clip import core_text_encoder
+    from retune.nodes.clips.t5_clip import core_text_encoder
 
     concept = random_concept(t5, "<it>", 2)
     knowing, core = with_concepts(t5, [concept]), core_text_encoder(t5).with_concepts([concept])
@@ -83,7 +83,7 @@ def test_the_core_reads_the_same_with_a_t5(t5):
 
 
 def test_fingerprints_tell_concepts_apart(demo):
-    from retune.nodes.weights import clip_fingerprint
+    from retune.nodes.clips.fingerprint import clip_fingerprint
 
     clip = demo[1]
     one = with_concepts(clip, [random_concept(clip, "<it>")])

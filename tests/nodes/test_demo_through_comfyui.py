@@ -1,9 +1,9 @@
 """The demo as a workflow: the same figures' names, the same report."""
 
 import pytest
-from retune.training.callbacks import Callbacks
-from retune.training.demo.run import DemoConfig
-from retune.training.demo.through_comfyui import demo_prompt, run_demo_in_comfyui
+from retune.training.commands.demo import DemoConfig
+from retune.training.commands.demo_in_comfyui import demo_prompt, run_demo_in_comfyui
+from retune.training.common.callbacks import Callbacks
 
 
 def test_the_workflow_takes_the_demos_size():

@@ -6,10 +6,10 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from retune.nodes.concept_tokens import widths_of, with_concepts
+from retune.nodes.clips.concept_tokens import widths_of, with_concepts
 from retune.nodes.embedding import RetuneLoadEmbedding, RetuneSaveEmbedding, embedding_files
-from retune.training.concepts import Concept
 from retune.training.formats.embedding import Embedding
+from retune.training.models.concepts import Concept
 from safetensors.torch import save_file
 
 

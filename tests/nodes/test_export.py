@@ -39,8 +39,9 @@ def patched(demo):
 
 def in_comfyui(model, clip):
     """Context of PROMPT, and predictions for fixed latents at three noise levels, from the MODEL itself."""
-    from retune.nodes.bridge import ComfyDenoiser, training_mode
-    from retune.training.model import Conditioning
+    from retune.nodes.bridge.denoiser import ComfyDenoiser
+    from retune.nodes.bridge.device import training_mode
+    from retune.training.models.protocols import Conditioning
 
     with torch.inference_mode():
         context = clip.encode_from_tokens(clip.tokenize(PROMPT, disable_weights=True)).clone()
@@ -114,7 +115,7 @@ def test_a_clip_that_stops_early_is_exported_without_its_last_layers(demo):
     [("orthogonal", "none", 256, 22), ("truncate", "none", 12, 12), ("mlp", "max_tokens", 30, 30)],
 )
 def test_the_code_in_the_readme_runs_a_t5(demo, monkeypatch, kind, pad, max_tokens, length):
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     model, _, vae = demo
@@ -138,8 +139,8 @@ def test_the_code_in_the_readme_runs_a_t5(demo, monkeypatch, kind, pad, max_toke
 
 
 def test_a_t5_lora_is_exported(demo):
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.nodes.export import text_part
-    from retune.nodes.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     with torch.inference_mode():
@@ -165,7 +166,7 @@ def test_names_stay_inside_and_nothing_is_overwritten(demo):
 
 
 def test_a_failed_export_leaves_nothing(demo, monkeypatch):
-    from retune.training import export as core
+    from retune.training.commands import export_diffusers as core
 
     def full(*_):
         raise OSError("disk full")
@@ -182,7 +183,7 @@ def test_what_the_folder_could_not_hold_is_said_or_refused(demo, caplog):
     import comfy.sd
     from comfy.taesd.taesd import TAESD
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     model, clip, vae = demo

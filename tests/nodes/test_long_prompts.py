@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from retune.training.data.prompt_lengths import long_prompts
 from retune.training.data.prompts import Prompt
-from retune.training.prompt_lengths import long_prompts
 
 pytestmark = pytest.mark.comfyui
 
@@ -11,8 +11,8 @@ TEXTS = ["a red circle", *(" ".join(["red"] * count) for count in (20, 75, 76, 1
 
 
 def test_they_are_those_that_comfyui_splits_or_cuts(demo):
-    from retune.nodes.bridge import ComfyTextEncoder
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     prompts = [Prompt(text) for text in TEXTS]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from retune.training.build import unet_parameters
-from retune.training.demo.lora_bench import put_on, run_lora_bench
-from retune.training.demo.lora_bench_runs import COMFYUI, RETUNE, LoraBenchConfig
+from retune.benchmarks.lora import put_on, run_lora_bench
+from retune.benchmarks.lora_runs import COMFYUI, RETUNE, LoraBenchConfig
+from retune.training.commands.open_model import unet_parameters
 from retune.training.formats.lora import parse_lora
 
 

@@ -4,12 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from retune.training.adapters import Adapters, select_layers
-from retune.training.diffusers_model import DiffusersDenoiser
+from retune.training.config.lora import ALGORITHMS, LoraConfig
 from retune.training.formats.lora_save import save_lora
-from retune.training.lora_config import ALGORITHMS, LoraConfig
-from retune.training.model import Conditioning
-from retune.training.train_lora import unet_layers
+from retune.training.models.diffusers import DiffusersDenoiser
+from retune.training.models.protocols import Conditioning
+from retune.training.recipes.lora import unet_layers
+from retune.training.trainables.lora import Adapters, select_layers
 
 FAMILIES = {"sd15": (768, None), "sdxl": (2048, 1280)}
 
@@ -54,7 +54,8 @@ def check(found, expected, plain):
 def test_a_unet_through_stock_lora_loader(request, tmp_path, family, algorithm):
     import comfy.sd
     import comfy.utils
-    from retune.nodes.bridge import ComfyDenoiser, training_mode
+    from retune.nodes.bridge.denoiser import ComfyDenoiser
+    from retune.nodes.bridge.device import training_mode
 
     model, _ = request.getfixturevalue(family)
     config = config_of(algorithm)
@@ -93,8 +94,10 @@ def test_a_unet_through_diffusers(request, tmp_path, family, algorithm):
 @pytest.mark.parametrize("text", ["t5", "SDXL"])
 def test_text_encoders_through_apply_lora(sd15, clips, t5, tmp_path, text, algorithm):
     """T5, which stock ComfyUI knows at XXL size alone, and SDXL's two CLIPs at once."""
-    from retune.nodes.bridge import ComfyDenoiser, ComfyTextEncoder, training_mode
-    from retune.nodes.lora_patches import Row, apply_loras, lora_of
+    from retune.nodes.bridge.denoiser import ComfyDenoiser
+    from retune.nodes.bridge.device import training_mode
+    from retune.nodes.bridge.lora_patches import Row, apply_loras, lora_of
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
     from retune.training.formats.lora import read_lora_tensors
 
     model, clip = sd15[0], t5 if text == "t5" else clips[text]

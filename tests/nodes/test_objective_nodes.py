@@ -23,9 +23,9 @@ def resampled(model, sampling, zsnr):
 
 
 def test_zero_terminal_levels_are_those_of_comfyuis_node(demo):
-    from retune.nodes.bridge import text_to_image
-    from retune.training.model import Conditioning
-    from retune.training.noise import zero_terminal_sigmas
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.models.noise_levels import zero_terminal_sigmas
+    from retune.training.models.protocols import Conditioning
 
     plain, rescaled = (resampled(demo[0], "v_prediction", zsnr) for zsnr in (False, True))
     before = plain.get_model_object("model_sampling").sigmas.clone()
@@ -46,9 +46,11 @@ def test_zero_terminal_levels_are_those_of_comfyuis_node(demo):
 
 
 def test_a_v_model_trains_at_zero_terminal_snr_and_an_eps_model_is_refused(demo, pictures, tmp_path):
-    from retune.nodes.bridge import text_to_image
-    from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-    from retune.training.train_model import train_model
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.config.run import TrainModelConfig
+    from retune.training.config.sample_prompts import SamplePrompts
+    from retune.training.config.training_settings import TrainingSettings
+    from retune.training.recipes.unet import train_model
 
     settings = TrainingSettings(zero_terminal_snr=True, loss_weighting="none", min_timestep=999, warmup_steps=0)
     samples = SamplePrompts(prompts=("a red circle",), steps=2, width=64, height=64)
@@ -84,12 +86,12 @@ def test_masks_weights_and_joined_datasets(comfyui, tmp_path):
 
 def test_images_of_the_graph_have_masks_too(comfyui, demo, tmp_path):
     """Masked to a half whose other half is left out, a loss is that of half the latent."""
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
     from retune.nodes.dataset import RetuneDatasetFromImages
-    from retune.training.config import TrainingSettings
+    from retune.training.config.lora import LoraConfig
+    from retune.training.config.training_settings import TrainingSettings
     from retune.training.data.dataset import from_images
-    from retune.training.lora_config import LoraConfig
-    from retune.training.train_lora import train_lora
+    from retune.training.recipes.lora import train_lora
 
     assert RetuneDatasetFromImages.define_schema().inputs[-1].optional
     half = torch.zeros(1, 64, 64)
@@ -113,7 +115,7 @@ def test_every_setting_of_the_core_is_an_input_with_its_default_and_choices(comf
     from typing import Literal, get_args, get_origin, get_type_hints
 
     from retune.nodes.settings import RetuneTrainingSettings
-    from retune.training.config import TrainingSettings
+    from retune.training.config.training_settings import TrainingSettings
 
     inputs = {one.id: one for one in RetuneTrainingSettings.define_schema().inputs}
     hints = get_type_hints(TrainingSettings)

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings, TrainModelConfig
-from retune.training.diffusers_model import load_model
-from retune.training.formats import ldm
-from retune.training.model import Conditioning
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models import ldm
+from retune.training.models.diffusers import load_model
+from retune.training.models.protocols import Conditioning
 from safetensors.torch import save_file
 
 UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -44,7 +45,7 @@ def random_like(shapes, prefix, seed):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from retune.training.diffusers_model import SD1_VAE
+    from retune.training.models.diffusers import SD1_VAE
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
@@ -90,13 +91,14 @@ T5S = {
 @pytest.mark.parametrize("kind", T5S)
 def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kind):
     import comfy.sd
-    from retune.nodes import measure, t5_clip
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.weights import attention_weights, with_unet_weights
+    from retune.nodes.bridge import measure
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.clips import t5_clip
+    from retune.nodes.common.weights import attention_weights, with_unet_weights
     from retune.training.data.dataset import from_images
-    from retune.training.layers import ResetConfig, reset_weights
+    from retune.training.models.layers import ResetConfig, reset_weights
+    from retune.training.recipes.unet import train_model
     from retune.training.text_encoder.projection import Projection
-    from retune.training.train_model import train_model
 
     t5 = write_t5(tmp_path, **T5S[kind])
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -129,7 +131,8 @@ def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kin
 
 def predicted_by_comfyui(saved, trained, noisy, sigma, words):
     import comfy.sd
-    from retune.nodes.bridge import ComfyDenoiser, training_mode
+    from retune.nodes.bridge.denoiser import ComfyDenoiser
+    from retune.nodes.bridge.device import training_mode
 
     with torch.inference_mode():
         model = comfy.sd.load_checkpoint_guess_config(str(saved), output_clip=False, output_vae=False)[0]
@@ -181,13 +184,14 @@ def test_sdxl_trains_with_t5_and_comes_back_in_both_implementations(
     small size) included, gives the same numbers in the core."""
     import comfy.model_base
     import comfy.sd
-    from retune.nodes import t5_clip
-    from retune.nodes.bridge import text_to_image, with_projection
+    from retune.nodes.bridge.text_encoder import with_projection
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.clips import t5_clip
+    from retune.nodes.common.weights import with_unet_weights
     from retune.nodes.text_encoder import widths
-    from retune.nodes.weights import with_unet_weights
     from retune.training.data.dataset import from_images
+    from retune.training.recipes.unet import train_model
     from retune.training.text_encoder.projection import Projection
-    from retune.training.train_model import train_model
 
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     dataset = from_images([images], ["a red cat (sitting)", "two blue birds"])

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from retune.training.comfyui_server import server
-from retune.training.diffusers_model import SD1_VAE
-from retune.training.formats import ldm
+from retune.training.commands.comfyui_server import server
+from retune.training.models import ldm
+from retune.training.models.diffusers import SD1_VAE
 from safetensors.torch import save_file
 
 log = logging.getLogger(__name__)

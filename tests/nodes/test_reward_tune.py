@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.reward_config import RewardTuneConfig
 from retune.training.rewards.load import RewardConfig
 
 PROMPTS = [Prompt("a red circle on the left"), Prompt("two small blue squares")]
@@ -14,7 +14,7 @@ PROMPTS = [Prompt("a red circle on the left"), Prompt("two small blue squares")]
 
 @pytest.fixture
 def judge(comfyui):
-    from retune.nodes.managed_reward import ManagedReward
+    from retune.nodes.bridge.rewards import ManagedReward
 
     with torch.inference_mode():
         return ManagedReward.open(RewardConfig(kind="demo aesthetic"), weight=1.0)
@@ -48,9 +48,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("train", ["text encoder", "UNet LoRA"])
 def test_both_implementations_tune_alike(demo, core_demo, judge, tmp_path, train):
-    from retune.nodes.tuned import tuning
+    from retune.nodes.bridge.tuned import tuning
+    from retune.training.recipes.reward import tune
     from retune.training.rewards.combined import CombinedReward
-    from retune.training.tune_rewards import tune
 
     model, clip, vae = demo
     chosen = config(train=train, settings=TrainingSettings(warmup_steps=1, optimizer="SGD"))
@@ -98,9 +98,9 @@ def test_the_node_hands_out_what_was_tuned(demo, judge, sampled, train):
 
 @pytest.mark.parametrize("train", ["text encoder LoRA", "UNet"])
 def test_direct_tuning_and_constraints_are_the_cores(demo, core_demo, judge, pictures, tmp_path, train):
-    from retune.nodes.tuned import tuning
+    from retune.nodes.bridge.tuned import tuning
+    from retune.training.recipes.reward import tune
     from retune.training.rewards.combined import CombinedReward
-    from retune.training.tune_rewards import tune
 
     drift = 2.0 if train.startswith("text") else 0.0
     settings = TrainingSettings(warmup_steps=1, optimizer="SGD")
@@ -116,8 +116,8 @@ def test_direct_tuning_and_constraints_are_the_cores(demo, core_demo, judge, pic
 
 def test_a_guard_chooses_the_result_and_the_node_says_so(demo, judge, sampled, monkeypatch):
     """One step far too large: the best weights are either those after it or the start's, as the guard's rows say."""
-    from retune.nodes.progress import NodeCallbacks
     from retune.nodes.reward_tune import RetuneRewardTune
+    from retune.nodes.ui.progress import NodeCallbacks
 
     said = []
     monkeypatch.setattr(NodeCallbacks, "_say", lambda self, text: said.append(text))
@@ -145,8 +145,8 @@ def test_a_guard_chooses_the_result_and_the_node_says_so(demo, judge, sampled, m
 
 
 def test_the_projection_of_a_t5_is_tuned(demo, judge):
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.nodes.reward_tune import RetuneRewardTune
-    from retune.nodes.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     model, _, vae = demo
@@ -163,7 +163,7 @@ def test_the_projection_of_a_t5_is_tuned(demo, judge):
 
 
 def test_what_is_refused(judge):
-    from retune.nodes.tuned import prompt_list, tuned_by
+    from retune.nodes.bridge.tuned import prompt_list, tuned_by
 
     with pytest.raises(ValueError, match="clip_constraint is 0.5 and constraint is no reward of kind CLIP"):
         tuned_by(judge, 0.5, judge, None)

@@ -6,8 +6,8 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from retune.nodes.bridge.score import prompt_of_each
 from retune.nodes.reward import RetuneCombineRewards, RetuneDiversity, RetuneLoadReward, RetuneScoreImages
-from retune.nodes.score import prompt_of_each
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.diversity import diversity
 from retune.training.rewards.load import RewardConfig, load_reward

@@ -6,8 +6,8 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from retune.training.comfyui_server import DIRECT
-from retune.training.run_folder import RunFolder
+from retune.training.commands.comfyui_server import DIRECT
+from retune.training.runs.folder import RunFolder
 
 RUN = "a run (old 1)"
 ENCODED = "a%20run%20(old%201)"
@@ -50,7 +50,7 @@ def test_runs_are_listed_and_told(comfyui_server, root):
 
 
 def test_a_run_keeps_its_prompt_without_what_comfyui_adds():
-    from retune.nodes.run_inputs import made_by
+    from retune.nodes.common.inputs import made_by
 
     hidden = SimpleNamespace(prompt={"1": {"inputs": {"a": 1}, **PROMPT["1"]}}, extra_pnginfo=None)
     assert made_by(hidden) == {"prompt": {"1": {"inputs": {"a": 1}}}, "workflow": None}

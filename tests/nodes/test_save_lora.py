@@ -76,7 +76,7 @@ def check(before, after, expected):
 
 
 def apply(model, clip, file):
-    from retune.nodes.lora_patches import Row, apply_loras, lora_of
+    from retune.nodes.bridge.lora_patches import Row, apply_loras, lora_of
     from retune.training.formats.lora import read_lora_tensors
 
     with torch.inference_mode():
@@ -180,7 +180,8 @@ def test_core_train_loras_keys_are_saved(sd15, save):
 def test_metadata_of_a_run(sd15, lora_kinds, save, tmp_path):
     from dataclasses import asdict
 
-    from retune.training.config import TrainingSettings, TrainModelConfig
+    from retune.training.config.run import TrainModelConfig
+    from retune.training.config.training_settings import TrainingSettings
     from retune.training.data.images import save_png
 
     config = asdict(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from retune.training.generators import generator
+from retune.training.common.rng import generator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -39,8 +39,8 @@ def pair(comfyui):
 
 def tuned(clip):
     """Every weight that a run tunes, moved a little, as Reward Tune hands it out."""
-    from retune.nodes.bridge import ComfyTextEncoder
-    from retune.nodes.weights import with_text_weights
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
+    from retune.nodes.common.weights import with_text_weights
 
     moved = {}
     for number, (name, target) in enumerate(ComfyTextEncoder(clip).weights.items()):
@@ -51,7 +51,7 @@ def tuned(clip):
 
 def saved(clip, **options):
     """Paths that the node wrote, and its result."""
-    from retune.nodes.text_encoder import RetuneSaveTextEncoder
+    from retune.nodes.saved_text_encoder import RetuneSaveTextEncoder
 
     with torch.inference_mode():
         output = RetuneSaveTextEncoder.execute(clip, "test/clip", **options)
@@ -151,8 +151,8 @@ def test_a_lora_is_part_of_the_file(clips):
 def test_the_demos_own_file_is_loaded_again(demo, comfyui):
     import folder_paths
     from comfy_extras.nodes_model_merging import CLIPSave
-    from retune.nodes.demo_model import load_demo_clip
-    from retune.nodes.text_encoder import RetuneLoadTextEncoder
+    from retune.nodes.common.demo_model import load_demo_clip
+    from retune.nodes.saved_text_encoder import RetuneLoadTextEncoder
 
     clip = tuned(demo[1])
     ((path,), _) = saved(clip)
@@ -171,8 +171,8 @@ def test_the_demos_own_file_is_loaded_again(demo, comfyui):
 
 
 def test_what_the_files_lack_is_said(clips, pair, demo):
-    from retune.nodes.concept_tokens import with_concepts
-    from retune.training.concepts import Concept
+    from retune.nodes.clips.concept_tokens import with_concepts
+    from retune.training.models.concepts import Concept
 
     clip = demo[1].clone()
     clip.clip_layer(-2)
@@ -184,8 +184,8 @@ def test_what_the_files_lack_is_said(clips, pair, demo):
 
 
 def test_what_is_refused(clips, pair, demo):
-    from retune.nodes.blended_clip import blend_embeddings
-    from retune.nodes.text_encoder import RetuneLoadTextEncoder
+    from retune.nodes.clips.blended_clip import blend_embeddings
+    from retune.nodes.saved_text_encoder import RetuneLoadTextEncoder
 
     with torch.inference_mode():
         blend = blend_embeddings([demo[1], tuned(demo[1])], [0.5, 0.5])
@@ -203,13 +203,13 @@ def test_what_is_refused(clips, pair, demo):
 
 def tune_demo(demo, folder, **changes):
     """(MODEL, CLIP, LORA_MODEL, run folder) of a reward tuning of one step."""
-    from retune.nodes.managed_reward import ManagedReward
-    from retune.nodes.tuned import applied, tuned_by, tuning
-    from retune.training.config import TrainingSettings
+    from retune.nodes.bridge.rewards import ManagedReward
+    from retune.nodes.bridge.tuned import applied, tuned_by, tuning
+    from retune.training.config.reward import RewardTuneConfig
+    from retune.training.config.training_settings import TrainingSettings
     from retune.training.data.prompts import Prompt
-    from retune.training.reward_config import RewardTuneConfig
+    from retune.training.recipes.reward import tune
     from retune.training.rewards.load import RewardConfig
-    from retune.training.tune_rewards import tune
 
     sizes = {"width": 64, "height": 64, "batch_size": 1, "steps": 1, "gradient_steps": 1, "sampling_steps": 2}
     settings = TrainingSettings(warmup_steps=0)

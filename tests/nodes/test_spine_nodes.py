@@ -42,8 +42,8 @@ def test_demo_dataset_gives_pictures_and_captions(comfyui):
 
 
 def test_reset_changes_what_it_says_and_nothing_else(demo):
+    from retune.nodes.common.weights import patched_weight
     from retune.nodes.reset import RetuneResetAttention
-    from retune.nodes.weights import patched_weight
 
     model = demo[0]
     counts = {}
@@ -67,12 +67,9 @@ def test_reset_changes_what_it_says_and_nothing_else(demo):
 
 def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
     import folder_paths
-    from retune.nodes.text_encoder import (
-        RetuneLoadT5,
-        RetuneLoadTextEncoder,
-        RetuneSaveTextEncoder,
-        RetuneScaleTextEncoder,
-    )
+    from retune.nodes.saved_text_encoder import RetuneLoadTextEncoder, RetuneSaveTextEncoder
+    from retune.nodes.scale import RetuneScaleTextEncoder
+    from retune.nodes.text_encoder import RetuneLoadT5
     from retune.training.text_encoder.file import read_text_encoder
 
     model, clip, _ = demo
@@ -108,7 +105,7 @@ def encoded(clip, text):
 
 
 def test_conditioning_is_scaled_and_the_original_kept(comfyui):
-    from retune.nodes.text_encoder import RetuneScaleConditioning
+    from retune.nodes.scale import RetuneScaleConditioning
 
     context = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     pooled = {"pooled_output": torch.ones(1, 4)}

@@ -75,7 +75,7 @@ def test_the_base_model_stays_as_it_was(demo):
 
 
 def test_the_last_swap_counts(demo):
-    from retune.nodes.bridge import latent_format_of
+    from retune.nodes.bridge.autoencoder import latent_format_of
 
     model, clip, vae = demo
     once, _ = swap(model, vae, "SD1.5")
@@ -90,7 +90,7 @@ def wrapper_lists(model):
 
 
 def test_training_sees_latents_of_the_new_format(demo):
-    from retune.nodes.bridge import text_to_image
+    from retune.nodes.bridge.view import text_to_image
 
     model, clip, vae = demo
     changed, _ = swap(model, vae, "SDXL")

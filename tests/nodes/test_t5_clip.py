@@ -5,8 +5,9 @@ import logging
 
 import pytest
 import torch
-from retune.nodes import measure, t5_clip
-from retune.training.generators import generator
+from retune.nodes.bridge import measure
+from retune.nodes.clips import t5_clip
+from retune.training.common.rng import generator
 from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.scale import PROMPTS
@@ -243,7 +244,7 @@ def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
 
 
 def test_saving_warns_of_a_lora_that_it_leaves_out(clip, caplog):
-    from retune.nodes.text_encoder import RetuneSaveTextEncoder
+    from retune.nodes.saved_text_encoder import RetuneSaveTextEncoder
 
     for one, warned in ((clip, False), (with_lora(clip), True)):
         caplog.clear()
@@ -338,8 +339,8 @@ def test_saved_and_loaded_again_is_bit_equal(clip, t5_folder, tmp_path):
 
 
 def test_target_std_goes_with_a_scaled_clip(clip):
-    from retune.nodes.bridge import with_projection
-    from retune.nodes.text_encoder import RetuneScaleTextEncoder
+    from retune.nodes.bridge.text_encoder import with_projection
+    from retune.nodes.scale import RetuneScaleTextEncoder
 
     def known(one):
         return t5_clip.saved_text_encoder(one).target_std
@@ -388,7 +389,7 @@ def test_importing_costs_nothing(comfyui):
         "import comfy.options; comfy.options.enable_args_parsing(False)\n"
         "from comfy.cli_args import args; args.cpu = True\n"
         "import sys, comfy_api.latest; before = set(sys.modules)\n"
-        f"import retune.nodes.t5_clip; print([n for n in {heavy} if n in sys.modules and n not in before])"
+        f"import retune.nodes.clips.t5_clip; print([n for n in {heavy} if n in sys.modules and n not in before])"
     )
     environment = os.environ | {"PYTHONPATH": str(comfyui)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -70,7 +70,7 @@ def test_comfyui_refuses_flags_for_a_gpu_beside_cpu(comfyui, flag, capsys):
 
 def test_dynamic_vram_leaves_a_cpu_alone(comfyui, monkeypatch):
     import comfy.model_patcher
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.text_encoder.projection import Projection
 
     def encode():

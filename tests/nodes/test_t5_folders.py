@@ -55,8 +55,9 @@ def test_folders_with_a_configuration_are_offered_after_the_files(models):
 
 def test_a_sharded_folder_loads_and_is_found_again(models, write_t5_folder, tmp_path):
     import folder_paths
-    from retune.nodes import t5_clip
-    from retune.nodes.text_encoder import RetuneLoadT5, RetuneLoadTextEncoder, RetuneSaveTextEncoder
+    from retune.nodes.clips import t5_clip
+    from retune.nodes.saved_text_encoder import RetuneLoadTextEncoder, RetuneSaveTextEncoder
+    from retune.nodes.text_encoder import RetuneLoadT5
     from retune.training.text_encoder.projection import Projection
 
     folder = write_t5_folder(models / "google" / "tiny t5 [1.1]", shard_size="100KB")

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.nodes import measure, t5_clip
-from retune.training.config import SamplePrompts, TrainingSettings, TrainModelConfig
-from retune.training.model import Conditioning
+from retune.nodes.bridge import measure
+from retune.nodes.clips import t5_clip
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.t5 import Padding, load_t5
@@ -53,7 +56,8 @@ def equal(left, right):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_equals_the_core_encoder(comfyui, t5_folder, kind, padding):
-    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+    from retune.nodes.bridge.device import training_mode
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
 
     padding, options = PADDINGS[padding], KINDS[kind]
     clip = load(t5_folder, 96, options=options, **padding)
@@ -134,8 +138,8 @@ def sdxl(comfyui, sdxl_unet, core_demo):
     import comfy.model_detection
     import comfy.model_patcher
     import comfy.supported_models
-    from retune.training.diffusers_model import DiffusersDenoiser
-    from retune.training.formats import ldm
+    from retune.training.models import ldm
+    from retune.training.models.diffusers import DiffusersDenoiser
 
     state = ldm.to_ldm(sdxl_unet.state_dict(), ldm.unet_names(sdxl_unet.config))
     state = {ldm.UNET_PREFIX + name: value for name, value in state.items()}
@@ -159,9 +163,10 @@ def test_an_sdxl_model_is_recognised(sdxl, demo):
 def test_sdxl_trains_with_t5_the_same_in_both_implementations(
     sdxl, demo, core_demo, pictures, sampled, t5_folder, tmp_path
 ):
-    from retune.nodes.bridge import text_to_image, with_projection
-    from retune.nodes.weights import with_unet_weights
-    from retune.training.train_model import train_model
+    from retune.nodes.bridge.text_encoder import with_projection
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.common.weights import with_unet_weights
+    from retune.training.recipes.unet import train_model
 
     settings = TrainingSettings(warmup_steps=1)
     run = TrainModelConfig(
@@ -190,8 +195,9 @@ def test_sdxl_trains_with_t5_the_same_in_both_implementations(
 def test_a_pooled_output_that_does_not_fit_is_refused_first(
     sdxl, demo, pictures, t5_folder, tmp_path, pooled_width, found
 ):
-    from retune.nodes.bridge import text_to_image
-    from retune.training.train_model import check_fit, train_model
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.recipes.checks import check_fit
+    from retune.training.recipes.unet import train_model
 
     clip = load(t5_folder, options={"pooled_width": pooled_width})
     run = TrainModelConfig(run_name="r", steps=2, batch_size=2)
@@ -205,7 +211,8 @@ def test_a_pooled_output_that_does_not_fit_is_refused_first(
 
 
 def test_the_view_knows_the_width_of_the_pooled_output(t5_folder, demo, small_sdxl_clip):
-    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+    from retune.nodes.bridge.device import training_mode
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
 
     clips = {
         demo[1]: encode(demo[1], "")[1].shape[-1],
@@ -223,7 +230,8 @@ def test_the_view_knows_the_width_of_the_pooled_output(t5_folder, demo, small_sd
 
 
 def test_a_kept_clip_comes_first(comfyui, t5_folder, demo, tmp_path):
-    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+    from retune.nodes.bridge.device import training_mode
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
     from retune.training.data.cache import TextCache
 
     kept = demo[1]
@@ -289,7 +297,7 @@ def test_a_kept_sdxl_clip_with_two_texts(comfyui, t5_folder, small_sdxl_clip):
 
 
 def test_fingerprint_and_file_know_of_the_kept_clip(comfyui, t5_folder, demo, tmp_path, caplog):
-    from retune.nodes.text_encoder import RetuneSaveTextEncoder
+    from retune.nodes.saved_text_encoder import RetuneSaveTextEncoder
 
     both, alone = load(t5_folder, 128, options={}, keep_clip=demo[1]), load(t5_folder, 128, options={})
     patched = demo[1].clone()
@@ -313,7 +321,7 @@ def test_fingerprint_and_file_know_of_the_kept_clip(comfyui, t5_folder, demo, tm
 
 
 def test_a_kept_clip_must_fit(comfyui, t5_folder, demo, small_sdxl_clip):
-    from retune.nodes.kept_clip import KeptClip
+    from retune.nodes.clips.kept_clip import KeptClip
 
     with pytest.raises(ValueError, match="keep_clip gives a width of 128; expected the projection's 96"):
         load(t5_folder, 96, options={}, keep_clip=demo[1])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from retune.nodes.measure import clip_std
-from retune.nodes.t5_clip import load_t5_clip, t5_parts
-from retune.nodes.text_encoder import RetuneFitProjection, RetuneScaleTextEncoder
-from retune.training.text_encoder.histogram import COLOURS, HEIGHT, WIDTH
+from retune.nodes.bridge.measure import clip_std
+from retune.nodes.clips.t5_clip import load_t5_clip, t5_parts
+from retune.nodes.scale import RetuneScaleTextEncoder
+from retune.nodes.text_encoder import RetuneFitProjection
+from retune.training.plots.token_histogram import COLOURS, HEIGHT, WIDTH
 from retune.training.text_encoder.projection import Projection
 
 PROMPTS = "\n".join(

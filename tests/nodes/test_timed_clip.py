@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from retune.nodes import t5_clip
-from retune.nodes.timed_clip import spans
-from retune.training.generators import generator
+from retune.nodes.clips import t5_clip
+from retune.nodes.clips.timed_clip import spans
+from retune.training.common.rng import generator
 from retune.training.text_encoder.projection import BANDS, Projection
 
 pytestmark = pytest.mark.comfyui

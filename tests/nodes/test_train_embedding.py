@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from retune.training.concepts import Concept
-from retune.training.config import TrainingSettings
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
-from retune.training.embedding_config import EmbeddingConfig
+from retune.training.models.concepts import Concept
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def gradients(encoder, text, pooled=False):
 
 @pytest.mark.parametrize("text", ["clip", "t5"])
 def test_gradients_equal_those_of_transformers(demo, core_demo, text):
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.demo.files import weights_path
     from retune.training.text_encoder.projection import Projection
     from retune.training.text_encoder.t5 import load_t5
@@ -58,8 +58,8 @@ def test_gradients_equal_those_of_transformers(demo, core_demo, text):
 def core_sdxl(clip):
     """The core's text encoder with the weights of ComfyUI's SDXL CLIP."""
     import comfy.sd
-    from retune.training.clip_text import ClipTextEncoder
-    from retune.training.sdxl_text import SECOND_PAD, SdxlTextEncoder
+    from retune.training.models.clip import ClipTextEncoder
+    from retune.training.models.sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
     folder = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
     parts = []
@@ -78,7 +78,8 @@ def core_sdxl(clip):
 
 
 def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
-    from retune.nodes.bridge import ComfyTextEncoder, training_mode
+    from retune.nodes.bridge.device import training_mode
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
 
     class Beside:
         """As much of a denoiser as a text encoder that trains asks for."""
@@ -101,8 +102,8 @@ def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
 
 
 def test_both_implementations_learn_the_same(demo, core_demo, shown, tmp_path):
-    from retune.nodes.bridge import text_to_image
-    from retune.training.train_embedding import train_embedding
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.recipes.textual_inversion import train_embedding
 
     model, clip, vae = demo
     config = EmbeddingConfig(

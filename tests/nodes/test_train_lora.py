@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from retune.training.config import TrainingSettings
-from retune.training.lora_config import ALGORITHMS, LoraConfig
+from retune.training.config.lora import ALGORITHMS, LoraConfig
+from retune.training.config.training_settings import TrainingSettings
 
 TEXTS = ("a red circle on the left", "two small blue squares (flat)")
 
@@ -39,12 +39,12 @@ def losses(folder):
 def test_both_implementations_give_the_same_losses_and_the_same_lora(demo, core_demo, pictures, tmp_path, text):
     from dataclasses import replace
 
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.t5_clip import load_t5_clip
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.clips.t5_clip import load_t5_clip
     from retune.training.demo.files import weights_path
+    from retune.training.recipes.lora import train_lora
     from retune.training.text_encoder.projection import Projection
     from retune.training.text_encoder.t5 import load_t5
-    from retune.training.train_lora import train_lora
 
     model, clip, vae = demo
     if text == "t5":
@@ -72,10 +72,10 @@ def test_both_implementations_give_the_same_losses_and_the_same_lora(demo, core_
 def test_what_comes_out_predicts_what_the_attached_adapters_predict(demo, pictures, tmp_path, algorithm):
     """The node's MODEL and CLIP, which carry the LoRA as patches, against the network with the adapters on it."""
     import comfy.sd
-    from retune.nodes.bridge import text_to_image
-    from retune.nodes.lora_patches import Row, apply_loras, lora_of
-    from retune.training.adapters import Adapters, select_layers
-    from retune.training.train_lora import networks_of, train_lora, trainable_layers
+    from retune.nodes.bridge.lora_patches import Row, apply_loras, lora_of
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.recipes.lora import networks_of, train_lora, trainable_layers
+    from retune.training.trainables.lora import Adapters, select_layers
 
     model, clip, vae = demo
     config = lora_config(algorithm=algorithm, conv_rank=3, conv_alpha=3.0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from retune.training.comfyui_server import server
-from retune.training.run_folder import RunFolder
+from retune.training.commands.comfyui_server import server
+from retune.training.runs.folder import RunFolder
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -1,0 +1,1 @@
+"""Captioned images and prompts: folders, buckets, masks, captions, order, caches."""

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import write_bytes
-from ..model import Conditioning
+from ..common.files import write_bytes
+from ..models.protocols import Conditioning
 from .examples import Dataset, Example
 from .folder import Progress
 

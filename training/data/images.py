@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from ..files import atomic_path
+from ..common.files import atomic_path
 
 log = logging.getLogger(__name__)
 

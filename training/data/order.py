@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..generators import generator
+from ..common.rng import generator
 from .buckets import Size
 from .examples import Dataset, Example
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..generators import generator
+from ..common.rng import generator
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

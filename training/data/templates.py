@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..concepts import split_tokens
-from ..generators import generator
+from ..common.rng import generator
+from ..models.concepts import split_tokens
 from .examples import Dataset
 
 log = logging.getLogger(__name__)

@@ -1,5 +1,1 @@
-"""The demo model: a complete small text-to-image model, the drawn scenes it knows, and a judge that reads them back.
-
-`scenes` draws captioned pictures, `judge` reads the caption's attributes from pixels, `build` trains the weights
-(`python -m retune.training.demo.build`), `files` finds them.
-"""
+"""The demo model's files, its drawn scenes and the judge that reads them. How it was made: tools/build_demo."""

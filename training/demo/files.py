@@ -23,6 +23,6 @@ def weights_path(name: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing. Reinstall the package, or build the demo model (about two hours on two CPU cores): "
-            "python -m retune.training.demo.build"
+            "python -m retune.tools.build_demo"
         )
     return path

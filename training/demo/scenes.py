@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
-from ..generators import generator as new_generator
+from ..common.rng import generator as new_generator
 
 SIDE = 128
 NAMED_SHAPES = ("circle", "square", "triangle", "cross", "ring")

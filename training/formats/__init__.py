@@ -1,0 +1,1 @@
+"""LoRA and embedding files of every tool, read and written. Layouts of whole models are in models."""

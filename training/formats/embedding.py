@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import Concept
-from ..files import read_pickle, read_tensors
+from ..common.files import read_pickle, read_tensors
+from ..models.concepts import Concept
 from .embedding_image import read_embedding_image
 from .lora import some, split_key
 

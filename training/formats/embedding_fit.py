@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..concepts import Vocabulary
+from ..models.concepts import Vocabulary
 from .embedding import EmbeddingFile
 
 WIDTHS = {

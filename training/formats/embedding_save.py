@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import Concept, check_token
-from ..files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..common.files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..config.tokens import check_token
+from ..models.concepts import Concept
 from .embedding import Embedding
 from .embedding_fit import family_of
 from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, hashes

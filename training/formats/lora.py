@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import read_pickle, read_tensors
+from ..common.files import read_pickle, read_tensors
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..text_encoder.stock_file import about_run
+from ..config.provenance import about_run
 from .lora import DOWN, MID, Lora
 from .lora_names import Naming
 

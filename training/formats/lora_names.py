@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from . import ldm
+from ..models import ldm
 from .lora import Lora, LoraModule, aliases, magnitude_axis, some
 from .lora_report import WIDTHS, base_of
 

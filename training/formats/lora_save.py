@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..files import write_tensors
+from ..common.files import write_tensors
 from .lora import BIAS, DOWN, MID, PEFT, UP, Lora, LoraModule, magnitude_axis, parse_lora, some
 from .lora_metadata import LoraAbout, metadata_of
 from .lora_names import Naming, naming_of

@@ -1,1 +1,1 @@
-"""Differentiable rewards: scores of images, by a prompt or alone, whose gradients reach the pixels."""
+"""Scores of images whose gradient reaches the pixels: towers, heads, sums of several, diversity."""

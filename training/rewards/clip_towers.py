@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..clip_text import clip_config
-from ..formats.open_clip import VISUAL, to_transformers, vision_to_transformers
+from ..models.clip import clip_config
+from ..models.open_clip import VISUAL, to_transformers, vision_to_transformers
 
 Activation = Literal["auto", "gelu", "quick_gelu"]
 VISION, TEXT = "vision_model.", "text_model."

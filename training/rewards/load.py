@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from ..common.files import read_pickle, read_tensors
 from ..demo.files import weights_path
-from ..files import read_pickle, read_tensors
 from .clip_towers import Activation, Towers, TowerState, tower_state
 from .heads import read_head
 from .preprocess import View, half_view

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fingerprint import tensors_fingerprint
+from ..common.fingerprint import tensors_fingerprint
 from .clip_towers import Towers
 from .heads import head_width
 from .preprocess import View, expect_finite

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..model import Conditioning
+from ..models.protocols import Conditioning
 from .projection import RESAMPLERS, Projection
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_tensors, write_tensors
+from ..common.files import read_tensors, write_tensors
 from .projection import Projection
 from .t5 import Padding
 from .t5_file import file_hash

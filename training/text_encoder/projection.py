@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import read_tensors, write_tensors
-from ..generators import generator
-from ..model import Conditioning
+from ..common.files import read_tensors, write_tensors
+from ..common.rng import generator
+from ..models.protocols import Conditioning
 from .resampler import Resampler, hidden_width
 
 RESAMPLERS = ("resampler", "timestep resampler")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..model import TextEncoder
+from ..models.protocols import TextEncoder
 from .prompts import PROMPTS
 
 Encoder = TypeVar("Encoder", bound=TextEncoder)

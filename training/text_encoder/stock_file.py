@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
-from ..run_folder import RunFolder
+from ..common.files import read_tensors, write_tensors
 
 METADATA = "retune.run"
 CLIPS = ("clip_l", "clip_g", "clip_h")
 """ComfyUI's names of the CLIPs of SD1.x and SDXL, SDXL's second, and SD2."""
 _NAMES = re.compile(r"(?:text_encoders\.)?(clip_[lgh]|t5base|t5xxl)\.transformer\.(.+)")
 _PROJECTION = "text_projection.weight"
-_NO_SETTINGS = ("run_name", "samples", "resume")
 
 
 def stock_parts(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -70,35 +68,6 @@ def read_stock_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if "text_model.embeddings.token_embedding.weight" not in found:
         raise ValueError(f"{Path(path).name} holds no CLIP text encoder; expected tensors text_model.*")
     return found, json.loads(metadata.get(METADATA, "{}"))
-
-
-def about_run(run: Mapping[str, Any], ending: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of the run it comes from.
-
-    run: what its config.json holds. ending: how it ended. The result has the run's name, its kind, `rewards` (kind,
-    weight, files), `settings` (what trained, method, gradient_steps K, sampling_steps T, cfg, steps, learning_rate,
-    seed, ...) and `base`, the fingerprints of what it began with.
-    """
-    identity, config = run.get("identity", {}), run.get("config", {})
-    return {
-        "run": config.get("run_name", ""),
-        "kind": identity.get("kind", ""),
-        "rewards": run.get("rewards", []),
-        "settings": {name: value for name, value in config.items() if name not in _NO_SETTINGS},
-        "base": {name: identity[name] for name in ("model", "text_encoder", "vae") if name in identity},
-        "prompts": identity.get("prompts", ""),
-        **ending,
-    }
-
-
-def about_folder(path: str | Path) -> dict[str, Any]:
-    """`about_run` of a run's folder; ValueError for a folder without a run."""
-    folder = RunFolder(Path(path))
-    run, status = folder.config(), folder.status()
-    if run is None:
-        raise ValueError(f"{folder.path} holds no run; expected a folder with config.json.")
-    ending = {name: value for name, value in status.items() if name not in ("state", "step", "message")}
-    return about_run(run, {"steps": status["step"], **ending})
 
 
 def parts_of(names: Iterable[str]) -> list[str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..concepts import (
+from ..common.fingerprint import tensors_fingerprint
+from ..models.concepts import (
     Concept,
     Vocabulary,
     add_concepts,
@@ -24,9 +25,8 @@ from ..concepts import (
     pieces,
     with_fingerprints,
 )
-from ..fingerprint import tensors_fingerprint
-from ..model import Conditioning
-from ..trainable import Target, targets
+from ..models.parameters import Target, targets
+from ..models.protocols import Conditioning
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
 from .tokenizers import T5Tokenizer, find_tokenizer

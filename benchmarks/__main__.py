@@ -1,0 +1,53 @@
+"""Benchmarks and studies: `python run.py bench [name]`, or `python -m retune.benchmarks [name]` in a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..training.commands.terminal import Terminal, run_verb
+from ..training.config.flags import add_flags, read_flags
+from .lora import run_lora_bench
+from .lora_runs import LoraBenchConfig
+from .reward import RewardBenchConfig, run_reward_bench
+from .study import StudyConfig, run_study
+from .variants import BATCH, LORA, REWARD, STUDIES, BenchConfig, run_bench
+
+
+def bench(arguments: argparse.Namespace) -> dict:
+    """Measures what `arguments.name` says, or lists what there is."""
+    config = read_flags(arguments, BenchConfig)
+    if config.name == LORA:
+        result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
+        words = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
+        return result if arguments.json else {"table": f"\n{result['table']}", **words}
+    if config.name == REWARD:
+        sized = read_flags(arguments, RewardBenchConfig, batch_size=config.batch_size or BATCH)
+        result = run_reward_bench(sized, arguments.comfyui, Terminal())
+    elif config.name in STUDIES:
+        result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
+    else:
+        return run_bench(config)
+    return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="run.py bench", description="Measure variants side by side on the demo model.")
+    top.add_argument("--verbose", action="store_true")
+    top.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    top.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
+    add_flags(top, BenchConfig, skip=("name",))
+    add_flags(top, StudyConfig, skip=("batch_size",))
+    add_flags(top, LoraBenchConfig, "lora_")
+    add_flags(top, RewardBenchConfig, skip=("rounds", "batch_size"))
+    top.add_argument("--comfyui", type=Path, help="ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_verb(bench, parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""A VAE as an Autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...training.common.fingerprint import tensors_fingerprint
+
+
+class ComfyAutoencoder:
+    """Autoencoder over a VAE; latents in the scale of the MODEL it is used with."""
+
+    def __init__(self, vae, latent_format):
+        self.vae, self.latent_format = vae, latent_format
+        self.downscale = int(vae.spacial_compression_encode())
+        weights = vae.first_stage_model.named_parameters()
+        self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
+
+    def encode(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.latent_format.process_in(self.vae.encode(images.movedim(1, -1)).clone())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.vae.decode(self.latent_format.process_out(latents)).movedim(-1, 1).clone()
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        network = self.vae.first_stage_model
+        inner = self.latent_format.process_out(latents).to(self.vae.device, self.vae.vae_dtype)
+        return network.decode(inner).float() / 2 + 0.5
+
+
+def latent_format_of(model):
+    """The latent format that a MODEL samples with: the one RetuneSwapVAE gave it, else the model's own."""
+    import comfy.latent_formats
+
+    owner = getattr(model.get_model_object("process_latent_in"), "__self__", None)
+    swapped = isinstance(owner, comfy.latent_formats.LatentFormat)
+    return owner if swapped else model.get_model_object("latent_format")

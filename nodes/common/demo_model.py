@@ -1,0 +1,213 @@
+"""The demo model as ComfyUI's MODEL, CLIP and VAE. Stock detection knows only real widths, so it is built by hand."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ...training.common.files import read_tensors
+from ...training.demo.files import weights_path
+from ...training.models import ldm
+from ...training.text_encoder.stock_file import read_stock_file
+
+BUILT_IN = "demo.safetensors"
+DEMO_CLASS = "RetuneDemoModel"
+
+
+class Ratio(Fraction):
+    """A level's width over the first level's. ComfyUI multiplies it by a width and wants a whole number back."""
+
+    def __mul__(self, width: int) -> int:
+        return int(super().__mul__(width))
+
+    __rmul__ = __mul__
+
+
+def read_demo(path: Path | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Tensors (fp32) and config of a demo checkpoint; parts that a trained file lacks come from the built-in one.
+
+    A file that stock ModelSave or CheckpointSave wrote has no config of its own. Raises ValueError for a file whose
+    tensors are not the demo model's.
+    """
+    own, metadata = read_tensors(weights_path(BUILT_IN))
+    config = json.loads(metadata["retune.config"])
+    if path is not None:
+        own |= _fitting(read_tensors(path)[0], own, path)
+    return {name: value.float() for name, value in own.items()}, config
+
+
+def _fitting(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    wrong = [n for n in given if n.startswith(ldm.UNET_PREFIX) and n not in fitting]
+    if wrong or not any(name.startswith(ldm.UNET_PREFIX) for name in fitting):
+        raise ValueError(
+            f"file {path.name} is no demo checkpoint ({wrong[0] if wrong else 'no UNet tensors'}); expected one saved "
+            "from the demo model. Real checkpoints go into ComfyUI's own Load Checkpoint."
+        )
+    return fitting
+
+
+def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynamic: bool = False):
+    """(MODEL, CLIP or None, VAE), all fp32, of the built-in demo model or a checkpoint trained from it."""
+    tensors, config = read_demo(path)
+    model = _model(tensors, config, disable_dynamic)
+    model.cached_patcher_init = (_model_again, (path,))
+    vae = _vae(tensors, config)
+    clip = _clip(tensors, config, disable_dynamic) if with_clip else None
+    if clip is not None:
+        clip.patcher.cached_patcher_init = (_clip_again, (path,))
+    return model, clip, vae
+
+
+def load_demo_clip(path: Path, disable_dynamic: bool = False):
+    """The demo model's CLIP, fp32, with the weights of a file of the stock layout (`text_model.*`).
+
+    Raises ValueError for a file of another CLIP, which ComfyUI's own loaders read.
+    """
+    own, config = read_demo()
+    wanted = {name: value for name, value in own.items() if name.startswith(ldm.CLIP_PREFIX)}
+    found = {ldm.CLIP_PREFIX + name: value.float() for name, value in read_stock_file(path)[0].items()}
+    shapes = [{name: value.shape for name, value in state.items()} for state in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        width = found[f"{ldm.CLIP_PREFIX}text_model.embeddings.token_embedding.weight"].shape[1]
+        raise ValueError(
+            f"{path.name} is a CLIP of width {width}; expected a file that Save Text Encoder wrote from a T5 or from "
+            "the demo model. ComfyUI's Load CLIP reads it; SDXL's two go into its DualCLIPLoader."
+        )
+    clip = _clip(own | found, config, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_saved_clip_again, (path,))
+    return clip
+
+
+def _saved_clip_again(path: Path, disable_dynamic: bool = False):
+    return load_demo_clip(path, disable_dynamic).patcher
+
+
+def _model_again(path: Path | None, disable_dynamic: bool = False):
+    return load_demo(path, with_clip=False, disable_dynamic=disable_dynamic)[0]
+
+
+def _clip_again(path: Path | None, disable_dynamic: bool = False):
+    return load_demo(path, disable_dynamic=disable_dynamic)[1].patcher
+
+
+def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
+    import comfy.latent_formats
+    import comfy.model_detection
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    state = {name: value for name, value in tensors.items() if name.startswith(ldm.UNET_PREFIX)}
+    shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
+    about = _prediction_of(config["scheduler"], comfy.supported_models.SD15)(shape)
+    widths = config["unet"]["block_out_channels"]
+    about.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
+    about.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
+    about.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
+    about.set_inference_dtype(torch.float32, None)
+    offload = comfy.model_management.unet_offload_device()
+    network = about.get_model(state, ldm.UNET_PREFIX, device=offload)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(network, comfy.model_management.get_torch_device(), offload)
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    network.load_model_weights(state, ldm.UNET_PREFIX, **({"assign": True} if dynamic else {}))
+    return patcher
+
+
+def _prediction_of(scheduler: dict, base: type) -> type:
+    """The SD1.5 description, with v-prediction when the scheduler says so."""
+    from comfy.model_base import ModelType
+
+    kind = ModelType.V_PREDICTION if scheduler["prediction_type"] == "v_prediction" else ModelType.EPS
+    return type(DEMO_CLASS, (base,), {"model_type": lambda self, state_dict, prefix="": kind})
+
+
+def is_demo(model) -> bool:
+    """Whether a MODEL is the demo model, however trained."""
+    return type(model.model.model_config).__name__ == DEMO_CLASS
+
+
+def _vae(tensors: dict[str, Tensor], config: dict):
+    import comfy.sd
+
+    channels = config["vae"]["block_out_channels"]
+    ddconfig = {
+        "double_z": True,
+        "z_channels": config["vae"]["latent_channels"],
+        "resolution": 128,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": channels[0],
+        "ch_mult": [c // channels[0] for c in channels],
+        "num_res_blocks": config["vae"]["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    state = {n.removeprefix(ldm.VAE_PREFIX): v for n, v in tensors.items() if n.startswith(ldm.VAE_PREFIX)}
+    params = {"ddconfig": ddconfig, "embed_dim": config["vae"]["latent_channels"]}
+    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
+
+
+def _clip(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
+    import comfy.sd
+    import folder_paths
+
+    prefix = "cond_stage_model."
+    state = {"clip_l." + n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    # The file has none, as SD1.5's has none, and ComfyUI would leave whatever was in that memory, NaN included.
+    state["clip_l.transformer.text_projection.weight"] = torch.eye(config["clip"]["hidden_size"])
+    return comfy.sd.CLIP(
+        _clip_target(config["clip"]),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=sum(value.numel() for value in state.values()),
+        state_dict=state,
+        model_options={"dtype": torch.float32},
+        disable_dynamic=disable_dynamic,
+    )
+
+
+def _clip_target(config: dict) -> SimpleNamespace:
+    """Model and tokenizer classes for comfy.sd.CLIP: SD1.5's, with the demo's small vocabulary."""
+    from comfy import clip_model, sd1_clip
+
+    special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["eos_token_id"]}
+
+    class TextModel(clip_model.CLIPTextModel):
+        def __init__(self, config_dict, dtype, device, operations):
+            super().__init__(config_dict, dtype, device, operations)
+            words = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
+            self.text_model.embeddings.token_embedding = words
+
+    class Backbone(sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=dict(config),
+                model_class=TextModel,
+                special_tokens=special,
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+
+    class Tokenizer(sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            super().__init__(
+                tokenizer_path=str(weights_path("clip_tokenizer")),
+                embedding_directory=embedding_directory,
+                embedding_size=config["hidden_size"],
+            )
+
+    def clip(device="cpu", dtype=None, model_options=None):
+        return sd1_clip.SD1ClipModel(device, dtype, model_options or {}, clip_model=Backbone)
+
+    def tokenizer(embedding_directory=None, tokenizer_data=None):
+        return sd1_clip.SD1Tokenizer(embedding_directory, tokenizer_data or {}, tokenizer=Tokenizer)
+
+    return SimpleNamespace(clip=clip, tokenizer=tokenizer, params={})

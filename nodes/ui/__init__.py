@@ -1,0 +1,1 @@
+"""A run in ComfyUI's interface: progress, signs of life, routes of the runs panel."""

@@ -1,0 +1,194 @@
+"""Trains the demo autoencoder: eight pixels to a latent cell, four channels, the SD1.5 kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...training.common.files import atomic_path, write_tensors
+from ...training.common.rng import generator
+from ...training.demo.scenes import SIDE, Scene, draw, training_scenes
+from .init import level_keeping_init
+
+LOG = logging.getLogger(__name__)
+CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [64, 64, 64, 64],
+    "layers_per_block": 0,
+    "norm_num_groups": 32,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "sample_size": SIDE,
+}
+SEED = 20
+SCENES = 4000
+CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 64
+FULL_STEPS, FULL_BATCH = 100, 8
+LEARNING_RATE = 2e-3
+SHAPE_WEIGHT = 2.0
+"""Extra weight of pixels unlike the median colour: the shapes, which cover little."""
+SQUARE_WEIGHT = 4.0
+"""Absolute error alone fills in the hole of a small ring: few pixels, however wrong."""
+KL_WEIGHT = 1e-4
+"""On the mean over latent elements: enough to keep the latents smooth, too little to blur."""
+
+
+def pictures(scenes: list[Scene], seed: int) -> Tensor:
+    """The scenes drawn as uint8 (N, 3, 128, 128)."""
+    drawn = (draw(scene, generator(seed, "picture", index)) for index, scene in enumerate(scenes))
+    return torch.stack([(image * 255).round().to(torch.uint8) for image in drawn])
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Learning rate: linear warm-up, then a cosine down to a fiftieth of the peak."""
+    done = max(0.0, (step - warmup) / max(1, steps - warmup))
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _crops(images: Tensor, index: Tensor, draws: torch.Generator) -> Tensor:
+    """One 64-pixel crop per image, the busiest of three random ones."""
+    chosen = []
+    for image in images[index]:
+        corners = torch.randint(SIDE - CROP + 1, (3, 2), generator=draws).tolist()
+        crops = [image[:, y : y + CROP, x : x + CROP].float() / 255 for y, x in corners]
+        chosen.append(max(crops, key=lambda crop: float(crop.std((1, 2)).sum())))
+    return torch.stack(chosen)
+
+
+def _loss(vae: nn.Module, images: Tensor, draws: torch.Generator) -> tuple[Tensor, float]:
+    """Mean absolute error, the same of the pixel gradients (crisp edges), and a small KL term."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(images * 2 - 1).latent_dist
+        mean, variance = posterior.mean.float(), posterior.logvar.float().exp()
+        noise = torch.randn(mean.shape, generator=draws)
+        output = vae.decode(mean + variance.sqrt() * noise).sample
+    error = (output.float() + 1) / 2 - images
+    unusual = (images - images.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True) > 0.12
+    error = error * (1 + SHAPE_WEIGHT * unusual)
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+    absolute = error.abs().mean()
+    return absolute + 0.5 * edges + SQUARE_WEIGHT * error.square().mean() + KL_WEIGHT * kl, float(absolute.detach())
+
+
+def train_vae(work: Path) -> None:
+    """Trains and writes `vae.safetensors` (diffusers names, fp32) into the work folder; resumable."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(**CONFIG)
+    images = pictures(training_scenes(SCENES, SEED), SEED)
+    _initialise(vae, images[:16].float() / 127.5 - 1)
+    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-3)
+
+    def step(number: int) -> float:
+        draws = generator(SEED, "vae step", number)
+        full = number >= CROP_STEPS
+        index = torch.randint(len(images), (FULL_BATCH if full else CROP_BATCH,), generator=draws)
+        batch = images[index].float() / 255 if full else _crops(images, index, draws)
+        loss, absolute = _loss(vae, batch, draws)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        return absolute
+
+    run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
+    scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
+    about = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
+    write_tensors(work / "vae.safetensors", vae.state_dict(), about)
+
+
+@torch.no_grad()
+def _initialise(vae: nn.Module, images: Tensor) -> None:
+    """Level-keeping norms, latents of unit deviation, and little posterior noise to start with."""
+    level_keeping_init(vae.encoder, lambda: vae.encoder(images))
+    moments = vae.encoder(images)
+    vae.quant_conv.weight[:4] /= vae.quant_conv(moments)[:, :4].std()
+    vae.quant_conv.weight[4:] = 0
+    vae.quant_conv.bias.copy_(torch.tensor([0.0] * 4 + [-5.0] * 4))
+    latents = vae.encode(images).latent_dist.mean
+    level_keeping_init(vae.decoder, lambda: vae.decoder(vae.post_quant_conv(latents)))
+
+
+def run_steps(
+    name: str,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[int], float],
+    steps: int,
+    rate: float,
+    work: Path,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """The loop of every part: cosine rate, a state file about every two minutes, a log line every 50 steps."""
+    state_file = work / f"{name}.state.pt"
+    first = _load_state(state_file, network, optimizer)
+    shown, since, saved = 0.0, time.monotonic(), time.monotonic()
+    for number in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_rate(number, steps, rate * group.get("scale", 1.0), 100)
+        shown += step(number) / 50
+        optimizer.step()
+        optimizer.zero_grad()
+        if (number + 1) % 50 == 0:
+            LOG.info("%s %d/%d: %.4f, %.3f s a step", name, number + 1, steps, shown, (time.monotonic() - since) / 50)
+            shown, since = 0.0, time.monotonic()
+        after(number + 1)
+        if time.monotonic() - saved > 120 or number + 1 == steps:
+            _save_state(state_file, network, optimizer, number + 1)
+            saved = time.monotonic()
+
+
+def _save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> None:
+    with atomic_path(path) as temporary:
+        torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "done": done}, temporary)
+
+
+def _load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["done"]
+
+
+def load_vae(work: Path) -> tuple[nn.Module, dict]:
+    """The trained autoencoder (fp32, frozen) and its config with `scaling_factor`."""
+    from diffusers import AutoencoderKL
+
+    with safe_open(work / "vae.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    vae = AutoencoderKL(**config)
+    vae.load_state_dict(tensors)
+    return vae.eval().requires_grad_(False), config
+
+
+@torch.no_grad()
+def latents_of(vae: nn.Module, images: Tensor, scale: float) -> Tensor:
+    """Posterior means of uint8 images, times the scaling factor: (N, 4, 16, 16)."""
+    batches = (batch.float() / 127.5 - 1 for batch in images.split(32))
+    return torch.cat([vae.encode(batch).latent_dist.mean * scale for batch in batches])
+
+
+@torch.no_grad()
+def decoded(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
+    """Latents to images (N, 3, 128, 128) in 0..1."""
+    return torch.cat([(vae.decode(batch / scale).sample / 2 + 0.5).clamp(0, 1) for batch in latents.split(32)])
+
+
+def vae_error(vae: nn.Module, images: Tensor) -> float:
+    """Mean absolute error of the reconstruction, in 0..1 units."""
+    rebuilt = decoded(vae, latents_of(vae, images, 1.0), 1.0)
+    return functional.l1_loss(rebuilt, images.float() / 255).item()

@@ -1,0 +1,271 @@
+"""LoRA files made from others or from two models: resize, extract, convert. What the command line's verbs run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ..common.files import read_tensors
+from ..config.checks import check_choices, check_range
+from ..formats.lora import BIAS, Lora, LoraModule, parse_lora, read_lora
+from ..formats.lora_difference import LowRank, as_lora, kernel_of, low_rank, low_rank_of
+from ..formats.lora_metadata import LoraAbout
+from ..formats.lora_names import TEXT, UNET, Naming, naming_of
+from ..formats.lora_report import layout_of
+from ..formats.lora_save import save_lora
+from ..models import ldm
+from ..models.open_clip import to_transformers
+from ..trainables.lora import TARGETS
+
+log = logging.getLogger(__name__)
+
+CLIP_H_PREFIX = "cond_stage_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeLoraConfig:
+    """Bring a LoRA to a smaller rank by SVD; LoHa, LoKr and full differences become plain LoRA."""
+
+    lora: Path
+    """The LoRA file."""
+    output: Path
+    """The .safetensors file to write; kohya or diffusers like the one that is read."""
+    rank: int | None = None
+    """Highest rank of a layer; a layer of a lower one keeps it."""
+    energy: float = 1.0
+    """Share of each layer's squared Frobenius norm to keep, with as low a rank as that takes; 1 leaves it to rank."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Numbers in the file."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(self, energy=(1e-6, 1))
+        _check_rank("rank", self.rank if self.rank is not None else 1, least=1)
+        if self.rank is None and self.energy == 1:
+            raise ValueError("neither rank nor energy is given; expected --rank 8, --energy 0.95, or both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLoraConfig:
+    """Make a LoRA of the difference between two models of one kind by SVD."""
+
+    base: str
+    """The model it was tuned from: diffusers folder, .safetensors checkpoint, or "demo"."""
+    tuned: str
+    """The tuned model."""
+    output: Path
+    """The .safetensors file to write."""
+    rank: int = 16
+    """Rank of linear layers and 1x1 convolutions."""
+    conv_rank: int = 0
+    """Rank of the 3x3 convolutions, with which the other layers of residual blocks come too; 0 leaves all of them."""
+    format: Literal["kohya", "diffusers"] = "kohya"
+    """Whose names and metadata."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Numbers in the file."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_rank("rank", self.rank, least=1)
+        _check_rank("conv_rank", self.conv_rank, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertLoraConfig:
+    """Write a LoRA of any layout as kohya's or diffusers'."""
+
+    lora: Path
+    """The LoRA file."""
+    output: Path
+    """The .safetensors file to write."""
+    format: Literal["kohya", "diffusers"] = "kohya"
+    """Whose names and metadata."""
+    base: Literal["auto", "SD1.x", "SD2.x", "SDXL"] = "auto"
+    """Model family it is for, where neither metadata nor widths nor blocks tell."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Numbers in the file."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def resize_lora(config: ResizeLoraConfig) -> dict:
+    """Writes the resized file; {"file", "layers", "rank": [least, most], "energy_kept", "least_kept", "least_layer"}.
+
+    energy_kept is over all layers together. Biases and one-dimensional differences stay as they are. Raises ValueError
+    for DoRA, OFT and other kinds whose difference depends on the weight.
+    """
+    lora = read_lora(config.lora)
+    naming = naming_of(lora)
+    modules, kept = {}, {}
+    for name, module in lora.modules.items():
+        rest = {role: value for role, value in module.tensors.items() if role in BIAS}
+        if _is_vector(module):
+            modules[name] = module
+            continue
+        kept[name] = low_rank_of(module, config.rank, config.energy)
+        modules[name] = LoraModule(name, as_lora(kept[name], _kernel(module, naming)) | rest, module.keys)
+    new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
+    format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
+    save_lora(config.output, new, format, config.dtype, LoraAbout(kept=lora.metadata))
+    return {"file": str(config.output), **_figures(lora.name, kept)}
+
+
+def extract_lora(config: ExtractLoraConfig) -> dict:
+    """Writes the difference of two models as a LoRA; the figures of `resize_lora` and "left_out", an energy share.
+
+    left_out is the part of all changes that is in no layer the LoRA covers (norms, biases, embeddings, convolutions
+    without conv_rank). Layers that did not change are not in the file. Raises ValueError for models of different
+    layouts, or without any difference.
+    """
+    unet_config, base = _open(config.base)
+    _, tuned = _open(config.tuned)
+    if differing := base.keys() ^ tuned.keys():
+        raise ValueError(
+            f"base and tuned have different parts: {len(differing)} tensors such as {min(differing)!r} are in one "
+            "alone. Expected two models of one kind."
+        )
+    tensors, kept, outside = {}, {}, 0.0
+    for name in sorted(base):
+        change = _change(name, base[name], tuned[name])
+        rank = _rank_for(name, change, config)
+        if not rank and change is not None:
+            outside += change.double().square().sum().item()
+        elif rank:
+            layer = name.removesuffix(".weight")
+            kept[layer] = low_rank(change.flatten(1), rank)
+            tensors |= {f"{layer}.{role}": v for role, v in as_lora(kept[layer], tuple(change.shape[2:])).items()}
+    if not tensors:
+        raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
+    lora = parse_lora("the difference", tensors)
+    save_lora(config.output, lora, config.format, config.dtype, LoraAbout(run={"unet": unet_config}))
+    covered = sum(factors.energy for factors in kept.values())
+    figures = {"left_out": outside / (covered + outside)}
+    if figures["left_out"] > 0.01:
+        log.warning("%.1f %% of the difference is in layers outside of the LoRA", 100 * figures["left_out"])
+    return {"file": str(config.output), **_figures("the difference", kept), **figures}
+
+
+def convert_lora(config: ConvertLoraConfig) -> dict:
+    """Writes the file in the other layout; {"file", "layers", "warnings"}. Errors: ValueError as `save_lora`."""
+    lora = read_lora(config.lora)
+    about = LoraAbout(kept=lora.metadata)
+    warnings = save_lora(config.output, lora, config.format, config.dtype, about, base=config.base)
+    return {"file": str(config.output), "layers": len(lora.modules), "warnings": warnings}
+
+
+VERBS = {
+    "resize-lora": (ResizeLoraConfig, resize_lora),
+    "extract-lora": (ExtractLoraConfig, extract_lora),
+    "convert-lora": (ConvertLoraConfig, convert_lora),
+}
+"""The command line's verbs: their flags and what they run."""
+
+
+def open_text_encoders(model: str) -> dict[str, Tensor]:
+    """ComfyUI's name -> weight of a model's text encoders, fp32; empty for a UNet alone. model: as for `open_unet`."""
+    from ..demo.files import weights_path
+
+    path = weights_path("demo.safetensors") if model == "demo" else Path(model)
+    parts = _folder_texts(path) if path.is_dir() else _file_texts(path)
+    return {f"{TEXT}{encoder}.transformer.{name}": value.float() for encoder, name, value in parts}
+
+
+def _folder_texts(path: Path) -> Iterator[tuple[str, str, Tensor]]:
+    for folder, encoder in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        for file in sorted((path / folder).glob("model*.safetensors")):
+            for name, value in read_tensors(file)[0].items():
+                yield "t5" if name.startswith("encoder.block.") else encoder, _hugging_face(name), value
+
+
+def _file_texts(path: Path) -> Iterator[tuple[str, str, Tensor]]:
+    first, second = ldm.SDXL_CLIP_PREFIXES
+    for prefix, encoder in ((ldm.CLIP_PREFIX, "clip_l"), (first, "clip_l")):
+        for name, value in read_tensors(path, prefix)[0].items():
+            yield encoder, _hugging_face(name.removeprefix(prefix)), value
+    for prefix, encoder in ((second, "clip_g"), (CLIP_H_PREFIX, "clip_h")):
+        state = {name.removeprefix(prefix): value for name, value in read_tensors(path, prefix)[0].items()}
+        for name, value in to_transformers(state).items():
+            yield encoder, _hugging_face(name), value
+
+
+def _hugging_face(name: str) -> str:
+    """With the `text_model.` that transformers 5 dropped."""
+    return f"text_model.{name}" if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name) else name
+
+
+def _open(model: str) -> tuple[Mapping, dict[str, Tensor]]:
+    """The UNet's config, and ComfyUI's name -> weight of UNet and text encoders."""
+    from .open_model import open_denoiser, unet_parameters
+
+    denoiser = open_denoiser(model)
+    unet = {UNET + name: value.detach() for name, value in unet_parameters(denoiser).items()}
+    return denoiser.network.config, unet | open_text_encoders(model)
+
+
+def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:
+    """tuned - base in fp32; None where they are equal. Raises ValueError for two shapes."""
+    if base.shape != tuned.shape:
+        raise ValueError(f"{name} is {tuple(base.shape)} and {tuple(tuned.shape)}; expected two models of one kind.")
+    change = tuned.float() - base.float() if tuned.is_floating_point() else None
+    return change if change is not None and change.any() else None
+
+
+def _rank_for(name: str, change: Tensor | None, config: ExtractLoraConfig) -> int:
+    """0 for a parameter that the LoRA leaves out."""
+    layer = name.removesuffix(".weight")
+    if change is None or change.ndim < 2 or layer == name:
+        return 0
+    if re.search(TARGETS["attention + feed-forward"], layer):
+        return config.rank
+    if not config.conv_rank or not re.search(TARGETS["all"], layer):
+        return 0
+    return config.conv_rank if math.prod(change.shape[2:]) > 1 else config.rank
+
+
+def _is_vector(module: LoraModule) -> bool:
+    """A bias or a norm's scale, which has no rank to speak of."""
+    main = [value for role, value in module.tensors.items() if role in ("diff", "w_norm", "set_weight")]
+    return module.rank is None and all(value.ndim < 2 for value in main) and "lokr_w1" not in module.tensors
+
+
+def _kernel(module: LoraModule, naming: Naming) -> tuple[int, ...]:
+    shown = kernel_of(module)
+    if shown is not None:
+        return shown
+    layer = naming.layer(module.name)
+    return (layer and naming.kernel(layer)) or ()
+
+
+def _figures(name: str, kept: Mapping[str, LowRank]) -> dict:
+    """What became of the layers' energies, for people to judge the rank by."""
+    if not kept:
+        raise ValueError(f"{name} has no layer with a rank; expected LoRA, LoCon, LoHa, LoKr or a full difference.")
+    ranks = [len(factors.down) for factors in kept.values()]
+    shares = {layer: factors.kept / factors.energy if factors.energy else 1.0 for layer, factors in kept.items()}
+    worst = min(shares, key=shares.get)
+    return {
+        "layers": len(kept),
+        "rank": [min(ranks), max(ranks)],
+        "energy_kept": _share(kept.values()),
+        "least_kept": shares[worst],
+        "least_layer": worst,
+    }
+
+
+def _share(parts: Iterable[LowRank]) -> float:
+    parts = list(parts)
+    energy = sum(part.energy for part in parts)
+    return sum(part.kept for part in parts) / energy if energy else 1.0
+
+
+def _check_rank(name: str, rank: int, least: int) -> None:
+    if not least <= rank <= 10**5:
+        raise ValueError(f"{name} is {rank}; expected {least} to 100000.")

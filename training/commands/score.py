@@ -1,0 +1,91 @@
+"""Image files scored by rewards: the command line's `score`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.files import write_text
+from ..data.folder import find_images
+from ..data.images import load_image
+from ..rewards.described import read_rewards
+from ..rewards.diversity import diversity
+from ..rewards.score import score_images
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score images by rewards."""
+
+    images: Path
+    """Folder of images, or one image."""
+    rewards: tuple[str, ...] = ("demo CLIP",)
+    """Rewards as kind,name=value,... such as "PickScore,file=PickScore_v1.safetensors,weight=2". Names: file,
+    image_tower, tokenizer, comfyui, activation, weight, target, form. Several are summed, each divided by its scale."""
+    prompts: Path | None = None
+    """Text file: one line for all images, or one a line for each, by name. Without it, the .txt beside each image."""
+    tokenizer: Path | None = None
+    """CLIP tokenizer folder of all rewards that name none; the demo's have their own."""
+    comfyui: Path | None = None
+    """An installed ComfyUI, to take the tokenizer from."""
+    diversity: bool = False
+    """Also how different the images are, on the first reward's image tower; they must have one size."""
+    output: Path | None = None
+    """JSON file to write; the result is printed too."""
+    device: str = "cpu"
+    """Where the rewards compute, such as cpu or cuda."""
+
+
+def score_files(config: ScoreConfig) -> dict[str, Any]:
+    """Scores of each file, mean and std; see `ScoreTable.as_dict`. Errors: ValueError and OSError for missing files."""
+    reward = read_rewards(config.rewards, config.tokenizer, config.comfyui)
+    folder = config.images if config.images.is_dir() else config.images.parent
+    names = find_images(folder) if config.images.is_dir() else [config.images.name]
+    prompts = read_prompts(config.prompts, [folder / name for name in names], reward.reads_prompts)
+    reward.network.to(config.device)
+    images = (load_image(folder / name) for name in names)
+    table = score_images(reward, images, prompts, lambda done, total: log.info("%d of %d images", done, total))
+    result = {"images": names} | table.as_dict()
+    if config.diversity:
+        found = diversity(of_one_size([folder / name for name in names]), reward)
+        result["diversity"] = {"vendi": found.vendi, "distance": found.distance, "lpips": found.lpips}
+    if config.output is not None:
+        write_text(config.output, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_prompts(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
+    """A prompt for each image, from a file or the .txt beside it; ValueError for another number, or none."""
+    if file is not None:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(lines) not in (1, len(images)):
+            raise ValueError(f"{file.name} has {len(lines)} prompts; expected 1 or {len(images)}, one for each image.")
+        return lines * len(images) if len(lines) == 1 else lines
+    beside = [image.with_suffix(".txt") for image in images]
+    missing = [path.name for path in beside if not path.is_file()]
+    if missing and needed:
+        raise ValueError(f"{missing[0]} does not exist; expected a prompt for each image. Use --prompts with a file.")
+    return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in beside]
+
+
+def of_one_size(files: Sequence[Path]) -> Tensor:
+    """(N, 3, H, W) images; ValueError where sizes differ."""
+    images = [load_image(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            height, width = images[0].shape[1:]
+            raise ValueError(f"{file.name} has another size than {width} x {height}; expected images of one size.")
+    return torch.stack(images)
+
+
+VERBS = {"score": (ScoreConfig, score_files)}
+"""The command line's verb: its flags and what it runs."""

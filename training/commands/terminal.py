@@ -1,0 +1,68 @@
+"""The command line's side of a verb: progress as lines, the result as text or JSON, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..common.callbacks import Callbacks, StepInfo
+from ..common.distributed import world
+from ..loop.memory import OutOfMemory
+from .comfyui_server import WorkflowFailed
+
+INTERVAL = 2.0
+"""Seconds between two lines of progress."""
+
+
+class Terminal(Callbacks):
+    """Progress as lines on standard error, at most one every two seconds."""
+
+    def __init__(self):
+        self._last = 0.0
+
+    def on_text(self, text: str) -> None:
+        self._write(text)
+
+    def on_end(self, text: str) -> None:
+        self._write(text, always=True)
+
+    def on_step(self, info: StepInfo) -> None:
+        left = (info.steps - info.step) * info.seconds_per_step
+        pace = f"{info.seconds_per_step:.2f} s/step  {left:.0f} s left"
+        text = f"step {info.step}/{info.steps}  loss {info.loss:.4f}  {pace}"
+        self._write(text, info.step == info.steps)
+
+    def _write(self, text: str, always: bool = False) -> None:
+        if always or time.monotonic() - self._last > INTERVAL:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+            self._last = time.monotonic()
+
+
+def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], arguments: argparse.Namespace) -> int:
+    """Runs a verb and writes what it returns: a line a value or, with `arguments.json`, one JSON object.
+
+    Returns:
+        The exit status: 0, 2 after an error that a user can mend (said in one line), 130 after Ctrl-C.
+    """
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+    try:
+        result = function(arguments)
+    except (ValueError, OSError, WorkflowFailed, OutOfMemory) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on where it was\n")
+        return 130
+    if world().is_main:
+        lines = json.dumps(result) if arguments.json else "\n".join(f"{key}: {value}" for key, value in result.items())
+        sys.stdout.write(f"{lines}\n")
+        sys.stdout.flush()
+    return 0

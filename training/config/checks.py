@@ -1,0 +1,41 @@
+"""Checks that every config makes of its own fields. Each raises ValueError."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, get_args, get_type_hints
+
+RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError when a field typed `Literal[...]` holds something else."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = get_args(hint)
+        if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in choices:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(str, choices))}.")
+
+
+def check_range(config: Any, **limits: tuple[float, float]) -> None:
+    """Raises ValueError when a named field lies outside its (lowest, highest) limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; expected {low} to {high}.")
+
+
+def check_size(config: Any, what: str) -> None:
+    """Raises ValueError unless the fields width and height are multiples of 8. what: whose size it is."""
+    if config.width % 8 or config.height % 8:
+        raise ValueError(f"{what} is {config.width}x{config.height}; expected multiples of 8.")
+
+
+def check_run_name(name: str, what: str = "run name") -> None:
+    """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
+    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
+    if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
+        raise ValueError(
+            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
+            "Leave out path separators and '..'."
+        )

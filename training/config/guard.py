@@ -1,0 +1,31 @@
+"""When a loss of diversity ends a reward tuning, and which weights are then its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ACTIONS = ("stop", "keep best")
+
+
+@dataclass(frozen=True)
+class GuardRule:
+    """floor: the lowest diversity allowed, as a share of the start's, above 0 to 1.
+
+    action: "stop" ends a run at the first check below the floor, with the best weights before it; "keep best" lets it
+    go on, and the best weights of all checks at or above the floor are the result, also where none was below.
+    """
+
+    floor: float
+    action: Literal[ACTIONS] = "stop"  # type: ignore[valid-type]
+
+    def allows(self, share: float) -> bool:
+        return share >= self.floor
+
+    def stops(self, share: float) -> bool:
+        """Whether a check that found this share ends the run."""
+        return self.action == "stop" and not self.allows(share)
+
+    def chooses(self, stopped: bool) -> bool:
+        """Whether the result is the guard's choice; stopped: whether the guard ended the run."""
+        return stopped or self.action == "keep best"

@@ -1,0 +1,40 @@
+"""What the loop is given beside a trainable and an objective: how far and how fast, and the order of its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from .sample_prompts import SamplePrompts
+from .training_settings import TrainingSettings
+
+
+class Batches(Protocol):
+    """Endless data order, a pure function of the batch's number (from 1)."""
+
+    def batch(self, number: int) -> list: ...
+
+
+class TrainingDiverged(ValueError):
+    """The loss or its gradient is not finite any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    steps: int
+    batch_size: int
+    learning_rate: float
+    settings: TrainingSettings
+    samples: SamplePrompts
+    steps_per_epoch: float = math.inf
+    """Optimiser steps in which every image is shown once (or `repeats` times)."""
+    when_full: str = ""
+    """What to change when memory does not suffice, in words."""
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between samples; an epoch's when the prompts say 0."""
+        if self.samples.every or math.isinf(self.steps_per_epoch):
+            return self.samples.every or self.steps
+        return max(1, round(self.steps_per_epoch))

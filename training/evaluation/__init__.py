@@ -1,0 +1,1 @@
+"""What a loss does not tell: text gap, diversity guard, figures over sets of prompts."""

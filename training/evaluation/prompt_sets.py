@@ -1,0 +1,95 @@
+"""Sets of prompts that models are measured on: Parti-Prompts, the HPS v2 benchmark, and files of your own."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..common.rng import derive_seed
+from ..data.prompts import Prompt, read_prompts
+
+LAYOUTS = (
+    "PartiPrompts.tsv (columns Prompt and Category), a folder of HPS v2's anime.json, concept-art.json, ..., one such "
+    ".json file, .txt with a prompt a line, or .jsonl with prompt and category"
+)
+
+
+def read_prompt_set(path: Path) -> Iterable[Prompt]:
+    """The prompts of a file or folder, in its order, read as they are asked for; layouts as LAYOUTS says.
+
+    Categories: Parti's column, the names of HPS v2's files, `category` of .jsonl lines. Errors: ValueError that names
+    the file, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a set of prompts: {LAYOUTS}.")
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise ValueError(f"folder {path} holds no .json file; expected a set of prompts: {LAYOUTS}.")
+        return (prompt for file in files for prompt in _listed(file))
+    readers = {".tsv": _columns, ".json": _listed, ".txt": read_prompts, ".jsonl": read_prompts}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"prompts are {path.name}; expected a set of prompts: {LAYOUTS}.")
+    return readers[path.suffix.lower()](path)
+
+
+def _columns(path: Path) -> Iterator[Prompt]:
+    """Of a table with tabs between columns, its first line their names; quotation marks are part of a prompt."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        names = [name.strip().lower() for name in next(file, "").rstrip("\r\n").split("\t")]
+        if "prompt" not in names:
+            raise ValueError(f"{path}, line 1: columns are {', '.join(names)}; expected Prompt among them.")
+        for number, line in enumerate(file, start=2):
+            cells = line.rstrip("\r\n").split("\t")
+            row = dict(zip(names, cells, strict=False))
+            if line.strip() and not row.get("prompt", "").strip():
+                raise ValueError(f"{path}, line {number}: no prompt; expected one under Prompt.")
+            if line.strip():
+                yield Prompt(" ".join(row["prompt"].split()), category=row.get("category", "").strip())
+
+
+def _listed(path: Path) -> Iterator[Prompt]:
+    """Of a JSON list of texts; the category is the file's name."""
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}); expected a list of prompts.") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{path} holds something else than prompts; expected a list of texts, as HPS v2's files are.")
+    return (Prompt(" ".join(text.split()), category=path.stem) for text in texts)
+
+
+def choose(prompts: Iterable[Prompt], limit: int = 0, seed: int = 0) -> list[Prompt]:
+    """At most `limit` prompts, as many of each category as far as it has them; 0 takes all. In the set's order.
+
+    A prompt that stands in the set twice is taken once. Each prompt's chance is drawn from (seed, its text) alone, so
+    that a larger limit keeps those of a smaller one within a category, and of a set no more than `limit` prompts a
+    category are in memory.
+    """
+    kept: dict[str, list] = {}
+    seen: set[int] = set()
+    for place, prompt in enumerate(prompts):
+        draw = derive_seed(seed, "limit", prompt.text)
+        if draw not in seen:
+            seen.add(draw)
+            heap = kept.setdefault(prompt.category, [])
+            heapq.heappush(heap, (-draw, place, prompt))
+            if limit and len(heap) > limit:
+                heapq.heappop(heap)
+    sizes = {category: len(heap) for category, heap in kept.items()}
+    counts = shares(sizes, limit) if limit else sizes
+    chosen = (entry for category, heap in kept.items() for entry in heapq.nlargest(counts[category], heap))
+    return [prompt for _, prompt in sorted((place, prompt) for _, place, prompt in chosen)]
+
+
+def shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many of each category: `limit` in all if there are as many, the same of each as far as it has them."""
+    left, result = limit, {}
+    smallest_first = sorted(sizes, key=lambda category: (sizes[category], category))
+    for number, category in enumerate(smallest_first):
+        result[category] = min(sizes[category], left // (len(sizes) - number))
+        left -= result[category]
+    return result

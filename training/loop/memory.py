@@ -1,0 +1,89 @@
+"""What to lower when a run does not fit into memory, with the run's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..config.run import RunConfig
+
+LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
+"""Optimisers that keep two or more fp32 numbers beside every trained one."""
+SMALLEST = 64
+"""Pixels; no picture size below is worth a hint."""
+
+
+class OutOfMemory(torch.cuda.OutOfMemoryError):
+    """A step did not fit into the device's memory; the message says what needs less. ComfyUI unloads its models."""
+
+
+def message(step: int, saved_step: int, hints: str) -> str:
+    """What to tell after `step` steps, when the state after saved_step (-1: none) is on disk."""
+    kept = f"the state after step {saved_step} is kept" if saved_step >= 0 else "there is no state to keep yet"
+    where = f"after step {step}" if step else "in the first step"
+    return f"memory ran out {where}; {kept}. {hints}".strip()
+
+
+def hints(config: RunConfig, size: tuple[int, int]) -> str:
+    """What of a run's settings needs less memory when it is changed, most useful first; what is so already is left out.
+
+    size: width and height of its largest picture in pixels.
+    """
+    same = "" if config.settings.gradient_checkpointing else "gradient_checkpointing on (about a third slower)"
+    others = [*_batch(config), *_pictures(config, size), *_numbers(config), *_trained(config)]
+    found = [f"Turn {same}: this run then goes on where it is."] if same else []
+    if others:
+        lead = "Or, under another run name" if same else "Under another run name"
+        found.append(f"{lead}: {'; '.join(others)}.")
+    found.append("Other programs that use the device may be closed too, and the same run queued again.")
+    return " ".join(found)
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    """The largest smaller batch that leaves as many images to a step."""
+    size, batches = config.batch_size, config.gradient_accumulation
+    if size == 1:
+        return
+    smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+    if config.settings.total_batch:
+        yield f"batch_size {smaller} in place of {size}, with total_batch {config.settings.total_batch} as it is"
+    else:
+        yield (
+            f"batch_size {smaller} in place of {size}, with gradient_accumulation {batches * size // smaller} in place "
+            f"of {batches}, for as many images a step"
+        )
+
+
+def _pictures(config: RunConfig, size: tuple[int, int]) -> Iterator[str]:
+    """Three quarters of each side, in steps that every UNet takes."""
+    smaller = [side * 3 // 4 // SMALLEST * SMALLEST for side in size]
+    if min(smaller) >= SMALLEST:
+        yield f"pictures of {smaller[0]}x{smaller[1]} in place of {size[0]}x{size[1]} (resolution)"
+    samples = config.samples
+    if samples.prompts and samples.width * samples.height > size[0] * size[1]:
+        yield f"samples of {size[0]}x{size[1]} in place of {samples.width}x{samples.height}"
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    settings = config.settings
+    if settings.precision == "fp32":
+        yield "precision bf16 in place of fp32"
+    if settings.optimizer in LARGE_STATES:
+        yield f"optimizer AdamW8bit or Adafactor in place of {settings.optimizer}"
+    if settings.ema_decay:
+        yield f"ema_decay 0 in place of {settings.ema_decay:g}"
+
+
+def _trained(config: RunConfig) -> Iterator[str]:
+    """What only some kinds of run have."""
+    for name in ("rank", "lora_rank"):
+        rank = getattr(config, name, 0)
+        if rank > 1 and (name == "rank" or getattr(config, "train", "LoRA").endswith("LoRA")):
+            yield f"{name} {rank // 2} in place of {rank}"
+    if getattr(config, "text_encoder_learning_rate", 0):
+        yield f"text_encoder_learning_rate 0 in place of {config.text_encoder_learning_rate:g}"
+    if getattr(config, "train", "") in ("whole UNet", "UNet"):
+        yield f"fewer layers than train = {config.train}"
+    if not getattr(config, "stop_gradient", True):
+        yield "stop_gradient on"

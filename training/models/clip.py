@@ -1,0 +1,251 @@
+"""The CLIP text encoders of Stable Diffusion 1.x, 2.x and XL, over transformers' CLIPTextModel."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..common.fingerprint import tensors_fingerprint
+from .concepts import (
+    Concept,
+    Vocabulary,
+    add_concepts,
+    concept_rows,
+    embedding,
+    expect_vectors,
+    pieces,
+    with_fingerprints,
+)
+from .parameters import Target, targets
+from .protocols import Conditioning
+
+SD2_WIDTH = 1024
+LONG_WORD = 8
+"""Texts of fewer tokens are not split between two windows, in ComfyUI and here."""
+
+
+class ClipTextEncoder:
+    """TextEncoder over CLIPTextModel: final hidden states, every window padded to the full 77 tokens.
+
+    Prompts longer than a window are split every 75 tokens into windows that are encoded apart and joined, as ComfyUI
+    does. Pads are attended, as the model was trained. Over CLIPTextModelWithProjection the pooled output is that of the
+    first window. penultimate: the states before the last layer and without the final norm, as SDXL reads them. pad: id
+    that fills a window; by default the tokenizer's. `name` is ComfyUI's: clip_l, or SD2's clip_h, told by the width.
+    """
+
+    concepts: tuple[Concept, ...] = ()
+    splits = True
+
+    def __init__(
+        self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
+    ):
+        from transformers import CLIPTokenizer
+
+        folder = Path(tokenizer_folder)
+        if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
+            raise ValueError(
+                f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
+                "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
+            )
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.window = network.config.max_position_embeddings
+        self.width = network.config.hidden_size
+        self.name = "clip_h" if self.width == SD2_WIDTH else "clip_l"
+        self.pooled_width = network.config.projection_dim if hasattr(network, "text_projection") else 0
+        self.projection = None
+        self._penultimate = penultimate
+        self._pad = self.tokenizer.pad_token_id if pad is None else pad
+        shape = (self.window, network.config.hidden_act, network.config.num_attention_heads)
+        more = ("penultimate", self._pad) if penultimate else ()
+        digest = _tokenizer_digest(folder)
+        self._about = ("clip", shape, digest, *more)
+        self._fingerprint = tensors_fingerprint(network.named_parameters(), *self._about)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Mapping[str, Tensor],
+        config: Mapping | None,
+        tokenizer: Path | None,
+        *,
+        projected: bool = False,
+        **options,
+    ) -> ClipTextEncoder:
+        """From `text_model.*` tensors of a checkpoint; the config is read from their shapes when not given.
+
+        projected: `text_projection.weight` is among them, for a pooled output. options: as the class takes them.
+        """
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        state = {k.removeprefix("text_model."): v.float() for k, v in state.items() if "position_ids" not in k}
+        if "embeddings.token_embedding.weight" not in state:
+            raise ValueError("checkpoint holds no CLIP text encoder (cond_stage_model.transformer.text_model...).")
+        if tokenizer is None:
+            raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
+        kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+        with torch.device("meta"):
+            network = kind(CLIPTextConfig(**(config or clip_config(state))))
+        own = {k.removeprefix("text_model."): k for k in network.state_dict()}
+        missing = own.keys() - state.keys()
+        if missing:
+            raise ValueError(f"CLIP text encoder lacks {len(missing)} tensors such as {min(missing)!r}.")
+        network.load_state_dict({own[k]: state[k] for k in own}, assign=True)
+        for module in network.modules():
+            if "position_ids" in module._buffers:
+                module.position_ids = torch.arange(network.config.max_position_embeddings)[None]
+        return cls(network, tokenizer, **options)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.network.get_input_embeddings()
+
+    @property
+    def fingerprint(self) -> str:
+        return with_fingerprints(self._fingerprint, self.concepts)
+
+    @property
+    def room(self) -> int:
+        return self.window - 2
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """transformers 5 has no `text_model.` in its paths."""
+        start = f"text_encoders.{self.name}.transformer.text_model."
+        found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
+        return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+
+    @property
+    def weights(self) -> dict[str, Target]:
+        start = f"text_encoders.{self.name}.transformer."
+        inner = f"{start}text_model."
+        found = {}
+        for path, target in targets(self.network).items():
+            plain = path.removeprefix("text_model.")
+            found[(start if plain.startswith("text_projection.") else inner) + plain] = target
+        return found
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return {self.name: Vocabulary(self.token_embedding.weight, self._ids, self._word)}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _word(self, token: int) -> str:
+        return self.tokenizer.decode([token]).strip()
+
+    def named(self, name: str) -> ClipTextEncoder:
+        """The same encoder under ComfyUI's name of it."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def with_concepts(self, concepts: Iterable[Concept]) -> ClipTextEncoder:
+        other = copy.copy(self)
+        other.concepts = add_concepts(self.concepts, concepts)
+        expect_vectors(other.concepts, {self.name: self.width})
+        return other
+
+    def refreshed(self) -> ClipTextEncoder:
+        """The same encoder after its weights were changed in place: its fingerprint is taken anew."""
+        other = copy.copy(self)
+        other._fingerprint = tensors_fingerprint(self.network.named_parameters(), *self._about)
+        return other
+
+    def training(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
+        """One list of windows a text; a window is start, up to 75 tokens, end, pads.
+
+        Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
+        """
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        room = self.room
+        windows = []
+        for text in texts:
+            parts = _in_windows(self._groups(text), room)
+            windows.append([[begin, *part, end] + [self._pad] * (room - len(part)) for part in parts])
+        return windows
+
+    def _groups(self, text: str) -> list[list[int]]:
+        """Token ids of a prompt's texts and concepts."""
+        rows = concept_rows(self.concepts, self.name, len(self.token_embedding.weight))
+        parts = pieces(text, self.concepts)
+        return [rows[part.token] if isinstance(part, Concept) else self._ids(part) for part in parts]
+
+    def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
+        device = self.token_embedding.weight.device
+        flat = torch.tensor([window for windows in tokens for window in windows], device=device)
+        with embedding(self.token_embedding, flat, self.concepts, self.name) as flat:
+            output = self.network(input_ids=flat, output_hidden_states=self._penultimate)
+        states = output.hidden_states[-2] if self._penultimate else output.last_hidden_state
+        counts = [len(windows) for windows in tokens]
+        pooled = [text[:1] for text in output.text_embeds.split(counts)] if self.pooled_width else [None] * len(tokens)
+        rows = (row.reshape(1, -1, row.shape[-1]) for row in states.split(counts))
+        return Conditioning.cat(Conditioning(row, text) for row, text in zip(rows, pooled, strict=True))
+
+    def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
+        return states
+
+    def encode(self, tokens: list[list[list[int]]]) -> Conditioning:
+        return self.backbone(tokens)
+
+    def real_tokens(self, tokens: list[list[list[int]]]) -> Tensor:
+        """(B, L) bool: the words of each prompt and the first end token, without start token and pads."""
+        end, longest = self.tokenizer.eos_token_id, max(len(windows) for windows in tokens) * self.window
+        rows = []
+        for windows in tokens:
+            row = [0 < i <= window.index(end) for window in windows for i in range(self.window)]
+            rows.append(row + [False] * (longest - len(row)))
+        return torch.tensor(rows)
+
+
+def _in_windows(groups: list[list[int]], room: int) -> list[list[int]]:
+    """Groups of tokens in windows of at most `room`, as ComfyUI's SDTokenizer fills them: a group that does not fit is
+    split when it is long, and starts the next window when it is short."""
+    windows: list[list[int]] = [[]]
+    for group in groups:
+        rest = group
+        while len(windows[-1]) + len(rest) > room:
+            if len(group) >= LONG_WORD:
+                left = room - len(windows[-1])
+                windows[-1], rest = windows[-1] + rest[:left], rest[left:]
+            windows.append([])
+        windows[-1] = windows[-1] + rest
+    return windows
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Other words for the same weights are another encoder."""
+    digest = hashlib.sha256()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def clip_config(state: Mapping[str, Tensor]) -> dict:
+    """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768."""
+    projected = state.get("text_projection.weight")
+    vocabulary, width = state["embeddings.token_embedding.weight"].shape
+    layers = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layers."))
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "projection_dim": width if projected is None else projected.shape[0],
+        "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": state["embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu" if width <= 768 else "gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }

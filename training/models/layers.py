@@ -1,0 +1,135 @@
+"""Which layers of a UNet: selection by name, and resetting attention that was trained for another text encoder.
+
+Works on canonical (LDM) parameter names, whose endings are the same in diffusers: `...attn2.to_k.weight`.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..common.rng import generator
+from ..config.checks import check_choices, check_range
+
+log = logging.getLogger(__name__)
+
+LAYER_PATTERNS = {
+    "cross-attention": r"attn2\.to_(q|k|v|out\.0)\.",
+    "cross-attention K/V": r"attn2\.to_(k|v)\.",
+    "QK": r"attn[12]\.to_(q|k)\.",
+    "self-attention": r"attn1\.to_(q|k|v|out\.0)\.",
+    "all attention": r"attn[12]\.to_(q|k|v|out\.0)\.",
+    "whole UNet": r"",
+}
+_OUTPUT = re.compile(r"attn[12]\.to_out\.0\.")
+
+
+def group_of(name: str) -> str:
+    """The entry of `config.GROUPS` that a trained parameter belongs to, by its canonical name."""
+    if name.startswith("projection."):
+        return "projection"
+    if re.search(r"\battn2\.", name):
+        return "cross_attention"
+    return "self_attention" if re.search(r"\battn1\.", name) else "rest"
+
+
+def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
+    """Parameter names that belong to `layers` (a key of LAYER_PATTERNS) inside blocks whose name matches the regex.
+
+    Warns when nothing matched; raises ValueError for an unknown layer choice or a malformed regex.
+    """
+    if layers not in LAYER_PATTERNS:
+        raise ValueError(f"layers is {layers!r}; expected one of {', '.join(LAYER_PATTERNS)}.")
+    try:
+        within = re.compile(blocks)
+    except re.error as error:
+        raise ValueError(
+            f"blocks is {blocks!r}, not a regular expression ({error}); expected for example 'middle|output_blocks'."
+        ) from error
+    pattern = re.compile(LAYER_PATTERNS[layers])
+    found = [name for name in names if pattern.search(name) and within.search(name)]
+    if not found:
+        log.warning("no parameter matched layers %r within blocks %r", layers, blocks)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResetConfig:
+    """What RetuneResetAttention re-initialises, and how."""
+
+    layers: Literal["cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention"]
+    """Which projections; `include_output` decides about the output projection of the three whole-attention choices."""
+    init: Literal["default", "normal", "zero output", "perturb"] = "default"
+    """default: as torch.nn.Linear; normal: at the tensor's own std; zero output: as default for q, k, v and zeros for
+    the output projection; perturb: the old weights plus `strength` times their own std of noise."""
+    strength: float = 1.0
+    """0..1 blends old and new weights (1 = new only); for perturb, the noise in units of each tensor's std."""
+    include_output: bool = False
+    """Whether the output projection (to_out) is reset as well; "zero output" does it in any case."""
+    blocks: str = ""
+    """Regex on block names such as "middle|output_blocks"; empty = everywhere."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(self, strength=(0.0, 10.0 if self.init == "perturb" else 1.0))
+
+
+@dataclass(frozen=True)
+class ResetReport:
+    """Every changed tensor with its std before and after."""
+
+    rows: tuple[tuple[str, float, float], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: std {before:.4f} -> {after:.4f}" for name, before, after in self.rows]
+        return "\n".join([f"{len(self.rows)} tensors reset"] + lines)
+
+
+def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[dict[str, Tensor], ResetReport]:
+    """New fp32 values for the attention weights that `config` selects, and a report; the input is left alone.
+
+    weights: canonical name -> tensor, for at least the attention layers. Draws depend on (seed, name) only, so both
+    implementations of a model get the same values. Raises ValueError when nothing was selected.
+    """
+    names = select(weights, config.layers, config.blocks)
+    zeroed = []
+    if config.init == "zero output":
+        choice = {"self-attention": "self-attention", "all attention": "all attention", "QK": "all attention"}
+        zeroed = [n for n in select(weights, choice.get(config.layers, "cross-attention"), config.blocks)]
+        zeroed = [n for n in zeroed if _OUTPUT.search(n)]
+    if not config.include_output:
+        names = [n for n in names if not _OUTPUT.search(n)]
+    names = list(dict.fromkeys(names + zeroed))
+    if not names:
+        raise ValueError(
+            f"no attention layer matches layers {config.layers!r} within blocks {config.blocks!r}; expected one. "
+            "Use a part of a block's name that exists, or a model with cross-attention."
+        )
+    new, rows = {}, []
+    for name in names:
+        old = weights[name].detach().float()
+        fan_in = weights[name.rsplit(".", 1)[0] + ".weight"].shape[1]
+        value = old * (1 - config.strength) if name in zeroed else _draw(old, fan_in, name, config)
+        new[name] = value
+        rows.append((name, old.std(correction=0).item(), value.std(correction=0).item()))
+    return new, ResetReport(tuple(rows))
+
+
+def _draw(old: Tensor, fan_in: int, name: str, config: ResetConfig) -> Tensor:
+    random = generator(config.seed, "reset", name)
+    std = old.std(correction=0).item()
+    if config.init == "perturb":
+        noise = torch.randn(old.shape, generator=random).to(old.device)
+        return old + config.strength * std * noise
+    if config.init == "normal":
+        fresh = torch.randn(old.shape, generator=random) * std
+    else:
+        bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear.reset_parameters
+        fresh = (torch.rand(old.shape, generator=random) * 2 - 1) * bound
+    return torch.lerp(old, fresh.to(old.device), config.strength)

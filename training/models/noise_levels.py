@@ -1,0 +1,25 @@
+"""Noise levels of zero terminal SNR (arXiv 2305.08891)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ZERO_TERMINAL_ALPHA = 4.8973451890853435e-08
+"""alpha-bar of the last timestep, in place of zero (an infinite sigma); ComfyUI's value in comfy/model_sampling.py."""
+ALREADY_ZERO = 1e-6
+"""Noise levels whose last alpha-bar is below this have zero terminal SNR already."""
+
+
+def zero_terminal_sigmas(sigmas: Tensor) -> Tensor:
+    """(T,) ascending noise levels of an eps or v model, rescaled so that the last timestep is pure noise, fp32.
+
+    Lin et al. 2024 (arXiv 2305.08891), algorithm 1: sqrt(alpha-bar) is shifted to end at zero and scaled to begin where
+    it did. The last level is finite as in ComfyUI (`rescale_zero_terminal_snr_sigmas`), so that training and ComfyUI's
+    ModelSamplingDiscrete with zsnr agree. Levels that are rescaled already come back as they are.
+    """
+    kept = (1 / (sigmas.double() ** 2 + 1)).sqrt()
+    if kept[-1] ** 2 < ALREADY_ZERO:
+        return sigmas
+    kept = ((kept - kept[-1]) * (kept[0] / (kept[0] - kept[-1]))) ** 2
+    kept[-1] = ZERO_TERMINAL_ALPHA
+    return ((1 - kept) / kept).sqrt().float()

@@ -1,0 +1,3 @@
+"""One file a training (UNet, LoRA, textual inversion, reward tuning): its trainable, objective and result, run by
+`run`.
+"""

@@ -1,0 +1,56 @@
+"""What is checked before a training begins, since it could only fail after long work."""
+
+from __future__ import annotations
+
+from ..config.run import RunConfig
+from ..loop.optimizers import check_optimizer
+from ..models.protocols import TextToImage
+from ..objectives.denoising import check_objective
+from ..runs.folder import RunFolder
+from ..runs.metrics_log import check_tensorboard
+
+
+def check_steps(folder: RunFolder, steps: int) -> None:
+    done = folder.status()["step"]
+    if done > steps:
+        raise ValueError(
+            f"steps is {steps}; run {folder.name!r} has done {done}. Ask for as many, or choose resume = restart."
+        )
+
+
+def check_fit(model: TextToImage, config: RunConfig) -> None:
+    """Raises ValueError for what could only fail after long work: widths, precision, loss weighting, channels."""
+    check_tensorboard(config.settings)
+    check_width(model)
+    check_pooled(model)
+    denoiser, settings = model.denoiser, config.settings
+    check_optimizer(settings, config.learning_rate, denoiser.device)
+    if settings.precision == "fp16" and denoiser.device.type != "cuda":
+        raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
+    check_objective(settings, denoiser.prediction_type)
+    channels = denoiser.input_channels
+    if channels != denoiser.latent_channels:
+        raise ValueError(
+            f"UNet reads {channels} channels; expected {denoiser.latent_channels}. Inpainting and edit models have "
+            "inputs that captioned images do not give."
+        )
+
+
+def check_width(model: TextToImage) -> None:
+    """Raises ValueError when the text encoder's width is not what the UNet's cross-attention reads."""
+    width, expected = model.text_encoder.width, model.denoiser.context_width
+    if width != expected:
+        raise ValueError(
+            f"text encoder's width is {width}; the UNet reads {expected}. Load the text encoder with context_width "
+            f"{expected} (or 'auto' with this model connected)."
+        )
+
+
+def check_pooled(model: TextToImage) -> None:
+    """Raises ValueError when the UNet reads a pooled text (SDXL) that the text encoder does not give."""
+    width, expected = model.text_encoder.pooled_width, model.denoiser.pooled_width
+    if expected and width != expected:
+        raise ValueError(
+            f"text encoder's pooled output is {width or 'none'}; the UNet reads one of {expected}, as SDXL does. Load "
+            "the text encoder with context_width 'sdxl' (or 'auto' with this model connected)."
+        )

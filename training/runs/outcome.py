@@ -1,0 +1,97 @@
+"""When a run ends, and which of its weights are the result. What is asked for may change later, without training anew.
+
+`stale` is the number of validations in a row that brought no lower loss; status.json keeps it, and what a guard (see
+`guard`) said last. A run that was asked to finish before its end is as good as one that stopped early, until more steps
+are asked for than before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ..common.callbacks import Callbacks
+from ..common.distributed import world
+from ..common.files import read_tensors
+from ..config.guard import GuardRule
+from ..config.training_settings import TrainingSettings
+from .folder import RunFolder
+
+
+def stopped_early(stale: int, settings: TrainingSettings) -> bool:
+    """Whether enough validations in a row brought nothing (Prechelt 1998, "Early stopping - but when?", UP_s)."""
+    return 0 < settings.early_stop_after <= stale
+
+
+def result_kind(
+    stale: int, settings: TrainingSettings, rule: GuardRule | None = None, guard_stopped: bool = False
+) -> str:
+    """The weights that are the result, "last", "best" or the "guard"'s choice. "best" after an early stop, whatever was
+    asked for; rule: of the run's guard, whose choice goes before."""
+    if rule is not None and rule.chooses(guard_stopped):
+        return "guard"
+    return "best" if stopped_early(stale, settings) else settings.result
+
+
+def is_finished(
+    status: Mapping[str, Any], steps: int, settings: TrainingSettings, rule: GuardRule | None = None
+) -> bool:
+    """Whether a run with this status.json ended as it would with these steps and settings, and with that result."""
+    stale = status.get("stale", 0)
+    on_request = status.get("finished_on_request", False) and steps <= status["steps_asked"]
+    guard_stopped = rule is not None and rule.stops(status.get("guard", {}).get("share", 1.0))
+    at_end = status["step"] == steps or stopped_early(stale, settings) or on_request or guard_stopped
+    same = status.get("result", "last") == result_kind(stale, settings, rule, guard_stopped)
+    return status["state"] == "finished" and at_end and same
+
+
+def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
+    """Weights of the guard's best step. Raises ValueError for those of another step: a run that was killed after it and
+    then asked for fewer steps than it had done."""
+    tensors, about = read_tensors(folder.guarded)
+    if int(about["step"]) != step:
+        raise ValueError(
+            f"{folder.guarded} is of step {about['step']}; expected step {step}. Ask for as many steps as before, or "
+            "choose resume = restart."
+        )
+    return tensors
+
+
+def guard_words(status: Mapping[str, Any]) -> str:
+    """What the guard of a run with this status.json did, as the rest of a sentence; "" for a run without one."""
+    guard = status.get("guard")
+    if guard is None:
+        return ""
+    floor, share = f"{100 * guard['floor']:.0f} %", f"{100 * guard['share']:.0f} % of the start's"
+    kept = f"the result is that of step {status.get('best_step')}{'' if status.get('best_step') else ', untuned'}"
+    if guard["stopped"]:
+        return f"; the guard ended it: diversity is {share}, below {floor}; {kept}"
+    if status["result"] != "guard":
+        return f"; its guard found diversity at {share}"
+    fell = "never" if guard["fell_at"] is None else f"at step {guard['fell_at']}"
+    return f"; the guard chose among its checks: diversity fell below {floor} of the start's {fell}; {kept}"
+
+
+def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
+    return read_tensors(folder.best) if folder.best.exists() else None
+
+
+@contextmanager
+def noted(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Whatever is raised inside goes on up, and stands in status.json: interrupted or failed, at which step, and why.
+
+    step: steps done; 0 leaves it to what status.json says already.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world().is_main:
+            state = "interrupted" if isinstance(error, callbacks.interrupts) else "failed"
+            done, message = step() or folder.status()["step"], str(error) or type(error).__name__
+            folder.set_status(state, done, message=message)
+            callbacks.on_state(state, done, message)
+        raise

@@ -1,0 +1,140 @@
+"""report.html of a run: one self-contained page of what was asked for, its curves, its samples and how it ended."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from ..common.files import write_text
+from ..data.images import to_pil
+from ..plots.run_chart import run_chart
+from .folder import RunFolder
+from .report_words import Row, ending, outcome, settings_tables, summary, surroundings, words_learned
+
+MOST_SAMPLES = 24
+"""Moments of a run whose samples are shown, the first and the last among them."""
+SIDE = 256
+"""Pixels: larger samples are shown that large."""
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1040px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:right}
+td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}img{max-width:100%}
+.strip{display:flex;flex-wrap:wrap;gap:4px}.strip figure{width:128px;margin:0;font-size:12px;line-height:1.25}
+.strip img{width:128px;image-rendering:pixelated}.wide figure,.wide img{width:256px;image-rendering:auto}
+td:last-child:not(:first-child){text-align:left}summary{cursor:pointer;margin:1rem 0}
+@media (prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}td,th{border-color:#444}}
+"""
+
+
+def data_url(image: Tensor) -> str:
+    """A picture (3, H, W) in 0..1 as a data: URL."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    return _url(buffer.getvalue(), "png")
+
+
+def write_report(
+    folder: RunFolder,
+    tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
+    pictures: Mapping[str, Sequence[tuple[str, Tensor]]] | None = None,
+) -> Path:
+    """Writes report.html into a run folder and returns its path.
+
+    tables: title -> rows of equal keys, which come first. pictures: title -> pairs of caption and picture (3, H, W) to
+    show besides the run's own samples.
+    """
+    rows, about = folder.rows(), folder.config() or {}
+    parts = [f"<h1>{html.escape(folder.name)}</h1>", _paragraph(ending(folder.status()))]
+    parts += [_paragraph(summary(about))] if about else []
+    parts += [_table(title, table) for title, table in (tables or {}).items()]
+    parts += [_table("Figures", outcome(rows)), _table("New words", words_learned(rows))]
+    chart = data_url(run_chart(folder.name, rows, rates=True).movedim(-1, 0))
+    parts.append(f'<h2>Curves</h2><figure><img alt="curves of the run" src="{chart}"></figure>')
+    parts += [_pictures(title, shown) for title, shown in (pictures or {}).items()]
+    parts.append("<h2>Samples while training</h2>")
+    there = folder.pictures()
+    parts += [_strip(there, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
+    if about:
+        changed, usual = settings_tables(about)
+        parts += [_table("Settings that are not the defaults", changed), _folded("All other settings", usual)]
+        parts.append(_table("Made with", surroundings(about)))
+    return _page(folder, "".join(parts))
+
+
+def _page(folder: RunFolder, body: str) -> Path:
+    path, title = folder.path / "report.html", html.escape(folder.name)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    write_text(path, f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{STYLE}</style>{body}</html>')
+    return path
+
+
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """At most MOST_SAMPLES of them, evenly spread."""
+    if len(rows) <= MOST_SAMPLES:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
+    """Nothing at all for no rows."""
+    return f"<h2>{html.escape(title)}</h2>{_cells(rows)}" if rows else ""
+
+
+def _folded(title: str, rows: Sequence[Mapping[str, object]]) -> str:
+    """A table that opens when its title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{_cells(rows)}</details>" if rows else ""
+
+
+def _cells(rows: Sequence[Mapping[str, object]]) -> str:
+    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+
+
+def _strip(there: Mapping[str, Path], row: Mapping) -> str:
+    """The pictures of one moment that are still there; names in a row may be anything."""
+    pairs = zip(row["prompts"], row["files"], strict=True)
+    shown = [(prompt, *_sample(there[file])) for prompt, file in pairs if file in there]
+    wide = " wide" if any(larger for *_, larger in shown) else ""
+    figures = "".join(_figure(prompt, url) for prompt, url, _ in shown)
+    return f'<h3>step {row["step"]}, epoch {row["epoch"]:g}</h3><div class="strip{wide}">{figures}</div>'
+
+
+def _sample(path: Path) -> tuple[str, bool]:
+    """A sample as a data: URL, and whether it is larger than SIDE; then it is made smaller, for a page that opens."""
+    with Image.open(path) as image:
+        if max(image.size) <= SIDE:
+            return _url(path.read_bytes(), "png"), False
+        small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((SIDE, SIDE))
+    small.save(buffer, "JPEG", quality=88)
+    return _url(buffer.getvalue(), "jpeg"), True
+
+
+def _pictures(title: str, shown: Sequence[tuple[str, Tensor]]) -> str:
+    figures = "".join(_figure(caption, data_url(image)) for caption, image in shown)
+    return f'<h2>{html.escape(title)}</h2><div class="strip">{figures}</div>'
+
+
+def _figure(caption: str, url: str) -> str:
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" title="{text}" src="{url}">{text}</figure>'
+
+
+def _url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()

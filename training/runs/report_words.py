@@ -1,0 +1,158 @@
+"""A run in words: what was asked for, how it ended, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from ..config.embedding import EmbeddingConfig
+from ..config.flags import field_docs
+from ..config.lora import LoraConfig
+from ..config.reward import RewardTuneConfig
+from ..config.run import RunConfig, TrainModelConfig
+from ..config.sample_prompts import SamplePrompts
+from ..config.training_settings import TrainingSettings
+from ..plots.run_chart import smoothed
+from .outcome import guard_words
+
+KINDS: dict[str, type[RunConfig]] = {
+    "model": TrainModelConfig,
+    "lora": LoraConfig,
+    "embedding": EmbeddingConfig,
+    "reward": RewardTuneConfig,
+}
+"""What identity's "kind" in config.json stands for."""
+Row = dict[str, Any]
+
+
+def ending(status: Mapping[str, Any]) -> str:
+    """How a run ended, or how it stands, from its status.json."""
+    state, step = status["state"], status["step"]
+    if state == "new":
+        return "Nothing was trained yet."
+    if state == "running":
+        return f"Running, or ended without a word; the state after step {step} is saved."
+    if state != "finished":
+        how = {"interrupted": "Stopped by the user"}.get(state, f"Failed: {status.get('message', '')}".rstrip(". "))
+        return f"{how}, after step {step}. The same run goes on from its last state when it is queued again."
+    said = [f"Finished after {step} steps."]
+    if status.get("finished_on_request"):
+        said.append(f"It was asked to end there, before all of its {status['steps_asked']} steps.")
+    if status.get("stopped_early"):
+        said.append(f"It stopped early: {status['stale']} validations in a row brought no lower loss.")
+    if status.get("guard") and status.get("result") != "best":
+        words = guard_words(status).removeprefix("; ")
+        said.append(f"{words[0].upper()}{words[1:]}.")
+    elif "best_step" in status:
+        said.append(f"The result is the weights after step {status['best_step']}, of the lowest validation loss.")
+    return " ".join(said)
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """What a run is, in a few sentences; about: what config.json holds."""
+    config, kind = about["config"], about["identity"]["kind"]
+    settings = config["settings"]
+    batches = settings["total_batch"] // config["batch_size"] or settings["gradient_accumulation"]
+    what = "prompts" if kind == "reward" and config["method"] != "direct" else "images"
+    batch = f"{config['batch_size'] * batches} {what} a step"
+    if batches > 1:
+        batch += f" (batches of {config['batch_size']}, {batches} summed up)"
+    warm = f" after {settings['warmup_steps']} steps of warm-up" if settings["warmup_steps"] else ""
+    trained = _trained(kind, config, about["identity"])
+    return (
+        f"{trained} {config['steps']} steps were asked for, {batch}, with {settings['optimizer']} at a peak learning "
+        f"rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, seed "
+        f"{config['seed']}."
+    )
+
+
+def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What trains, by kind of run."""
+    if kind == "model":
+        along = config["train_projection"] and identity.get("projection") is not None
+        projection = " and the text encoder's projection" if along else ""
+        return f"Layers of the UNet ({config['train']}){projection} are retrained."
+    if kind == "lora":
+        text = "; the text encoder trains too" if config["text_encoder_learning_rate"] else ""
+        return (
+            f"A {config['algorithm']} of rank {config['rank']} and alpha {config['alpha']:g} learns on "
+            f"{config['targets']}{text}."
+        )
+    if kind == "embedding":
+        beside = f", with a LoRA of rank {config['lora_rank']} beside" if config["lora_rank"] else ""
+        start = f'starting from "{config["initial_text"]}"' if config["initial_text"] else "starting at random"
+        return f"{config['token']} becomes a word of {config['vectors']} vectors, {start}{beside}."
+    if config["method"] == "direct":
+        return f"The {config['train']} is tuned by rewards of noised images, each cleaned in one step (direct)."
+    return (
+        f"The {config['train']} is tuned by rewards of pictures of {config['width']}x{config['height']}, through "
+        f"{config['gradient_steps']} of {config['sampling_steps']} sampler steps ({config['method']})."
+    )
+
+
+def settings_tables(about: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """Every setting with its value and what it means: those that differ from their defaults, and the others."""
+    config, kind = about["config"], KINDS[about["identity"]["kind"]]
+    changed, usual = [], []
+    for group, values, before in (
+        (kind, config, ""),
+        (TrainingSettings, config["settings"], ""),
+        (SamplePrompts, config["samples"], "sample "),
+    ):
+        for name, value, default, words in _explained(group, values):
+            row = {"setting": before + name, "value": _said(value), "default": _said(default), "what it is": words}
+            (usual if value == default else changed).append(row)
+    return changed, usual
+
+
+def _explained(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """Name, value, default (None without one) and meaning of each field that is no dataclass itself."""
+    docs = field_docs(kind)
+    for field in fields(kind):
+        default = None if field.default is MISSING else field.default
+        if not is_dataclass(default) and field.name in values:
+            default = list(default) if isinstance(default, tuple) else default
+            yield field.name, values[field.name], default, docs.get(field.name, "")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " | ".join(map(str, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def outcome(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """First, last and best of what a run's rows of metrics.jsonl measure."""
+    steps = [row for row in rows if "event" not in row]
+    sign, name = (-1.0, "reward") if steps and "reward" in steps[-1] else (1.0, "loss")
+    held = [sign * row["loss"] for row in rows if row.get("event") == "validation"]
+    read = [row["alignment"] for row in rows if row.get("event") == "sample" and "alignment" in row]
+    figures = [
+        (f"{name}, smoothed", smoothed([row[name] for row in steps]), sign),
+        (f"held-out {name}", held, sign),
+        ("alignment of the samples", read, -1.0),
+    ]
+    return [
+        {"figure": title, "first": values[0], "last": values[-1], "best": (min if way > 0 else max)(values)}
+        for title, values, way in figures
+        if values
+    ]
+
+
+def words_learned(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """How the vectors of new words lie at the last look: their norm and nearest words. Empty for other runs."""
+    seen = [row["tokens"] for row in rows if row.get("event") == "watch" and "tokens" in row]
+    found = []
+    for token, about in (seen[-1] if seen else {}).items():
+        for number, (norm, nearest) in enumerate(zip(about["norm"], about["nearest"], strict=True), 1):
+            words = ", ".join(f"{word or '(blank)'} {cosine:.2f}" for word, cosine in nearest)
+            found.append({"word / encoder": token, "vector": number, "norm / median": norm, "nearest words": words})
+    return found
+
+
+def surroundings(about: Mapping[str, Any]) -> list[Row]:
+    """The machine and programs that the run was made with."""
+    return [{"name": name, "value": value} for name, value in about.get("environment", {}).items()]

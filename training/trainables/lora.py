@@ -1,0 +1,234 @@
+"""Low-rank adapters as what trains: LoRA, LoCon, LoHa, LoKr and DoRA beside frozen layers.
+
+The parametrisations and their forward passes are LyCORIS's (lycoris-lora): it knows every kind, its tensors carry the
+names that files have, and it leaves the module tree alone, which peft's injection does not. Its own way of hooking in
+(`apply_to`) leaves a bound method on each layer for good, and its rebuilt weights take the dtype of the base's; so its
+modules are called from forward hooks here, which go again, and DoRA's weight is built in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..common.rng import derive_seed
+from ..config.lora import LoraConfig
+from ..formats.lora_names import SECOND_TEXT, TEXT
+from ..models.parameters import targets
+from .weights import SelectedWeights
+
+log = logging.getLogger(__name__)
+
+_TRANSFORMER = r"\.(proj_in|proj_out)$|\.transformer_blocks\."
+_CONVOLUTIONS = (
+    r"\.(in_layers\.2|emb_layers\.1|out_layers\.3|skip_connection)$|^diffusion_model\.\w+_blocks\.\d+\.\d\.(op|conv)$"
+)
+_TEXT_ATTENTION = r"^text_encoders\..*\.(self_attn\.(q|k|v|out)_proj|SelfAttention\.[qkvo])$"
+_TEXT_LAYERS = _TEXT_ATTENTION + r"|^text_encoders\..*\.(mlp\.fc[12]|DenseReluDense\.w[io](_[01])?)$"
+TARGETS = {
+    "attention": rf"^diffusion_model\..*\.attn[12]\.to_(q|k|v|out\.0)$|{_TEXT_ATTENTION}",
+    "cross-attention": rf"^diffusion_model\..*\.attn2\.to_(q|k|v|out\.0)$|{_TEXT_ATTENTION}",
+    "attention + feed-forward": rf"^diffusion_model\..*({_TRANSFORMER})|{_TEXT_LAYERS}",
+    "all": rf"^diffusion_model\..*({_TRANSFORMER})|{_CONVOLUTIONS}|{_TEXT_LAYERS}",
+}
+"""Patterns over layer names. "attention + feed-forward" is sd-scripts' choice (192 layers of SD1.5's UNet, 722 of
+SDXL's; 72 and 192 of the CLIPs), "all" what it adds with conv_dim."""
+
+
+def layers_of(network: nn.Module, name_of: Callable[[str], str] = str) -> dict[str, nn.Module]:
+    """Linear and 2D convolution layers of a module tree by `name_of(path)`."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return {name_of(path): layer for path, layer in network.named_modules() if isinstance(layer, kinds)}
+
+
+def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    """The layers that get an adapter, by name. k x k convolutions are left out where the algorithm is LoRA or DoRA.
+
+    Raises ValueError for a malformed regex or when nothing matches.
+    """
+    pattern = config.target_regex if config.targets == "regex" else TARGETS[config.targets]
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"target_regex is {pattern!r}, not a regular expression ({error}); expected for example 'attn2|proj_in'."
+        ) from error
+    linear_only = config.algorithm in ("LoRA", "DoRA")
+    found = {n: m for n, m in layers.items() if wanted.search(n) and not (linear_only and _is_spatial(m))}
+    if not found:
+        examples = ", ".join(list(layers)[:2])
+        raise ValueError(
+            f"targets {config.targets!r} ({pattern!r}) match none of {len(layers)} layers; expected at least one. "
+            f"Layer names are such as {examples}."
+        )
+    return found
+
+
+def text_rate(config: LoraConfig, name: str) -> float:
+    """Peak learning rate of a text encoder's layer or adapter; 0 where it gets none."""
+    return config.text_rates[name.startswith(SECOND_TEXT)]
+
+
+def _is_spatial(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
+class Adapters:
+    """Trainable: one adapter per layer, fp32 masters named `<layer>.<LyCORIS's tensor name>`.
+
+    layers: name -> live layer, from `select_layers`. networks: roots that are frozen while attached. seed: of the
+    initial values and of dropout. modules: LyCORIS's, by layer name. The layers' weights are never written.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
+        self.config, self.seed = config, seed
+        self._layers, self._released = dict(layers), False
+        self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
+        holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
+        for name, module in self.modules.items():
+            module.to(self._layers[name].weight.device)
+        names = {str(i): name for i, name in enumerate(self.modules)}
+        found = {_renamed(path, names): target for path, target in targets(holder).items()}
+        self._weights = SelectedWeights(found, networks)
+        self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self.modules.items()}
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._weights.parameters
+
+    def values(self) -> dict[str, Tensor]:
+        """The masters as plain tensors, without copying."""
+        return self._weights.values()
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrites the masters; names and shapes must match exactly."""
+        self._weights.load(values)
+
+    def rate(self, name: str) -> float:
+        """A parameter's multiple of the run's learning rate: its text encoder's rate, and LoRA+ (arXiv 2402.12354,
+        section 4: the matrix that starts at zero learns faster)."""
+        text = text_rate(self.config, name) / self.config.learning_rate if name.startswith(TEXT) else 1.0
+        return text * (self.config.lora_plus_ratio if name.endswith(_START_AT_ZERO) else 1.0)
+
+    @contextmanager
+    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+        """Adds the adapters' outputs to those of their layers while entered; see `SelectedWeights.attach`.
+
+        Without `values` this is training: dropout is on, drawn from (seed, draw) and from nothing else; the global
+        random state, which torch's and LyCORIS's dropout use, is put back afterwards.
+        """
+        training = values is None
+        with ExitStack() as stack:
+            stack.enter_context(self._weights.attach(values))
+            if training and self.config.has_dropout:
+                stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *draw), self._devices()))
+            for name, layer in self._layers.items():
+                self.modules[name].train(training)
+                handle = layer.register_forward_hook(self._hook(self.modules[name], training))
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """While entered, inside `attach`, the layers are what they were before it."""
+        self._released = True
+        try:
+            yield
+        finally:
+            self._released = False
+
+    def lora_model(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """ComfyUI's LORA_MODEL: copies of the tensors, fp32 on the CPU, alphas included."""
+        values = self.values() if values is None else values
+        return {
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in (values | self.alphas).items()
+        }
+
+    def _devices(self) -> list[torch.device]:
+        return list({layer.weight.device for layer in self._layers.values() if layer.weight.device.type == "cuda"})
+
+    def _hook(self, module: nn.Module, training: bool) -> Callable:
+        config = self.config
+
+        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0]
+            if self._released:
+                return output
+            if training and config.module_dropout and torch.rand(()).item() < config.module_dropout:
+                return output
+            if training and config.dropout:
+                x = nn.functional.dropout(x, config.dropout)
+            return output + (_dora_output(module, layer, x) if module.wd else module.bypass_forward_diff(x)).to(output)
+
+        return add
+
+
+_START_AT_ZERO = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
+
+
+def _dora_output(module: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """(W' - W) x with W' = m (W + dW) / ||W + dW||, the norm over everything but the input axis (arXiv 2402.09353,
+    eq. 5, per input as in LyCORIS with wd_on_out off: the axis that every reader of the file agrees on)."""
+    weight = layer.weight.detach().float()
+    merged = module.apply_weight_decompose(
+        weight + module.make_weight(weight.device).reshape(weight.shape) * module.scale
+    )
+    return module.op(x, (merged - weight).to(x.dtype), None, **module.kw_dict)
+
+
+def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    """LyCORIS's module for one layer, its initial values drawn from (seed, name)."""
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    kinds = {"LoHa": LohaModule, "LoKr": LokrModule}
+    rank, alpha = config.shape_of(spatial=_is_spatial(layer))
+    with _seeded(derive_seed(seed, "adapter", name), []), contextlib.redirect_stdout(io.StringIO()):
+        return kinds.get(config.algorithm, LoConModule)(
+            name.replace(".", "_"),
+            _plain(layer),
+            lora_dim=rank,
+            alpha=alpha,
+            rank_dropout=config.rank_dropout,
+            weight_decompose=config.algorithm == "DoRA",
+            wd_on_out=False,
+            bypass_mode=True,
+            **({"factor": config.lokr_factor} if config.algorithm == "LoKr" else {}),
+        ).float()
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """torch's own layer around the same weight: LyCORIS makes its factors of the layer's class, and ComfyUI's classes
+    draw no initial values, or hold no weights at all."""
+    if isinstance(layer, nn.Conv2d):
+        geometry = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+        more = {"dilation": layer.dilation, "groups": layer.groups}
+        plain = nn.Conv2d(*geometry, **more, bias=False, device="meta")
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    return plain
+
+
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    index, _, rest = path.partition(".")
+    return f"{names[index]}.{rest}"
+
+
+@contextmanager
+def _seeded(seed: int, devices: list[torch.device]) -> Iterator[None]:
+    """torch's global random state set for a while, and put back."""
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
