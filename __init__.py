@@ -4,6 +4,6 @@ WEB_DIRECTORY = "./js"
 
 
 async def comfy_entrypoint():
-    from ..nodes import RetuneExtension
+    from .nodes import RetuneExtension
 
     return RetuneExtension()

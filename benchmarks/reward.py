@@ -27,8 +27,8 @@ from ..training.models.protocols import Conditioning, TextToImage
 from ..training.objectives.reward import RewardObjective
 from ..training.recipes.reward import trainable_of
 from ..training.rewards.combined import CombinedReward
-from ..training.rewards.described import read_rewards
-from ..training.sampling.rollout import Heard, Step, ddim_chain, first_latent, guided_output, rollout
+from ..training.rewards.parse import read_rewards
+from ..training.sampling.rollout import Guidance, Step, ddim_chain, first_latent, guided_output, rollout
 from ..training.trainables.weights import Trainable
 from .memory import kept_bytes
 from .study import table
@@ -112,12 +112,12 @@ class Bench:
         base = [target.tensor for target in self.model.text_encoder.weights.values()]
         return [*(p for part in parts for p in part.parameters()), *base, *self.trainable.parameters.values()]
 
-    def heard(self, cfg: float) -> Heard:
+    def heard(self, cfg: float) -> Guidance:
         """The prompts, and the empty one, as the text encoder gives them now."""
         encoder, device = self.model.text_encoder, self.model.denoiser.device
         own, empty = (encoder.encode(encoder.tokenize([text])).to(device) for text in (PROMPT, ""))
         count = self.config.batch_size
-        return Heard(Conditioning.cat([own] * count), Conditioning.cat([empty] * count), cfg)
+        return Guidance(Conditioning.cat([own] * count), Conditioning.cat([empty] * count), cfg)
 
     def noise(self, tuning: RewardTuneConfig) -> Tensor:
         """(B, C, h, w), that of the first step of a tuning."""
@@ -140,7 +140,7 @@ def step_by_step(bench: Bench, gradient_steps: int) -> Callable[[], None]:
     slots = [PromptSlot(prompt, 1, i) for i, prompt in enumerate(bench.prompts)]
 
     def run() -> None:
-        with bench.trainable.attach(draw=(1, 0)):
+        with bench.trainable.attach(rng_key=(1, 0)):
             objective(list(enumerate(objective.load(slots))), 1).per_sample.mean().backward()
 
     return run
@@ -153,7 +153,7 @@ def joint(bench: Bench, gradient_steps: int, checkpointed: bool = False) -> Call
     first = len(chain) - gradient_steps
 
     def run() -> None:
-        with bench.trainable.attach(draw=(1, 0)):
+        with bench.trainable.attach(rng_key=(1, 0)):
             heard = bench.heard(tuning.cfg)
             start = first_latent(denoiser, bench.noise(tuning), chain)
             x = rollout(denoiser, start, chain[:first], heard)[-1]
@@ -176,7 +176,7 @@ def official(bench: Bench, gradient_steps: int) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             original = bench.heard(tuning.cfg)
-        with bench.trainable.attach(draw=(1, 0)), _unfrozen([denoiser.network, bench.reward.network]):
+        with bench.trainable.attach(rng_key=(1, 0)), _unfrozen([denoiser.network, bench.reward.network]):
             heard = bench.heard(tuning.cfg)
             start = first_latent(denoiser, bench.noise(tuning), chain)
             x = rollout(denoiser, start, chain[:first], original)[-1]
@@ -188,7 +188,7 @@ def official(bench: Bench, gradient_steps: int) -> Callable[[], None]:
     return run
 
 
-def _advanced(denoiser, x: Tensor, seen: Tensor, step: Step, heard: Heard, checkpointed: bool) -> Tensor:
+def _advanced(denoiser, x: Tensor, seen: Tensor, step: Step, heard: Guidance, checkpointed: bool) -> Tensor:
     """One step on from x, of which the UNet reads `seen`."""
 
     def output(seen: Tensor, *tensors: Tensor) -> Tensor:
@@ -199,14 +199,14 @@ def _advanced(denoiser, x: Tensor, seen: Tensor, step: Step, heard: Heard, check
     return step.a.to(x) * x + step.b.to(x) * out
 
 
-def _with(heard: Heard, tensors: Sequence[Tensor]) -> Heard:
+def _with(heard: Guidance, tensors: Sequence[Tensor]) -> Guidance:
     """The same with other tensors, in the order of `Heard.tensors`."""
     rest = iter(tensors)
 
     def of(one: Conditioning) -> Conditioning:
         return replace(one, context=next(rest), pooled=None if one.pooled is None else next(rest))
 
-    return Heard(of(heard.positive), of(heard.negative), heard.cfg)
+    return Guidance(of(heard.positive), of(heard.negative), heard.cfg)
 
 
 @contextmanager

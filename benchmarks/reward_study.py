@@ -29,7 +29,7 @@ from ..training.recipes.reward import tune
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.diversity import Diversity
 from ..training.rewards.load import RewardConfig, load_reward
-from ..training.sampling.rollout import Heard, advance, ddim_chain, first_latent
+from ..training.sampling.rollout import Guidance, advance, ddim_chain, first_latent
 from .study import Labels, Study, Trial, in_words, verdict
 
 SAMPLING, CFG, SIDE = 8, 2.5, 128
@@ -126,16 +126,16 @@ def _tuned(trial: Trial, cell: Tuning, rewards: Mapping) -> TextToImage:
     return model
 
 
-def _mixed(first: Heard, second: Heard, share: float) -> Heard:
+def _mixed(first: Guidance, second: Guidance, share: float) -> Guidance:
     """Encodings between two, element by element."""
 
     def mix(a: Conditioning, b: Conditioning) -> Conditioning:
         return Conditioning(torch.lerp(a.context, b.context, share), None, a.mask)
 
-    return Heard(mix(first.positive, second.positive), mix(first.negative, second.negative), first.cfg)
+    return Guidance(mix(first.positive, second.positive), mix(first.negative, second.negative), first.cfg)
 
 
-Said = Callable[[TextToImage], Heard]
+Said = Callable[[TextToImage], Guidance]
 
 
 class Gauge:
@@ -146,7 +146,7 @@ class Gauge:
         self.count = max(1, trial.config.judged // IMAGES)
 
     @torch.no_grad()
-    def figures(self, count: int, heard_of: Callable[[Said], list[Heard]]) -> dict[str, float]:
+    def figures(self, count: int, heard_of: Callable[[Said], list[Guidance]]) -> dict[str, float]:
         """Of `count` captions. heard_of: from what encoders say of a batch to what each sampler step hears."""
         captions = [text for text in held_out_captions(count) for _ in range(IMAGES)]
         images = torch.cat([self._drawn(captions[i : i + BATCH], i, heard_of) for i in range(0, len(captions), BATCH)])
@@ -169,7 +169,7 @@ class Gauge:
             "reward std": scores["aesthetic"].std().item(),
         }
 
-    def _drawn(self, captions: list[str], first: int, heard_of: Callable[[Said], list[Heard]]) -> Tensor:
+    def _drawn(self, captions: list[str], first: int, heard_of: Callable[[Said], list[Guidance]]) -> Tensor:
         """(B, 3, 128, 128) in 0..1 by deterministic DDIM."""
         self.trial.callbacks.on_text(f"{self.trial.name}: drawing from picture {first}")
         denoiser, autoencoder = self.model.denoiser, self.model.autoencoder
@@ -180,11 +180,11 @@ class Gauge:
         ]
         chain = ddim_chain(denoiser, SAMPLING)
 
-        def said(one: TextToImage) -> Heard:
+        def said(one: TextToImage) -> Guidance:
             encoder = one.text_encoder
             positive = Conditioning.cat([encoder.encode(encoder.tokenize([text])) for text in captions])
             empty = Conditioning.cat([encoder.encode(encoder.tokenize([""]))] * len(captions))
-            return Heard(positive, empty, CFG)
+            return Guidance(positive, empty, CFG)
 
         x = first_latent(denoiser, torch.stack(noise), chain)
         for step, heard in zip(chain, heard_of(said), strict=True):

@@ -30,7 +30,7 @@ from ..training.evaluation.text_gap import evaluate
 from ..training.models.protocols import TextToImage
 from ..training.objectives.denoising import DenoisingObjective
 from ..training.recipes.unet import train_model
-from ..training.sampling.generate import heard_by
+from ..training.sampling.generate import encode_with
 
 Labels = dict[str, str | float]
 
@@ -140,7 +140,7 @@ def plain_objective(model: TextToImage) -> DenoisingObjective:
         TrainingSettings(),
         0,
         latent_of=lambda image: model.autoencoder.encode(image[None])[0],
-        text_of=heard_by(encoder),
+        text_of=encode_with(encoder),
         project=encoder.project,
     )
 

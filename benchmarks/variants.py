@@ -19,9 +19,9 @@ from ..training.config.training_settings import TrainingSettings
 from ..training.data.dataset import from_images
 from ..training.data.order import BatchOrder
 from ..training.models.layers import select
-from ..training.models.parameters import targets
+from ..training.models.parameters import parameter_refs
 from ..training.objectives.denoising import DenoisingObjective
-from ..training.sampling.generate import draw, heard_by
+from ..training.sampling.generate import draw, encode_with
 from ..training.trainables.weights import SelectedWeights
 from . import lora as lora_bench
 from . import projection_study, reset_study, reward_study
@@ -71,7 +71,7 @@ def _training_step(config: BenchConfig) -> Variants:
     images, captions = demo_examples(config.batch_size, 0)
     dataset = from_images([image.movedim(0, -1)[None] for image in images], captions)
     latent = {e.key: model.autoencoder.encode(e.load()[None])[0] for e in dataset.examples}
-    text = {c: heard_by(encoder)(c) for c in ["", *captions]}
+    text = {c: encode_with(encoder)(c) for c in ["", *captions]}
     slots = BatchOrder(dataset, config.batch_size, 0).batch(1)
     objective = DenoisingObjective(
         denoiser,
@@ -81,7 +81,7 @@ def _training_step(config: BenchConfig) -> Variants:
         text_of=text.get,
         project=encoder.project,
     )
-    found = {denoiser.canonical_name(n): t for n, t in targets(denoiser.network).items()}
+    found = {denoiser.canonical_name(n): t for n, t in parameter_refs(denoiser.network).items()}
 
     def step(layers: str, bf16: bool = False, checkpointing: bool = False) -> Callable[[], None]:
         trainable = SelectedWeights({name: found[name] for name in select(found, layers)}, [denoiser.network])

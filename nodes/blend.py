@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-MOST = 100
+MAX_ENCODERS = 100
 
 
 class RetuneBlendTextEncoders(io.ComfyNode):
@@ -19,7 +19,7 @@ class RetuneBlendTextEncoders(io.ComfyNode):
             inputs=[
                 io.Autogrow.Input(
                     "clips",
-                    template=io.Autogrow.TemplatePrefix(clip, prefix="clip", min=2, max=MOST),
+                    template=io.Autogrow.TemplatePrefix(clip, prefix="clip", min=2, max=MAX_ENCODERS),
                     tooltip="The text encoders, as many as you like; a new input appears for each. The first one gives "
                     "the structure.",
                 ),

@@ -11,7 +11,7 @@ from .common.types import LoraModel
 
 log = logging.getLogger(__name__)
 
-MOST = 8
+MAX_LORAS = 8
 NONE = "none"
 DEMO = {f"demo: {name}": f"loras/{name}.safetensors" for name in LORAS}
 """Combo value -> LoRA of the demo model."""
@@ -49,10 +49,10 @@ def row_inputs(number: int, options: list[str]) -> list[io.Input]:
 
 def count_input() -> io.Input:
     options = [*files("loras", first=NONE), *DEMO]
-    rows = [row_inputs(number, options) for number in range(1, MOST + 1)]
+    rows = [row_inputs(number, options) for number in range(1, MAX_LORAS + 1)]
     return io.DynamicCombo.Input(
         "count",
-        options=[io.DynamicCombo.Option(str(n), sum(rows[:n], [])) for n in range(1, MOST + 1)],
+        options=[io.DynamicCombo.Option(str(n), sum(rows[:n], [])) for n in range(1, MAX_LORAS + 1)],
         tooltip="How many files.",
     )
 

@@ -3,11 +3,11 @@
 from comfy_api.latest import io
 
 from ..training.config.guard import ACTIONS
-from ..training.config.reward import METHODS, WHAT, RewardTuneConfig
+from ..training.config.reward import METHODS, TUNE_TARGETS, RewardTuneConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.inputs import alpha_input, made_by, name_inputs, rank_input, rate_input, run_inputs, run_ui
 from .common.types import LoraModel
 
 STEPS, BATCH = 100, 4
@@ -82,7 +82,7 @@ class RetuneRewardTune(io.ComfyNode):
                 io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
                 io.Int.Input("batch_size", default=BATCH, min=1, max=4096, tooltip="Pictures per batch."),
                 rate_input("learning_rate", d.learning_rate, "Peak learning rate; a LoRA wants about 100 times more."),
-                io.Combo.Input("train", options=list(WHAT), default=d.train, tooltip="What is tuned."),
+                io.Combo.Input("train", options=list(TUNE_TARGETS), default=d.train, tooltip="What is tuned."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -193,4 +193,4 @@ class RetuneRewardTune(io.ComfyNode):
             details = made_by(cls.hidden)
             found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details, dataset)
         model, clip = applied(model, clip, found, config.run_name)
-        return io.NodeOutput(model, clip, found.lora, found.path.parent, ui=shown(config.run_name))
+        return io.NodeOutput(model, clip, found.lora, found.path.parent, ui=run_ui(config.run_name))

@@ -6,7 +6,7 @@ from ..training.config.run import LAYERS, TrainModelConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, shown
+from .common.inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, run_ui
 from .settings import LEARNING_RATE
 
 
@@ -59,4 +59,4 @@ class RetuneTrainModel(io.ComfyNode):
             trained = train_model(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         new_model = with_unet_weights(model, trained.unet)
         new_clip = with_projection(clip, trained.projection)
-        return io.NodeOutput(new_model, new_clip, trained.path.parent, ui=shown(config.run_name))
+        return io.NodeOutput(new_model, new_clip, trained.path.parent, ui=run_ui(config.run_name))

@@ -6,7 +6,7 @@ from ..training.config.embedding import LORA_TARGETS, EmbeddingConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, run_ui
 from .common.types import LoraModel
 
 LEARNING_RATE = 5e-3
@@ -130,5 +130,5 @@ class RetuneTrainEmbedding(io.ComfyNode):
         clip = with_concepts(clip, trained.embedding.concepts)
         if trained.lora:
             model, _, _ = apply_loras(model, None, [Row(lora_of(config.run_name, trained.lora), 1.0, 1.0)])
-        run, ui = trained.path.parent, shown(config.run_name)
+        run, ui = trained.path.parent, run_ui(config.run_name)
         return io.NodeOutput(clip, trained.embedding, run, model, trained.lora, ui=ui)

@@ -6,7 +6,7 @@ from ..training.config.lora import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, Lor
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, shown
+from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, run_ui
 from .common.types import LoraModel
 
 LEARNING_RATE = 1e-4
@@ -138,4 +138,4 @@ class RetuneTrainLora(io.ComfyNode):
         row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
         model, patched, _ = apply_loras(model, clip, [row])
         clip, run = patched if config.trains_text else clip, trained.path.parent
-        return io.NodeOutput(model, clip, trained.tensors, run, ui=shown(config.run_name))
+        return io.NodeOutput(model, clip, trained.tensors, run, ui=run_ui(config.run_name))

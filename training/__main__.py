@@ -99,7 +99,7 @@ def embedding(arguments: argparse.Namespace) -> dict:
 def reward(arguments: argparse.Namespace) -> dict:
     from .data.prompts import read_prompts
     from .recipes.reward import tune
-    from .rewards.described import read_rewards
+    from .rewards.parse import read_rewards
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     config = read_flags(arguments, RewardTuneConfig, settings=settings, samples=samples)

@@ -26,7 +26,7 @@ class ComfyDenoiser:
     """
 
     def __init__(self, patcher):
-        self.beside: list = []
+        self.keep_loaded: list = []
         self.patcher = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
@@ -47,7 +47,7 @@ class ComfyDenoiser:
         """Brings the whole UNet, patches applied, to its device; `memory` bytes are kept free for activations."""
         import comfy.model_management
 
-        patchers = [self.patcher, *self.beside]
+        patchers = [self.patcher, *self.keep_loaded]
         comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
         for patcher in patchers:
             without_inference_tensors(patcher.model)

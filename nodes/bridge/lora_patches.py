@@ -26,7 +26,7 @@ from ...training.formats.lora_report import WIDTHS, LoraUse, base_of
 
 log = logging.getLogger(__name__)
 
-LINEAR = ("lora", "loha", "lokr")
+ADDITIVE = ("lora", "loha", "lokr")
 """ComfyUI's names of the kinds whose difference does not depend on the weight they are added to."""
 
 
@@ -64,7 +64,7 @@ class Dora(WeightAdapterBase):
         return weight
 
 
-class Together(WeightAdapterBase):
+class StackedPatch(WeightAdapterBase):
     """Several patches with their strengths, each worked out on the weight as it came: their order does not matter."""
 
     name = "together"
@@ -87,10 +87,10 @@ def _patched(weight: Tensor, strength: float, patch, key: str, function, dtype: 
 
 
 def _is_linear(patch) -> bool:
-    return patch[0] == "diff" if isinstance(patch, tuple) else patch.name in LINEAR
+    return patch[0] == "diff" if isinstance(patch, tuple) else patch.name in ADDITIVE
 
 
-class Target:
+class PatchTarget:
     """The network of a MODEL or CLIP: shapes of its weights, and which of them the names of LoRA layers mean."""
 
     def __init__(self, patcher, names: Mapping[str, str | tuple]):
@@ -139,7 +139,7 @@ class Target:
             linear = all(_is_linear(patch) for _, patch in parts)
             alone = len(parts) == 1 and (parts[0][0] == 1 or isinstance(parts[0][1], Dora))
             if not linear and not alone:
-                parts = [(1.0, Together(set(), tuple(parts)))]
+                parts = [(1.0, StackedPatch(set(), tuple(parts)))]
             for turn, (strength, patch) in enumerate(parts):
                 calls[turn, strength][key] = patch
         result = owner.clone()
@@ -153,13 +153,13 @@ def apply_loras(model, clip, rows: Iterable[Row]):
 
     Raises ValueError before anything is patched when a layer does not fit. clip may be None.
     """
-    unet = Target(model, unet_names(model))
-    text = None if clip is None else Target(clip.patcher, text_names(clip))
+    unet = PatchTarget(model, unet_names(model))
+    text = None if clip is None else PatchTarget(clip.patcher, text_names(clip))
     uses = [_add(row, unet, text) for row in rows]
     return unet.patched(model), None if clip is None else text.patched(clip), uses
 
 
-def _add(row: Row, unet: Target, text: Target | None) -> LoraUse:
+def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
     """Puts one row's patches into the targets."""
     use = LoraUse(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
     use.unused += row.lora.other_keys
@@ -188,7 +188,7 @@ def _add(row: Row, unet: Target, text: Target | None) -> LoraUse:
     return use
 
 
-def _put(patches: Mapping, owner: Target, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraUse):
+def _put(patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraUse):
     """Whether any of a layer's patches has a weight to go on; keys of those that have none are noted as unused."""
     held = {key: patch for key, patch in patches.items() if owner.holds(key)}
     for key, patch in held.items():
@@ -254,7 +254,7 @@ def text_names(clip) -> dict[str, str | tuple]:
 T5_STARTS = ("lora_te1_", "lora_te2_", "lora_te3_")
 
 
-def family_of(unet: Target) -> str:
+def family_of(unet: PatchTarget) -> str:
     """SD1.x, SD2.x or SDXL by the width that cross-attention reads; empty for others."""
     widths = (value.shape[1] for name, value in unet.weights.items() if name.endswith("attn2.to_k.weight"))
     return WIDTHS.get(next(widths, 0), "")

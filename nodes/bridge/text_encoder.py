@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.models.concepts import Concept, Vocabulary
-from ...training.models.parameters import Target, targets
+from ...training.models.parameters import ParameterRef, parameter_refs
 from ...training.models.protocols import Conditioning
 from ..clips import t5_clip
 from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
@@ -49,12 +49,12 @@ class ComfyTextEncoder:
         return vocabularies_of(self.clip)
 
     @property
-    def room(self) -> int:
+    def max_prompt_tokens(self) -> int:
         source = self.clip.cond_stage_model.retune_source if self._is_t5 else None
         return source.padding.max_tokens - 1 if source else CLIP_ROOM
 
     @property
-    def splits(self) -> bool:
+    def chunks_long_prompts(self) -> bool:
         return not self._is_t5
 
     def with_concepts(self, concepts: Iterable[Concept]) -> ComfyTextEncoder:
@@ -86,8 +86,8 @@ class ComfyTextEncoder:
         return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNREAD.fullmatch(path)}
 
     @property
-    def weights(self) -> dict[str, Target]:
-        found = targets(self._plain_clip().cond_stage_model, "text_encoders.")
+    def weights(self) -> dict[str, ParameterRef]:
+        found = parameter_refs(self._plain_clip().cond_stage_model, "text_encoders.")
         return {name: target for name, target in found.items() if not UNREAD.fullmatch(name)}
 
     @contextmanager
@@ -98,14 +98,14 @@ class ComfyTextEncoder:
         patcher, modules = self._plain_clip().patcher, self.clip.cond_stage_model.modules()
         norms = [module for module in modules if isinstance(module, (nn.LayerNorm, T5LayerNorm))]
         hooks = [norm.register_forward_pre_hook(_copy_first) for norm in norms]
-        self._denoiser.beside.append(patcher)
+        self._denoiser.keep_loaded.append(patcher)
         self._trains = True
         try:
             self._denoiser.load()
             yield
         finally:
             self._trains = False
-            self._denoiser.beside.remove(patcher)
+            self._denoiser.keep_loaded.remove(patcher)
             for hook in hooks:
                 hook.remove()
 

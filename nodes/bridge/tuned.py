@@ -59,7 +59,7 @@ def tuning(model, clip, vae, judge: ManagedReward) -> Iterator[tuple[TextToImage
     expect_given(vae=vae)
     vae = _plain_vae(vae)
     with text_to_image(model, clip, vae) as view:
-        view.denoiser.beside += [vae.patcher, *dict.fromkeys(judge.patchers)]
+        view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(judge.patchers)]
         view.denoiser.load()  # makes ordinary tensors of inference tensors, before anything is frozen
         rewards = judge.combined()
         with frozen([vae.first_stage_model, rewards.network]):

@@ -73,7 +73,7 @@ def _without_changes(node: dict) -> dict:
     return {key: value for key, value in node.items() if key != "is_changed"}
 
 
-def shown(run_name: str) -> dict:
+def run_ui(run_name: str) -> dict:
     """A node's output for the page: the run to show in it, also where a link names the run or a cache answers."""
     return {"retune_run": [run_name]}
 

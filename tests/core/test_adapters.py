@@ -17,7 +17,7 @@ from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.models.clip import ClipTextEncoder
 from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser
 from retune.training.models.protocols import Conditioning
-from retune.training.objectives.denoising import DenoisingObjective, Shown
+from retune.training.objectives.denoising import DenoisingObjective, TrainingSample
 from retune.training.recipes.lora import networks_of, train_lora, trainable_layers, unet_layers
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.lora import Adapters, layers_of, select_layers
@@ -123,7 +123,7 @@ def test_dropout_comes_from_its_name_alone(layers):
     x = torch.randn(4, 12)
 
     def heard(*draw, values=None):
-        with adapters.attach(values, draw=draw):
+        with adapters.attach(values, rng_key=draw):
             return torch.cat([layers["lin"](x) for _ in range(8)])
 
     state = torch.random.get_rng_state()
@@ -333,7 +333,9 @@ class OneBatch(DenoisingObjective):
 
     def batch(self, number):
         random = torch.Generator().manual_seed(0)
-        return [Shown(text, torch.randn(4, 4, 4, generator=random)) for text in ("a red circle", "a green star")]
+        return [
+            TrainingSample(text, torch.randn(4, 4, 4, generator=random)) for text in ("a red circle", "a green star")
+        ]
 
     def __call__(self, batch, step):
         return super().__call__(batch, 1)
@@ -402,7 +404,7 @@ def test_checkpointing_changes_no_gradient_even_with_dropout(demo):
         for parameter in adapters.parameters.values():
             parameter.grad = None
         demo.denoiser.network.train(enabled)
-        with demo.denoiser.checkpointing(enabled), adapters.attach(draw=(1, 0)):
+        with demo.denoiser.checkpointing(enabled), adapters.attach(rng_key=(1, 0)):
             demo.denoiser.predict(noisy, torch.tensor([3.0]), states).square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in adapters.parameters.items() if p.grad is not None})
     demo.denoiser.network.eval()

@@ -7,7 +7,7 @@ import torch
 from retune.training.common.rng import generator
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import TrainingSettings
-from retune.training.evaluation.text_gap import BANDS, MOST, evaluate, shuffled
+from retune.training.evaluation.text_gap import BANDS, MAX_EVAL_IMAGES, evaluate, shuffled
 from retune.training.loop.loop import Loop
 from retune.training.models.protocols import Conditioning
 from retune.training.objectives.denoising import DenoisingObjective
@@ -112,8 +112,8 @@ def test_what_cannot_be_measured_is_left_out():
     task = objective(Reader(), lambda caption: Conditioning(torch.zeros(1, 1, 64)))
     assert evaluate(task, []) == {} == evaluate(task, examples(1))
     assert list(evaluate(task, examples(3, ["same"]))) == ["bands"]
-    more = examples(MOST + 5)
-    assert evaluate(task, more) == evaluate(task, more[:MOST])
+    more = examples(MAX_EVAL_IMAGES + 5)
+    assert evaluate(task, more) == evaluate(task, more[:MAX_EVAL_IMAGES])
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (1,) * 9, (3, 2, 2), (2, 2), (4, 1, 3), (3, 1)])

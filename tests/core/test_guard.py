@@ -13,7 +13,7 @@ from retune.training.config.reward import RewardTuneConfig
 from retune.training.config.run import former_identity, identity
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.evaluation.diversity_guard import Guard, Seen
+from retune.training.evaluation.diversity_guard import Guard, GuardMeasurement
 from retune.training.evaluation.guard_pictures import guard_prompts, variety
 from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
@@ -67,7 +67,9 @@ def rows(root, event=None):
 def seen(score, diversity):
     """Four pictures; the held-out term is ten times the other."""
     raw = {"good": [score - 1, score, score, score + 1], "held out": [10 * score] * 4}
-    return Seen(raw, {"good": [min(one, 5.0) for one in raw["good"]], "held out": [0.0] * 4}, {"diversity": diversity})
+    return GuardMeasurement(
+        raw, {"good": [min(one, 5.0) for one in raw["good"]], "held out": [0.0] * 4}, {"diversity": diversity}
+    )
 
 
 CHECKS = [(1.0, 0.4), (2.0, 0.36), (3.0, 0.30), (9.0, 0.2), (2.5, 0.35), (2.5, 0.5)]
@@ -89,20 +91,20 @@ CHECKS = [(1.0, 0.4), (2.0, 0.36), (3.0, 0.30), (9.0, 0.2), (2.5, 0.35), (2.5, 0
 def test_the_first_check_below_the_floor_ends_a_run_and_the_best_one_above_it_is_kept(floor, action, stop, best, fell):
     guard = Guard(GuardRule(floor, action), None, {"good": 2.0, "held out": 0.0}, {"good": 0.5, "held out": 1.0})
     for number, check in enumerate(CHECKS):
-        row = guard.take(10 * number, seen(*check))
-        if guard.stops:
+        row = guard.update(10 * number, seen(*check))
+        if guard.should_stop:
             break
-    assert (row["step"] if guard.stops else None) == stop
-    assert (guard.state.best_step, guard.state.fell_at) == (best, fell)
-    assert guard.rule.chooses(guard.stops) == (stop is not None or action == "keep best")
+    assert (row["step"] if guard.should_stop else None) == stop
+    assert (guard.state.best_step, guard.state.first_step_below) == (best, fell)
+    assert guard.rule.chooses(guard.should_stop) == (stop is not None or action == "keep best")
     again = Guard(guard.rule, None, {}, {})
     again.state = type(guard.state)(**json.loads(json.dumps(vars(guard.state))))
-    assert again.state == guard.state and again.stops == guard.stops
+    assert again.state == guard.state and again.should_stop == guard.should_stop
 
 
 def test_the_rewards_of_two_checks_compare_on_the_scale_of_the_first():
     guard = Guard(GuardRule(0.5), None, {"good": 2.0, "held out": 0.0}, {"good": 0.5, "held out": 1.0})
-    first, second = guard.take(0, seen(1.0, 0.4)), guard.take(10, seen(6.0, 0.3))
+    first, second = guard.update(0, seen(1.0, 0.4)), guard.update(10, seen(6.0, 0.3))
     scale = math.sqrt((PRIOR_COUNT * 0.5**2 + 2.0) / (PRIOR_COUNT + 4))  # squares of 0, 1, 1, 2 about 1 sum up to 2
     assert first["reward"] == pytest.approx(2 * 1.0 / scale)
     assert second["reward"] == pytest.approx(2 * 5.0 / scale)  # 5, 6, 6, 7, each counted up to its target of 5
@@ -111,7 +113,7 @@ def test_the_rewards_of_two_checks_compare_on_the_scale_of_the_first():
     assert second["gains"]["held out"] == pytest.approx(50 / math.sqrt(16 / 20))
     assert second["shares"] == pytest.approx({"diversity": 0.75}) and second["held_out"] == ["held out"]
     with pytest.raises(ValueError, match="diversity of the guard's pictures is 1e-08 at the start"):
-        Guard(GuardRule(0.5), None, {"good": 1.0}, {"good": 1.0, "held out": 1.0}).take(0, seen(1.0, 1e-8))
+        Guard(GuardRule(0.5), None, {"good": 1.0}, {"good": 1.0, "held out": 1.0}).update(0, seen(1.0, 1e-8))
 
 
 def test_variety_is_that_of_each_prompts_pictures():
@@ -206,8 +208,10 @@ def test_what_a_run_without_a_guard_was_it_stays():
 
 
 def test_what_a_guard_did_is_said_in_words():
-    def words(fell_at, stopped, **status):
-        return guard_words({"guard": {"floor": 0.8, "share": 0.715, "fell_at": fell_at, "stopped": stopped}, **status})
+    def words(first_step_below, stopped, **status):
+        return guard_words(
+            {"guard": {"floor": 0.8, "share": 0.715, "fell_at": first_step_below, "stopped": stopped}, **status}
+        )
 
     assert guard_words({"state": "finished", "result": "last"}) == ""
     assert words(8, True, result="guard", best_step=6) == (

@@ -12,7 +12,7 @@ from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop.checkpoint import load_state
 from retune.training.loop.loop import Loop, LoopConfig, Sampler, TrainingDiverged, best_values
-from retune.training.models.parameters import targets
+from retune.training.models.parameters import parameter_refs
 from retune.training.objectives.denoising import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
@@ -89,7 +89,7 @@ def built(path, *, steps=3, size=2, rate=0.1, stop=None, samples=(), validation=
     )
     loop = Loop(
         folder,
-        SelectedWeights(targets(layer, "w."), [layer]),
+        SelectedWeights(parameter_refs(layer, "w."), [layer]),
         Quadratic(layer, factor),
         Counting(size),
         config,

@@ -13,7 +13,7 @@ from retune.training.models.diffusers import SD1_SCHEDULER
 from retune.training.models.protocols import Conditioning
 from retune.training.objectives.denoising import (
     DenoisingObjective,
-    Shown,
+    TrainingSample,
     check_objective,
     distance,
     draw_timestep,
@@ -135,13 +135,15 @@ def test_the_loss_of_a_sample_counts_its_mask_and_weight(tiny_model):
     mask = torch.zeros(1, 8, 8)
     mask[:, :4] = 1
     plain = objective(tiny_model, settings)(batch(), 3).per_sample
-    shown = [(index, Shown(caption, latent, mask, 0.25)), other]
+    shown = [(index, TrainingSample(caption, latent, mask, 0.25)), other]
     got = objective(tiny_model, settings)(shown, 3).per_sample
     assert torch.equal(got[1], plain[1])
-    whole = objective(tiny_model, settings)([(index, Shown(caption, latent, torch.ones(1, 8, 8))), other], 3).per_sample
+    whole = objective(tiny_model, settings)(
+        [(index, TrainingSample(caption, latent, torch.ones(1, 8, 8))), other], 3
+    ).per_sample
     assert torch.equal(whole, plain)
     summed = objective(tiny_model, dataclasses.replace(settings, mask_normalize=False))
-    top, bottom = (summed([(index, Shown(caption, latent, m))], 3).per_sample[0] for m in (mask, 1 - mask))
+    top, bottom = (summed([(index, TrainingSample(caption, latent, m))], 3).per_sample[0] for m in (mask, 1 - mask))
     torch.testing.assert_close(top + bottom, plain[0])  # the two halves of the mean
     torch.testing.assert_close(got[0], 0.25 * 2 * top)  # weight, and the mask's mean of a half
 
@@ -151,9 +153,9 @@ def test_masks_count_in_the_validation_loss_and_weights_do_not(tiny_model):
     mask = torch.zeros(1, 8, 8)
     mask[:, :4] = 1
     plain = task.validation([(caption, latent)])
-    parts = [task.validation([Shown(caption, latent, m)]) for m in (mask, 1 - mask)]
+    parts = [task.validation([TrainingSample(caption, latent, m)]) for m in (mask, 1 - mask)]
     assert sum(parts) / 2 == pytest.approx(plain, rel=1e-5) and parts[0] != pytest.approx(plain, rel=1e-3)
-    assert task.validation([Shown(caption, latent, None, 0.1)]) == plain
+    assert task.validation([TrainingSample(caption, latent, None, 0.1)]) == plain
 
 
 def slots(caption, number, count=4):

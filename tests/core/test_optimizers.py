@@ -10,7 +10,7 @@ from retune.training.config.training_settings import GROUPS, TrainingSettings
 from retune.training.loop import optimizers as optim
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.loop.optimizers import build_optimizer, check_optimizer, evaluation_weights, library
-from retune.training.models.parameters import targets
+from retune.training.models.parameters import parameter_refs
 from retune.training.objectives.denoising import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
@@ -91,7 +91,7 @@ class Stop(Callbacks):
 
 def built(path, optimizer, *, steps, stop=None, **settings):
     net = Net()
-    found = targets(net)
+    found = parameter_refs(net)
     selected = {name: found[f"weights.{i}"] for i, name in enumerate(SHAPES)}
     plain = {"weight_decay": 0.0, "lr_schedule": "cosine", "warmup_steps": 5, "max_grad_norm": 0.0}
     if optimizer == "AdamWScheduleFree":

@@ -20,7 +20,7 @@ from retune.training.objectives.reward_on_images import DirectObjective
 from retune.training.recipes.reward import trainable_of, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.sampling.rollout import Heard, guided_output
+from retune.training.sampling.rollout import Guidance, guided_output
 
 PROMPTS = ["a red circle", "two small blue squares"]
 
@@ -74,13 +74,13 @@ def test_constraints_add_their_own_gradient(tiny_model, train, stop_gradient):
     weights = {"eps_constraint": 7.0} | ({"drift_constraint": 3.0} if chosen.text_trains else {})
     objective, _ = loss(**weights)
     loaded = objective.load(slots)  # by the frozen text encoder
-    with trainable.attach(draw=(1, 0)):
+    with trainable.attach(rng_key=(1, 0)):
         plain, held = loss()[1], objective(list(enumerate(loaded)), 1)
         assert held.parts["eps_mse"] > 1e-6
         now, frozen = objective._now(loaded, 2.0), objective._frozen(loaded, 2.0)
         chain = objective._drawn([0, 1], loaded, 1, now.detached())
         x, step = chain.states[chain.chosen[0]], chain.steps[chain.chosen[0]]
-        with torch.no_grad(), trainable.released():
+        with torch.no_grad(), trainable.disabled():
             expected = guided_output(tiny_model.denoiser, x, step, frozen)
         apart = guided_output(tiny_model.denoiser, x, step, now) - expected
         extra = 7.0 * apart.square().flatten(1).mean(1)
@@ -104,9 +104,9 @@ def test_released_is_the_base_model_and_no_more(tiny_model):
         trainable.load(moved(trainable))
         with torch.no_grad():
             base = tiny_model.denoiser.predict(x, sigma, spoken)
-            with trainable.attach(draw=(1, 0)):
+            with trainable.attach(rng_key=(1, 0)):
                 tuned = tiny_model.denoiser.predict(x, sigma, spoken)
-                with trainable.released():
+                with trainable.disabled():
                     assert torch.equal(tiny_model.denoiser.predict(x, sigma, spoken), base)
                 assert torch.equal(tiny_model.denoiser.predict(x, sigma, spoken), tuned)
         assert not torch.equal(tuned, base)
@@ -115,9 +115,11 @@ def test_released_is_the_base_model_and_no_more(tiny_model):
 def test_drift_in_closed_form():
     old = Conditioning(torch.tensor([[[3.0, 4.0], [0.0, 5.0], [9.0, 9.0]]]), None, torch.tensor([[True, True, False]]))
     new = Conditioning(old.context + torch.tensor([1.0, 0.0]), None, old.mask)
-    assert drift(Heard(new), Heard(old)).tolist() == pytest.approx([2 / 50])
-    pooled = Heard(Conditioning(old.context, torch.tensor([[2.0]])), Conditioning(old.context, torch.tensor([[2.0]])))
-    shifted = Heard(Conditioning(old.context, torch.tensor([[3.0]])), pooled.negative)
+    assert drift(Guidance(new), Guidance(old)).tolist() == pytest.approx([2 / 50])
+    pooled = Guidance(
+        Conditioning(old.context, torch.tensor([[2.0]])), Conditioning(old.context, torch.tensor([[2.0]]))
+    )
+    shifted = Guidance(Conditioning(old.context, torch.tensor([[3.0]])), pooled.negative)
     assert drift(shifted, pooled).tolist() == pytest.approx([(0 + 1 / 4 + 0 + 0) / 4])
     with pytest.raises(ValueError, match="drift_constraint is 1 and train 'UNet'; expected 0"):
         config(train="UNet", drift_constraint=1.0)
@@ -143,7 +145,7 @@ def test_direct_tuning_is_autograd_of_equations_4_and_5(tiny_model, train):
         for slot, weight in zip(BatchOrder(dataset, 2, 0).batch(3), weights, strict=True)
     ]
     loaded, denoiser, encoder = objective.load(slots), tiny_model.denoiser, tiny_model.text_encoder
-    with trainable.attach(draw=(3, 0)):
+    with trainable.attach(rng_key=(3, 0)):
         found = objective(list(enumerate(loaded)), 3)
         latent = torch.stack([latents[slot.example.key] for slot in slots])
         noise = torch.stack([torch.randn(latent.shape[1:], generator=generator(0, "noise", 3, i)) for i in range(2)])

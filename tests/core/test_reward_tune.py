@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
-from retune.training.config.reward import WHAT, RewardTuneConfig
+from retune.training.config.reward import TUNE_TARGETS, RewardTuneConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt, PromptSlot
@@ -58,7 +58,7 @@ def gradients(model, chosen, **options):
     """Of everything that trains, by the objective's own loss."""
     trainable = trainable_of(model, chosen)
     objective = RewardObjective(model, reward(), chosen, trainable, text_trains=chosen.text_trains)
-    with trainable.attach(draw=(1, 0)):
+    with trainable.attach(rng_key=(1, 0)):
         loss = objective(loaded(objective), 1)
         loss.per_sample.sum().backward()
     return objective, trainable, loss
@@ -73,7 +73,7 @@ def test_the_gradient_is_that_of_autograd_through_the_last_steps(tiny_model, tra
     for parameter in trainable.parameters.values():
         parameter.grad = None
     denoiser, chain = tiny_model.denoiser, objective.chain
-    with trainable.attach(draw=(1, 0)):
+    with trainable.attach(rng_key=(1, 0)):
         spoken = [one for _, one in loaded(objective)]
         heard, noise = objective._now(spoken, chosen.cfg), objective._noise([0, 1], 1)
         states = rollout(denoiser, first_latent(denoiser, noise, chain), chain, heard)
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_autograd_through_the_last_steps(tiny_model, tra
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-@pytest.mark.parametrize("train", WHAT[:4])
+@pytest.mark.parametrize("train", TUNE_TARGETS[:4])
 def test_only_what_was_asked_for_is_tuned(tiny_model, tmp_path, train):
     before = weights_of(tiny_model)
     tuned = tune(tiny_model, reward(), PROMPTS, config(train=train, steps=2, lora_rank=2), tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from retune.training.rewards.clip_towers import Towers, tower_state
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.rewards.preprocess import centre_crop, saturated
+from retune.training.rewards.preprocess import centre_crop, clamp_straight_through
 
 from .conftest import seeded
 from .test_rewards import PROMPTS, VISION, noise
@@ -37,7 +37,7 @@ def test_gradient_equals_finite_differences():
 
 def test_saturated_limits_values_and_keeps_the_gradient():
     x = torch.tensor([-0.5, 0.25, 1.5], requires_grad=True)
-    y = saturated(x)
+    y = clamp_straight_through(x)
     y.sum().backward()
     assert y.tolist() == [0.0, 0.25, 1.0] and x.grad.tolist() == [1.0, 1.0, 1.0]
 

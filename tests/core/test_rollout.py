@@ -9,7 +9,7 @@ from retune.benchmarks.memory import kept_bytes
 from retune.training.models.protocols import Conditioning
 from retune.training.sampling.ddim import ddim_steps
 from retune.training.sampling.rollout import (
-    Heard,
+    Guidance,
     advance,
     ddim_chain,
     first_latent,
@@ -32,7 +32,7 @@ def double(tiny_model):
 def heard(cfg=3.0, dtype=torch.float64):
     random = torch.Generator().manual_seed(0)
     contexts = [torch.randn(2, 5, 32, generator=random, dtype=torch.float64).to(dtype) for _ in range(2)]
-    return Heard(*map(Conditioning, contexts), cfg)
+    return Guidance(*map(Conditioning, contexts), cfg)
 
 
 def noise(dtype=torch.float64):

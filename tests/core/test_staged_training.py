@@ -7,7 +7,7 @@ from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import GROUPS, TrainingSettings
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.models.layers import group_of
-from retune.training.models.parameters import targets
+from retune.training.models.parameters import parameter_refs
 from retune.training.objectives.denoising import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
@@ -61,7 +61,7 @@ def run(path, steps, stop=None, optimizer="SGD", **settings):
     selected = {}
     for group, layer in layers.items():
         nn.init.ones_(layer.weight)
-        selected[NAMES[group]] = targets(layer)["weight"]
+        selected[NAMES[group]] = parameter_refs(layer)["weight"]
     plain = {"weight_decay": 0.0, "warmup_steps": 0, "lr_schedule": "constant", "max_grad_norm": 0.0}
     loop = Loop(
         RunFolder(path),

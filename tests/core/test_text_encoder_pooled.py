@@ -69,7 +69,7 @@ def test_what_stands_before_is_cached_and_comes_first(tmp_path):
         n: Conditioning(
             torch.randn(1, n, 8, generator=random),
             torch.randn(1, 8, generator=random),
-            before=Conditioning(torch.randn(1, 4 * n, 6, generator=random), torch.randn(1, 5, generator=random)),
+            prefix=Conditioning(torch.randn(1, 4 * n, 6, generator=random), torch.randn(1, 5, generator=random)),
         )
         for n in (1, 3)
     }
@@ -78,10 +78,10 @@ def test_what_stands_before_is_cached_and_comes_first(tmp_path):
     assert batch.context.shape == (2, 15, 6)
     for row, n in enumerate(states):
         given = states[n]
-        expected = torch.cat([given.before.context[0], projection(given.context[0])])
+        expected = torch.cat([given.prefix.context[0], projection(given.context[0])])
         torch.testing.assert_close(batch.context[row][batch.mask[row]], expected)
-        assert torch.equal(batch.pooled[row], given.before.pooled[0])
-        without = replace(given, before=replace(given.before, pooled=None))
+        assert torch.equal(batch.pooled[row], given.prefix.pooled[0])
+        without = replace(given, prefix=replace(given.prefix, pooled=None))
         torch.testing.assert_close(projection.project(without).pooled, projection.pooled(given.pooled))
     assert projection.project(states[1]).mask is None
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from retune.training.models.layers import select
-from retune.training.models.parameters import targets
+from retune.training.models.parameters import parameter_refs
 from retune.training.models.protocols import Conditioning
 from retune.training.trainables.weights import SelectedWeights
 
 
 def attn2(model):
     """Masters of the cross-attention of a tiny UNet."""
-    found = targets(model.denoiser.network)
+    found = parameter_refs(model.denoiser.network)
     return SelectedWeights({n: found[n] for n in select(found, "cross-attention")}, [model.denoiser.network])
 
 
@@ -102,7 +102,7 @@ def test_load_wants_the_same_names_and_shapes(tiny_model):
 
 def test_targets_find_every_parameter_once_and_nothing_is_an_error(tiny_model):
     network = tiny_model.denoiser.network
-    found = targets(network, "unet.")
+    found = parameter_refs(network, "unet.")
     assert found.keys() == {"unet." + name for name, _ in network.named_parameters()}
     assert all(found["unet." + name].tensor is p for name, p in network.named_parameters())
     with pytest.raises(ValueError, match="selection of weights to train is empty"):

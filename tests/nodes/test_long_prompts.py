@@ -26,6 +26,6 @@ def test_they_are_those_that_comfyui_splits_or_cuts(demo):
         lengths = [t5.encode_from_tokens(t5.tokenize(text)).shape[1] for text in TEXTS]
     encoder = ComfyTextEncoder(t5)
     numbers = sorted(number for number, _, _ in long_prompts(encoder, prompts))
-    assert numbers and numbers[0] > 1 and not encoder.splits and max(lengths) == 30
+    assert numbers and numbers[0] > 1 and not encoder.chunks_long_prompts and max(lengths) == 30
     assert all(length == 30 for number, length in enumerate(lengths, 1) if number in numbers)
     assert all(length < 31 for length in lengths) and lengths[0] < 30

@@ -89,7 +89,7 @@ def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
         def load(self):
             import comfy.model_management
 
-            comfy.model_management.load_models_gpu(self.beside, force_full_load=True)
+            comfy.model_management.load_models_gpu(self.keep_loaded, force_full_load=True)
 
     core, text = core_sdxl(small_sdxl_clip), "two <it> on the left, red <it>"
     with torch.inference_mode(), training_mode():

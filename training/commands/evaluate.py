@@ -27,8 +27,8 @@ from ..models.protocols import TextToImage
 from ..recipes.apply_results import tuned_identity
 from ..recipes.checks import check_pooled, check_width
 from ..rewards.combined import CombinedReward
-from ..rewards.described import read_rewards
 from ..rewards.diversity import diversity
+from ..rewards.parse import read_rewards
 from ..rewards.score import score_images
 from ..runs.folder import RunFolder
 from ..sampling.generate import draw

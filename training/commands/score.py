@@ -15,8 +15,8 @@ from torch import Tensor
 from ..common.files import write_text
 from ..data.folder import find_images
 from ..data.images import load_image
-from ..rewards.described import read_rewards
 from ..rewards.diversity import diversity
+from ..rewards.parse import read_rewards
 from ..rewards.score import score_images
 
 log = logging.getLogger(__name__)

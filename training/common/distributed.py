@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PATIENCE = timedelta(days=2)
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: list) -> list:
+    def shard(self, items: list) -> list:
         """This process's part of a list, round robin."""
         return items[self.rank :: self.size]
 
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
         """Adds tensors up over all processes, in place."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
-    def gathered(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """What each process has, in their order; small things that pickle."""
         if self.size == 1:
             return [value]
@@ -46,7 +46,7 @@ class World:
         torch.distributed.all_gather_object(found, value)
         return found
 
-    def from_main(self, number: int, device: torch.device) -> int:
+    def broadcast(self, number: int, device: torch.device) -> int:
         """The main process's number on every process; all wait for it here."""
         if self.size == 1:
             return number
@@ -92,4 +92,4 @@ def _state():
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available(), timeout=COLLECTIVE_TIMEOUT)

@@ -22,7 +22,7 @@ class GuardRule:
     def allows(self, share: float) -> bool:
         return share >= self.floor
 
-    def stops(self, share: float) -> bool:
+    def should_stop(self, share: float) -> bool:
         """Whether a check that found this share ends the run."""
         return self.action == "stop" and not self.allows(share)
 

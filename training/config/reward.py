@@ -10,7 +10,7 @@ from .guard import ACTIONS, GuardRule
 from .lora import LoraConfig
 from .run import RunConfig
 
-WHAT = ("text encoder", "text encoder LoRA", "UNet", "UNet LoRA", "projection")
+TUNE_TARGETS = ("text encoder", "text encoder LoRA", "UNet", "UNet LoRA", "projection")
 METHODS = ("last K", "random K", "one step", "direct")
 
 
@@ -20,7 +20,7 @@ class RewardTuneConfig(RunConfig):
 
     learning_rate: float = 1e-6
     """Peak learning rate; LoRA wants about a hundred times as much."""
-    train: Literal[WHAT] = "text encoder"  # type: ignore[valid-type]
+    train: Literal[TUNE_TARGETS] = "text encoder"  # type: ignore[valid-type]
     """What is tuned."""
     method: Literal[METHODS] = "last K"  # type: ignore[valid-type]
     """Sampler steps that gradients go through: the last K; as many of the last as a draw from 1 to K says (AlignProp,

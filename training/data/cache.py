@@ -156,8 +156,8 @@ class TextCache:
     @staticmethod
     def _conditioning(stored: Tensors) -> Conditioning:
         tensors = {name: tensor.clone() for name, tensor in stored.items()}
-        before = _from_tensors(tensors, "before.") if "before.context" in tensors else None
-        return replace(_from_tensors(tensors), before=before)
+        prefix = _from_tensors(tensors, "before.") if "before.context" in tensors else None
+        return replace(_from_tensors(tensors), prefix=prefix)
 
     def fill(self, captions: Iterable[str], on_progress: Progress | None = None) -> int:
         """Encodes the missing ones of `captions`, one at a time; returns how many."""
@@ -172,8 +172,8 @@ class TextCache:
         if len(found) != 1:
             raise ValueError(f"the text encoder returned a batch of {len(found)} for one caption; expected 1.")
         tensors = _to_tensors(found)
-        if found.before is not None:
-            tensors |= _to_tensors(tight(found.before), "before.")
+        if found.prefix is not None:
+            tensors |= _to_tensors(tight(found.prefix), "before.")
         return _checked(tensors, f"the embedding of {caption!r}")
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config.guard import GuardRule
 from ..rewards.scale import RunningScale
 
-SMALLEST = 1e-6
+FILE_NAMES = {"first_step_below": "fell_at"}
+"""Fields that saved runs hold under another name."""
+MIN_DIVERSITY = 1e-6
 """Diversity that is none: what fp32 leaves of the spread of equal pictures."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class GuardMeasurement:
     """One look at the pictures. raw, shaped: by term of the reward, every picture's score, and its share in what is
     maximised before weight and scale (see `Term`). variety: "diversity", which the rule is about, and further figures
     of how different the pictures are."""
@@ -44,7 +46,17 @@ class GuardState:
     share: float = 1.0
     best: float | None = None
     best_step: int | None = None
-    fell_at: int | None = None
+    first_step_below: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a saved state keeps of it."""
+        return {FILE_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GuardState:
+        """The state that `to_json` gave."""
+        fields = {name: name for name in values} | {kept: name for name, kept in FILE_NAMES.items()}
+        return cls(**{fields[name]: value for name, value in values.items()})
 
 
 class Guard:
@@ -55,17 +67,21 @@ class Guard:
     """
 
     def __init__(
-        self, rule: GuardRule, look: Callable[[], Seen], weights: Mapping[str, float], priors: Mapping[str, float]
+        self,
+        rule: GuardRule,
+        measure: Callable[[], GuardMeasurement],
+        weights: Mapping[str, float],
+        priors: Mapping[str, float],
     ):
-        self.rule, self.look, self._weights, self._priors = rule, look, weights, priors
+        self.rule, self.measure, self._weights, self._priors = rule, measure, weights, priors
         self.state = GuardState()
 
     @property
-    def stops(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the last check ends the run."""
-        return self.rule.stops(self.state.share)
+        return self.rule.should_stop(self.state.share)
 
-    def take(self, step: int, seen: Seen) -> dict[str, Any]:
+    def update(self, step: int, seen: GuardMeasurement) -> dict[str, Any]:
         """Takes a check in and returns its row for metrics.jsonl; `state.best_step` is then `step` if it is the best.
 
         shares: the figures of variety as shares of the start's. gains: how much each score is above the start's, in the
@@ -79,7 +95,7 @@ class Guard:
         gains = {name: (means[name] - start[name]) / state.scales[name] for name in means}
         state.share = shares["diversity"]
         if not self.rule.allows(state.share):
-            state.fell_at = step if state.fell_at is None else state.fell_at
+            state.first_step_below = step if state.first_step_below is None else state.first_step_below
         elif state.best is None or reward > state.best:
             state.best, state.best_step = reward, step
         return {
@@ -100,18 +116,23 @@ class Guard:
         if self.rule.allows(self.state.share):
             return ""
         found = f"diversity at step {step} is {100 * self.state.share:.0f} % of the start's"
-        return f"{found}, below {100 * self.rule.floor:g} %; {'stopping' if self.stops else 'going on'}"
+        return f"{found}, below {100 * self.rule.floor:g} %; {'stopping' if self.should_stop else 'going on'}"
 
     def ending(self) -> dict[str, Any]:
         """What status.json says of the guard: `ending.guard_words` puts it into words."""
         state = self.state
-        return {"floor": self.rule.floor, "share": state.share, "fell_at": state.fell_at, "stopped": self.stops}
+        return {
+            "floor": self.rule.floor,
+            "share": state.share,
+            "fell_at": state.first_step_below,
+            "stopped": self.should_stop,
+        }
 
-    def _begin(self, seen: Seen) -> None:
-        if not seen.variety["diversity"] > SMALLEST:
+    def _begin(self, seen: GuardMeasurement) -> None:
+        if not seen.variety["diversity"] > MIN_DIVERSITY:
             raise ValueError(
                 f"diversity of the guard's pictures is {seen.variety['diversity']:.2g} at the start; expected more "
-                f"than {SMALLEST:g}. The model draws one picture whatever the noise: raise sampling_steps, or set "
+                f"than {MIN_DIVERSITY:g}. The model draws one picture whatever the noise: raise sampling_steps, or set "
                 "guard_diversity to 0."
             )
         for name, scores in seen.raw.items():
@@ -121,7 +142,7 @@ class Guard:
         means = {name: _mean(scores) for name, scores in seen.raw.items()}
         self.state.start = {"reward": self._reward(seen), **means, **seen.variety}
 
-    def _reward(self, seen: Seen) -> float:
+    def _reward(self, seen: GuardMeasurement) -> float:
         parts = (weight * _mean(seen.shaped[name]) / self.state.scales[name] for name, weight in self._weights.items())
         return math.fsum(parts)
 

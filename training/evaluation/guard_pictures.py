@@ -16,13 +16,13 @@ from ..models.protocols import TextToImage
 from ..rewards.combined import CombinedReward
 from ..rewards.diversity import Diversity
 from ..sampling.generate import TextOf, draw_latents
-from .diversity_guard import Guard, Seen
+from .diversity_guard import Guard, GuardMeasurement
 
 NOISE_SEED = 0
 """The same for all runs, so that theirs compare."""
 
 
-def guard_of(config: RewardTuneConfig, reward: CombinedReward, look: Callable[[], Seen]) -> Guard | None:
+def guard_of(config: RewardTuneConfig, reward: CombinedReward, look: Callable[[], GuardMeasurement]) -> Guard | None:
     """The guard of a reward tuning, or None where none is asked for. look: `look_at` with its arguments."""
     if config.guard_rule is None:
         return None
@@ -49,7 +49,7 @@ def look_at(
     prompts: Sequence[str],
     text_of: TextOf,
     on_batch: Callable[[int, int], None],
-) -> Seen:
+) -> GuardMeasurement:
     """Draws `config.guard_images` pictures of each prompt, as training draws them, and measures them.
 
     Picture i is drawn from noise i whatever the step and the run; all are cut to 0..1, as a saved picture is. No batch
@@ -81,7 +81,7 @@ def look_at(
         on_batch(end, len(wanted))
     scores = {name: torch.cat(parts) for name, parts in raw.items()}
     shaped = {name: reward.terms[name].shaped(one).tolist() for name, one in scores.items()}
-    return Seen(
+    return GuardMeasurement(
         {name: one.tolist() for name, one in scores.items()},
         shaped,
         variety(torch.cat(embeddings).unflatten(0, (len(prompts), config.guard_images))),

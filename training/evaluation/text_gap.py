@@ -16,16 +16,16 @@ from ..common.rng import generator
 from ..models.protocols import Conditioning
 
 if TYPE_CHECKING:
-    from ..objectives.denoising import DenoisingObjective, Shown
+    from ..objectives.denoising import DenoisingObjective, TrainingSample
 
 BANDS = 5
 """Equal ranges of training timesteps, from nearly clean to nearly pure noise."""
-MOST = 32
+MAX_EVAL_IMAGES = 32
 """Held-out images that are looked at, the first ones: each costs two passes of the denoiser over BANDS levels."""
 
 
 @torch.no_grad()
-def evaluate(objective: DenoisingObjective, loaded: Sequence[Shown], bands: int = BANDS) -> dict[str, Any]:
+def evaluate(objective: DenoisingObjective, loaded: Sequence[TrainingSample], bands: int = BANDS) -> dict[str, Any]:
     """Further figures of a validation; {} for fewer than two held-out images.
 
     loaded: as `DenoisingObjective.load` gives them; (caption, latent) pairs will do. "bands": unweighted squared error,
@@ -33,7 +33,7 @@ def evaluate(objective: DenoisingObjective, loaded: Sequence[Shown], bands: int 
     "text_gap": that error with the captions shuffled among the images minus the error with the true ones, same noise
     and levels: near 0 for a model that does not read its text. It is left out when all captions are equal.
     """
-    loaded = list(loaded)[:MOST]
+    loaded = list(loaded)[:MAX_EVAL_IMAGES]
     if len(loaded) < 2:
         return {}
     captions = [caption for caption, *_ in loaded]
@@ -60,7 +60,7 @@ def shuffled(captions: Sequence[str]) -> list[str]:
     return result
 
 
-def _errors(objective: DenoisingObjective, index: int, caption: str, shown: Shown, bands: int) -> Tensor:
+def _errors(objective: DenoisingObjective, index: int, caption: str, shown: TrainingSample, bands: int) -> Tensor:
     """(bands,) errors of one image under a caption; noise and timesteps depend on the image's index only."""
     objective.pulse()
     denoiser, (_, latent, *more) = objective.denoiser, shown

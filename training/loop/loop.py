@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ from ..config.loop import Batches, LoopConfig, TrainingDiverged
 from ..evaluation.diversity_guard import Guard, GuardState
 from ..objectives.denoising import Objective
 from ..runs.folder import RunFolder
-from ..runs.metrics_log import Journal
-from ..runs.outcome import best_values, guarded_values, noted, result_kind, stopped_early
+from ..runs.metrics_log import MetricsLog
+from ..runs.outcome import best_values, guarded_values, record_failure, result_kind, stopped_early
 from ..runs.samples import Sampler, write_samples
 from ..trainables.weights import Trainable
 from .checkpoint import load_state, restore_optimizer, save_state
@@ -78,7 +77,7 @@ class Loop:
         self.best, self.stale = math.inf, 0
         self.ending: dict[str, Any] = {}
         self.events: set[tuple[str, int]] = set()
-        self.journal = Journal(folder, config.settings, self.callbacks)
+        self.journal = MetricsLog(folder, config.settings, self.callbacks)
         self.objective_state: dict[str, Any] = {}
         self.whole, self.finishing = True, False
 
@@ -102,7 +101,7 @@ class Loop:
         Raises TrainingDiverged on a non-finite loss or gradient. The state on disk then stays that of the last regular
         save, if there was one: weights just before the end are finite, but may have gone astray already.
         """
-        with noted(self.folder, self.callbacks, lambda: self.step):
+        with record_failure(self.folder, self.callbacks, lambda: self.step):
             check_free_disk(self.folder.path, 8 * 4 * len(self.trainable) + 2**26)
             self._resume()
             try:
@@ -188,7 +187,7 @@ class Loop:
             numbered.append([(micro * self.config.batch_size + i, slot) for i, slot in enumerate(slots)])
         total = sum(len(batch) for batch in numbered)
         for batch in numbered:
-            share = self.world.share(batch)
+            share = self.world.shard(batch)
             indices, slots = zip(*share, strict=True) if share else ((), ())
             if not share:
                 raise ValueError(
@@ -196,7 +195,7 @@ class Loop:
                 )
             loaded = self.objective.load(list(slots))
             self.callbacks.after_load()
-            with self.trainable.attach(draw=(step, indices[0])), self._autocast():
+            with self.trainable.attach(rng_key=(step, indices[0])), self._autocast():
                 result = self.objective(list(zip(indices, loaded, strict=True)), step)
                 part = result.per_sample.sum() / total
                 self.scaler.scale(part).backward()
@@ -260,10 +259,10 @@ class Loop:
         if self.world.is_main:
             self.finishing = self.step > 0 and (self.callbacks.wants_finish() or self.folder.take_finish())
             self._look()
-        self.stale = self.world.from_main(self.stale, self.device)
-        self.finishing = bool(self.world.from_main(int(self.finishing), self.device))
+        self.stale = self.world.broadcast(self.stale, self.device)
+        self.finishing = bool(self.world.broadcast(int(self.finishing), self.device))
         if self.guard:
-            self.guard_stops = self.world.from_main(self.guard_stops, self.device)
+            self.guard_stops = self.world.broadcast(self.guard_stops, self.device)
         if self.stopped_early and self.step < self.config.steps:
             self.callbacks.on_text(f"stopping at step {self.step}: {self.stale} validations without a lower loss")
 
@@ -276,7 +275,7 @@ class Loop:
         if self.guard and due and ("guard", self.step) not in self.events:
             self._guard()
         if self.guard:
-            self.guard_stops = int(self.guard.stops)
+            self.guard_stops = int(self.guard.should_stop)
         due = self.step % self.config.sample_every == 0 or self.at_end
         if self.sampler and due and ("sample", self.step) not in self.events:
             self._sample()
@@ -304,8 +303,8 @@ class Loop:
         self.callbacks.after_load()
         values = self.values()
         with self.trainable.attach(values), self._autocast():
-            seen = self.guard.look()
-        row = self.guard.take(self.step, seen)
+            seen = self.guard.measure()
+        row = self.guard.update(self.step, seen)
         if row["best_step"] == self.step:
             write_tensors(self.folder.guarded, values, {"step": str(self.step), "reward": repr(row["reward"])})
         self.journal.add(row)
@@ -328,7 +327,7 @@ class Loop:
             extra = {"best": best, "stale": self.stale, "scaler": self.scaler.state_dict()}
             extra["objective"] = self.objective_state
             if self.guard:
-                extra["guard"] = asdict(self.guard.state)
+                extra["guard"] = self.guard.state.to_json()
             save_state(self.folder, self.step, self.trainable.values(), self.ema, self.optimizer, extra)
             self.saved_step = self.step
 
@@ -350,7 +349,7 @@ class Loop:
             self.stale = state.extra.get("stale", 0)  # none in states of earlier versions
             self.objective.load_state(state.extra.get("objective", {}))
             if self.guard:
-                self.guard.state = GuardState(**state.extra["guard"])
+                self.guard.state = GuardState.from_json(state.extra["guard"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state.extra["scaler"])
             self.step = self.saved_step = state.step
@@ -380,7 +379,7 @@ class Loop:
         if self.world.size == 1:
             return loss, parts
         figures = torch.tensor([loss, *parts.values()], device=self.device, dtype=torch.float64)
-        self.world.sum_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [figures])
+        self.world.all_reduce_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [figures])
         loss, *values = figures.tolist()
         return loss, dict(zip(parts, values, strict=True))
 

@@ -10,7 +10,7 @@ from ..config.run import RunConfig
 
 LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
 """Optimisers that keep two or more fp32 numbers beside every trained one."""
-SMALLEST = 64
+MIN_PICTURE_SIZE = 64
 """Pixels; no picture size below is worth a hint."""
 
 
@@ -57,8 +57,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
 
 def _pictures(config: RunConfig, size: tuple[int, int]) -> Iterator[str]:
     """Three quarters of each side, in steps that every UNet takes."""
-    smaller = [side * 3 // 4 // SMALLEST * SMALLEST for side in size]
-    if min(smaller) >= SMALLEST:
+    smaller = [side * 3 // 4 // MIN_PICTURE_SIZE * MIN_PICTURE_SIZE for side in size]
+    if min(smaller) >= MIN_PICTURE_SIZE:
         yield f"pictures of {smaller[0]}x{smaller[1]} in place of {size[0]}x{size[1]} (resolution)"
     samples = config.samples
     if samples.prompts and samples.width * samples.height > size[0] * size[1]:

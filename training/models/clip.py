@@ -22,7 +22,7 @@ from .concepts import (
     pieces,
     with_fingerprints,
 )
-from .parameters import Target, targets
+from .parameters import ParameterRef, parameter_refs
 from .protocols import Conditioning
 
 SD2_WIDTH = 1024
@@ -40,7 +40,7 @@ class ClipTextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
-    splits = True
+    chunks_long_prompts = True
 
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
@@ -111,7 +111,7 @@ class ClipTextEncoder:
         return with_fingerprints(self._fingerprint, self.concepts)
 
     @property
-    def room(self) -> int:
+    def max_prompt_tokens(self) -> int:
         return self.window - 2
 
     @property
@@ -122,11 +122,11 @@ class ClipTextEncoder:
         return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
 
     @property
-    def weights(self) -> dict[str, Target]:
+    def weights(self) -> dict[str, ParameterRef]:
         start = f"text_encoders.{self.name}.transformer."
         inner = f"{start}text_model."
         found = {}
-        for path, target in targets(self.network).items():
+        for path, target in parameter_refs(self.network).items():
             plain = path.removeprefix("text_model.")
             found[(start if plain.startswith("text_projection.") else inner) + plain] = target
         return found
@@ -168,7 +168,7 @@ class ClipTextEncoder:
         Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
         """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        room = self.room
+        room = self.max_prompt_tokens
         windows = []
         for text in texts:
             parts = _in_windows(self._groups(text), room)

@@ -53,8 +53,8 @@ def training_sigmas(scheduler: Mapping) -> Tensor:
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     else:
         raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
-    kept = torch.cumprod(1 - betas, dim=0)
-    sigmas = ((1 - kept) / kept).sqrt().float()
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
     return zero_terminal_sigmas(sigmas) if scheduler.get("rescale_betas_zero_snr") else sigmas
 
 

@@ -17,9 +17,10 @@ def zero_terminal_sigmas(sigmas: Tensor) -> Tensor:
     it did. The last level is finite as in ComfyUI (`rescale_zero_terminal_snr_sigmas`), so that training and ComfyUI's
     ModelSamplingDiscrete with zsnr agree. Levels that are rescaled already come back as they are.
     """
-    kept = (1 / (sigmas.double() ** 2 + 1)).sqrt()
-    if kept[-1] ** 2 < ALREADY_ZERO:
+    sqrt_alphas_cumprod = (1 / (sigmas.double() ** 2 + 1)).sqrt()
+    first, last = sqrt_alphas_cumprod[0].clone(), sqrt_alphas_cumprod[-1].clone()
+    if last**2 < ALREADY_ZERO:
         return sigmas
-    kept = ((kept - kept[-1]) * (kept[0] / (kept[0] - kept[-1]))) ** 2
-    kept[-1] = ZERO_TERMINAL_ALPHA
-    return ((1 - kept) / kept).sqrt().float()
+    alphas_cumprod = ((sqrt_alphas_cumprod - last) * (first / (first - last))) ** 2
+    alphas_cumprod[-1] = ZERO_TERMINAL_ALPHA
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()

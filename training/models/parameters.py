@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Target:
+class ParameterRef:
     """One parameter of a live network, addressed by its owner so that a replaced Parameter object is found again."""
 
     owner: nn.Module
@@ -21,13 +21,13 @@ class Target:
         return self.owner._parameters[self.attribute]
 
 
-def targets(module: nn.Module, prefix: str = "") -> dict[str, Target]:
+def parameter_refs(module: nn.Module, prefix: str = "") -> dict[str, ParameterRef]:
     """Every parameter of a module tree as prefix + dotted name -> Target."""
     found = {}
     for path, owner in module.named_modules():
         for attribute, value in owner._parameters.items():
             if value is not None:
-                found[prefix + (f"{path}.{attribute}" if path else attribute)] = Target(owner, attribute)
+                found[prefix + (f"{path}.{attribute}" if path else attribute)] = ParameterRef(owner, attribute)
     return found
 
 

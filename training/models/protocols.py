@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .concepts import Concept, Vocabulary
-from .parameters import Target
+from .parameters import ParameterRef
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Conditioning:
     context: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
-    before: Conditioning | None = None
+    prefix: Conditioning | None = None
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -41,10 +41,10 @@ class Conditioning:
         context = self.context.to(*args, **kwargs)
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
         mask = None if self.mask is None else self.mask.to(context.device)
-        before = None if self.before is None else self.before.to(*args, **kwargs)
-        return Conditioning(context, pooled, mask, before)
+        prefix = None if self.prefix is None else self.prefix.to(*args, **kwargs)
+        return Conditioning(context, pooled, mask, prefix)
 
-    def behind(self, first: Conditioning) -> Conditioning:
+    def append_to(self, first: Conditioning) -> Conditioning:
         """One conditioning whose tokens are those of `first`, then these; `pooled` is `first`'s if it has one."""
         masked = self.mask is not None or first.mask is not None
         masks = [_padded_mask(part, part.context.shape[1]) for part in (first, self)] if masked else None
@@ -61,8 +61,8 @@ class Conditioning:
         context = torch.cat([nn.functional.pad(i.context, (0, 0, 0, longest - i.context.shape[1])) for i in items])
         mask = torch.cat([_padded_mask(item, longest) for item in items]) if padded else None
         pooled = None if items[0].pooled is None else torch.cat([item.pooled for item in items])
-        before = None if items[0].before is None else Conditioning.cat(item.before for item in items)
-        return Conditioning(context, pooled, mask, before)
+        prefix = None if items[0].prefix is None else Conditioning.cat(item.prefix for item in items)
+        return Conditioning(context, pooled, mask, prefix)
 
 
 def _padded_mask(item: Conditioning, length: int) -> Tensor:
@@ -131,13 +131,13 @@ class TextEncoder(Protocol):
     """By ComfyUI's name of each encoder, `clip_l`."""
     projection: nn.Module | None
     """The trainable part between backbone and denoiser, or None."""
-    room: int
+    max_prompt_tokens: int
     """Tokens of a prompt that are read at a time, start and end token left out."""
-    splits: bool
+    chunks_long_prompts: bool
     """Whether a longer prompt is read in several windows; else it is cut."""
     layers: dict[str, nn.Module]
     """Linear layers of the backbone by their names in ComfyUI's LoRA files, `text_encoders.clip_l.transformer...`."""
-    weights: Mapping[str, Target]
+    weights: Mapping[str, ParameterRef]
     """All weights of the backbone under such names, but for a text projection that no UNet reads."""
 
     def with_concepts(self, concepts: Iterable[Concept]) -> TextEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import open_clip
 from .clip import ClipTextEncoder
 from .concepts import Concept, Vocabulary, add_concepts, expect_vectors
-from .parameters import Target
+from .parameters import ParameterRef
 from .protocols import Conditioning
 
 Windows = list[list[int]]
@@ -27,7 +27,7 @@ class SdxlTextEncoder:
     Both encoders read the same tokens, split into windows as `ClipTextEncoder` says; only their pads differ.
     """
 
-    splits = True
+    chunks_long_prompts = True
 
     def __init__(self, first: ClipTextEncoder, second: ClipTextEncoder):
         if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
@@ -70,15 +70,15 @@ class SdxlTextEncoder:
         return hashlib.sha256(f"{self.first.fingerprint} {self.second.fingerprint}".encode()).hexdigest()
 
     @property
-    def room(self) -> int:
-        return self.first.room
+    def max_prompt_tokens(self) -> int:
+        return self.first.max_prompt_tokens
 
     @property
     def layers(self) -> dict[str, nn.Module]:
         return self.first.layers | self.second.layers
 
     @property
-    def weights(self) -> dict[str, Target]:
+    def weights(self) -> dict[str, ParameterRef]:
         return self.first.weights | self.second.weights
 
     @property

@@ -147,7 +147,7 @@ def mask_weights(masks: Sequence[Tensor | None], settings: TrainingSettings, sha
     return weights
 
 
-class Shown(NamedTuple):
+class TrainingSample(NamedTuple):
     """A sample as the objective works on it."""
 
     caption: str
@@ -192,18 +192,18 @@ class DenoisingObjective:
         self.caption_of = caption_of or (lambda caption, number, index: caption)
         self.pulse = pulse
 
-    def load(self, slots: list) -> list[Shown]:
+    def load(self, slots: list) -> list[TrainingSample]:
         """Latents, masks and captions; captions that vary are drawn and encoded here, while models may still move."""
         return [self._shown(slot) for slot in slots]
 
-    def _shown(self, slot: Any) -> Shown:
+    def _shown(self, slot: Any) -> TrainingSample:
         self.pulse()
         example, text = slot.example, None
         caption = self.caption_of(example.caption, slot.number, slot.index)
         if self.settings.varies_captions and slot.number:
             caption = self._varied(caption, slot.number, slot.index)
             text = self.varied_text_of(caption)
-        return Shown(caption, self.latent_of(slot), self.mask_of(slot), example.weight, text)
+        return TrainingSample(caption, self.latent_of(slot), self.mask_of(slot), example.weight, text)
 
     def _varied(self, caption: str, number: int, index: int) -> str:
         """The caption as batch `number` shows it at place `index`."""
@@ -216,9 +216,9 @@ class DenoisingObjective:
             random=generator(self.seed, "tag dropout", number, index),
         )
 
-    def __call__(self, batch: list[tuple[int, Shown]], step: int) -> Loss:
+    def __call__(self, batch: list[tuple[int, TrainingSample]], step: int) -> Loss:
         indices = [index for index, _ in batch]
-        shown = [Shown(*one) for _, one in batch]
+        shown = [TrainingSample(*one) for _, one in batch]
         latents = torch.stack([one.latent for one in shown]).to(self.denoiser.device)
         total = len(self.denoiser.sigmas)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
@@ -229,7 +229,7 @@ class DenoisingObjective:
         error = self._error(latents, noise, torch.tensor(times), conditioning, step, indices, masks)
         return Loss(error * torch.tensor([one.weight for one in shown]).to(error))
 
-    def _text(self, shown: Shown, step: int, index: int) -> Conditioning:
+    def _text(self, shown: TrainingSample, step: int, index: int) -> Conditioning:
         caption = self._caption(shown.caption, step, index)
         return self.text_of(caption) if shown.text is None or caption != shown.caption else shown.text
 
@@ -256,7 +256,7 @@ class DenoisingObjective:
         return error * snr_weight(sigma, settings, kind)
 
     @torch.no_grad()
-    def validation(self, loaded: list[Shown], levels: int = 4) -> float:
+    def validation(self, loaded: list[TrainingSample], levels: int = 4) -> float:
         """Unweighted loss over fixed noise at `levels` inner timesteps (kohya's recipe); touches no random state.
 
         Masks count as in training; the samples' weights do not.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.protocols import Conditioning, Denoiser
-from ..sampling.rollout import Heard, Step, guided_output
+from ..sampling.rollout import Guidance, Step, guided_output
 
 
 class NearFrozen:
@@ -18,18 +18,18 @@ class NearFrozen:
 
     The regulariser of NVIDIA's DRaFT+ (NeMo-Aligner, `kl_coeff`): for Gaussian steps of equal variance it is their KL
     divergence up to a factor. frozen: what the frozen text encoder says of the batch. released: makes the network what
-    it was (`Trainable.released`).
+    it was (`Trainable.disabled`).
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        frozen: Heard,
-        released: Callable[[], AbstractContextManager[None]],
+        frozen: Guidance,
+        disabled: Callable[[], AbstractContextManager[None]],
         weights: Tensor,
         count: int,
     ):
-        self._denoiser, self._frozen, self._released = denoiser, frozen, released
+        self._denoiser, self._frozen, self._released = denoiser, frozen, disabled
         self._weights, self._count = weights, count
         self.error = torch.zeros(len(frozen.positive))
         """(B,) the mean squared error over the steps gone through so far, unweighted."""
@@ -42,7 +42,7 @@ class NearFrozen:
         return apart * self._weights.to(apart).view(-1, 1, 1, 1) * (-2 / (apart[0].numel() * self._count))
 
 
-def drift(tuned: Heard, frozen: Heard) -> Tensor:
+def drift(tuned: Guidance, frozen: Guidance) -> Tensor:
     """(B,) how far encodings have moved, differentiable: squared distance over the frozen one's squared length.
 
     Over attended tokens; the mean of context and pooled, and of the prompt and, under guidance, the empty one.

@@ -22,13 +22,22 @@ from ..data.prompts import PromptSlot
 from ..models.protocols import Conditioning, TextToImage
 from ..rewards.combined import CombinedReward, CombinedScores
 from ..sampling.ddim import initial_noise
-from ..sampling.rollout import Heard, Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from ..sampling.rollout import (
+    Guidance,
+    Step,
+    clean_step,
+    ddim_chain,
+    first_latent,
+    joint_end,
+    rollout,
+    stepwise_gradient,
+)
 from ..trainables.weights import Trainable
 from .denoising import Loss
 from .regularizers import NearFrozen, drift
 
 
-class Spoken(NamedTuple):
+class PromptSample(NamedTuple):
     """A prompt as the objective works on it: with its and the empty prompt's encoding by the frozen text encoder, where
     they are wanted; `latent` (C, h, w) and `weight` only where an image belongs to it."""
 
@@ -75,20 +84,20 @@ class RewardObjective:
         reward.reset()
         self._seen: tuple[int, list[CombinedScores]] = (0, [])
 
-    def load(self, slots: list[PromptSlot]) -> list[Spoken]:
+    def load(self, slots: list[PromptSlot]) -> list[PromptSample]:
         """Prompts, encoded by the frozen text encoder where that is wanted: encoding may move models about."""
         if self._text_trains and not self._compares:
-            return [Spoken(slot.prompt) for slot in slots]
+            return [PromptSample(slot.prompt) for slot in slots]
         with torch.no_grad():
             empty = self._read("")
-            return [Spoken(slot.prompt, self._read(slot.prompt), empty) for slot in slots]
+            return [PromptSample(slot.prompt, self._read(slot.prompt), empty) for slot in slots]
 
-    def __call__(self, batch: list[tuple[int, Spoken]], step: int) -> Loss:
+    def __call__(self, batch: list[tuple[int, PromptSample]], step: int) -> Loss:
         self._settle(step)
-        indices, spoken = [index for index, _ in batch], [Spoken(*one) for _, one in batch]
+        indices, spoken = [index for index, _ in batch], [PromptSample(*one) for _, one in batch]
         heard = self._now(spoken, self._cfg)
         scores, pull, parts = self._pull(heard, indices, spoken, step)
-        self._seen[1].extend(world().gathered(_on_cpu(scores)))
+        self._seen[1].extend(world().all_gather(_on_cpu(scores)))
         value = -scores.total.detach()
         if "eps_mse" in parts:
             value = value + self.config.eps_constraint * parts["eps_mse"].to(value)
@@ -99,7 +108,7 @@ class RewardObjective:
         return Loss(loss, scores.means() | {name: part.mean().item() for name, part in parts.items()})
 
     def _pull(
-        self, heard: Heard, indices: list[int], spoken: list[Spoken], step: int
+        self, heard: Guidance, indices: list[int], spoken: list[PromptSample], step: int
     ) -> tuple[CombinedScores, Tensor, dict[str, Tensor]]:
         """The scores, a number whose gradient is that of minus their weighted sum, and (B,) figures of constraints, of
         which it has the gradient as well.
@@ -120,7 +129,7 @@ class RewardObjective:
         pull = -sum(torch.dot(one.flatten(), gradient.flatten()) for one, gradient in pairs)
         return scores, pull, {} if near is None else {"eps_mse": near.error}
 
-    def _drawn(self, indices: list[int], spoken: list[Spoken], step: int, heard: Heard) -> Chain:
+    def _drawn(self, indices: list[int], spoken: list[PromptSample], step: int, heard: Guidance) -> Chain:
         """Pictures of the prompts, as the sampler draws them."""
         denoiser, noise = self.model.denoiser, self._noise(indices, step)
         states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)
@@ -138,11 +147,11 @@ class RewardObjective:
         chosen = range(count - most, count)
         return [chosen[0]] if self.config.method == "one step" else list(chosen)
 
-    def _near(self, spoken: list[Spoken], count: int) -> NearFrozen | None:
+    def _near(self, spoken: list[PromptSample], count: int) -> NearFrozen | None:
         if not self.config.eps_constraint:
             return None
         frozen, weights = self._frozen(spoken, self._cfg), self.config.eps_constraint * _weights(spoken)
-        return NearFrozen(self.model.denoiser, frozen, self._trainable.released, weights, count)
+        return NearFrozen(self.model.denoiser, frozen, self._trainable.disabled, weights, count)
 
     def _end_gradient(
         self, latents: Tensor, prompts: list[str], random: torch.Generator
@@ -159,12 +168,12 @@ class RewardObjective:
     def _is_joint(self) -> bool:
         return not self.config.stop_gradient and self.config.method in ("last K", "random K")
 
-    def _stepwise(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
+    def _stepwise(self, chain: Chain, heard: Guidance, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
         """Step by step, the gradient stopped at what the UNet reads of the picture."""
         of_output = near and (lambda number, out: near.gradient(chain.states[number], chain.steps[number], out))
         return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output, self._pulse)
 
-    def _joint(self, chain: Chain, heard: Heard, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
+    def _joint(self, chain: Chain, heard: Guidance, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
         """Through all of the last steps together, what the UNet reads of the picture included; the constraint still
         takes the picture as given."""
         states, steps, chosen = chain
@@ -177,21 +186,21 @@ class RewardObjective:
         held = self._stepwise(chain, heard, torch.zeros_like(end), wanted, near)
         return [one + other for one, other in zip(found, held, strict=True)]
 
-    def _now(self, spoken: Sequence[Spoken], cfg: float) -> Heard:
+    def _now(self, spoken: Sequence[PromptSample], cfg: float) -> Guidance:
         """What guidance reads of prompts, as the text encoder says it now."""
         if not self._text_trains:
             return self._frozen(spoken, cfg)
         positive = [self._read(one.prompt) for one in spoken]
         return self._guidance(positive, None if cfg == 1.0 else self._read(""), cfg)
 
-    def _frozen(self, spoken: Sequence[Spoken], cfg: float) -> Heard:
+    def _frozen(self, spoken: Sequence[PromptSample], cfg: float) -> Guidance:
         """What guidance reads of prompts, as the frozen text encoder said it."""
         return self._guidance([one.positive for one in spoken], None if cfg == 1.0 else spoken[0].negative, cfg)
 
-    def _guidance(self, positive: list[Conditioning], negative: Conditioning | None, cfg: float) -> Heard:
+    def _guidance(self, positive: list[Conditioning], negative: Conditioning | None, cfg: float) -> Guidance:
         device = self.model.denoiser.device
         empty = None if negative is None else Conditioning.cat([negative] * len(positive)).to(device)
-        return Heard(Conditioning.cat(positive).to(device), empty, cfg)
+        return Guidance(Conditioning.cat(positive).to(device), empty, cfg)
 
     def _read(self, text: str) -> Conditioning:
         encoder = self.model.text_encoder
@@ -223,7 +232,7 @@ class RewardObjective:
         self.reward.load_state(state)
 
     @torch.no_grad()
-    def validation(self, loaded: list[Spoken]) -> float:
+    def validation(self, loaded: list[PromptSample]) -> float:
         """Minus the mean total over held-out prompts, each from its own fixed noise, in scales that stay; touches no
         random state."""
         denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
@@ -237,7 +246,7 @@ class RewardObjective:
         return total / len(loaded)
 
 
-def _weights(spoken: Sequence[Spoken]) -> Tensor:
+def _weights(spoken: Sequence[PromptSample]) -> Tensor:
     return torch.tensor([one.weight for one in spoken])
 
 

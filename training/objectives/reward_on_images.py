@@ -11,9 +11,9 @@ from torch import Tensor
 from ..common.rng import generator
 from ..data.order import Slot
 from ..data.prompts import PromptSlot
-from ..sampling.rollout import Heard, clean_step, rollout
+from ..sampling.rollout import Guidance, clean_step, rollout
 from .noise import draw_noise, draw_timestep
-from .reward import Chain, RewardObjective, Spoken
+from .reward import Chain, PromptSample, RewardObjective
 
 
 class DirectObjective(RewardObjective):
@@ -29,7 +29,7 @@ class DirectObjective(RewardObjective):
         super().__init__(*arguments, **options)
         self._latent_of = latent_of
 
-    def load(self, slots: list[Slot | PromptSlot]) -> list[Spoken]:
+    def load(self, slots: list[Slot | PromptSlot]) -> list[PromptSample]:
         prompts = [s if isinstance(s, PromptSlot) else PromptSlot(s.example.caption, s.number, s.index) for s in slots]
         spoken = super().load(prompts)
         return [
@@ -39,7 +39,7 @@ class DirectObjective(RewardObjective):
             for one, slot in zip(spoken, slots, strict=True)
         ]
 
-    def _drawn(self, indices: list[int], spoken: list[Spoken], step: int, heard: Heard) -> Chain:
+    def _drawn(self, indices: list[int], spoken: list[PromptSample], step: int, heard: Guidance) -> Chain:
         denoiser, seed, settings = self.model.denoiser, self.config.seed, self.config.settings
         latents = torch.stack([one.latent for one in spoken]).to(denoiser.device)
         total, shape = len(denoiser.sigmas), latents.shape[1:]

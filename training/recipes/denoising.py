@@ -26,14 +26,14 @@ from ..models.noise_levels import zero_terminal_sigmas
 from ..models.protocols import TextToImage
 from ..objectives.denoising import DenoisingObjective
 from ..runs.folder import RunFolder
-from ..sampling.generate import TextOf, decode, draw_latents, heard_by
-from .run import Kind, run_identity, run_in_folder
+from ..sampling.generate import TextOf, decode, draw_latents, encode_with
+from .run import TrainingJob, run_identity, run_in_folder
 
 log = logging.getLogger(__name__)
 
 
-def carry_out(
-    kind: Kind, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
+def run_training(
+    kind: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
 ) -> Path:
     """A training of the denoising objective on a data set; see `run_in_folder`."""
     identity = run_identity(kind.name, model, config) | {"dataset": dataset.fingerprint}
@@ -43,7 +43,7 @@ def carry_out(
 
 
 def denoising_loop(
-    kind: Kind, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
+    kind: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Loop:
     """Fills the caches, makes what trains, and puts a run of the denoising objective together.
 
@@ -62,15 +62,15 @@ def denoising_loop(
         texts.fill(["", *prompts, *captions], lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
     world().barrier()
     callbacks.after_load()
-    text_of = heard_by(model.text_encoder) if text_trains else texts.get
+    text_of = encode_with(model.text_encoder) if text_trains else texts.get
     objective = DenoisingObjective(
         model.denoiser,
         config.settings,
         config.seed,
-        latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed),
+        latent_of=lambda slot: cropped_latent(latents.get, slot, crops[slot.example.key], config.seed),
         text_of=text_of,
         project=model.text_encoder.project,
-        mask_of=lambda slot: shown(latents.mask, slot, crops[slot.example.key], config.seed),
+        mask_of=lambda slot: cropped_latent(latents.mask, slot, crops[slot.example.key], config.seed),
         varied_text_of=(lambda caption: None) if text_trains else texts.once,
         caption_of=kind.caption_of,
         pulse=callbacks.pulse,
@@ -141,7 +141,7 @@ def latent_cache(model: TextToImage, root: Path) -> LatentCache:
     return LatentCache(root / "latents", autoencoder.encode, autoencoder.fingerprint, downscale=autoencoder.downscale)
 
 
-def shown(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
+def cropped_latent(get: Callable[..., Tensor | None], slot: Slot, crop: str, seed: int) -> Tensor | None:
     """The latent or the mask of a slot, whichever `get` gives, cropped alike."""
     if crop == "random":
         random = generator(seed, "crop", slot.epoch, slot.index, slot.example.key)

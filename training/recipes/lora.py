@@ -26,8 +26,8 @@ from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, layers_of, select_layers, text_rate
 from ..trainables.lora_init import start_from
 from .checks import check_fit
-from .denoising import carry_out
-from .run import Kind
+from .denoising import run_training
+from .run import TrainingJob
 
 ARTIFACT = "lora.safetensors"
 
@@ -59,12 +59,12 @@ def train_lora(
     check_fit(model, config)
     check_second_text(model, config)
     chosen = select_layers(trainable_layers(model, config), config)
-    about = described(model, dataset)
+    about = facts_of_training(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
         adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
         if start is not None:
             start_from(adapters, start, about["unet"])
-        kind = Kind(
+        kind = TrainingJob(
             name="lora",
             artifact=ARTIFACT,
             trainable=lambda: adapters,
@@ -73,7 +73,7 @@ def train_lora(
             details=about | (details or {}),
             text_trains=config.trains_text,
         )
-        return read_lora_run(carry_out(kind, model, dataset, config, Path(root), callbacks or Callbacks()))
+        return read_lora_run(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
 def fingerprint_of(lora: Lora | None) -> str:
@@ -113,17 +113,17 @@ def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
-def described_model(model: TextToImage) -> dict:
+def facts_of_model(model: TextToImage) -> dict:
     """What a LoRA file's metadata says of the model, for config.json."""
     network = model.denoiser.network
     shapes = {model.denoiser.canonical_name(name): value.shape for name, value in network.named_parameters()}
     return {"unet": ldm.unet_config(shapes), "prediction_type": model.denoiser.prediction_type}
 
 
-def described(model: TextToImage, dataset: Dataset) -> dict:
+def facts_of_training(model: TextToImage, dataset: Dataset) -> dict:
     """What it says of the model and the images."""
     sizes = Counter((example.width, example.height) for example in dataset.examples)
-    return described_model(model) | {
+    return facts_of_model(model) | {
         "resolution": list(sizes.most_common(1)[0][0]),
         "images": len(dataset.examples),
         "tag_frequency": tag_frequency(example.caption for example in dataset.examples),

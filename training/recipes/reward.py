@@ -29,21 +29,21 @@ from ..evaluation.guard_pictures import guard_of, guard_prompts, look_at
 from ..loop.loop import Batches, Loop, LoopConfig
 from ..loop.memory import hints
 from ..models import ldm
-from ..models.parameters import targets
+from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
 from ..objectives.reward import RewardObjective
 from ..objectives.reward_on_images import DirectObjective
 from ..rewards.combined import CombinedReward
 from ..runs.folder import RunFolder
-from ..sampling.generate import TextOf, heard_by
+from ..sampling.generate import TextOf, encode_with
 from ..text_encoder.stock_file import stock_parts, write_stock_files
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights, Trainable
 from .checks import check_fit
-from .denoising import latent_cache, sampler_of, shown
+from .denoising import cropped_latent, latent_cache, sampler_of
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import described, described_model, networks_of, trainable_layers, write_lora
-from .run import Kind, run_identity, run_in_folder
+from .lora import facts_of_model, facts_of_training, networks_of, trainable_layers, write_lora
+from .run import TrainingJob, run_identity, run_in_folder
 from .unet import PROJECTION_PREFIX
 
 log = logging.getLogger(__name__)
@@ -95,15 +95,15 @@ def tune(
     drawn = {"resolution": [config.width, config.height]}
     with model.text_encoder.training() if config.text_trains else nullcontext():
         trainable = trainable_of(model, config)
-        kind = Kind(
+        kind = TrainingJob(
             name="reward",
             artifact=ARTIFACT,
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
             | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
-            details=(described(model, dataset) if direct else described_model(model) | drawn)
-            | {"rewards": reward.described()}
+            details=(facts_of_training(model, dataset) if direct else facts_of_model(model) | drawn)
+            | {"rewards": reward.describe()}
             | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
@@ -134,7 +134,7 @@ def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
     """What `config.train` names, as fp32 masters. Raises ValueError where the model has no such part."""
     denoiser, encoder = model.denoiser, model.text_encoder
     if config.train == "UNet":
-        found = {ldm.UNET_PREFIX + denoiser.canonical_name(n): t for n, t in targets(denoiser.network).items()}
+        found = {ldm.UNET_PREFIX + denoiser.canonical_name(n): t for n, t in parameter_refs(denoiser.network).items()}
         return SelectedWeights(found, [denoiser.network])
     if config.train == "text encoder":
         owners = list({id(target.owner): target.owner for target in encoder.weights.values()}.values())
@@ -142,7 +142,9 @@ def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
     if config.train == "projection":
         if encoder.projection is None:
             raise ValueError("the text encoder has no projection; expected a T5 from Load T5, or choose another train.")
-        return SelectedWeights(targets(encoder.projection, PROJECTION_PREFIX), [denoiser.network, encoder.projection])
+        return SelectedWeights(
+            parameter_refs(encoder.projection, PROJECTION_PREFIX), [denoiser.network, encoder.projection]
+        )
     layers = select_layers(trainable_layers(model, config.lora), config.lora)
     return Adapters(layers, networks_of(model, layers), config.lora, config.seed)
 
@@ -179,7 +181,7 @@ def _on_images(
     order = BatchOrder(training, config.batch_size, config.seed)
     crops = {example.key: training.crop for example in training.examples}
     objective = partial(
-        DirectObjective, latent_of=lambda slot: shown(latents.get, slot, crops[slot.example.key], config.seed)
+        DirectObjective, latent_of=lambda slot: cropped_latent(latents.get, slot, crops[slot.example.key], config.seed)
     )
     said, kept = ([Prompt(c) for c in dict.fromkeys(one.captions)] if one else [] for one in (training, held_out))
     size, steps = dataset.largest, order.steps_per_epoch / config.gradient_accumulation
@@ -197,7 +199,7 @@ def _loop(
 ) -> Loop:
     data = data_of(model, config, folder, callbacks)
     guarded, drawn = guard_prompts(data.training, data.held_out, config), config.samples.prompts
-    text_of = heard_by(model.text_encoder)
+    text_of = encode_with(model.text_encoder)
     if not config.text_trains:
         text_of = _known_before(text_of, [*drawn, *guarded], callbacks)
     look = partial(look_at, model, reward, config, guarded, text_of, partial(_say_drawn, callbacks))

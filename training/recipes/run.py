@@ -20,7 +20,7 @@ from ..config.run import RunConfig, former_identity, identity
 from ..loop.loop import Loop
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
-from ..runs.outcome import guard_words, is_finished, noted
+from ..runs.outcome import guard_words, is_finished, record_failure
 from ..runs.report import write_report
 from ..trainables.weights import Trainable
 from .checks import check_steps
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class TrainingJob:
     """What one kind of training has of its own."""
 
     name: str
@@ -53,7 +53,7 @@ class Kind:
 
 
 def run_in_folder(
-    kind: Kind,
+    kind: TrainingJob,
     model: TextToImage,
     config: RunConfig,
     root: Path,
@@ -73,12 +73,12 @@ def run_in_folder(
             callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
-        with noted(folder, callbacks):
+        with record_failure(folder, callbacks):
             loop = loop_of(folder, callbacks)
         with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
             values = loop.run()
         if here.is_main:
-            with noted(folder, callbacks):
+            with record_failure(folder, callbacks):
                 callbacks.on_text(f"writing the result of run {folder.name}")
                 kind.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)

@@ -26,12 +26,12 @@ from ..models.protocols import TextEncoder, TextToImage
 from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.token_embeddings import TokenEmbeddings, start_concept
-from ..trainables.weights import Together, Trainable
+from ..trainables.weights import Trainable, TrainableGroup
 from .checks import check_fit
-from .denoising import carry_out
+from .denoising import run_training
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import described, unet_layers, write_lora
-from .run import Kind
+from .lora import facts_of_training, unet_layers, write_lora
+from .run import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def train_embedding(
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
     tokens = TokenEmbeddings(starts, [model.denoiser.network], norms, model.denoiser.device)
     adapters = _adapters(model, config)
-    about = described(model, dataset)
-    kind = Kind(
+    about = facts_of_training(model, dataset)
+    kind = TrainingJob(
         name="embedding",
         artifact=ARTIFACT,
         trainable=lambda: _both(tokens, adapters, config),
@@ -85,7 +85,7 @@ def train_embedding(
         watch=lambda values: _watched(tokens.concepts(values), vocabularies, callbacks),
     )
     with model.text_encoder.training():
-        path = carry_out(kind, model, dataset, config, Path(root), callbacks)
+        path = run_training(kind, model, dataset, config, Path(root), callbacks)
     return read_embedding_run(path)
 
 
@@ -130,7 +130,7 @@ def _adapters(model: TextToImage, config: EmbeddingConfig) -> Adapters | None:
 def _both(tokens: TokenEmbeddings, adapters: Adapters | None, config: EmbeddingConfig) -> Trainable:
     if adapters is None:
         return tokens
-    return Together((tokens, 1.0), (adapters, config.lora_learning_rate / config.learning_rate))
+    return TrainableGroup((tokens, 1.0), (adapters, config.lora_learning_rate / config.learning_rate))
 
 
 def _watched(concepts: tuple[Concept, ...], vocabularies: Mapping, callbacks: Callbacks) -> dict[str, Any]:

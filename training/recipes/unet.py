@@ -18,13 +18,13 @@ from ..config.run import TrainModelConfig
 from ..data.examples import Dataset
 from ..models import ldm
 from ..models.layers import select
-from ..models.parameters import targets
+from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit
-from .denoising import carry_out
-from .run import Kind
+from .denoising import run_training
+from .run import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +59,23 @@ def train_model(
     """
     check_fit(model, config)
     projection = model.text_encoder.projection
-    kind = Kind(
+    kind = TrainingJob(
         name="model",
         artifact=ARTIFACT,
         trainable=partial(_trainable, model, config),
         write=lambda folder, values, ending: _write(folder, values, config, projection, ending),
         details=details or {},
     )
-    return read_trained(carry_out(kind, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT)
+    return read_trained(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT)
 
 
 def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
     denoiser, projection = model.denoiser, model.text_encoder.projection
-    found = {denoiser.canonical_name(n): t for n, t in targets(denoiser.network).items()}
+    found = {denoiser.canonical_name(n): t for n, t in parameter_refs(denoiser.network).items()}
     selected = {ldm.UNET_PREFIX + name: found[name] for name in select(found, config.train)}
     networks = [denoiser.network]
     if config.train_projection and projection is not None:
-        selected |= targets(projection, PROJECTION_PREFIX)
+        selected |= parameter_refs(projection, PROJECTION_PREFIX)
         networks.append(projection)
     elif config.train_projection:
         log.info("the text encoder has no projection; only the UNet trains")

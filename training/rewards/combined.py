@@ -81,7 +81,7 @@ class CombinedReward:
         self.name = " + ".join(self.terms)
         self.reads_prompts = any(term.reward.reads_prompts for term in terms)
 
-    def described(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[dict[str, Any]]:
         """Each term for a file's metadata: its name, weight, limit if there is one, and the files it was read from."""
         found = []
         for name, term in self.terms.items():

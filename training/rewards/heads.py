@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-LINEAR = (0, 2, 4, 6, 7)
+PLAIN_LAYERS = (0, 2, 4, 6, 7)
 """Places of the linear layers of `sac+logos+ava1-l14-linearMSE` in its nn.Sequential, dropouts between them."""
-WITH_RELU = (0, 3, 6, 9, 11)
+RELU_LAYERS = (0, 3, 6, 9, 11)
 """Those of `...-reluMSE`."""
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)")
 
@@ -29,12 +29,12 @@ def read_head(state: Mapping[str, Tensor]) -> nn.Module:
     if not layers and state.keys() >= {"weight", "bias"}:
         layers = {0: {"weight": state["weight"], "bias": state["bias"]}}
     places = tuple(sorted(layers))
-    if places not in (LINEAR, WITH_RELU, (0,)) or any(len(layer) < 2 for layer in layers.values()):
+    if places not in (PLAIN_LAYERS, RELU_LAYERS, (0,)) or any(len(layer) < 2 for layer in layers.values()):
         raise ValueError(
             "it holds no aesthetic head; expected layers.0.weight and on (LAION's V2), or weight and bias alone (V1)."
         )
     linear = [_linear(layers[place]["weight"], layers[place]["bias"]) for place in places]
-    if places == WITH_RELU:
+    if places == RELU_LAYERS:
         steps = [step for layer in linear for step in (layer, nn.ReLU())][:-1]
         head: nn.Module = nn.Sequential(*steps)
     else:

@@ -19,8 +19,8 @@ from .preprocess import View, half_view
 from .reward import AestheticReward, ClipReward, Reward
 from .tokens import ClipTokens
 
-Kind = Literal["aesthetic", "PickScore", "HPSv2", "CLIP", "demo aesthetic", "demo CLIP"]
-KINDS = get_args(Kind)
+RewardKind = Literal["aesthetic", "PickScore", "HPSv2", "CLIP", "demo aesthetic", "demo CLIP"]
+KINDS = get_args(RewardKind)
 FOLDER, TOWER_FOLDER = "models/retune_rewards", "models/clip_vision"
 HEAD_SOURCE = (
     f"Get sac+logos+ava1-l14-linearMSE.pth from https://github.com/christophschuhmann/improved-aesthetic-predictor and "
@@ -54,7 +54,7 @@ OPENCLIP_PAD = 0
 class RewardConfig:
     """A reward by kind and files; the demo kinds need none."""
 
-    kind: Kind
+    kind: RewardKind
     """aesthetic (LAION), PickScore, HPSv2 (and 2.1), CLIP (the cosine of any CLIP), or the demo model's own two."""
     file: Path | None = None
     """Head of the aesthetic; PickScore's, HPSv2's or a CLIP's towers. For a CLIP of two files, its text tower."""
@@ -82,7 +82,7 @@ def load_reward(config: RewardConfig) -> Reward:
     return reward
 
 
-def _demo(kind: Kind) -> Reward:
+def _demo(kind: RewardKind) -> Reward:
     tensors, metadata = read_tensors(weights_path("scorer.safetensors"))
     state, about = tower_state(tensors), json.loads(metadata["retune.config"])
     scale = TYPICAL_SCALE[kind]
@@ -130,7 +130,7 @@ def _by_prompt(config: RewardConfig) -> Reward:
     return ClipReward(config.kind, towers, tokens, View(towers.side), factor=factor, typical_scale=scale)
 
 
-def _factor(kind: Kind, state: TowerState) -> float:
+def _factor(kind: RewardKind, state: TowerState) -> float:
     """PickScore multiplies the cosine by its learned temperature (Kirstain et al. 2023, arXiv 2305.01569); the others
     are plain cosines."""
     if kind != "PickScore":
@@ -163,7 +163,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _read(path: Path | None, kind: Kind, what: str, source: str) -> dict[str, Tensor]:
+def _read(path: Path | None, kind: RewardKind, what: str, source: str) -> dict[str, Tensor]:
     if path is None:
         raise ValueError(f"{kind} needs a file with {what} and none is chosen. {source}")
     if not path.is_file():

@@ -27,7 +27,7 @@ class View:
         """(B, 3, H, W) images in 0..1 to (B, 3, side, side), normalised; ValueError for another shape."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W). Drop an alpha channel.")
-        images = centre_crop(resize_shorter(saturated(images), self.side), self.side)
+        images = centre_crop(resize_shorter(clamp_straight_through(images), self.side), self.side)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
@@ -37,7 +37,7 @@ def half_view(side: int) -> View:
     return View(side, (0.5,) * 3, (0.5,) * 3)
 
 
-def saturated(images: Tensor) -> Tensor:
+def clamp_straight_through(images: Tensor) -> Tensor:
     """Values limited to 0..1, with the gradient of the identity."""
     return images + (images.detach().clamp(0, 1) - images.detach())
 
@@ -53,7 +53,9 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Bicubic with antialiasing to (height, width), as Pillow resizes."""
-    return saturated(functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False))
+    return clamp_straight_through(
+        functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    )
 
 
 def centre_crop(images: Tensor, side: int) -> Tensor:

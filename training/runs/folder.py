@@ -41,7 +41,7 @@ FINGERPRINTS = {
 """What a run's identity holds no more of than hashes or sketches, in words."""
 SKETCHES = ("projection",)
 """Of these, the ones that are compared as `sketches_match` does."""
-PATIENCE = 0.3
+LOCK_TIMEOUT = 0.3
 """Seconds to wait for a run's lock: a list of runs takes it for a moment to see whether anybody is busy with one."""
 
 
@@ -71,7 +71,7 @@ class RunFolder:
         locks = root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         try:
-            held = FileLock(locks / f"{name}.lock").acquire(timeout=PATIENCE, poll_interval=PATIENCE / 10)
+            held = FileLock(locks / f"{name}.lock").acquire(timeout=LOCK_TIMEOUT, poll_interval=LOCK_TIMEOUT / 10)
         except Timeout as error:
             raise ValueError(
                 f"run {name!r} is in use by another process. Wait for it, stop it, or choose another run name."

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .folder import PATIENCE, RunFolder
+from .folder import LOCK_TIMEOUT, RunFolder
 
 POINTS = 600
 """About so many steps are enough for a chart."""
@@ -175,7 +175,7 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 def delete_run(root: Path, name: str) -> None:
     """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
     folder = _folder(root, name)
-    with _held(root, name, PATIENCE) as free:
+    with _held(root, name, LOCK_TIMEOUT) as free:
         if not free:
             raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
         gone = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
@@ -250,7 +250,7 @@ def _held(root: Path, name: str, patience: float = 0.0) -> Iterator[bool]:
     lock.parent.mkdir(exist_ok=True)  # a folder copied from elsewhere has no locks
     with _LOOKING:
         try:
-            with FileLock(lock).acquire(timeout=patience, poll_interval=PATIENCE / 10):
+            with FileLock(lock).acquire(timeout=patience, poll_interval=LOCK_TIMEOUT / 10):
                 yield True
         except Timeout:
             yield False

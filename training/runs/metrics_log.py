@@ -23,16 +23,16 @@ def check_tensorboard(settings: TrainingSettings) -> None:
         )
 
 
-class Journal:
+class MetricsLog:
     """Takes a run's rows. Begin it at the step that the run goes on from, and close it at the end."""
 
     def __init__(self, folder: RunFolder, settings: TrainingSettings, callbacks: Callbacks):
         self._folder, self._wanted, self._callbacks = folder, settings.tensorboard, callbacks
-        self._events: Events | None = None
+        self._events: TensorboardEvents | None = None
 
     def begin(self, step: int) -> None:
         if self._wanted:
-            self._events = Events(self._folder, step)
+            self._events = TensorboardEvents(self._folder, step)
 
     def add(self, row: dict[str, Any]) -> None:
         self._folder.add_row(row)
@@ -46,7 +46,7 @@ class Journal:
             self._events.close()
 
 
-class Events:
+class TensorboardEvents:
     """A run's rows as TensorBoard's events, in <run>/tensorboard; it shows them as metrics.jsonl has them.
 
     Where a run goes on at an earlier step than it had come to, TensorBoard is told to forget what came after it.

@@ -42,7 +42,7 @@ def is_finished(
     """Whether a run with this status.json ended as it would with these steps and settings, and with that result."""
     stale = status.get("stale", 0)
     on_request = status.get("finished_on_request", False) and steps <= status["steps_asked"]
-    guard_stopped = rule is not None and rule.stops(status.get("guard", {}).get("share", 1.0))
+    guard_stopped = rule is not None and rule.should_stop(status.get("guard", {}).get("share", 1.0))
     at_end = status["step"] == steps or stopped_early(stale, settings) or on_request or guard_stopped
     same = status.get("result", "last") == result_kind(stale, settings, rule, guard_stopped)
     return status["state"] == "finished" and at_end and same
@@ -81,7 +81,7 @@ def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] |
 
 
 @contextmanager
-def noted(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+def record_failure(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """Whatever is raised inside goes on up, and stands in status.json: interrupted or failed, at which step, and why.
 
     step: steps done; 0 leaves it to what status.json says already.

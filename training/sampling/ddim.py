@@ -35,12 +35,18 @@ def guided(
     return negative + cfg * (positive - negative)
 
 
-Heard = Conditioning | Callable[[Tensor], Conditioning]
+ConditioningSchedule = Conditioning | Callable[[Tensor], Conditioning]
 """Conditioning, or what gives it for a time (a scalar): the training timestep as a share, 0 (clean) to 1."""
 
 
 def ddim_steps(
-    denoiser: Denoiser, noise: Tensor, cond: Heard, uncond: Heard | None, *, steps: int, cfg: float
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: ConditioningSchedule,
+    uncond: ConditioningSchedule | None,
+    *,
+    steps: int,
+    cfg: float,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step index, latent) after each DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0).
 
@@ -67,8 +73,8 @@ def ddim_steps(
 def sample(
     denoiser: Denoiser,
     noise: Tensor,
-    cond: Heard,
-    uncond: Heard | None,
+    cond: ConditioningSchedule,
+    uncond: ConditioningSchedule | None,
     *,
     steps: int,
     cfg: float,

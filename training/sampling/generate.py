@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..models.protocols import Conditioning, TextEncoder, TextToImage
-from .ddim import Heard, initial_noise, sample
+from .ddim import ConditioningSchedule, initial_noise, sample
 
 TextOf = Callable[[str], Conditioning]
 
 
-def heard_by(encoder: TextEncoder) -> TextOf:
+def encode_with(encoder: TextEncoder) -> TextOf:
     """prompt -> Conditioning of batch 1 before the projection, encoded anew each time."""
     return lambda prompt: encoder.backbone(encoder.tokenize([prompt]))
 
@@ -55,7 +55,7 @@ def draw_latents(
     on_batch(done, total) is called after every sampler step and may raise to cancel.
     """
     denoiser, cells = model.denoiser, model.autoencoder.downscale
-    text_of = text_of or heard_by(model.text_encoder)
+    text_of = text_of or encode_with(model.text_encoder)
     indices = range(len(prompts)) if indices is None else indices
     drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
@@ -73,7 +73,7 @@ def draw_latents(
     return drawn
 
 
-def _heard(model: TextToImage, states: list[Conditioning]) -> Heard:
+def _heard(model: TextToImage, states: list[Conditioning]) -> ConditioningSchedule:
     """What the denoiser hears of encoded prompts: always the same, or a function of the time, where that matters."""
     encoder, device = model.text_encoder, model.denoiser.device
     states = [one.to(device) for one in states]

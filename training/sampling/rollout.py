@@ -35,17 +35,17 @@ OutputGradient = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Heard:
+class Guidance:
     """What guidance reads: out = negative + cfg (positive - negative), arXiv 2207.12598; negative None without it."""
 
     positive: Conditioning
     negative: Conditioning | None = None
     cfg: float = 1.0
 
-    def detached(self) -> Heard:
+    def detached(self) -> Guidance:
         """The same values as leaves that want a gradient."""
         negative = None if self.negative is None else _leaves(self.negative)
-        return Heard(_leaves(self.positive), negative, self.cfg)
+        return Guidance(_leaves(self.positive), negative, self.cfg)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -66,10 +66,10 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
     steps = []
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
         p, q = _clean(denoiser, sigma)
-        kept, share = following / sigma, 1 - following / sigma
+        ratio, share = following / sigma, 1 - following / sigma
         if denoiser.prediction_type == "flow":
             share = 1 - following - following * (1 - sigma) / sigma
-        steps.append(Step(sigma, kept + share * p, share * q))
+        steps.append(Step(sigma, ratio + share * p, share * q))
     return steps
 
 
@@ -92,35 +92,35 @@ def first_latent(denoiser: Denoiser, noise: Tensor, chain: Sequence[Step]) -> Te
     return noise * sigma if denoiser.prediction_type == "flow" else noise * torch.sqrt(1 + sigma**2)
 
 
-def guided_output(denoiser: Denoiser, x: Tensor, step: Step, heard: Heard) -> Tensor:
+def guided_output(denoiser: Denoiser, x: Tensor, step: Step, guidance: Guidance) -> Tensor:
     """The network's output (B, C, h, w) under guidance."""
     sigma = step.sigma.to(x).expand(len(x))
-    if heard.negative is None or heard.cfg == 1.0:
-        return denoiser.predict(x, sigma, heard.positive)
-    both = Conditioning.cat([heard.positive, heard.negative])
+    if guidance.negative is None or guidance.cfg == 1.0:
+        return denoiser.predict(x, sigma, guidance.positive)
+    both = Conditioning.cat([guidance.positive, guidance.negative])
     positive, negative = denoiser.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-    return negative + heard.cfg * (positive - negative)
+    return negative + guidance.cfg * (positive - negative)
 
 
-def advance(denoiser: Denoiser, x: Tensor, step: Step, heard: Heard, *, stop_gradient: bool = False) -> Tensor:
+def advance(denoiser: Denoiser, x: Tensor, step: Step, guidance: Guidance, *, stop_gradient: bool = False) -> Tensor:
     """One step on; stop_gradient: no gradient goes through what the network reads of x."""
-    out = guided_output(denoiser, x.detach() if stop_gradient else x, step, heard)
+    out = guided_output(denoiser, x.detach() if stop_gradient else x, step, guidance)
     return step.a.to(x) * x + step.b.to(x) * out
 
 
-def _quiet() -> None:
-    """For nobody who looks on."""
+def _no_pulse() -> None:
+    """No progress callback."""
 
 
 @torch.no_grad()
 def rollout(
-    denoiser: Denoiser, x: Tensor, chain: Sequence[Step], heard: Heard, pulse: Callable[[], None] = _quiet
+    denoiser: Denoiser, x: Tensor, chain: Sequence[Step], guidance: Guidance, pulse: Callable[[], None] = _no_pulse
 ) -> list[Tensor]:
     """The latents before each step, and the end: len(chain) + 1 of (B, C, h, w). pulse: called before each step."""
     states = [x]
     for step in chain:
         pulse()
-        states.append(advance(denoiser, states[-1], step, heard))
+        states.append(advance(denoiser, states[-1], step, guidance))
     return states
 
 
@@ -129,15 +129,15 @@ def stepwise_gradient(
     states: Sequence[Tensor],
     chain: Sequence[Step],
     chosen: Sequence[int],
-    heard: Heard,
+    guidance: Guidance,
     end_gradient: Tensor,
     wanted: Sequence[Tensor],
     of_output: OutputGradient | None = None,
-    pulse: Callable[[], None] = _quiet,
+    pulse: Callable[[], None] = _no_pulse,
 ) -> list[Tensor]:
     """Gradient of a function of the chain's end with respect to `wanted`, through the outputs of the chosen steps.
 
-    states: as `rollout` gives them. heard: its tensors may be among `wanted`, as may parameters of the network.
+    states: as `rollout` gives them. guidance: its tensors may be among `wanted`, as may parameters of the network.
     end_gradient: (B, C, h, w), the function's gradient at states[-1]. Equals back-propagation through the whole chain
     with `stop_gradient`, all steps but the chosen ones held constant. of_output: adds a function of each chosen step's
     output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads. pulse:
@@ -150,7 +150,7 @@ def stepwise_gradient(
         for later in chain[number + 1 :]:
             weight = weight * later.a
         with torch.enable_grad():
-            out = guided_output(denoiser, states[number], chain[number], heard)
+            out = guided_output(denoiser, states[number], chain[number], guidance)
             at_output = weight.to(out) * end_gradient
             if of_output is not None:
                 at_output = at_output + of_output(number, out.detach())
@@ -168,9 +168,9 @@ def joint_end(
     states: Sequence[Tensor],
     chain: Sequence[Step],
     last: int,
-    heard: Heard,
+    guidance: Guidance,
     stop_gradient: bool,
-    pulse: Callable[[], None] = _quiet,
+    pulse: Callable[[], None] = _no_pulse,
 ) -> Tensor:
     """The chain's end (B, C, h, w) with gradients through its last steps, so many.
 
@@ -179,5 +179,5 @@ def joint_end(
     x = states[len(chain) - last]
     for step in chain[len(chain) - last :]:
         pulse()
-        x = advance(denoiser, x, step, heard, stop_gradient=stop_gradient)
+        x = advance(denoiser, x, step, guidance, stop_gradient=stop_gradient)
     return x

@@ -125,7 +125,7 @@ class Projection(nn.Module):
         """
         mask = None if self.tokens else states.mask
         own = Conditioning(self(states.context, states.mask, time), self.pool(states.pooled), mask)
-        return own if states.before is None else own.behind(states.before)
+        return own if states.prefix is None else own.append_to(states.prefix)
 
     def scaled(self, factor: float) -> Projection:
         """A copy whose output is `factor` times this one's."""

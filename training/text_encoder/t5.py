@@ -25,7 +25,7 @@ from ..models.concepts import (
     pieces,
     with_fingerprints,
 )
-from ..models.parameters import Target, targets
+from ..models.parameters import ParameterRef, parameter_refs
 from ..models.protocols import Conditioning
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
@@ -61,7 +61,7 @@ class T5TextEncoder:
     """
 
     concepts: tuple[Concept, ...] = ()
-    splits = False
+    chunks_long_prompts = False
 
     def __init__(self, model: nn.Module, tokenizer: T5Tokenizer, projection: Projection, padding: Padding, source: str):
         width = model.config.d_model
@@ -95,7 +95,7 @@ class T5TextEncoder:
         return self.model.get_input_embeddings()
 
     @property
-    def room(self) -> int:
+    def max_prompt_tokens(self) -> int:
         return self.padding.max_tokens - 1
 
     @property
@@ -105,8 +105,8 @@ class T5TextEncoder:
         return {start + path: layer for path, layer in found if isinstance(layer, nn.Linear)}
 
     @property
-    def weights(self) -> dict[str, Target]:
-        return targets(self.model, f"text_encoders.{self.name}.transformer.")
+    def weights(self) -> dict[str, ParameterRef]:
+        return parameter_refs(self.model, f"text_encoders.{self.name}.transformer.")
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:

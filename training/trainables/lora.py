@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..common.rng import derive_seed
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
-from ..models.parameters import targets
+from ..models.parameters import parameter_refs
 from .weights import SelectedWeights
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Adapters:
         for name, module in self.modules.items():
             module.to(self._layers[name].weight.device)
         names = {str(i): name for i, name in enumerate(self.modules)}
-        found = {_renamed(path, names): target for path, target in targets(holder).items()}
+        found = {_renamed(path, names): target for path, target in parameter_refs(holder).items()}
         self._weights = SelectedWeights(found, networks)
         self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self.modules.items()}
 
@@ -121,7 +121,7 @@ class Adapters:
         return text * (self.config.lora_plus_ratio if name.endswith(_START_AT_ZERO) else 1.0)
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
         """Adds the adapters' outputs to those of their layers while entered; see `SelectedWeights.attach`.
 
         Without `values` this is training: dropout is on, drawn from (seed, draw) and from nothing else; the global
@@ -131,7 +131,7 @@ class Adapters:
         with ExitStack() as stack:
             stack.enter_context(self._weights.attach(values))
             if training and self.config.has_dropout:
-                stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *draw), self._devices()))
+                stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *rng_key), self._devices()))
             for name, layer in self._layers.items():
                 self.modules[name].train(training)
                 handle = layer.register_forward_hook(self._hook(self.modules[name], training))
@@ -139,7 +139,7 @@ class Adapters:
             yield
 
     @contextmanager
-    def released(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """While entered, inside `attach`, the layers are what they were before it."""
         self._released = True
         try:

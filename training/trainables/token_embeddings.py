@@ -105,7 +105,7 @@ class TokenEmbeddings:
         return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12) * self._norms[name]
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
         """Puts the vectors in effect on the text encoder; see `SelectedWeights.attach`."""
         originals = {key: concept.vectors[name] for key, (concept, name) in self._places.items()}
         with frozen(self._networks):
@@ -118,7 +118,7 @@ class TokenEmbeddings:
                 self._put(originals)
 
     @contextmanager
-    def released(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """While entered, inside `attach`, the text encoder is what it was before it."""
         attached = {key: concept.vectors[name] for key, (concept, name) in self._places.items()}
         try:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.parameters import Target, frozen
+from ..models.parameters import ParameterRef, frozen
 
 
 class Trainable(Protocol):
@@ -36,10 +36,10 @@ class Trainable(Protocol):
         ...
 
     def attach(
-        self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()
+        self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()
     ) -> AbstractContextManager[None]: ...
 
-    def released(self) -> AbstractContextManager[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """While entered, inside `attach`, the network is what it was before."""
         ...
 
@@ -47,7 +47,7 @@ class Trainable(Protocol):
 class SelectedWeights:
     """Trainable: chosen parameters of one or more networks, as fp32 masters under canonical names."""
 
-    def __init__(self, selected: Mapping[str, Target], networks: list[nn.Module]):
+    def __init__(self, selected: Mapping[str, ParameterRef], networks: list[nn.Module]):
         """selected: canonical name -> Target. networks: roots that are frozen while attached."""
         if not selected:
             raise ValueError("selection of weights to train is empty; expected at least one. Choose other layers.")
@@ -83,7 +83,7 @@ class SelectedWeights:
         return 1.0
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
         """Puts the masters (or other `values` of the same names, such as an average) in effect on the networks.
 
         draw: names this moment of a run for those kinds that draw something while attached; nothing here does.
@@ -101,7 +101,7 @@ class SelectedWeights:
                 self._put(originals)
 
     @contextmanager
-    def released(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """While entered, inside `attach`, the networks are what they were before it."""
         attached = {name: target.tensor for name, target in self._targets.items()}
         try:
@@ -116,7 +116,7 @@ class SelectedWeights:
             target.owner._parameters[target.attribute] = value
 
 
-class Together:
+class TrainableGroup:
     """Trainable: several kinds in one run, their names all different.
 
     parts: each with its learning rate as a multiple of the run's.
@@ -145,20 +145,20 @@ class Together:
         return self._rates[owner] * self._parts[owner].rate(name)
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, draw: tuple[int, ...] = ()) -> Iterator[None]:
+    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
         """Puts all of them in effect; see `SelectedWeights.attach`."""
         shared = [None] * len(self._parts) if values is None else self._shared(values)
         with ExitStack() as stack:
             for part, own in zip(self._parts, shared, strict=True):
-                stack.enter_context(part.attach(own, draw))
+                stack.enter_context(part.attach(own, rng_key))
             yield
 
     @contextmanager
-    def released(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """While entered, inside `attach`, the networks are what they were before it."""
         with ExitStack() as stack:
             for part in self._parts:
-                stack.enter_context(part.released())
+                stack.enter_context(part.disabled())
             yield
 
     def _shared(self, values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
