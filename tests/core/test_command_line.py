@@ -12,7 +12,8 @@ from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
 from retune.training.common.files import read_tensors, write_tensors
-from retune.training.config.flags import add_flags, field_docs, read_flags
+from retune.training.config.fields import field_docs
+from retune.training.config.flags import add_flags, read_flags
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings

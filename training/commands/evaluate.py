@@ -17,7 +17,8 @@ from ..common.distributed import world
 from ..common.files import write_json, write_text
 from ..common.fingerprint import tensors_sketch
 from ..common.rng import derive_seed
-from ..config.checks import check_choices, check_range, check_run_name, check_size
+from ..config.checks import check_fields, check_run_name, check_size
+from ..config.fields import setting
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
 from ..data.prompts import Prompt, expect_prompts, fingerprint_of
@@ -54,23 +55,23 @@ class EvaluateConfig:
     """Rewards as kind,name=value,... (see `score --help`); each is reported by its raw score."""
     baseline_tuned: tuple[str, ...] = ()
     """Results put into the model that is compared with, as --tuned; by default it is the model without --tuned."""
-    limit: int = 0
+    limit: int = setting(0, low=0, high=10**8)
     """Prompts to take, as many of each category as far as it has them; 0 takes all."""
     limit_seed: int = 0
     """Names the prompts that are taken."""
-    seeds: int = 4
+    seeds: int = setting(4, low=1, high=1000)
     """Pictures of each prompt, each from noise of its own; both models begin from the same."""
-    seed: int = 0
+    seed: int = setting(0, low=0, high=2**64 - 1)
     """Names the noise."""
-    sampling_steps: int = 25
+    sampling_steps: int = setting(25, low=1, high=1000)
     """Steps of the sampler (DDIM)."""
-    cfg: float = 7.5
+    cfg: float = setting(7.5, low=0, high=100)
     """Classifier-free guidance."""
-    width: int = 512
+    width: int = setting(512, low=8, high=8192)
     """Picture width in pixels, a multiple of 8."""
-    height: int = 512
+    height: int = setting(512, low=8, high=8192)
     """Picture height in pixels, a multiple of 8."""
-    batch_size: int = 4
+    batch_size: int = setting(4, low=1, high=10**4)
     """Pictures drawn at a time."""
     save_images: bool = False
     """Keep the pictures, in the folder's `images`."""
@@ -79,9 +80,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.run_name)
-        check_choices(self)
-        check_range(self, limit=(0, 10**8), seeds=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
-        check_range(self, width=(8, 8192), height=(8, 8192), batch_size=(1, 10**4), seed=(0, 2**64 - 1))
+        check_fields(self)
         check_size(self, "picture size")
 
 
