@@ -18,8 +18,8 @@ DEMO_CLIPS = {f"demo: {name}": f"text_encoders/{name}.safetensors" for name in T
 SDXL = "sdxl"
 SDXL_WIDTHS = (2048, 1280)
 FITTED_ELSEWHERE = (
-    "measured on the built-in prompts; the projection was fitted, and the std of other prompts than those of the fit may "
-    "be far larger or smaller. Give the prompts of the fit."
+    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may have a "
+    "far larger or smaller std. Give the prompts of the fit."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ from ..common.fingerprint import tensors_sketch
 from ..common.rng import derive_seed
 from ..config.checks import check_fields, check_run_name, check_size
 from ..config.fields import setting
+from ..config.flags import add_flags, read_flags
+from ..config.model import ModelConfig
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
 from ..data.prompts import Prompt, expect_prompts, fingerprint_of
-from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report
+from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report, table
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage
 from ..recipes.apply_results import tuned_identity
@@ -33,7 +36,9 @@ from ..rewards.parse import read_rewards
 from ..rewards.score import score_images
 from ..runs.folder import RunFolder
 from ..sampling.generate import draw
-from .open_model import ModelConfig, build_model
+from .open_model import build_model
+from .terminal import Terminal
+from .verb import Verb, add_output_flag, read_model_flags
 
 log = logging.getLogger(__name__)
 
@@ -227,3 +232,23 @@ def _scores(reward: CombinedReward, images: Tensor, texts: Sequence[str]) -> dic
     table = score_images(reward, images.flatten(0, 1), [text for text in texts for _ in range(images.shape[1])])
     found = table.terms or {table.name: table.scores}
     return {name: torch.tensor(values).unflatten(0, images.shape[:2]) for name, values in found.items()}
+
+
+def run_evaluate(arguments: argparse.Namespace) -> dict:
+    """The verb: the whole result as JSON, or its table."""
+    config = read_flags(arguments, EvaluateConfig)
+    result = evaluate(read_model_flags(arguments), config, arguments.output, Terminal())
+    return result if arguments.json else {"run": result["run"], "table": f"\n{table(result)}"}
+
+
+def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    add_flags(parser, EvaluateConfig)
+    add_output_flag(parser)
+
+
+VERBS = {
+    "evaluate": Verb(
+        "draw a set of prompts with a tuned model and its base, score and compare", add_evaluate_flags, run_evaluate
+    )
+}
