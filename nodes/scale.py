@@ -17,7 +17,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
             display_name="Scale Text Encoder",
             category="retune/text encoder",
             description="Multiplies a T5's output so that its standard deviation is a given one, or that of the "
-            "model's original CLIP. A UNet listens at the loudness it was trained with.",
+            "model's original CLIP. A UNet expects the standard deviation that it was trained with.",
             search_aliases=["embedding std", "normalize embeddings"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5 or Load Text Encoder."),

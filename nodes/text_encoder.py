@@ -5,7 +5,9 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.config.model import ModelConfig
 from ..training.demo.files import TEXT_ENCODERS, weights_path
+from .common.inputs import input_of, inputs_of, seed_input
 from .common.paths import files, listed_file, listed_model, output_path
 
 log = logging.getLogger(__name__)
@@ -16,8 +18,8 @@ DEMO_CLIPS = {f"demo: {name}": f"text_encoders/{name}.safetensors" for name in T
 SDXL = "sdxl"
 SDXL_WIDTHS = (2048, 1280)
 FITTED_ELSEWHERE = (
-    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may be far "
-    "louder or quieter. Give the prompts of the fit."
+    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may have a "
+    "far larger or smaller std. Give the prompts of the fit."
 )
 
 
@@ -46,31 +48,8 @@ class RetuneLoadT5(io.ComfyNode):
                     "(2048, and a pooled output of 1280); auto asks the connected model, as the demo model needs.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model to fit; needed for context_width auto."),
-                io.Int.Input(
-                    "max_tokens",
-                    default=256,
-                    min=2,
-                    max=4096,
-                    optional=True,
-                    tooltip="Longer prompts are cut, with a warning.",
-                ),
-                io.Combo.Input(
-                    "pad",
-                    options=["none", "max_tokens"],
-                    default="none",
-                    optional=True,
-                    tooltip="none: the context is as long as the prompt. max_tokens: always padded, and pads are "
-                    "attended. Train and sample the same way.",
-                ),
-                io.Combo.Input(
-                    "projection",
-                    options=["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"],
-                    default="orthogonal",
-                    optional=True,
-                    tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, "
-                    "orthogonal plus a small trainable network, or a trainable resampler to 64 tokens as in ELLA, "
-                    "which may know the noise level.",
-                ),
+                input_of(ModelConfig, "max_tokens", min=2, max=4096, optional=True),
+                *inputs_of(ModelConfig, "pad", "projection", optional=True),
                 io.Combo.Input(
                     "projection_file",
                     options=files(ENCODERS, first="none"),
@@ -86,15 +65,7 @@ class RetuneLoadT5(io.ComfyNode):
                     optional=True,
                     tooltip="How the T5 weights are kept in memory; default is ComfyUI's choice.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    optional=True,
-                    control_after_generate=False,
-                    tooltip="Names the random projection.",
-                ),
+                seed_input("Seed of the random projection.", optional=True),
             ],
             outputs=[io.Clip.Output(tooltip="The T5 with its projection; use it like any CLIP.")],
             hidden=[io.Hidden.unique_id],
@@ -146,15 +117,7 @@ class RetuneFitProjection(io.ComfyNode):
                     tooltip="Prompts to fit on, one a line: the more and the more like your own the better, ten at "
                     "least. Empty uses a built-in list of varied ones.",
                 ),
-                io.Combo.Input(
-                    "method",
-                    options=["ridge", "mean-covariance"],
-                    default="ridge",
-                    optional=True,
-                    tooltip="ridge: nearest to the reference, but quieter, since what the T5 does not tell is left "
-                    "out. mean-covariance: with the reference's mean and covariance, so as loud and as varied, and as "
-                    "near as that allows.",
-                ),
+                input_of(ModelConfig, "fit_method", id="method", optional=True),
             ],
             outputs=[
                 io.Clip.Output(tooltip="The T5 with the fitted projection."),

@@ -7,12 +7,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from retune.training.__main__ import main, parser, regularisation_folder
+from retune.training.__main__ import main, parser
 from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
+from retune.training.commands.train import regularisation_folder
 from retune.training.common.files import read_tensors, write_tensors
-from retune.training.config.flags import add_flags, field_docs, read_flags
+from retune.training.config.fields import field_docs
+from retune.training.config.flags import add_flags, read_flags
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings

@@ -1,25 +1,13 @@
 """Help pages (js/docs) against the nodes' schemas: inputs, outputs, defaults, pictures, links."""
 
-import asyncio
 import re
 from pathlib import Path
-
-import pytest
 
 DOCS = Path(__file__).parents[2] / "js" / "docs"
 WITHOUT_PAPER = {
     *("RetuneDatasetFromImages", "RetuneDemoDataset", "RetuneLoadDataset", "RetuneLoadTextEncoder"),
     *("RetuneSaveTextEncoder", "RetuneScaleConditioning", "RetuneScaleTextEncoder"),
 }
-
-
-@pytest.fixture(scope="module")
-def schemas(comfyui):
-    """What ComfyUI tells its frontend about our nodes, by node id."""
-    import retune
-
-    nodes = asyncio.run(asyncio.run(retune.comfy_entrypoint()).get_node_list())
-    return {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in nodes}
 
 
 def page(node_id: str) -> str:

@@ -7,6 +7,7 @@ captions are drawn and judged before and after.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.files import read_json, write_json, write_text
+from ..config.flags import add_flags, read_flags
+from ..config.folder import FolderConfig
+from ..config.model import ModelConfig
 from ..config.run import TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import TrainingSettings
-from ..data.folder import FolderConfig, load_folder
+from ..data.folder import load_folder
 from ..data.images import save_png
 from ..demo.files import weights_path
 from ..demo.judge import alignment
@@ -31,7 +35,9 @@ from ..recipes.unet import ARTIFACT, TrainedModel, read_trained, train_model
 from ..runs.folder import RunFolder, move_aside
 from ..runs.report import write_report
 from ..sampling.generate import draw
-from .open_model import ModelConfig, apply_weights, build_model, with_t5
+from .open_model import apply_weights, build_model, with_t5
+from .terminal import Terminal
+from .verb import Verb
 
 LOOK = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 
@@ -175,3 +181,21 @@ def _report(config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], sh
     folder = RunFolder(trained.path.parent)
     title = f"Held-out captions read back right by the judge (of {config.judged})"
     return write_report(folder, {title: table}, pictures)
+
+
+def run_demo_verb(arguments: argparse.Namespace) -> dict:
+    """The verb: the demo here, or as a workflow in a ComfyUI."""
+    config = read_flags(arguments, DemoConfig)
+    if arguments.comfyui:
+        from .demo_in_comfyui import run_demo_in_comfyui
+
+        return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
+    return run_demo(config, Terminal())
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, DemoConfig)
+    parser.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
+
+
+VERBS = {"demo": Verb("the T5 swap on the demo model, judged before and after", add_demo_flags, run_demo_verb)}

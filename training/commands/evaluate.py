@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,14 @@ from ..common.distributed import world
 from ..common.files import write_json, write_text
 from ..common.fingerprint import tensors_sketch
 from ..common.rng import derive_seed
-from ..config.checks import check_choices, check_range, check_run_name, check_size
+from ..config.checks import check_fields, check_run_name, check_size
+from ..config.fields import setting
+from ..config.flags import add_flags, read_flags
+from ..config.model import ModelConfig
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
 from ..data.prompts import Prompt, expect_prompts, fingerprint_of
-from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report
+from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report, table
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage
 from ..recipes.apply_results import tuned_identity
@@ -32,7 +36,9 @@ from ..rewards.parse import read_rewards
 from ..rewards.score import score_images
 from ..runs.folder import RunFolder
 from ..sampling.generate import draw
-from .open_model import ModelConfig, build_model
+from .open_model import build_model
+from .terminal import Terminal
+from .verb import Verb, add_output_flag, read_model_flags
 
 log = logging.getLogger(__name__)
 
@@ -54,23 +60,23 @@ class EvaluateConfig:
     """Rewards as kind,name=value,... (see `score --help`); each is reported by its raw score."""
     baseline_tuned: tuple[str, ...] = ()
     """Results put into the model that is compared with, as --tuned; by default it is the model without --tuned."""
-    limit: int = 0
+    limit: int = setting(0, low=0, high=10**8)
     """Prompts to take, as many of each category as far as it has them; 0 takes all."""
     limit_seed: int = 0
     """Names the prompts that are taken."""
-    seeds: int = 4
+    seeds: int = setting(4, low=1, high=1000)
     """Pictures of each prompt, each from noise of its own; both models begin from the same."""
-    seed: int = 0
+    seed: int = setting(0, low=0, high=2**64 - 1)
     """Names the noise."""
-    sampling_steps: int = 25
+    sampling_steps: int = setting(25, low=1, high=1000)
     """Steps of the sampler (DDIM)."""
-    cfg: float = 7.5
+    cfg: float = setting(7.5, low=0, high=100)
     """Classifier-free guidance."""
-    width: int = 512
+    width: int = setting(512, low=8, high=8192)
     """Picture width in pixels, a multiple of 8."""
-    height: int = 512
+    height: int = setting(512, low=8, high=8192)
     """Picture height in pixels, a multiple of 8."""
-    batch_size: int = 4
+    batch_size: int = setting(4, low=1, high=10**4)
     """Pictures drawn at a time."""
     save_images: bool = False
     """Keep the pictures, in the folder's `images`."""
@@ -79,9 +85,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.run_name)
-        check_choices(self)
-        check_range(self, limit=(0, 10**8), seeds=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
-        check_range(self, width=(8, 8192), height=(8, 8192), batch_size=(1, 10**4), seed=(0, 2**64 - 1))
+        check_fields(self)
         check_size(self, "picture size")
 
 
@@ -228,3 +232,23 @@ def _scores(reward: CombinedReward, images: Tensor, texts: Sequence[str]) -> dic
     table = score_images(reward, images.flatten(0, 1), [text for text in texts for _ in range(images.shape[1])])
     found = table.terms or {table.name: table.scores}
     return {name: torch.tensor(values).unflatten(0, images.shape[:2]) for name, values in found.items()}
+
+
+def run_evaluate(arguments: argparse.Namespace) -> dict:
+    """The verb: the whole result as JSON, or its table."""
+    config = read_flags(arguments, EvaluateConfig)
+    result = evaluate(read_model_flags(arguments), config, arguments.output, Terminal())
+    return result if arguments.json else {"run": result["run"], "table": f"\n{table(result)}"}
+
+
+def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    add_flags(parser, EvaluateConfig)
+    add_output_flag(parser)
+
+
+VERBS = {
+    "evaluate": Verb(
+        "draw a set of prompts with a tuned model and its base, score and compare", add_evaluate_flags, run_evaluate
+    )
+}

@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from ..common.files import read_tensors
-from ..config.checks import check_choices, check_range
+from ..config.checks import check_fields
+from ..config.fields import setting
 from ..formats.lora import BIAS, Lora, LoraModule, parse_lora, read_lora
 from ..formats.lora_difference import LowRank, as_lora, kernel_of, low_rank, low_rank_of
 from ..formats.lora_metadata import LoraAbout
@@ -39,14 +40,13 @@ class ResizeLoraConfig:
     """The .safetensors file to write; kohya or diffusers like the one that is read."""
     rank: int | None = None
     """Highest rank of a layer; a layer of a lower one keeps it."""
-    energy: float = 1.0
+    energy: float = setting(1.0, low=1e-6, high=1)
     """Share of each layer's squared Frobenius norm to keep, with as low a rank as that takes; 1 leaves it to rank."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_range(self, energy=(1e-6, 1))
+        check_fields(self)
         _check_rank("rank", self.rank if self.rank is not None else 1, least=1)
         if self.rank is None and self.energy == 1:
             raise ValueError("neither rank nor energy is given; expected --rank 8, --energy 0.95, or both.")
@@ -72,7 +72,7 @@ class ExtractLoraConfig:
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         _check_rank("rank", self.rank, least=1)
         _check_rank("conv_rank", self.conv_rank, least=0)
 
@@ -93,7 +93,7 @@ class ConvertLoraConfig:
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
 
 def resize_lora(config: ResizeLoraConfig) -> dict:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..common.files import write_tensors
+from ..config.model import ModelConfig
+from ..config.reset import ResetConfig
 from ..demo.files import weights_path
 from ..models import ldm
 from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
-from ..models.layers import ResetConfig, reset_weights
+from ..models.layers import reset_weights
 from ..models.protocols import Denoiser, TextToImage
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
@@ -28,45 +29,6 @@ from ..text_encoder.t5_file import read_t5_config
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A text-to-image model and what is done to it before training."""
-
-    model: str
-    """diffusers folder, .safetensors checkpoint, or "demo"."""
-    tokenizer: Path | None = None
-    """CLIP tokenizer folder, for a single-file checkpoint."""
-    t5: str | None = None
-    """T5 file or folder that replaces CLIP, or "demo"; None keeps CLIP."""
-    t5_tokenizer: Path | None = None
-    """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
-    comfyui: Path | None = None
-    """An installed ComfyUI, to take tokenizers from."""
-    projection: Literal["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"] = "orthogonal"
-    """Start of the map from T5's width to the UNet's."""
-    projection_seed: int = 0
-    """Names the random projection."""
-    target_std: float | None = None
-    """Scale the T5's output to this std; None matches the CLIP that it replaces."""
-    max_tokens: int = 256
-    """Longer prompts are cut."""
-    pad: Literal["none", "max_tokens"] = "none"
-    """Contexts as long as their prompts, or always padded."""
-    fit: Path | None = None
-    """Text file of prompts, one a line: the projection is fitted on them to the text encoder that the T5 replaces."""
-    fit_method: Literal["ridge", "mean-covariance"] = "ridge"
-    """Fit nearest to that encoder, or nearest with its mean and covariance."""
-    reset: str | None = None
-    """Layers to reset; None keeps all."""
-    reset_seed: int = 0
-    """Names the random weights of the reset."""
-    tuned: tuple[str, ...] = ()
-    """Results of earlier runs that are put into the model, in this order and after all else: folders of `reward`,
-    `train` or `lora` runs, or their files (a LoRA of any trainer too). FILE:0.5 goes half the way."""
-    device: str = ""
-    """Such as cuda or cpu; empty takes what accelerate finds on the command line, and the CPU elsewhere."""
 
 
 def build_model(config: ModelConfig) -> TextToImage:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
-from .checks import check_choices, check_range, check_run_name
+from .checks import check_fields, check_run_name
+from .fields import setting
 from .guard import GuardRule
 from .sample_prompts import SamplePrompts
 from .training_settings import TrainingSettings
@@ -18,24 +19,24 @@ class RunConfig:
     """What every training on captioned images is asked for."""
 
     run_name: str
-    """Folder name of the run."""
-    steps: int = 500
+    """Name of the run's folder, in output/retune."""
+    steps: int = setting(500, low=1, high=10**8)
     """Optimiser steps in all."""
-    batch_size: int = 1
+    batch_size: int = setting(1, low=1, high=10**5)
     """Images per batch."""
-    learning_rate: float = 1e-5
+    learning_rate: float = setting(1e-5, low=0, high=10, step=1e-7)
     """Peak learning rate."""
-    seed: int = 0
-    """Names every random draw of the run."""
+    seed: int = setting(0, low=0, high=2**64 - 1)
+    """Seed of every random draw of the run."""
     settings: TrainingSettings = TrainingSettings()
     samples: SamplePrompts = SamplePrompts()
-    resume: Literal["auto", "restart"] = "auto"
-    """auto: go on with the run of this name if its settings are equal; restart: move the old folder aside."""
+    resume: Literal["auto", "restart"] = setting("auto")
+    """auto: resume the run of this name if its settings are equal; restart: move the old folder aside. Steps, samples,
+    validate_every, save_every, early_stop_after, result, tensorboard and gradient_checkpointing may change."""
 
     def __post_init__(self) -> None:
         check_run_name(self.run_name)
-        check_choices(self)
-        check_range(self, steps=(1, 10**8), batch_size=(1, 10**5), learning_rate=(0, 10), seed=(0, 2**64 - 1))
+        check_fields(self)
         if self.settings.total_batch % self.batch_size:
             raise ValueError(
                 f"total_batch is {self.settings.total_batch}; expected a multiple of batch_size, {self.batch_size}. "
@@ -63,10 +64,10 @@ class RunConfig:
 class TrainModelConfig(RunConfig):
     """Retrain parts of a UNet (and the projection behind a text encoder) on captioned images."""
 
-    train: Literal[LAYERS] = "cross-attention"  # type: ignore[valid-type]
+    train: Literal[LAYERS] = setting("cross-attention")  # type: ignore[valid-type]
     """Which layers of the UNet train."""
-    train_projection: bool = True
-    """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
+    train_projection: bool = setting(True)
+    """Train the projection of a T5 text encoder as well."""
 
 
 RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}

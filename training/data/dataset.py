@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .buckets import Size, bucket_for, check_multiple, make_buckets
+from ..config.checks import check_multiple
+from ..config.folder import CROPS, FolderConfig
+from .buckets import Size, bucket_for, make_buckets
 from .examples import Dataset, Example, tensor_key
-from .folder import FolderConfig, load_folder
-from .images import CROPS, flatten_alpha
+from .folder import load_folder
+from .images import flatten_alpha
 from .masks import Mask
 from .report import counted, format_report
 
