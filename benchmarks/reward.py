@@ -28,7 +28,8 @@ from ..training.objectives.reward import RewardObjective
 from ..training.recipes.reward import trainable_of
 from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
-from ..training.sampling.rollout import Guidance, Step, ddim_chain, first_latent, guided_output, rollout
+from ..training.sampling.guidance import Guidance
+from ..training.sampling.rollout import Step, ddim_chain, first_latent, guided_output, rollout
 from ..training.trainables.weights import Trainable
 from .memory import kept_bytes
 from .study import table

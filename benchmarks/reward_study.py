@@ -29,7 +29,8 @@ from ..training.recipes.reward import tune
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.diversity import Diversity
 from ..training.rewards.load import RewardConfig, load_reward
-from ..training.sampling.rollout import Guidance, advance, ddim_chain, first_latent
+from ..training.sampling.guidance import Guidance
+from ..training.sampling.rollout import advance, ddim_chain, first_latent
 from .study import Labels, Study, Trial, in_words, verdict
 
 SAMPLING, CFG, SIDE = 8, 2.5, 128

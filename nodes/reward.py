@@ -187,11 +187,11 @@ class RetuneScoreImages(io.ComfyNode):
     def execute(cls, images, prompts, reward):
         from comfy_api.latest import ui
 
-        from ..training.plots.score_histogram import score_chart
+        from ..training.plots.score_histogram import score_histogram
         from .bridge.score import score
 
         table = score(reward, images, prompts)
-        chart = score_chart(table)[None]
+        chart = score_histogram(table.name, table.scores, table.mean, table.std)[None]
         return io.NodeOutput(json.dumps(table.as_dict()), table.mean, chart, ui=ui.PreviewImage(chart, cls=cls))
 
 

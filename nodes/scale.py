@@ -64,7 +64,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from ..training.plots.token_histogram import histogram
+        from ..training.plots.token_histogram import Distribution, token_histogram
         from .bridge.measure import is_fitted, scaled_or_measured
         from .ui.progress import telling
 
@@ -74,7 +74,8 @@ class RetuneScaleTextEncoder(io.ComfyNode):
             text += "\n" + FITTED_ELSEWHERE
             log.warning("%s", FITTED_ELSEWHERE)
         std = figures["measured" if mode == "off" else "after"].std
-        return io.NodeOutput(clip, std, text, histogram(figures)[None])
+        distributions = {name: Distribution(f.token_rms, f.std, f.rms_quantiles()) for name, f in figures.items()}
+        return io.NodeOutput(clip, std, text, token_histogram(distributions)[None])
 
 
 class RetuneScaleConditioning(io.ComfyNode):

@@ -20,7 +20,8 @@ from retune.training.objectives.reward_on_images import DirectObjective
 from retune.training.recipes.reward import trainable_of, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.sampling.rollout import Guidance, guided_output
+from retune.training.sampling.guidance import Guidance
+from retune.training.sampling.rollout import guided_output
 
 PROMPTS = ["a red circle", "two small blue squares"]
 
