@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ...training.common.fingerprint import tensors_fingerprint
 from ...training.models.protocols import Conditioning
-from ..common.weights import is_dynamic, without_inference_tensors
+from .device import load_fully, static_clone, without_inference_tensors
 
 
 class ComfyDenoiser:
@@ -27,7 +26,7 @@ class ComfyDenoiser:
 
     def __init__(self, patcher):
         self.keep_loaded: list = []
-        self.patcher = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
+        self.patcher = static_clone(patcher)
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
@@ -45,29 +44,14 @@ class ComfyDenoiser:
 
     def load(self, memory: int = 0) -> None:
         """Brings the whole UNet, patches applied, to its device; `memory` bytes are kept free for activations."""
-        import comfy.model_management
-
         patchers = [self.patcher, *self.keep_loaded]
-        comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+        load_fully(patchers, memory)
         for patcher in patchers:
             without_inference_tensors(patcher.model)
 
     def activation_memory(self, batch_size: int, height: int, width: int) -> int:
         """Bytes to keep free for a training step: ComfyUI's estimate for inference, times six for kept activations."""
         return int(6 * self.patcher.memory_required([batch_size, self.latent_channels, height, width]))
-
-    @contextmanager
-    def casting_weights(self) -> Iterator[None]:
-        """While entered, layers cast weights to their input's dtype, so fp16 weights work beside fp32 masters."""
-        mixed = {p.dtype for p in self.network.parameters()} != {torch.float32}
-        layers = [m for m in self.network.modules() if mixed and getattr(m, "comfy_cast_weights", None) is False]
-        try:
-            for layer in layers:
-                layer.comfy_cast_weights = True
-            yield
-        finally:
-            for layer in layers:
-                layer.comfy_cast_weights = False
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         sigma = _column(sigma)

@@ -9,7 +9,7 @@ import torch
 from ...training.rewards.augment import Augmentation
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.load import RewardConfig, load_reward
-from ..common.weights import without_inference_tensors
+from .device import load_fully, without_inference_tensors
 
 
 class ManagedReward:
@@ -46,18 +46,17 @@ class ManagedReward:
     def combined(self) -> CombinedReward:
         return CombinedReward(self.terms, self.augmentation)
 
-    def load(self, batch: int, gradient: bool = False, beside: Sequence = ()) -> None:
-        """Brings all networks whole to the device, with room to score `batch` images; beside: patchers to keep there.
+    def load(self, batch: int, gradient: bool = False) -> None:
+        """Loads all networks whole, with memory left to score `batch` images.
 
-        gradient: with room for a backward pass through all of them at once.
+        Args:
+            batch: images that are scored at a time.
+            gradient: whether memory for a backward pass through all networks at once is left too.
         """
-        import comfy.model_management
-
         memory = self.combined().activation_bytes(batch, gradient)
-        patchers = [*dict.fromkeys(self.patchers), *beside]
-        comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+        load_fully([*dict.fromkeys(self.patchers)], memory)
         for patcher in self.patchers:
-            patcher.model.to(patcher.load_device)  # with --novram ComfyUI leaves buffers behind; weights are there
+            patcher.model.to(patcher.load_device)  # with --novram ComfyUI moves the weights and forgets the buffers
             without_inference_tensors(patcher.model)
 
 

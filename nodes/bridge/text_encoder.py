@@ -16,8 +16,8 @@ from ...training.models.protocols import Conditioning
 from ..clips import t5_clip
 from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
 from ..clips.fingerprint import clip_fingerprint
-from ..common.weights import is_dynamic
 from .denoiser import ComfyDenoiser
+from .device import static_clip
 
 CLIP_ROOM = 75
 """Tokens in one of a CLIP's windows of 77, its start and end token left out."""
@@ -81,13 +81,13 @@ class ComfyTextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        found = self._plain_clip().cond_stage_model.named_modules()
+        found = self._static_clip().cond_stage_model.named_modules()
         linear = {path: layer for path, layer in found if isinstance(layer, nn.Linear)}
         return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNREAD.fullmatch(path)}
 
     @property
     def weights(self) -> dict[str, ParameterRef]:
-        found = parameter_refs(self._plain_clip().cond_stage_model, "text_encoders.")
+        found = parameter_refs(self._static_clip().cond_stage_model, "text_encoders.")
         return {name: target for name, target in found.items() if not UNREAD.fullmatch(name)}
 
     @contextmanager
@@ -95,7 +95,7 @@ class ComfyTextEncoder:
         """ComfyUI's residuals are added in place, which would destroy what the norms before them keep for backward."""
         from comfy.text_encoders.t5 import T5LayerNorm
 
-        patcher, modules = self._plain_clip().patcher, self.clip.cond_stage_model.modules()
+        patcher, modules = self._static_clip().patcher, self.clip.cond_stage_model.modules()
         norms = [module for module in modules if isinstance(module, (nn.LayerNorm, T5LayerNorm))]
         hooks = [norm.register_forward_pre_hook(_copy_first) for norm in norms]
         self._denoiser.keep_loaded.append(patcher)
@@ -109,11 +109,9 @@ class ComfyTextEncoder:
             for hook in hooks:
                 hook.remove()
 
-    def _plain_clip(self):
-        """The CLIP; under dynamic VRAM a copy of its own, since there weights come and go while a module runs."""
-        if is_dynamic(self.clip.patcher):
-            self.clip = self.clip.clone(disable_dynamic=True)
-            self.clip.cond_stage_model = self.clip.patcher.model
+    def _static_clip(self):
+        """The CLIP with weights that stay in place, from here on."""
+        self.clip = static_clip(self.clip)
         return self.clip
 
     def _one(self, text: str) -> Conditioning:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from ...training.recipes.reward import Tuned
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.reward import ClipReward
 from ..common.inputs import expect_given
-from ..common.weights import is_dynamic, with_text_weights, with_unet_weights
+from ..common.weights import with_text_weights, with_unet_weights
+from .device import static_vae
 from .lora_patches import Row, apply_loras, lora_of
 from .rewards import ManagedReward, expect_reward
 from .text_encoder import with_projection
@@ -57,23 +57,13 @@ def weighted(reward: ManagedReward, weight: float) -> ManagedReward:
 def tuning(model, clip, vae, judge: ManagedReward) -> Iterator[tuple[TextToImage, CombinedReward]]:
     """The model view and the rewards, ready to tune while entered: VAE and rewards stay loaded beside the UNet."""
     expect_given(vae=vae)
-    vae = _plain_vae(vae)
+    vae = static_vae(vae)
     with text_to_image(model, clip, vae) as view:
         view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(judge.patchers)]
         view.denoiser.load()  # makes ordinary tensors of inference tensors, before anything is frozen
         rewards = judge.combined()
         with frozen([vae.first_stage_model, rewards.network]):
             yield view, rewards
-
-
-def _plain_vae(vae):
-    """The VAE; under dynamic VRAM a copy of its own, since there weights come and go while a module runs."""
-    if not is_dynamic(vae.patcher):
-        return vae
-    plain = copy.copy(vae)
-    plain.patcher = vae.patcher.clone(disable_dynamic=True)
-    plain.first_stage_model = plain.patcher.model
-    return plain
 
 
 def applied(model, clip, found: Tuned, name: str) -> tuple:
