@@ -180,7 +180,8 @@ class RetuneFitProjection(io.ComfyNode):
 def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     """Writes what a T5 CLIP has of its own; the path, and warnings of what the file lacks."""
     from ..training.text_encoder.file import save_text_encoder
-    from .clips.t5_clip import saved_text_encoder, t5_parts
+    from .clips.saved_clip import saved_text_encoder
+    from .clips.t5_clip import t5_parts
 
     saved = saved_text_encoder(clip)
     path = output_path("clip", prefix, ".safetensors")
