@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL, CLIP and VAE as the core's model view."""
+"""ComfyUI's MODEL, CLIP and VAE as the core's `TextToImage`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...training.models.protocols import TextToImage
+from ..common.demo_model import is_demo
 from ..common.inputs import expect_given
 from .autoencoder import ComfyAutoencoder, latent_format_of
 from .denoiser import ComfyDenoiser
@@ -15,9 +16,8 @@ from .text_encoder import ComfyTextEncoder
 
 @contextmanager
 def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
-    """The model view of a MODEL, CLIP and VAE, ready to train while entered. Raises ValueError for an empty one."""
+    """While entered, a MODEL, CLIP and VAE as a `TextToImage` that can train. Raises ValueError for a missing one."""
     from ...training.demo.judge import judge_samples
-    from ..common.demo_model import is_demo
 
     expect_given(model=model, clip=clip, vae=vae)
     with training_mode():
