@@ -89,8 +89,8 @@ class RetuneDemoDataset(io.ComfyNode):
     def execute(cls, count, seed, subset="", look="plain"):
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, f"drawing {count} pictures"):
+        with reporting(cls, f"drawing {count} pictures"):
             images, captions = demo_examples(count, seed, subset, look)
         return io.NodeOutput(from_images([images], captions), images.movedim(1, -1), "\n".join(captions))

@@ -155,7 +155,8 @@ def _t5_part(clip):
     import comfy.sd
 
     from ..training.commands.export_diffusers import T5Part, find_tokenizer_file
-    from .clips.t5_clip import core_text_encoder, t5_parts
+    from .bridge.text_encoder import core_text_encoder
+    from .clips.t5_clip import t5_parts
 
     if clip.layer_idx is not None:
         raise ValueError("the T5 stops at an earlier layer (CLIP Set Last Layer); expected one without that node.")

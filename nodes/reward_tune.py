@@ -132,20 +132,20 @@ class RetuneRewardTune(io.ComfyNode):
         **values,
     ):
         from ..training.recipes.reward import tune
-        from .bridge.tuned import applied, prompt_list, tuned_by, tuning
+        from .bridge.reward_tuning import apply_result, prompt_list, ready_to_tune, reward_with_constraint
         from .common.paths import runs_folder
         from .ui.progress import NodeCallbacks
 
-        judge = tuned_by(reward, values.pop("clip_constraint"), constraint, held_out)
+        judge = reward_with_constraint(reward, values.pop("clip_constraint"), constraint, held_out)
         wanted = prompt_list(prompts, values.pop("prompt_file", ""))
         config = RewardTuneConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with progress as callbacks, tuning(model, clip, vae, judge) as (view, rewards):
+        with progress as callbacks, ready_to_tune(model, clip, vae, judge) as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)
-            callbacks.keep_ready(view, config.batch_size, config.height, config.width, memory)
+            callbacks.reserve(view, config.batch_size, config.height, config.width, memory)
             if config.method == "direct" and dataset is not None:
-                callbacks.keep_loaded(view, dataset, config.batch_size, memory)
+                callbacks.reserve_for_dataset(view, dataset, config.batch_size, memory)
             details = made_by(cls.hidden)
             found = tune(view, rewards, wanted, config, runs_folder(), callbacks, details, dataset)
-        model, clip = applied(model, clip, found, config.run_name)
+        model, clip = apply_result(model, clip, found, config.run_name)
         return io.NodeOutput(model, clip, found.lora, found.path.parent, ui=run_ui(config.run_name))

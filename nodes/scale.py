@@ -66,9 +66,9 @@ class RetuneScaleTextEncoder(io.ComfyNode):
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
         from ..training.plots.token_histogram import Distribution, token_histogram
         from .bridge.measure import is_fitted, scaled_or_measured
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, "measuring the text encoder"):
+        with reporting(cls, "measuring the text encoder"):
             clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
         if not prompts.strip() and is_fitted(clip):
             text += "\n" + FITTED_ELSEWHERE

@@ -77,7 +77,7 @@ class RetuneLoadT5(io.ComfyNode):
         from ..training.text_encoder.t5_file import read_t5_config
         from .clips.kept_clip import KeptClip
         from .clips.t5_clip import load_t5_clip
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
         path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
         width, pooled_width = widths(context_width, model)
@@ -93,7 +93,7 @@ class RetuneLoadT5(io.ComfyNode):
             saved = saved_of_width(listed_file(file, ENCODERS), width)
             saved.check_pooled(pooled_width)
             projection, options["target_std"] = saved.projection, saved.target_std
-        with telling(cls, "loading the T5"):
+        with reporting(cls, "loading the T5"):
             return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
@@ -133,9 +133,9 @@ class RetuneFitProjection(io.ComfyNode):
     @classmethod
     def execute(cls, clip, reference, prompts, method="ridge"):
         from .bridge.measure import fit_clip
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, "fitting the projection"):
+        with reporting(cls, "fitting the projection"):
             fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
         return io.NodeOutput(fitted, report.text())
 
@@ -143,7 +143,8 @@ class RetuneFitProjection(io.ComfyNode):
 def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     """Writes what a T5 CLIP has of its own; the path, and warnings of what the file lacks."""
     from ..training.text_encoder.file import save_text_encoder
-    from .clips.t5_clip import saved_text_encoder, t5_parts
+    from .clips.saved_clip import saved_text_encoder
+    from .clips.t5_clip import t5_parts
 
     saved = saved_text_encoder(clip)
     path = output_path("clip", prefix, ".safetensors")

@@ -49,7 +49,7 @@ class RetuneTrainModel(io.ComfyNode):
         config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             trained = train_model(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         new_model = with_unet_weights(model, trained.unet)
         new_clip = with_projection(clip, trained.projection)

@@ -89,7 +89,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
         config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             details = made_by(cls.hidden)
             trained = train_embedding(view, dataset, config, runs_folder(), callbacks, details)
         clip = with_concepts(clip, trained.embedding.concepts)

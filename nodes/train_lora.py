@@ -101,7 +101,7 @@ class RetuneTrainLora(io.ComfyNode):
         config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             first = None if start is None else lora_of("start", start)
             details = made_by(cls.hidden)
             trained = train_lora(view, dataset, config, runs_folder(), callbacks, details, first)

@@ -1,23 +1,13 @@
-"""Weights of a MODEL and a CLIP as their patches make them: read, told apart, and replaced by other patches."""
+"""Reading the patched weights of a MODEL or CLIP, and returning changed weights as patches on a clone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.formats.lora_names import TEXT, UNET
-
-
-def without_inference_tensors(module: nn.Module) -> None:
-    """Replaces parameters and buffers made under inference mode by ordinary copies of the same values."""
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers):
-            for name, value in store.items():
-                if value is not None and value.is_inference():
-                    copy = value.detach().clone()
-                    store[name] = nn.Parameter(copy, requires_grad=False) if store is owner._parameters else copy
 
 
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
@@ -74,7 +64,3 @@ def attention_weights(model) -> dict[str, Tensor]:
         name for name, _ in model.model.diffusion_model.named_parameters() if ".attn1." in name or ".attn2." in name
     ]
     return {name: patched_weight(model, UNET + name) for name in names}
-
-
-def is_dynamic(patcher) -> bool:
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
