@@ -86,11 +86,11 @@ def lora(arguments: argparse.Namespace) -> dict:
 
 
 def embedding(arguments: argparse.Namespace) -> dict:
-    from .recipes.textual_inversion import known_concepts, train_embedding
+    from .recipes.textual_inversion import read_concepts, train_embedding
 
     config, dataset, terminal = open_run(arguments, EmbeddingConfig)
     model = open_model(arguments)
-    known = known_concepts(arguments.known_embeddings, model.text_encoder)
+    known = read_concepts(arguments.known_embeddings, model.text_encoder)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(known))
     trained = train_embedding(model, dataset, config, arguments.output, terminal)
     return {"run": str(trained.path.parent), "result": str(trained.path)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...training.data.prompts import Prompt, read_prompts
 from ...training.models.parameters import frozen
 from ...training.models.protocols import TextToImage
-from ...training.recipes.reward import Tuned
+from ...training.recipes.reward import TunedModel
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.reward import ClipReward
 from ..common.inputs import expect_given
@@ -76,7 +76,7 @@ def _plain_vae(vae):
     return plain
 
 
-def applied(model, clip, found: Tuned, name: str) -> tuple:
+def applied(model, clip, found: TunedModel, name: str) -> tuple:
     """MODEL and CLIP with a run's result as patches on clones; the inputs where it changed nothing of theirs."""
     if found.unet:
         model = with_unet_weights(model, found.unet)
