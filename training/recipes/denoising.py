@@ -13,6 +13,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.rng import generator
+from ..config.loop import LoopConfig
 from ..config.run import RunConfig
 from ..config.training_settings import TrainingSettings
 from ..data.cache import LatentCache, TextCache
@@ -20,12 +21,13 @@ from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder, Slot
 from ..evaluation.text_gap import evaluate
-from ..loop.loop import Loop, LoopConfig, Sampler
-from ..loop.memory import hints
+from ..loop.loop import Loop
+from ..loop.memory import memory_hints
 from ..models.noise_levels import zero_terminal_sigmas
 from ..models.protocols import TextToImage
 from ..objectives.denoising import DenoisingObjective
 from ..runs.folder import RunFolder
+from ..runs.samples import Sampler
 from ..sampling.generate import TextOf, decode, draw_latents, encode_with
 from .run import TrainingJob, run_identity, run_training
 
@@ -86,7 +88,7 @@ def build_loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
-            when_full=hints(config, dataset.largest),
+            memory_hints=memory_hints(config, dataset.largest),
         ),
         sampler=build_sampler(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],

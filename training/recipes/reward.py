@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.files import read_tensors, write_tensors
+from ..config.loop import Batches, LoopConfig
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig
 from ..data.dataset import split_validation
@@ -26,8 +27,8 @@ from ..data.order import BatchOrder
 from ..data.prompt_lengths import warn_of_long_prompts
 from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
 from ..evaluation.guard_pictures import build_guard, guard_prompts, measure_pictures
-from ..loop.loop import Batches, Loop, LoopConfig
-from ..loop.memory import hints
+from ..loop.loop import Loop
+from ..loop.memory import memory_hints
 from ..models import ldm
 from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
@@ -216,7 +217,7 @@ def _loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=data.steps_per_epoch,
-            when_full=hints(config, data.size),
+            memory_hints=memory_hints(config, data.size),
         ),
         sampler=build_sampler(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
