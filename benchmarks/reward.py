@@ -25,7 +25,7 @@ from ..training.config.reward import RewardTuneConfig
 from ..training.data.prompts import PromptSlot
 from ..training.models.protocols import Conditioning, TextToImage
 from ..training.objectives.reward import RewardObjective
-from ..training.recipes.reward import trainable_of
+from ..training.recipes.reward import build_trainable
 from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
 from ..training.sampling.guidance import Guidance
@@ -101,7 +101,7 @@ class Bench:
         reward = read_rewards(config.rewards, comfyui=comfyui)
         reward.network.to(device)
         model = build_model(ModelConfig(model=config.model, comfyui=comfyui, device=device))
-        return cls(model, reward, config, trainable_of(model, config.tuning(1)))
+        return cls(model, reward, config, build_trainable(model, config.tuning(1)))
 
     @property
     def prompts(self) -> list[str]:

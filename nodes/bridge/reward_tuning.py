@@ -9,7 +9,7 @@ from pathlib import Path
 from ...training.data.prompts import Prompt, read_prompts
 from ...training.models.parameters import frozen
 from ...training.models.protocols import TextToImage
-from ...training.recipes.reward import Tuned
+from ...training.recipes.reward import TunedModel
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.reward import ClipReward
 from ..common.inputs import expect_given

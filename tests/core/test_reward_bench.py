@@ -18,7 +18,7 @@ from retune.benchmarks.reward import (
     measured,
     turns_of,
 )
-from retune.training.recipes.reward import trainable_of
+from retune.training.recipes.reward import build_trainable
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 
@@ -50,7 +50,7 @@ def bench_of(tiny_model):
     def bench(pixels, sampling_steps):
         sizes = {"pixels": pixels, "sampling_steps": sampling_steps, "gradient_steps": (1,), "batch_size": 2}
         config = RewardBenchConfig(**sizes)
-        return Bench(tiny_model, reward, config, trainable_of(tiny_model, config.tuning(1)))
+        return Bench(tiny_model, reward, config, build_trainable(tiny_model, config.tuning(1)))
 
     return bench
 

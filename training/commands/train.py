@@ -51,11 +51,11 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 
 
 def run_embedding(arguments: argparse.Namespace) -> dict:
-    from ..recipes.textual_inversion import known_concepts, train_embedding
+    from ..recipes.textual_inversion import read_concepts, train_embedding
 
     config, dataset = read_run_flags(arguments, EmbeddingConfig), open_dataset(arguments)
     model = open_model(arguments)
-    concepts = known_concepts(arguments.known_embeddings, model.text_encoder)
+    concepts = read_concepts(arguments.known_embeddings, model.text_encoder)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     trained = train_embedding(model, dataset, config, arguments.output, Terminal())
     return result_of(trained.path)

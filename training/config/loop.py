@@ -29,8 +29,8 @@ class LoopConfig:
     samples: SamplePrompts
     steps_per_epoch: float = math.inf
     """Optimiser steps in which every image is shown once (or `repeats` times)."""
-    when_full: str = ""
-    """What to change when memory does not suffice, in words."""
+    memory_hints: str = ""
+    """Text of the error when memory runs out: which settings to change."""
 
     @property
     def sample_every(self) -> int:

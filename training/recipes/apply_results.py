@@ -23,10 +23,9 @@ from ..formats.lora_names import TEXT, UNET, naming_of
 from ..models import ldm
 from ..models.protocols import TextToImage
 from ..text_encoder.blend import blend_projections, mix
-from ..text_encoder.projection import Projection
+from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
 from ..trainables.lora_init import plain_layer
-from .unet import PROJECTION_PREFIX
 
 log = logging.getLogger(__name__)
 

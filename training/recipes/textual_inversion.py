@@ -28,9 +28,9 @@ from ..trainables.lora import Adapters, select_layers
 from ..trainables.token_embeddings import TokenEmbeddings, start_concept
 from ..trainables.weights import Trainable, TrainableGroup
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import facts_of_training, unet_layers, write_lora
+from .lora import describe_training, unet_layers, write_lora
 from .run import TrainingJob
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def train_embedding(
     """
     check_fit(model, config)
     callbacks = callbacks or Callbacks()
-    dataset, captions = captioned(dataset, config)
+    dataset, captions = choose_captions(dataset, config)
     if not config.lora_rank and config.settings.caption_dropout:
         log.info("caption_dropout is left out: an empty caption teaches a token nothing")
         config = replace(config, settings=replace(config.settings, caption_dropout=0.0))
@@ -73,8 +73,8 @@ def train_embedding(
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
     tokens = TokenEmbeddings(starts, [model.denoiser.network], norms, model.denoiser.device)
     adapters = _adapters(model, config)
-    about = facts_of_training(model, dataset)
-    kind = TrainingJob(
+    about = describe_training(model, dataset)
+    job = TrainingJob(
         name="embedding",
         artifact=ARTIFACT,
         trainable=lambda: _both(tokens, adapters, config),
@@ -85,8 +85,8 @@ def train_embedding(
         watch=lambda values: _watched(tokens.concepts(values), vocabularies, callbacks),
     )
     with model.text_encoder.training():
-        path = run_training(kind, model, dataset, config, Path(root), callbacks)
-    return read_embedding_run(path)
+        path = train_on_images(job, model, dataset, config, Path(root), callbacks)
+    return read_trained_embedding(path)
 
 
 def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
@@ -98,7 +98,7 @@ def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
     return [start_concept(token, text, config.vectors, vocabularies, known, config.seed) for token, text in rows]
 
 
-def captioned(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Captions]:
+def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Captions]:
     """The images that can teach a token, and the sentences that they are shown with. Warns of what is left out.
 
     Raises ValueError where captions are asked for and none holds the token.
@@ -167,7 +167,7 @@ def _write(
     save_embedding(folder.path / "embeddings", Embedding(concepts, about), "safetensors")
 
 
-def read_embedding_run(path: Path) -> TrainedEmbedding:
+def read_trained_embedding(path: Path) -> TrainedEmbedding:
     """The result of a run from its folder."""
     file = Path(path) / ARTIFACT
     tensors, metadata = read_tensors(file)
@@ -181,7 +181,7 @@ def read_embedding_run(path: Path) -> TrainedEmbedding:
     return TrainedEmbedding(file, embedding, read_tensors(lora)[0] if lora.exists() else {})
 
 
-def known_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
+def read_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
     """Concepts of embedding files, each given as `token=file`, for a text encoder. ValueError for one that is not."""
     found = []
     for entry in named:
