@@ -47,7 +47,7 @@ def model_flags(arguments: argparse.Namespace) -> ModelConfig:
 
 def open_dataset(arguments: argparse.Namespace, terminal: Terminal) -> Dataset:
     """The training folder, joined with the regularisation images if there are any; prints what it holds."""
-    from .data.dataset import join
+    from .data.dataset import join_datasets
     from .data.folder import load_folder
 
     def progress(done: int, total: int, text: str) -> None:
@@ -55,7 +55,7 @@ def open_dataset(arguments: argparse.Namespace, terminal: Terminal) -> Dataset:
 
     dataset = load_folder(read_flags(arguments, FolderConfig), progress)
     if arguments.reg_folder:
-        dataset = join(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
+        dataset = join_datasets(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
     print(dataset.report, file=sys.stderr)
     return dataset
 

@@ -20,9 +20,10 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...training.formats.lora import BIAS, Lora, LoraModule, aliases, dora_axis, parse_lora, some
+from ...training.common.text import first_few
+from ...training.formats.lora import BIAS, Lora, LoraModule, dora_axis, kohya_aliases, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
-from ...training.formats.lora_report import WIDTHS, LoraUse, base_of
+from ...training.formats.lora_report import WIDTHS, LoraReport, base_of_lora
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class PatchTarget:
 
     def find(self, module: LoraModule) -> str | tuple | None:
         """The weight that a layer's name means: its key, or (key, (axis, start, length)) for a part of one."""
-        return next((self.names[name] for name in aliases(module.name) if name in self.names), None)
+        return next((self.names[name] for name in kohya_aliases(module.name) if name in self.names), None)
 
     def shape(self, target: str | tuple) -> tuple[int, ...] | None:
         """None when there is no such weight or it is packed (quantised)."""
@@ -159,14 +160,14 @@ def apply_loras(model, clip, rows: Iterable[Row]):
     return unet.patched(model), None if clip is None else text.patched(clip), uses
 
 
-def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
+def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     """Puts one row's patches into the targets."""
-    use = LoraUse(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
+    use = LoraReport(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
     known = [*unet.weights, *(text.weights if text else ())]
-    if "=" in row.blocks and (idle := blocks.idle(known)):
-        use.notes.append(f"block weights {some(idle)} fit no parameter's name.")
+    if "=" in row.blocks and (idle := blocks.unmatched(known)):
+        use.notes.append(f"block weights {first_few(idle)} fit no parameter's name.")
     misfits = []
     for module in row.lora.modules.values():
         target = unet.find(module)
@@ -188,12 +189,14 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
     return use
 
 
-def _put(patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraUse):
+def _put(
+    patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraReport
+):
     """Whether any of a layer's patches has a weight to go on; keys of those that have none are noted as unused."""
     held = {key: patch for key, patch in patches.items() if owner.holds(key)}
     for key, patch in held.items():
-        weight = blocks.of(key if isinstance(key, str) else key[0])
-        use.silenced += weight == 0
+        weight = blocks.weight_for(key if isinstance(key, str) else key[0])
+        use.zero_weight_layers += weight == 0
         if strength * weight:
             owner.patches[key].append((strength * weight, patch))
     if len(held) < len(patches) or not held:
@@ -202,11 +205,11 @@ def _put(patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWei
 
 
 def _misfit_message(lora: Lora, misfits: list[str], family: str) -> str:
-    base = base_of(lora)
+    base = base_of_lora(lora)
     made = f" It was made for {base}, the model is {family or 'of another kind'}." if base.family else ""
     return (
-        f"{lora.name} does not fit this model: {some(misfits, most=3)}.{made} Nothing of it was applied. Choose a LoRA "
-        "for this model, or disable its row."
+        f"{lora.name} does not fit this model: {first_few(misfits, limit=3)}.{made} Nothing of it was applied. Choose "
+        "a LoRA for this model, or disable its row."
     )
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ...training.models.concepts import Concept
-from ...training.text_encoder.blend import blend_projections, expect_alike, is_one, mix, shares
+from ...training.text_encoder.blend import (
+    blend_projections,
+    expect_same_shapes,
+    is_close_to_one,
+    renormalised_weights,
+    weighted_sum,
+)
 from ..common.weights import patched_weight
 from .concept_tokens import concepts_of, widths_of, with_concepts
 from .t5_clip import clone_with_projection, expect_t5, is_t5_clip, t5_parts
@@ -24,9 +30,9 @@ def blend_weights(clips: Sequence, weights: Sequence[float]):
     """A CLIP whose weights are sum_i w_i W_i, W_i with the patches (LoRA) that encoder i carries.
 
     The encoders are parts ("clip_l", "clip_g", ...). The first must have every part. A part that others lack is shared
-    by those that have it (`shares`): a CLIP-L of SD1.5 is mixed into SDXL's, and SDXL's CLIP-G stays. Weight 1 on one
-    encoder with all parts and 0 on the others gives that encoder. Words (`with_concepts`) come from all.
-    Raises ValueError for other structures, and for what weights cannot hold: hooks, layer choices that differ.
+    by those that have it (`renormalised_weights`): a CLIP-L of SD1.5 is mixed into SDXL's, and SDXL's CLIP-G stays.
+    Weight 1 on one encoder with all parts and 0 on the others gives that encoder. Concepts (`with_concepts`) come from
+    all. Raises ValueError for other structures, and for what weights cannot hold: hooks, layer choices that differ.
     """
     expect_blendable(clips)
     parts = [_parts(clip) for clip in clips]
@@ -38,7 +44,7 @@ def blend_weights(clips: Sequence, weights: Sequence[float]):
     result = clips[0].clone()
     for part, tensors in parts[0].items():
         held = [part in own for own in parts]
-        own_weights = shares(weights, held)
+        own_weights = renormalised_weights(weights, held)
         if not all(held):
             owners = ", ".join(str(number) for number, has in enumerate(held, 1) if has)
             log.info("%s is only in text encoder %s: it is not mixed with the others", part, owners)
@@ -56,7 +62,9 @@ def _with_projection(result, clips: Sequence, weights: Sequence[float]):
     projections = [t5_parts(clip).projection for clip in clips]
     mixed = blend_projections(weights, projections)
     first, *others = (projection.state_dict() for projection in projections)
-    if all(torch.equal(first[name], other[name]) for other in others for name in first) and is_one(sum(weights)):
+    if all(torch.equal(first[name], other[name]) for other in others for name in first) and is_close_to_one(
+        sum(weights)
+    ):
         return result
     return clone_with_projection(result, mixed)
 
@@ -125,7 +133,7 @@ def _expect_fit(first, first_parts: dict, clip, parts: dict, number: int) -> Non
             'lacks. Connect the one with most parts first, or blend unlike encoders in space "embeddings".'
         )
     for part, shapes in parts.items():
-        expect_alike(first_parts[part], shapes, number)
+        expect_same_shapes(first_parts[part], shapes, number)
     if parts.keys() == first_parts.keys() and clip.layer_idx != first.layer_idx:
         raise ValueError(
             f"text encoder {number} stops at layer {clip.layer_idx}, text encoder 1 at {first.layer_idx}; expected the "
@@ -165,7 +173,7 @@ def _expect_same_t5(first, clip, number: int) -> None:
 def _set(result, name: str, owners: Sequence, weights: Sequence[float]) -> None:
     """Gives `result` the mixed weight as its only patch there; none where nothing changes."""
     with torch.inference_mode(False), torch.no_grad():
-        mixed = mix(weights, list(_weights(owners, weights, name)))
+        mixed = weighted_sum(weights, list(_weights(owners, weights, name)))
         if torch.equal(mixed, patched_weight(result.patcher, name)):
             return
     dtype = _stored(result, name)
@@ -174,7 +182,7 @@ def _set(result, name: str, owners: Sequence, weights: Sequence[float]) -> None:
 
 
 def _weights(owners: Sequence, weights: Sequence[float], name: str) -> Iterator[Tensor]:
-    """Patched weights in fp32; an empty tensor for those that `mix` does not read."""
+    """Patched weights in fp32; an empty tensor for those that `weighted_sum` does not read."""
     for owner, weight in zip(owners, weights, strict=True):
         if owner is None or not weight:
             yield torch.empty(0)

@@ -65,7 +65,7 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
     """A CLIP whose context and pooled output are sum_i w_i times those of each CLIP; weight 1 on one alone gives that.
 
     Text encoders of weight 0 are left out. Each keeps its patches and layer choice. Encodings of other lengths are
-    brought to one (`lengthened`). Encodes an empty prompt to see that widths agree.
+    brought to one (`extend_context`). Encodes an empty prompt to see that widths agree.
     Raises ValueError for widths that differ and for encoders with hooks.
     """
     expect_blendable(clips)

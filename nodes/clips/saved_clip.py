@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...training.text_encoder.stock_file import CLIPS, parts_of, write_stock_files
+from ...training.text_encoder.stock_file import CLIPS, encoder_names, write_stock_files
 from ..common.paths import output_path
 from ..common.weights import patched_weight
 from .blend_weights import has_hooks, is_bypassed
@@ -21,7 +21,7 @@ def save_clip(clip, prefix: str, about: Mapping[str, Any]) -> tuple[list[Path], 
     what weights cannot hold.
     """
     names = [name for name, _ in clip.cond_stage_model.named_parameters()]
-    parts = [part for part in parts_of(names) if part in CLIPS]
+    parts = [part for part in encoder_names(names) if part in CLIPS]
     _expect_writable(clip, parts)
     paths = {part: output_path("clip", prefix, f"{part}.safetensors") for part in parts}
     for part, path in paths.items():  # one at a time in memory

@@ -309,7 +309,7 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
     options: as `load_t5_clip`. Errors: ValueError or FileNotFoundError that names the T5 or tokenizer that differs;
     ValueError when it stood beside a kept CLIP and none is given.
     """
-    saved.check_kept(keep_clip is not None)
+    saved.check_keep_clip(keep_clip is not None)
     path = saved.find_t5([*folders, WEIGHTS])
     padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
     known = padding | {"dtype": saved.dtype, "target_std": saved.target_std}

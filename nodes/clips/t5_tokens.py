@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...training.text_encoder.t5 import Padding, comfyui_name, cut
+from ...training.text_encoder.t5 import Padding, comfyui_name, truncate_tokens
 from ...training.text_encoder.tokenizers import T5Tokenizer
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,9 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
         def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
             (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
             end = next(i for i, entry in enumerate(batch) if is_token(entry[0], self.end_token))
-            batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
+            batch = (truncate_tokens(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[
+                : padding.max_tokens
+            ]
             if padding.pad == "max_tokens":
                 self.pad_tokens(batch, padding.max_tokens - len(batch))
             return [batch if return_word_ids else [entry[:2] for entry in batch]]

@@ -20,7 +20,7 @@ from ..common.rng import derive_seed
 from ..config.checks import check_choices, check_range, check_run_name, check_size
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, expect_prompts, fingerprint_of
+from ..data.prompts import Prompt, expect_prompts, prompts_fingerprint
 from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage
@@ -144,7 +144,7 @@ def _identity(
         "vae": plain.autoencoder.fingerprint,
         "tuned": [[name, tuned_identity(tuned)] for name, tuned in variants.items()],
         "rewards": reward.fingerprint,
-        "prompts": fingerprint_of(prompts),
+        "prompts": prompts_fingerprint(prompts),
     }
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from ..common.text import first_few
 from .buckets import Size, bucket_for, check_multiple, make_buckets
 from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
 from .examples import Dataset, Example, content_key
 from .images import CROPS, EXTENSIONS, ImageError, check_image, has_alpha
 from .masks import MASKS, Mask, is_mask_file, mask_file
-from .report import Skipped, format_report, listed
+from .report import LISTED, Skipped, format_report
 
 log = logging.getLogger(__name__)
 
@@ -157,14 +158,19 @@ def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
         unlisted = sorted(set(images) - {name for name, _ in rows})
-        notes = [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({listed(unlisted)})"] if unlisted else []
+        notes = (
+            [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
+            if unlisted
+            else []
+        )
     else:
         rows = [(name, _caption(folder / name, config)) for name in images]
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({listed(missing)}); expected one each "
-            f"({_expected_caption(config.captions)}). Add them, or choose to skip images without a caption."
+            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({first_few(missing, LISTED)}); "
+            f"expected one each ({_expected_caption(config.captions)}). Add them, or choose to skip images without "
+            "a caption."
         )
     return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
 
@@ -210,7 +216,7 @@ def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
 
 
 def _reasons(skipped: list[Skipped]) -> str:
-    return listed([f"{name}: {reason}" for name, reason in skipped])
+    return first_few([f"{name}: {reason}" for name, reason in skipped], LISTED)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

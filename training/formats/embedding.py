@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_pickle, read_tensors
+from ..common.text import first_few
 from ..models.concepts import Concept
 from .embedding_image import read_embedding_image
-from .lora import some, split_key
+from .lora import split_key
 
 SAFETENSORS = (".safetensors", ".sft")
 IMAGES = (".png", ".webp")
@@ -40,10 +41,10 @@ _A1111 = "string_to_param"
 
 @dataclass(frozen=True)
 class Embedding:
-    """Concepts that a training gives. about: plain JSON; keys read here: `base` (SD1.x, ...), `steps`, `run`."""
+    """Concepts that a training gives. metadata: plain JSON; keys read here: `base` (SD1.x, ...), `steps`, `run`."""
 
     concepts: tuple[Concept, ...]
-    about: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def _plain_tensors(name: str, tensors: dict[str, Tensor], said: dict[str, str], 
     if shared := [key for key in tensors if key in ENCODERS or key in ONE_ENCODER]:
         if len(tensors) > 1:
             raise ValueError(
-                f"{name} holds {some(sorted(tensors))}; expected {shared[0]} alone, or clip_l and clip_g. Is it whole?"
+                f"{name} holds {first_few(sorted(tensors))}; expected {shared[0]} alone, or clip_l and clip_g. "
+                "Is it whole?"
             )
         key = shared[0]
         parts = (("", _vectors(tensors[key], name, key)),)
@@ -141,7 +143,7 @@ def _a1111(name: str, content: dict, picture: str) -> EmbeddingFile:
     if not isinstance(params, dict) or not all(isinstance(value, Tensor) for value in params.values()):
         raise ValueError(f"{name}: {_A1111} is {_kind(params)}; expected one tensor by name. The file is damaged.")
     if len(params) != 1:
-        raise ValueError(f"{name} holds {len(params)} embeddings ({some([*map(str, params)])}); expected one.")
+        raise ValueError(f"{name} holds {len(params)} embeddings ({first_few([*map(str, params)])}); expected one.")
     (key, tensor), *_ = params.items()
     said = {k: str(v) for k, v in content.items() if isinstance(v, str | int | float) and v != ""}
     layout = f"A1111 picture ({picture})" if picture else "A1111"
@@ -161,7 +163,7 @@ def _bundled(name: str, tensors: dict[str, Tensor], said: dict[str, str], token:
     word = _chosen(name, found, token)
     _refuse_outputs(name, found[word])
     if unknown := sorted(found[word].keys() - ENCODERS.keys() - {""}):
-        raise ValueError(f"{name} holds {some(unknown)} for {word}; expected some of {', '.join(ENCODERS)}.")
+        raise ValueError(f"{name} holds {first_few(unknown)} for {word}; expected some of {', '.join(ENCODERS)}.")
     return EmbeddingFile(name, "within a LoRA (bundle_emb)", _by_encoder(name, found[word]), word, said)
 
 
@@ -191,11 +193,11 @@ def _refuse_others(name: str, tensors: dict[str, Tensor]) -> None:
     _refuse_outputs(name, tensors)
     if layers := [key for key in tensors if split_key(key)[1] is not None]:
         raise ValueError(
-            f"{name} is a LoRA ({some(layers, 2)}), no embedding. Move it to models/loras; use Apply LoRA."
+            f"{name} is a LoRA ({first_few(layers, 2)}), no embedding. Move it to models/loras; use Apply LoRA."
         )
     if weights := [key for key in tensors if key.endswith((".weight", ".bias")) or tensors[key].ndim > 2]:
         raise ValueError(
-            f"{name} holds {len(tensors)} tensors such as {some(weights, 2)}; expected an embedding. "
+            f"{name} holds {len(tensors)} tensors such as {first_few(weights, 2)}; expected an embedding. "
             "Is it a checkpoint or a text encoder?"
         )
 
@@ -204,8 +206,8 @@ def _refuse_outputs(name: str, keys: Mapping[str, Tensor]) -> None:
     """OneTrainer's output embeddings take the place of states after the encoder; their inputs are zeros."""
     if out := [key for key in keys if key.endswith("_out") and key.removesuffix("_out") in {*ENCODERS, *ONE_ENCODER}]:
         raise ValueError(
-            f"{name} is an output embedding of OneTrainer ({some(out)}): its vectors stand in place of what the text "
-            "encoder puts out, and no prompt can hold them. Train it again with 'output embedding' off."
+            f"{name} is an output embedding of OneTrainer ({first_few(out)}): its vectors stand in place of what the "
+            "text encoder puts out, and no prompt can hold them. Train it again with 'output embedding' off."
         )
 
 
@@ -215,7 +217,9 @@ def _chosen(name: str, found: Mapping[str, Any], token: str) -> str:
         return next(iter(found))
     if token in found:
         return token
-    raise ValueError(f"{name} holds {len(found)} embeddings ({some(sorted(found))}); expected one. Write one as token.")
+    raise ValueError(
+        f"{name} holds {len(found)} embeddings ({first_few(sorted(found))}); expected one. Write one as token."
+    )
 
 
 def _vectors(tensor: Tensor, name: str, key: str) -> Tensor:

@@ -25,7 +25,7 @@ def family_of(encoders: Iterable[str]) -> str:
     return "T5" if any(_is_t5(name) for name in names) else _FAMILIES.get(tuple(names), "")
 
 
-def assign(
+def assign_to_encoders(
     file: EmbeddingFile, vocabularies: Mapping[str, Vocabulary], second: EmbeddingFile | None = None
 ) -> dict[str, Tensor]:
     """The (n, D) vectors of every text encoder, in the order of `vocabularies`.

@@ -23,7 +23,7 @@ from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
 from .embedding_fit import family_of
-from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, hashes
+from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
@@ -51,17 +51,19 @@ def save_embedding(folder: str | Path, embedding: Embedding, format: str, prefix
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}.")
-    outputs = [(_stem(prefix, concept), _outputs(concept, embedding.about, format)) for concept in embedding.concepts]
+    outputs = [
+        (_stem(prefix, concept), _outputs(concept, embedding.metadata, format)) for concept in embedding.concepts
+    ]
     return [_write(Path(folder), stem, parts) for stem, parts in outputs]
 
 
-def file_name(token: str) -> str:
+def token_file_name(token: str) -> str:
     """A token as a file name that `embedding:` can spell: letters, digits, `.`, `_` and `-` stay; "" when none do."""
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
 def _stem(prefix: str, concept: Concept) -> str:
-    name = file_name(concept.token)
+    name = token_file_name(concept.token)
     if TOKEN in prefix and not name:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
@@ -113,7 +115,7 @@ def _metadata(concept: Concept, about: Mapping, content: Mapping[str, Tensor]) -
             "title": about.get("run") or concept.token,
             "resolution": f"{SIDES[family]}x{SIDES[family]}",
             "trigger_phrase": concept.token,
-            "hash_sha256": f"0x{hashes(content, {})[0]}",
+            "hash_sha256": f"0x{model_hashes(content, {})[0]}",
         }
         said |= {f"modelspec.{key}": value for key, value in spec.items()}
     return {key: str(value) for key, value in said.items() if value not in (None, "")}

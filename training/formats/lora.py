@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_pickle, read_tensors
+from ..common.text import first_few
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -182,7 +183,7 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     modules = {n: LoraModule(n, parts, keys[n]) for n, parts in layers.items() if parts.keys() - set(SCALES)}
     others += [key for n in layers if n not in modules for key in keys[n].values()]
     if not modules:
-        shown = f", but {some(others)}" if others else " and no tensors at all"
+        shown = f", but {first_few(others)}" if others else " and no tensors at all"
         raise ValueError(f"{name} holds no LoRA{shown}; expected keys such as <layer>.lora_down.weight. Is it a LoRA?")
     lora = Lora(name, modules, tuple(others), metadata)
     _check(lora)
@@ -198,7 +199,7 @@ def split_key(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def aliases(layer: str) -> Iterator[str]:
+def kohya_aliases(layer: str) -> Iterator[str]:
     """The names under which a table of kohya's, ComfyUI's and old diffusers' names may hold a layer; its own first."""
     yield layer
     for prefix in sorted(_KOHYA, key=len, reverse=True):
@@ -241,12 +242,6 @@ def magnitude_axis(module: LoraModule, kernel: tuple[int, ...] = ()) -> int | No
     return dora_axis(scale, (rows, columns // math.prod(own or kernel) if columns else scale.numel()))
 
 
-def some(names: list[str] | tuple[str, ...], most: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _canonical(tensor: Tensor, key: str) -> Tensor:
     """Magnitudes of the output axis as LyCORIS's (out, 1); peft has (out,), for convolutions (1, out, 1, 1)."""
     is_flat = key.endswith(".dora_scale") and tensor.ndim == 1
@@ -265,7 +260,9 @@ def _check(lora: Lora) -> None:
             raise ValueError(f"{lora.name}: alpha of {module.name} has the shape {found}; expected one number.")
     bad = [m.keys[n] for m in lora.modules.values() for n, value in m.tensors.items() if not _finite(value)]
     if bad:
-        raise ValueError(f"{lora.name} holds NaN or infinity in {some(bad)}; expected numbers. Use an earlier save.")
+        raise ValueError(
+            f"{lora.name} holds NaN or infinity in {first_few(bad)}; expected numbers. Use an earlier save."
+        )
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -17,11 +17,11 @@ class BlockWeights:
 
     rules: tuple[tuple[re.Pattern, float], ...] = ()
 
-    def of(self, name: str) -> float:
+    def weight_for(self, name: str) -> float:
         """name: of a parameter, such as `diffusion_model.output_blocks.3.1.proj_in.weight`."""
         return next((weight for pattern, weight in self.rules if pattern.search(name)), 1.0)
 
-    def idle(self, names: Iterable[str]) -> list[str]:
+    def unmatched(self, names: Iterable[str]) -> list[str]:
         """The expressions that are found in none of the names."""
         names = list(names)
         return [pattern.pattern for pattern, _ in self.rules if not any(pattern.search(name) for name in names)]

@@ -18,7 +18,7 @@ LINEAR_KINDS = ("LoRA", "LoCon", "LoHa", "LoKr", "full diff")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankFactors:
     """up (out, r) and down (r, in), whose product is nearest to a matrix; its energy and the part that they keep.
 
     Energy: the sum of squared singular values, which is the squared Frobenius norm.
@@ -27,10 +27,10 @@ class LowRank:
     up: Tensor
     down: Tensor
     energy: float
-    kept: float
+    kept_energy: float
 
 
-def difference(module: LoraModule) -> Tensor:
+def delta_weight(module: LoraModule) -> Tensor:
     """dW as (out, in k k), fp32. Raises ValueError for kinds that depend on the weight (DoRA, OFT) or are unknown."""
     t = {name: value.detach().float().cpu() for name, value in module.tensors.items()}
     if module.kind not in LINEAR_KINDS or "set_weight" in t or not (t.keys() & {DOWN, "diff", *LOHA, *LOKR}):
@@ -56,7 +56,7 @@ def kernel_of(module: LoraModule) -> tuple[int, ...] | None:
     return None
 
 
-def low_rank(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> LowRank:
+def truncated_svd(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> LowRankFactors:
     """The nearest product of two factors of a (rows, columns) matrix, the singular values shared out evenly.
 
     rank: at most; None for no limit. energy: as few singular values as keep this share of it, at least one. The signs
@@ -65,18 +65,18 @@ def low_rank(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> Lo
     return _cut(*torch.linalg.svd(matrix.float(), full_matrices=False), rank, energy)
 
 
-def low_rank_of(module: LoraModule, rank: int | None = None, energy: float = 1.0) -> LowRank:
-    """`low_rank` of a layer's difference; for LoRA from its factors, without the whole matrix."""
+def low_rank_delta(module: LoraModule, rank: int | None = None, energy: float = 1.0) -> LowRankFactors:
+    """`truncated_svd` of a layer's difference; for LoRA from its factors, without the whole matrix."""
     t = module.tensors
     if module.kind not in ("LoRA", "LoCon") or MID in t or t[DOWN].shape[0] >= min(module.shape):
-        return low_rank(difference(module), rank, energy)
+        return truncated_svd(delta_weight(module), rank, energy)
     up, down = (t[name].detach().float().cpu().flatten(1) for name in (UP, DOWN))
     (left, a), (right, b) = torch.linalg.qr(_scale(module) * up), torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(a @ b.T)
     return _cut(left @ u, s, vh @ right.T, rank, energy)
 
 
-def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> LowRank:
+def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> LowRankFactors:
     squares = s.double().square()
     total = squares.sum().item()
     enough = int((squares.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if energy < 1 else len(s)
@@ -84,10 +84,10 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> L
     u, s, vh = u[:, :count], s[:count], vh[:count]
     signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
     root = s.sqrt()
-    return LowRank(u * signs * root, vh * signs.T * root[:, None], total, squares[:count].sum().item())
+    return LowRankFactors(u * signs * root, vh * signs.T * root[:, None], total, squares[:count].sum().item())
 
 
-def as_lora(factors: LowRank, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+def lora_tensors(factors: LowRankFactors, kernel: tuple[int, ...]) -> dict[str, Tensor]:
     """A layer's tensors with alpha = rank, so that the difference is up down with no further scale."""
     rank = len(factors.down)
     down = factors.down.reshape(rank, -1, *kernel)

@@ -41,13 +41,13 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True)
-class LoraAbout:
+class LoraDescription:
     """What is known of a LoRA besides its tensors.
 
     run: what its run's config.json holds; read are `config` and, where the run recorded them, `unet` (the UNet's
     config), `prediction_type`, `resolution` (pixels), `images` (their number), `tag_frequency` and `rewards`, what a
     reward tuning maximised. date: ISO 8601.
-    thumbnail: a data URI. kept: a file's own metadata, of which everything that is not written anew stays.
+    thumbnail: a data URI. file_metadata: a file's own metadata, of which everything that is not written anew stays.
     """
 
     run: Mapping = field(default_factory=dict)
@@ -55,30 +55,30 @@ class LoraAbout:
     title: str = ""
     date: str = ""
     thumbnail: str = ""
-    kept: Mapping[str, str] = field(default_factory=dict)
+    file_metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unet_config(self) -> Mapping | None:
         return self.run.get("unet")
 
 
-def metadata_of(
-    tensors: Mapping[str, Tensor], lora: Lora, naming: Naming, about: LoraAbout, format: str
+def build_metadata(
+    tensors: Mapping[str, Tensor], lora: Lora, naming: Naming, description: LoraDescription, format: str
 ) -> dict[str, str]:
     """All metadata of a file with these tensors (as they are stored), sorted by key, values text.
 
     Every value is a function of the arguments: there is no clock in it. Keys for which nothing is known are left out.
     """
-    kept = {k: v for k, v in about.kept.items() if k not in ("format", "lora_adapter_metadata")}
-    found = _base(naming) | kept | _network(lora, naming) | _training(about.run)
+    kept = {k: v for k, v in description.file_metadata.items() if k not in ("format", "lora_adapter_metadata")}
+    found = _base(naming) | kept | _network(lora, naming) | _training(description.run)
     found |= _base(naming) if naming.family else {}
-    model_hash, legacy_hash = hashes(tensors, found)
+    model_hash, legacy_hash = model_hashes(tensors, found)
     found |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-    found |= _modelspec(naming, about, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}
+    found |= _modelspec(naming, description, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}
     return dict(sorted(found.items()))
 
 
-def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
     """(sshs_model_hash, sshs_legacy_hash) as sd-webui-additional-networks works them out.
 
     Of the file with the `ss_*` metadata alone: SHA-256 of all after the header, which ModelSpec's hash_sha256 is too;
@@ -99,7 +99,7 @@ def tag_frequency(captions: Iterable[str], folder: str = "images") -> dict[str, 
     return {folder: dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))}
 
 
-def thumbnail(picture: str | Path) -> str:
+def thumbnail_uri(picture: str | Path) -> str:
     """A picture at most 256 pixels wide and high as a JPEG data URI of at most 64 KiB."""
     from PIL import Image
 
@@ -210,10 +210,10 @@ def _text_rates(config: Mapping) -> str | None:
     return str(first or None) if second == -1 else str([first, second])
 
 
-def _modelspec(naming: Naming, about: LoraAbout, format: str) -> dict[str, str]:
+def _modelspec(naming: Naming, description: LoraDescription, format: str) -> dict[str, str]:
     """ModelSpec's keys but the hash: all that a file must have, and what is known of the others."""
-    prediction = _PREDICTION.get(about.run.get("prediction_type", ""))
-    settings = about.run.get("config", {}).get("settings", {})
+    prediction = _PREDICTION.get(description.run.get("prediction_type", ""))
+    settings = description.run.get("config", {}).get("settings", {})
     family = naming.family + " v" * (naming.family == "SD2.x" and prediction == "v")
     side = SIDES.get(family, 512)
     original = format == "kohya" and naming.family == "SDXL"
@@ -222,21 +222,21 @@ def _modelspec(naming: Naming, about: LoraAbout, format: str) -> dict[str, str]:
         "sai_model_spec": "1.0.1",
         "architecture": ARCHITECTURES.get(family, "unknown") + "/lora",
         "implementation": STABILITY if original else "diffusers",
-        "title": about.title or about.run.get("config", {}).get("run_name") or "LoRA",
-        "resolution": _size(about.run.get("resolution"), "{}x{}") or f"{side}x{side}",
-        "date": about.date,
-        "trigger_phrase": about.trigger_words,
-        "usage_hint": f"Trigger words: {about.trigger_words}" if about.trigger_words else "",
-        "thumbnail": about.thumbnail,
+        "title": description.title or description.run.get("config", {}).get("run_name") or "LoRA",
+        "resolution": _size(description.run.get("resolution"), "{}x{}") or f"{side}x{side}",
+        "date": description.date,
+        "trigger_phrase": description.trigger_words,
+        "usage_hint": f"Trigger words: {description.trigger_words}" if description.trigger_words else "",
+        "thumbnail": description.thumbnail,
         "prediction_type": prediction,
         "timestep_range": f"{low},{high}" if (low, high) != (0, 999) else "",
     }
     unsure = {
         "title": values["title"] == "LoRA",
         "architecture": not family,
-        "resolution": "resolution" not in about.run,
+        "resolution": "resolution" not in description.run,
     }
-    stays = {key for key, is_guess in unsure.items() if is_guess and f"modelspec.{key}" in about.kept}
+    stays = {key for key, is_guess in unsure.items() if is_guess and f"modelspec.{key}" in description.file_metadata}
     return {f"modelspec.{key}": value for key, value in values.items() if value and key not in stays}
 
 

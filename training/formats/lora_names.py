@@ -3,8 +3,8 @@
 A layer's name here is ComfyUI's, over the original layout: `diffusion_model.input_blocks.1.1.proj_in`,
 `text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1`, for a T5
 `text_encoders.t5base.transformer.encoder.block.0.layer.0.SelfAttention.q`. `Naming` turns it into kohya's name and
-diffusers' and back. What decides the names is the model family and how many layers a UNet block has; `naming_of` finds
-both in the layers that a LoRA has.
+diffusers' and back. The names depend on the model family and on the number of layers in a UNet block; `detect_naming`
+finds both from a LoRA's layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..common.text import first_few
 from ..models import ldm
-from .lora import Lora, LoraModule, aliases, magnitude_axis, some
-from .lora_report import WIDTHS, base_of
+from .lora import Lora, LoraModule, kohya_aliases, magnitude_axis
+from .lora_report import WIDTHS, base_of_lora
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
 SECOND_TEXT = TEXT + "clip_g."
@@ -57,12 +58,12 @@ class Naming:
     linear_projection: bool | None = None
 
     @classmethod
-    def of_family(cls, family: str) -> Naming:
+    def from_family(cls, family: str) -> Naming:
         """SD1.x, SD2.x or SDXL as everybody has them."""
         return cls(family, 2, _ATTENTION[family], family != "SD1.x")
 
     @classmethod
-    def of_config(cls, config: Mapping) -> Naming:
+    def from_unet_config(cls, config: Mapping) -> Naming:
         """From a UNet2DConditionModel's config; the family by the width of the text that it reads."""
         attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
         family = WIDTHS.get(config.get("cross_attention_dim"), "")
@@ -86,9 +87,9 @@ class Naming:
         names = {path: name for name, path in self._diffusers.items()} | {name: name for name in self._diffusers}
         return {name.replace(".", "_"): original for name, original in names.items()}
 
-    def layer(self, name: str) -> str | None:
+    def comfyui_name(self, name: str) -> str | None:
         """ComfyUI's name of a layer that any tool named; None for one that is of no SD UNet, CLIP or T5."""
-        for alias in aliases(name):
+        for alias in kohya_aliases(name):
             if alias.startswith((UNET, TEXT)):
                 return alias
             if alias.startswith("lora_unet_") and (path := self._unet_path(alias.removeprefix("lora_unet_"))):
@@ -98,7 +99,7 @@ class Naming:
                 return f"{TEXT}{'clip_g' if text['number'] == '2' else first}.transformer.{path}"
         return None
 
-    def kohya(self, layer: str) -> str | None:
+    def kohya_name(self, layer: str) -> str | None:
         """kohya's name of a layer; None for one that kohya's format has no name for.
 
         UNets are named as in diffusers, SDXL's and others than Stable Diffusion's as in the original. A T5, which
@@ -117,7 +118,7 @@ class Naming:
         other = "lora_te1_" if path.startswith("encoder.block") else "lora_te_"
         return start.get(text["encoder"], other) + path.replace(".", "_")
 
-    def diffusers(self, layer: str) -> tuple[str, str] | None:
+    def diffusers_path(self, layer: str) -> tuple[str, str] | None:
         """(component of the pipeline, path in it); None for a layer of no SD UNet or CLIP.
 
         A T5 in CLIP's place has names too, but `load_lora_weights` stops at them.
@@ -131,7 +132,7 @@ class Naming:
             return None
         return ("text_encoder_2" if text["encoder"] == "clip_g" else "text_encoder", path)
 
-    def kernel(self, layer: str) -> tuple[int, ...] | None:
+    def kernel_size(self, layer: str) -> tuple[int, ...] | None:
         """Height and width of a convolution's kernel, () for a linear layer, None for unknown."""
         path = layer.removeprefix(UNET)
         if layer.startswith(UNET) and not _in_unet(path):
@@ -144,8 +145,8 @@ class Naming:
 
     def dora_axis(self, module: LoraModule) -> int | None:
         """0 for a DoRA magnitude per output of a layer, 1 per input, None without DoRA."""
-        layer = self.layer(module.name)
-        return magnitude_axis(module, (layer and self.kernel(layer)) or ())
+        layer = self.comfyui_name(module.name)
+        return magnitude_axis(module, (layer and self.kernel_size(layer)) or ())
 
     def _unet_path(self, name: str) -> str | None:
         """The original path of a layer that is named with underscores, in either naming."""
@@ -162,7 +163,7 @@ class Naming:
         return None
 
 
-def naming_of(lora: Lora, base: str = "auto", unet_config: Mapping | None = None) -> Naming:
+def detect_naming(lora: Lora, base: str = "auto", unet_config: Mapping | None = None) -> Naming:
     """The naming of the model that a LoRA is for.
 
     base: its family, one of FAMILIES, or "auto": from unet_config, the metadata, the width of cross-attention, the
@@ -172,18 +173,18 @@ def naming_of(lora: Lora, base: str = "auto", unet_config: Mapping | None = None
     if base != "auto" and base not in FAMILIES:
         raise ValueError(f"base is {base!r}; expected auto, {', '.join(FAMILIES)}.")
     if unet_config is not None:
-        naming = Naming.of_config(unet_config)
+        naming = Naming.from_unet_config(unet_config)
     elif base != "auto":
-        naming = Naming.of_family(base)
+        naming = Naming.from_family(base)
     else:
-        layers = _layers_per_block(lora.modules, known=base_of(lora).family in FAMILIES)
+        layers = _layers_per_block(lora.modules, known=base_of_lora(lora).family in FAMILIES)
         family = _family(lora) if layers == 2 else ""
-        naming = Naming.of_family(family) if family else Naming(layers_per_block=layers)
+        naming = Naming.from_family(family) if family else Naming(layers_per_block=layers)
     if not all(_agrees(block, naming.layers_per_block) for block in _original_blocks(lora.modules)):
         names = [name for name in lora.modules if _BLOCK.search(name)]
         raise ValueError(
-            f"{lora.name} has layers such as {some(names)}, which a UNet of {naming.layers_per_block} layers per block "
-            f"({naming.family or 'unknown family'}) lacks. Choose the base it was trained on, or connect its run."
+            f"{lora.name} has layers such as {first_few(names)}, which a UNet of {naming.layers_per_block} layers per "
+            f"block ({naming.family or 'unknown family'}) lacks. Choose the base it was trained on, or connect its run."
         )
     return naming
 
@@ -204,7 +205,7 @@ def _text_path(path: str) -> str | None:
 
 def _family(lora: Lora) -> str:
     """One of FAMILIES or empty, for a UNet of two layers per block."""
-    if (said := base_of(lora).family) in FAMILIES:
+    if (said := base_of_lora(lora).family) in FAMILIES:
         return said
     names = " ".join(lora.modules)
     if "lora_te2_" in names or "clip_g" in names or "text_encoder_2." in names:

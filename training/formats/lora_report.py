@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .lora import Lora, some
+from ..common.text import first_few
+from .lora import Lora
 
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
 """Width of the text that cross-attention reads -> model family."""
@@ -40,10 +41,10 @@ class Base:
 
 
 @dataclass
-class LoraUse:
+class LoraReport:
     """What became of one file: layers used in the model and the text encoder, keys not used, warnings.
 
-    family: of the model that it was put on, empty when unknown. silenced: layers that block weights set to 0.
+    family: of the model that it was put on, empty when unknown. zero_weight_layers: layers that block weights set to 0.
     """
 
     lora: Lora
@@ -53,22 +54,22 @@ class LoraUse:
     has_clip: bool = True
     model_layers: int = 0
     text_layers: int = 0
-    silenced: int = 0
+    zero_weight_layers: int = 0
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """One line each, beginning with the file's name: no key used, another base, some keys not used."""
-        name, base = self.lora.name, base_of(self.lora)
+        name, base = self.lora.name, base_of_lora(self.lora)
         found = [f"{name}: {note}" for note in self.notes]
         if base.family and self.family and base.family != self.family:
             found.append(f"{name} was made for {base}; the model is {self.family}.")
         excused = set() if self.has_clip else self._text_keys()
         idle = [key for key in self.unused if key not in excused]
         if not self.model_layers + self.text_layers:
-            found.append(f"{name}: no key fits this model, nothing was applied: {some(self.unused)}.")
+            found.append(f"{name}: no key fits this model, nothing was applied: {first_few(self.unused)}.")
         elif idle:
-            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {some(idle)}.")
+            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {first_few(idle)}.")
         return found
 
     def text(self) -> str:
@@ -76,14 +77,15 @@ class LoraUse:
         lora, count = self.lora, self.lora.key_count
         layers = f"{self.model_layers} layers of the model, {self.text_layers} of the text encoder"
         lines = [
-            f"{lora.name}: {layout_of(lora)} {kinds_of(lora)}, {_ranks(lora)}, {_alphas(lora)}, base {base_of(lora)}",
+            f"{lora.name}: {layout_of(lora)} {kinds_of(lora)}, {_ranks(lora)}, {_alphas(lora)}, "
+            f"base {base_of_lora(lora)}",
             f"  strength {self.strength_model:g} on the model, {self.strength_clip:g} on the text encoder",
             f"  {count - len(self.unused)} of {count} keys used: {layers}",
         ]
-        if self.silenced:
-            lines.append(f"  {self.silenced} layers have block weight 0")
+        if self.zero_weight_layers:
+            lines.append(f"  {self.zero_weight_layers} layers have block weight 0")
         if self.unused:
-            lines.append(f"  not used: {some(self.unused, most=20)}")
+            lines.append(f"  not used: {first_few(self.unused, limit=20)}")
         if not self.has_clip and self._text_keys():
             lines.append("  the keys of the text encoder need the clip input")
         return "\n".join(lines + [f"  warning: {line}" for line in self.warnings()])
@@ -106,9 +108,9 @@ def kinds_of(lora: Lora) -> str:
     return " + ".join(kind for kind in kinds if kind != "full diff" or len(kinds) == 1)
 
 
-def base_of(lora: Lora) -> Base:
-    """What the metadata says (`said_base`), else from the width of cross-attention."""
-    if (said := said_base(lora.metadata)).family:
+def base_of_lora(lora: Lora) -> Base:
+    """What the metadata says (`base_from_metadata`), else from the width of cross-attention."""
+    if (said := base_from_metadata(lora.metadata)).family:
         return said
     for module in lora.modules.values():
         if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and module.shape and module.shape[1] in WIDTHS:
@@ -116,7 +118,7 @@ def base_of(lora: Lora) -> Base:
     return Base()
 
 
-def said_base(metadata: Mapping[str, str]) -> Base:
+def base_from_metadata(metadata: Mapping[str, str]) -> Base:
     """From modelspec.architecture, else ss_base_model_version, else ss_v2."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if (said := metadata.get(key, "")) and not said.startswith("unknown"):

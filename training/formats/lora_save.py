@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..common.files import write_tensors
-from .lora import BIAS, DOWN, MID, PEFT, UP, Lora, LoraModule, magnitude_axis, parse_lora, some
-from .lora_metadata import LoraAbout, metadata_of
-from .lora_names import Naming, naming_of
+from ..common.text import first_few
+from .lora import BIAS, DOWN, MID, PEFT, UP, Lora, LoraModule, magnitude_axis, parse_lora
+from .lora_metadata import LoraDescription, build_metadata
+from .lora_names import Naming, detect_naming
 
 log = logging.getLogger(__name__)
 
@@ -30,31 +31,31 @@ def save_lora(
     lora: Mapping[str, Tensor] | Lora,
     format: Literal["kohya", "diffusers"] = "kohya",
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
-    about: LoraAbout | None = None,
+    description: LoraDescription | None = None,
     *,
     base: str = "auto",
 ) -> list[str]:
     """Writes a LORA_MODEL's tensors, or a LoRA that was read, as one safetensors file; warnings, which are logged too.
 
-    base: the model's family or "auto", see `naming_of`; about.run["unet"], a UNet2DConditionModel's config, goes before
-    both. alpha stays fp32 in every dtype. Raises ValueError, before anything is written, for what the format cannot
-    express, layers of an unknown layout, NaN, or values beyond fp16.
+    base: the model's family or "auto", see `detect_naming`; description.run["unet"], a UNet2DConditionModel's config,
+    goes before both. alpha stays fp32 in every dtype. Raises ValueError, before anything is written, for what the format
+    cannot express, layers of an unknown layout, NaN, or values beyond fp16.
     """
-    about = about or LoraAbout()
+    description = description or LoraDescription()
     for name, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
-    lora = lora if isinstance(lora, Lora) else parse_lora("the LoRA", lora, about.kept)
-    naming = naming_of(lora, base, about.unet_config)
+    lora = lora if isinstance(lora, Lora) else parse_lora("the LoRA", lora, description.file_metadata)
+    naming = detect_naming(lora, base, description.unet_config)
     warnings: list[str] = []
     if lora.other_keys:
-        warnings.append(f"left out {some(lora.other_keys)}: no part of a LoRA.")
+        warnings.append(f"left out {first_few(lora.other_keys)}: no part of a LoRA.")
     if format == "kohya":
         tensors, more = kohya_tensors(lora, naming, warnings), {}
     else:
         tensors, more = diffusers_tensors(lora, naming)
     tensors = _stored(tensors, DTYPES[dtype], warnings)
-    write_tensors(path, tensors, metadata_of(tensors, lora, naming, about, format) | more)
+    write_tensors(path, tensors, build_metadata(tensors, lora, naming, description, format) | more)
     for warning in warnings:
         log.warning("%s: %s", Path(path).name, warning)
     return warnings
@@ -67,16 +68,18 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
     """
     result, kept, warnings = {}, [], [] if warnings is None else warnings
     for module in lora.modules.values():
-        layer = naming.layer(module.name)
-        name = naming.kohya(layer) if layer else None
+        layer = naming.comfyui_name(module.name)
+        name = naming.kohya_name(layer) if layer else None
         if name is None:
             name = module.name
             kept += [name] if not name.startswith("lora_") else []
-        for role, value in fitted(module, naming.kernel(layer) if layer else None).items():
+        for role, value in reshape_to_weight(module, naming.kernel_size(layer) if layer else None).items():
             if result.setdefault(f"{name}.{role}", value) is not value:
                 raise ValueError(f"{lora.name} has two layers for {name}; expected one. {module.name} is spare.")
     if kept:
-        warnings.append(f"kohya's format has no name for {some(kept)}; they keep theirs, which ComfyUI alone reads.")
+        warnings.append(
+            f"kohya's format has no name for {first_few(kept)}; they keep theirs, which ComfyUI alone reads."
+        )
     if any(naming.dora_axis(module) == 0 for module in lora.modules.values()):
         warnings.append(
             "DoRA with a magnitude per output: ComfyUI's own loader divides by the norm of the bare weight and gives "
@@ -87,10 +90,10 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
     return result
 
 
-def fitted(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tensor]:
+def reshape_to_weight(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tensor]:
     """A layer's tensors in the shapes that its weight asks for, with alpha where it has a rank.
 
-    kernel: as `Naming.kernel`. ComfyUI's trainer stores convolutions flat, (r, in k k) and (out, r).
+    kernel: as `Naming.kernel_size`. ComfyUI's trainer stores convolutions flat, (r, in k k) and (out, r).
     """
     tensors = dict(module.tensors)
     if module.rank is not None and "alpha" not in tensors:
@@ -113,11 +116,11 @@ def diffusers_tensors(lora: Lora, naming: Naming) -> tuple[dict[str, Tensor], di
     result: dict[str, Tensor] = {}
     parts: dict[str, dict[str, LoraModule]] = {}
     for module in lora.modules.values():
-        layer = naming.layer(module.name)
-        named = naming.diffusers(layer) if layer else None
+        layer = naming.comfyui_name(module.name)
+        named = naming.diffusers_path(layer) if layer else None
         _check_peft(lora, module, named is not None, naming.dora_axis(module))
         component, path = named
-        tensors = _without_core(fitted(module, naming.kernel(layer)))
+        tensors = _without_core(reshape_to_weight(module, naming.kernel_size(layer)))
         if path in parts.setdefault(component, {}):
             raise ValueError(
                 f"{lora.name} has two layers for {component}.{path}; expected one, {module.name} too many."
@@ -164,7 +167,7 @@ def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None
     elif DOWN not in module.tensors:
         reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
     elif more := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
-        reason = f"it has {some(more)}, for which diffusers' format has no place"
+        reason = f"it has {first_few(more)}, for which diffusers' format has no place"
     elif axis == 1:
         reason = "its DoRA has a magnitude per input, and peft knows one per output alone"
     if reason:
@@ -219,5 +222,5 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype, warnings: list[st
         if ((result[name] == 0) & (tensor != 0)).float().mean() > 0.01:
             lost.append(name)
     if lost:
-        warnings.append(f"a part of {some(lost)} is too small for {str(dtype)[6:]} and becomes 0; fp32 keeps it.")
+        warnings.append(f"a part of {first_few(lost)} is too small for {str(dtype)[6:]} and becomes 0; fp32 keeps it.")
     return result

@@ -71,7 +71,7 @@ def denoising_loop(
         text_of=text_of,
         project=model.text_encoder.project,
         mask_of=lambda slot: cropped_latent(latents.mask, slot, crops[slot.example.key], config.seed),
-        varied_text_of=(lambda caption: None) if text_trains else texts.once,
+        varied_text_of=(lambda caption: None) if text_trains else texts.get_in_memory,
         caption_of=kind.caption_of,
         pulse=callbacks.pulse,
     )

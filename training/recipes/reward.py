@@ -24,7 +24,7 @@ from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
+from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, prompts_fingerprint, split_held_out
 from ..evaluation.guard_pictures import guard_of, guard_prompts, look_at
 from ..loop.loop import Batches, Loop, LoopConfig
 from ..loop.memory import hints
@@ -36,7 +36,7 @@ from ..objectives.reward_on_images import DirectObjective
 from ..rewards.combined import CombinedReward
 from ..runs.folder import RunFolder
 from ..sampling.generate import TextOf, encode_with
-from ..text_encoder.stock_file import stock_parts, write_stock_files
+from ..text_encoder.stock_file import split_by_encoder, write_stock_files
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights, Trainable
 from .checks import check_fit
@@ -101,7 +101,7 @@ def tune(
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
-            | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
+            | ({"dataset": dataset.fingerprint} if direct else {"prompts": prompts_fingerprint(prompts)}),
             details=(facts_of_training(model, dataset) if direct else facts_of_model(model) | drawn)
             | {"rewards": reward.describe()}
             | (details or {}),
@@ -266,7 +266,7 @@ def _write(
         write_lora(folder, lora, config.lora, ending)
         values = {}
     if config.train == "text encoder":  # whole files that stock loaders read; `values` hold every weight
-        paths = {part: folder.path / f"{part}.safetensors" for part in stock_parts(values)}
+        paths = {part: folder.path / f"{part}.safetensors" for part in split_by_encoder(values)}
         write_stock_files(paths, values, about_run(folder.config() or {}, ending))
     projection = model.text_encoder.projection
     if config.train == "projection":
