@@ -1,4 +1,4 @@
-"""What a LoRA file is, by its names, tensors and metadata, and what became of it."""
+"""Reports on LoRA files: their layout, kind, rank and base model, and how much of them a model uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.text import first_few
 from .lora import Lora
 
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
-"""Width of the text that cross-attention reads -> model family."""
+"""Width of the context that cross-attention reads -> model family."""
 
 _LAYOUTS = {
     "LyCORIS (diffusers names)": r"lycoris_",
@@ -26,12 +26,12 @@ _FAMILIES = {
     "SD1.x": r"(sd|stable-diffusion)[-_]?v?1",
     "SD2.x": r"(sd|stable-diffusion)[-_]?v?2",
 }
-"""Model family -> how the names begin that trainers give it in metadata."""
+"""Model family -> pattern of the names that trainers write into the metadata."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model family that a LoRA was trained on and what says so; an empty family when nothing does."""
+    """The model family that a LoRA or embedding was trained on, and the evidence for it; "" if unknown."""
 
     family: str = ""
     source: str = ""
@@ -42,9 +42,19 @@ class Base:
 
 @dataclass
 class LoraReport:
-    """What became of one file: layers used in the model and the text encoder, keys not used, warnings.
+    """How a LoRA was applied to a model and a text encoder.
 
-    family: of the model that it was put on, empty when unknown. zero_weight_layers: layers that block weights set to 0.
+    Args:
+        lora: The LoRA.
+        strength_model: Its strength on the UNet.
+        strength_clip: Its strength on the text encoder.
+        family: Family of the model it was applied to, "" if unknown.
+        has_clip: Whether there was a text encoder to apply it to.
+        model_layers: Number of layers applied to the UNet.
+        text_layers: Number of layers applied to the text encoder.
+        zero_weight_layers: Number of layers with block weight 0.
+        unused: Keys of the file that fit no layer.
+        notes: Further warnings.
     """
 
     lora: Lora
@@ -73,7 +83,7 @@ class LoraReport:
         return found
 
     def text(self) -> str:
-        """Format, rank, alpha, base and keys, in a few lines; warnings last."""
+        """Layout, rank, alpha, base model and used keys, as text; warnings come last."""
         lora, count = self.lora, self.lora.key_count
         layers = f"{self.model_layers} layers of the model, {self.text_layers} of the text encoder"
         lines = [
@@ -95,7 +105,7 @@ class LoraReport:
 
 
 def layout_of(lora: Lora) -> str:
-    """The tool whose way of naming layers most of the names follow."""
+    """The tool whose naming scheme most layers of a LoRA follow."""
     if "ot_branch" in lora.metadata or any(key.startswith("bundle_emb.") for key in lora.other_keys):
         return "OneTrainer"
     counts = Counter(next((n for n, p in _LAYOUTS.items() if re.match(p, name)), "other") for name in lora.modules)
@@ -103,15 +113,15 @@ def layout_of(lora: Lora) -> str:
 
 
 def kinds_of(lora: Lora) -> str:
-    """All kinds in the file, the most frequent first; full diffs of biases and norms beside another kind left out."""
+    """All kinds of layer in the file, the most frequent first. Full diffs (of biases, norms) only if no other kind."""
     kinds = [kind for kind, _ in Counter(module.kind for module in lora.modules.values()).most_common()]
     return " + ".join(kind for kind in kinds if kind != "full diff" or len(kinds) == 1)
 
 
 def base_of_lora(lora: Lora) -> Base:
-    """What the metadata says (`base_from_metadata`), else from the width of cross-attention."""
-    if (said := base_from_metadata(lora.metadata)).family:
-        return said
+    """The model family of a LoRA: from its metadata, else from the width of cross-attention."""
+    if (base := base_from_metadata(lora.metadata)).family:
+        return base
     for module in lora.modules.values():
         if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and module.shape and module.shape[1] in WIDTHS:
             return Base(WIDTHS[module.shape[1]], f"cross-attention reads a width of {module.shape[1]}")
@@ -119,11 +129,11 @@ def base_of_lora(lora: Lora) -> Base:
 
 
 def base_from_metadata(metadata: Mapping[str, str]) -> Base:
-    """From modelspec.architecture, else ss_base_model_version, else ss_v2."""
+    """The model family in modelspec.architecture, else in ss_base_model_version, else in ss_v2."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
-        if (said := metadata.get(key, "")) and not said.startswith("unknown"):
-            known = (family for family, start in _FAMILIES.items() if re.match(start, said))
-            return Base(next(known, said.split("/")[0]), f"{key} {said}")
+        if (value := metadata.get(key, "")) and not value.startswith("unknown"):
+            families = (family for family, pattern in _FAMILIES.items() if re.match(pattern, value))
+            return Base(next(families, value.split("/")[0]), f"{key} {value}")
     return Base("SD2.x", "ss_v2 True") if metadata.get("ss_v2") == "True" else Base()
 
 
