@@ -25,7 +25,7 @@ from ..training.common.files import read_json, write_text
 from ..training.data.images import save_png
 from ..training.demo.scenes import demo_examples
 from ..training.formats.lora import Lora, read_lora
-from ..training.formats.lora_difference import difference
+from ..training.formats.lora_difference import delta_weight
 from ..training.formats.lora_names import UNET
 from ..training.models.protocols import Denoiser
 from .lora_runs import COMFYUI, PICTURES, RETUNE, TRAINERS, Job, LoraBenchConfig, Run
@@ -151,7 +151,7 @@ def changes_of(lora: Lora) -> dict[str, Tensor]:
     for layer, module in lora.modules.items():
         name, tensors = layer.removeprefix(UNET), module.tensors
         if tensors.keys() - {"diff_b"}:
-            found[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else difference(module)
+            found[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else delta_weight(module)
         if "diff_b" in tensors:
             found[f"{name}.bias"] = tensors["diff_b"]
     return found

@@ -42,13 +42,13 @@ class RetuneBlendTextEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, clips, weights, space) -> io.NodeOutput:
-        from ..training.text_encoder.blend import read_weights
+        from ..training.text_encoder.blend import parse_weights
         from .clips.blend_weights import blend_weights
         from .clips.blended_clip import blend_embeddings
 
         given = [clips[name] for name in sorted(clips, key=lambda name: int(name.removeprefix("clip")))]
         blend = blend_weights if space == "weights" else blend_embeddings
-        return io.NodeOutput(blend(given, read_weights(weights, len(given))))
+        return io.NodeOutput(blend(given, parse_weights(weights, len(given))))
 
 
 class RetuneBlendConditioning(io.ComfyNode):

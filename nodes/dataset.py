@@ -127,9 +127,9 @@ class RetuneJoinDatasets(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, second_is="regularisation images"):
-        from ..training.data.dataset import join
+        from ..training.data.dataset import join_datasets
 
-        dataset = join(first, second, regularisation=second_is == "regularisation images")
+        dataset = join_datasets(first, second, regularisation=second_is == "regularisation images")
         return io.NodeOutput(dataset, dataset.report)
 
 

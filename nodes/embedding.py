@@ -70,8 +70,8 @@ class RetuneLoadEmbedding(io.ComfyNode):
     def execute(cls, clip, file, token="", second_file=NONE) -> io.NodeOutput:
         from ..training.config.tokens import check_token
         from ..training.formats.embedding import read_embedding
-        from ..training.formats.embedding_fit import assign
-        from ..training.formats.embedding_report import file_report, file_warnings
+        from ..training.formats.embedding_fit import assign_to_encoders
+        from ..training.formats.embedding_report import embedding_report, embedding_warnings
         from ..training.models.concepts import Concept
         from .clips.concept_tokens import vocabularies_of, with_concepts
 
@@ -79,11 +79,11 @@ class RetuneLoadEmbedding(io.ComfyNode):
         parts = [read_embedding(listed_embedding(name), token.strip()) for name in chosen]
         vocabularies = vocabularies_of(clip)
         word = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem)
-        concept = Concept(word, assign(parts[0], vocabularies, *parts[1:]))
+        concept = Concept(word, assign_to_encoders(parts[0], vocabularies, *parts[1:]))
         clip = with_concepts(clip, [concept])
-        for line in file_warnings(parts, concept, vocabularies):
+        for line in embedding_warnings(parts, concept, vocabularies):
             log.warning("%s", line)
-        report = file_report(parts, concept, vocabularies)
+        report = embedding_report(parts, concept, vocabularies)
         return io.NodeOutput(clip, report, ui={"text": [report]})
 
 

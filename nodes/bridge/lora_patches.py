@@ -20,9 +20,10 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...training.formats.lora import BIAS, Lora, LoraModule, aliases, dora_axis, parse_lora, some
+from ...training.common.text import first_few
+from ...training.formats.lora import BIAS, Lora, LoraModule, dora_axis, kohya_aliases, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
-from ...training.formats.lora_report import WIDTHS, LoraUse, base_of
+from ...training.formats.lora_report import WIDTHS, LoraReport, base_of_lora
 
 log = logging.getLogger(__name__)
 
@@ -228,11 +229,11 @@ def _collect(
 
 
 def _misfit_message(lora: Lora, misfits: list[str], family: str) -> str:
-    base = base_of(lora)
+    base = base_of_lora(lora)
     made = f" It was made for {base}, the model is {family or 'of another kind'}." if base.family else ""
     return (
-        f"{lora.name} does not fit this model: {some(misfits, most=3)}.{made} Nothing of it was applied. Choose a LoRA "
-        "for this model, or disable its row."
+        f"{lora.name} does not fit this model: {first_few(misfits, limit=3)}.{made} Nothing of it was applied. Choose "
+        "a LoRA for this model, or disable its row."
     )
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ...training.models.concepts import Concept
-from ...training.text_encoder.blend import blend_projections, expect_alike, is_one, mix, shares
+from ...training.text_encoder.blend import (
+    blend_projections,
+    expect_same_shapes,
+    is_close_to_one,
+    renormalised_weights,
+    weighted_sum,
+)
 from ..common.weights import patched_weight
 from .concept_tokens import concepts_of, embedding_widths, with_concepts
 from .t5_clip import clone_with_projection, expect_t5, is_t5_clip, t5_parts
@@ -68,7 +74,9 @@ def _with_projection(result, clips: Sequence, weights: Sequence[float]):
     projections = [t5_parts(clip).projection for clip in clips]
     blend = blend_projections(weights, projections)
     first, *others = (projection.state_dict() for projection in projections)
-    if all(torch.equal(first[name], other[name]) for other in others for name in first) and is_one(sum(weights)):
+    if all(torch.equal(first[name], other[name]) for other in others for name in first) and is_close_to_one(
+        sum(weights)
+    ):
         return result
     return clone_with_projection(result, blend)
 
@@ -138,7 +146,7 @@ def _expect_fit(first, first_parts: dict, clip, parts: dict, number: int) -> Non
             'lacks. Connect the one with most parts first, or blend unlike encoders in space "embeddings".'
         )
     for part, shapes in parts.items():
-        expect_alike(first_parts[part], shapes, number)
+        expect_same_shapes(first_parts[part], shapes, number)
     if parts.keys() == first_parts.keys() and clip.layer_idx != first.layer_idx:
         raise ValueError(
             f"text encoder {number} stops at layer {clip.layer_idx}, text encoder 1 at {first.layer_idx}; expected the "

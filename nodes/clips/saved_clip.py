@@ -31,7 +31,7 @@ def save_clip(clip, prefix: str, about: Mapping[str, Any]) -> tuple[list[Path], 
         ValueError: before anything is written, for other text encoders, hooks, and a LoRA that is not merged.
     """
     names = [name for name, _ in clip.cond_stage_model.named_parameters()]
-    parts = [part for part in parts_of(names) if part in CLIPS]
+    parts = [part for part in encoder_names(names) if part in CLIPS]
     _expect_writable(clip, parts)
     paths = {part: output_path("clip", prefix, f"{part}.safetensors") for part in parts}
     for part, path in paths.items():  # one after the other, to hold only one in memory

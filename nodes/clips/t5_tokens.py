@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ...training.text_encoder.t5 import Padding, comfyui_name, cut
+from ...training.text_encoder.t5 import Padding, comfyui_name, truncate_tokens
 from ...training.text_encoder.tokenizers import T5Tokenizer
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from retune.training.demo.files import weights_path
 from retune.training.demo.judge import correct, drawn_shape, parse_caption, read
 from retune.training.demo.scenes import demo_examples
 from retune.training.formats.embedding import read_embedding
-from retune.training.formats.embedding_fit import assign
+from retune.training.formats.embedding_fit import assign_to_encoders
 from retune.training.models.concepts import Concept
 from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.sampling.generate import draw
@@ -33,7 +33,7 @@ def knowing(model, concepts):
 
 def shipped(model):
     file = read_embedding(weights_path("embeddings/heart.safetensors"))
-    return Concept("<heart>", assign(file, model.text_encoder.vocabularies))
+    return Concept("<heart>", assign_to_encoders(file, model.text_encoder.vocabularies))
 
 
 def figures(model, captions):

@@ -12,7 +12,7 @@ from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
-from retune.training.data.templates import OBJECT, STYLE, Captions
+from retune.training.data.templates import OBJECT, STYLE, CaptionTemplates
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.embedding_report import median_norm
 from retune.training.models.concepts import Concept
@@ -69,7 +69,7 @@ def test_only_the_new_vectors_learn(tiny_model, shown, tmp_path):
     assert ((concept.vectors["clip_l"] - start.vectors["clip_l"]).norm(dim=1) > 1e-2).all()
     knowing = encoder.with_concepts(trained.embedding.concepts)
     assert torch.equal(encoded(knowing, "two small blue squares"), encoded(encoder, "two small blue squares"))
-    assert trained.lora == {} and trained.embedding.about["steps"] == 6
+    assert trained.lora == {} and trained.embedding.metadata["steps"] == 6
     saved = read_embedding(tmp_path / "r" / "embeddings" / "it.safetensors")
     assert torch.equal(saved.parts[0][1], concept.vectors["clip_l"]) and saved.token == "<it>"
 
@@ -225,5 +225,5 @@ def test_a_word_of_the_vocabulary_is_warned_of(tiny_model, tmp_path, caplog):
 
 
 def test_captions_are_drawn_by_seed():
-    one, other = (Captions(OBJECT, "<it>", seed) for seed in (0, 1))
+    one, other = (CaptionTemplates(OBJECT, "<it>", seed) for seed in (0, 1))
     assert [one("", n, 0) for n in range(1, 20)] != [other("", n, 0) for n in range(1, 20)]

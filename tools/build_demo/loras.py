@@ -11,7 +11,7 @@ from ...training.config.training_settings import TrainingSettings
 from ...training.data.dataset import from_images
 from ...training.demo.files import LORAS, WEIGHTS
 from ...training.demo.scenes import demo_examples
-from ...training.formats.lora_metadata import LoraAbout
+from ...training.formats.lora_metadata import LoraDescription
 from ...training.formats.lora_save import save_lora
 from ...training.recipes.lora import train_lora
 from ...training.runs.folder import RunFolder
@@ -41,5 +41,5 @@ def train_loras(work: Path) -> None:
         images, captions = demo_examples(20, 0, **PICTURES[name])
         dataset = from_images(list(images), captions)
         trained = train_lora(build_model(ModelConfig(model="demo")), dataset, lora_config(name), work)
-        about = LoraAbout(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
-        save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", about=about)
+        about = LoraDescription(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
+        save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", description=about)

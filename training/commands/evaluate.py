@@ -148,7 +148,7 @@ def _identity(
         "vae": plain.autoencoder.fingerprint,
         "tuned": [[name, tuned_identity(tuned)] for name, tuned in variants.items()],
         "rewards": reward.fingerprint,
-        "prompts": fingerprint_of(prompts),
+        "prompts": prompts_fingerprint(prompts),
     }
 
 

@@ -16,9 +16,9 @@ from ..common.files import read_tensors
 from ..config.checks import check_fields
 from ..config.fields import setting
 from ..formats.lora import BIAS, Lora, LoraModule, parse_lora, read_lora
-from ..formats.lora_difference import LowRank, as_lora, kernel_of, low_rank, low_rank_of
-from ..formats.lora_metadata import LoraAbout
-from ..formats.lora_names import TEXT, UNET, Naming, naming_of
+from ..formats.lora_difference import LowRankFactors, kernel_of, lora_tensors, low_rank_delta, truncated_svd
+from ..formats.lora_metadata import LoraDescription
+from ..formats.lora_names import TEXT, UNET, Naming, detect_naming
 from ..formats.lora_report import layout_of
 from ..formats.lora_save import save_lora
 from ..models import ldm
@@ -103,18 +103,18 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
     for DoRA, OFT and other kinds whose difference depends on the weight.
     """
     lora = read_lora(config.lora)
-    naming = naming_of(lora)
+    naming = detect_naming(lora)
     modules, kept = {}, {}
     for name, module in lora.modules.items():
         rest = {role: value for role, value in module.tensors.items() if role in BIAS}
         if _is_vector(module):
             modules[name] = module
             continue
-        kept[name] = low_rank_of(module, config.rank, config.energy)
-        modules[name] = LoraModule(name, as_lora(kept[name], _kernel(module, naming)) | rest, module.keys)
+        kept[name] = low_rank_delta(module, config.rank, config.energy)
+        modules[name] = LoraModule(name, lora_tensors(kept[name], _kernel(module, naming)) | rest, module.keys)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
-    save_lora(config.output, new, format, config.dtype, LoraAbout(kept=lora.metadata))
+    save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
     return {"file": str(config.output), **_figures(lora.name, kept)}
 
 
@@ -140,12 +140,12 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
             outside += change.double().square().sum().item()
         elif rank:
             layer = name.removesuffix(".weight")
-            kept[layer] = low_rank(change.flatten(1), rank)
-            tensors |= {f"{layer}.{role}": v for role, v in as_lora(kept[layer], tuple(change.shape[2:])).items()}
+            kept[layer] = truncated_svd(change.flatten(1), rank)
+            tensors |= {f"{layer}.{role}": v for role, v in lora_tensors(kept[layer], tuple(change.shape[2:])).items()}
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraAbout(run={"unet": unet_config}))
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run={"unet": unet_config}))
     covered = sum(factors.energy for factors in kept.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
@@ -156,7 +156,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
 def convert_lora(config: ConvertLoraConfig) -> dict:
     """Writes the file in the other layout; {"file", "layers", "warnings"}. Errors: ValueError as `save_lora`."""
     lora = read_lora(config.lora)
-    about = LoraAbout(kept=lora.metadata)
+    about = LoraDescription(file_metadata=lora.metadata)
     warnings = save_lora(config.output, lora, config.format, config.dtype, about, base=config.base)
     return {"file": str(config.output), "layers": len(lora.modules), "warnings": warnings}
 
@@ -240,16 +240,16 @@ def _kernel(module: LoraModule, naming: Naming) -> tuple[int, ...]:
     shown = kernel_of(module)
     if shown is not None:
         return shown
-    layer = naming.layer(module.name)
-    return (layer and naming.kernel(layer)) or ()
+    layer = naming.comfyui_name(module.name)
+    return (layer and naming.kernel_size(layer)) or ()
 
 
-def _figures(name: str, kept: Mapping[str, LowRank]) -> dict:
+def _figures(name: str, kept: Mapping[str, LowRankFactors]) -> dict:
     """What became of the layers' energies, for people to judge the rank by."""
     if not kept:
         raise ValueError(f"{name} has no layer with a rank; expected LoRA, LoCon, LoHa, LoKr or a full difference.")
     ranks = [len(factors.down) for factors in kept.values()]
-    shares = {layer: factors.kept / factors.energy if factors.energy else 1.0 for layer, factors in kept.items()}
+    shares = {layer: factors.kept_energy / factors.energy if factors.energy else 1.0 for layer, factors in kept.items()}
     worst = min(shares, key=shares.get)
     return {
         "layers": len(kept),
@@ -260,10 +260,10 @@ def _figures(name: str, kept: Mapping[str, LowRank]) -> dict:
     }
 
 
-def _share(parts: Iterable[LowRank]) -> float:
+def _share(parts: Iterable[LowRankFactors]) -> float:
     parts = list(parts)
     energy = sum(part.energy for part in parts)
-    return sum(part.kept for part in parts) / energy if energy else 1.0
+    return sum(part.kept_energy for part in parts) / energy if energy else 1.0
 
 
 def _check_rank(name: str, rank: int, least: int) -> None:

@@ -20,9 +20,9 @@ from ..models.layers import reset_weights
 from ..models.protocols import Denoiser, TextToImage
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
-from ..text_encoder.fit import CoreStates, fit_projection
+from ..text_encoder.fit import EncoderStates, fit_projection
 from ..text_encoder.projection import Projection
-from ..text_encoder.scale import match_reference, scale_to
+from ..text_encoder.scale import scale_to, scale_to_reference
 from ..text_encoder.t5 import Padding, load_t5
 from ..text_encoder.t5_file import read_t5_config
 
@@ -90,13 +90,13 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
     encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
     if fit_on:
-        old = CoreStates(model.text_encoder, before_projection=False)
-        own = CoreStates(encoder, before_projection=True)
+        old = EncoderStates(model.text_encoder, before_projection=False)
+        own = EncoderStates(encoder, before_projection=True)
         fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:
-        encoder, _ = match_reference(encoder, model.text_encoder)
+        encoder, _ = scale_to_reference(encoder, model.text_encoder)
     else:
         encoder, _ = scale_to(encoder, config.target_std)
     return replace(model, text_encoder=encoder)

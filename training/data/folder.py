@@ -110,14 +110,19 @@ def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
         unlisted = sorted(set(images) - {name for name, _ in rows})
-        notes = [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({listed(unlisted)})"] if unlisted else []
+        notes = (
+            [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
+            if unlisted
+            else []
+        )
     else:
         rows = [(name, _caption(folder / name, config)) for name in images]
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({listed(missing)}); expected one each "
-            f"({_expected_caption(config.captions)}). Add them, or choose to skip images without a caption."
+            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({first_few(missing, LISTED)}); "
+            f"expected one each ({_expected_caption(config.captions)}). Add them, or choose to skip images without "
+            "a caption."
         )
     return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
 

@@ -115,7 +115,7 @@ def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
     return sheet
 
 
-def fit(
+def resize_and_crop(
     image: Tensor,
     width: int,
     height: int,

@@ -17,7 +17,7 @@ from ..common.fingerprint import tensors_fingerprint
 from ..config.lora import LoraConfig
 from ..data.examples import Dataset
 from ..formats.lora import Lora
-from ..formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
+from ..formats.lora_metadata import LoraDescription, last_sample, tag_frequency, thumbnail_uri
 from ..formats.lora_names import SECOND_TEXT, UNET
 from ..formats.lora_save import save_lora
 from ..models import ldm
@@ -136,8 +136,8 @@ def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraCon
     about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
     write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
     picture = last_sample(folder.path)
-    shown = LoraAbout(run=folder.config(), thumbnail=thumbnail(picture) if picture else "")
-    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, about=shown)
+    shown = LoraDescription(run=folder.config(), thumbnail=thumbnail_uri(picture) if picture else "")
+    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, description=shown)
 
 
 def read_trained_lora(path: Path) -> TrainedLora:

@@ -267,7 +267,7 @@ def _write(
         write_lora(folder, lora, config.lora, ending)
         values = {}
     if config.train == "text encoder":  # whole files that stock loaders read; `values` hold every weight
-        paths = {part: folder.path / f"{part}.safetensors" for part in stock_parts(values)}
+        paths = {part: folder.path / f"{part}.safetensors" for part in split_by_encoder(values)}
         write_stock_files(paths, values, about_run(folder.config() or {}, ending))
     projection = model.text_encoder.projection
     if config.train == "projection":

@@ -16,10 +16,10 @@ from ..common.files import read_tensors, write_tensors
 from ..config.embedding import EmbeddingConfig
 from ..config.tokens import check_token
 from ..data.examples import Dataset
-from ..data.templates import TEMPLATES, Captions, caption_words_replaced, holds_token, with_tokens_only
+from ..data.templates import TEMPLATES, CaptionTemplates, contains_token, keep_images_with_tokens, replace_caption_words
 from ..formats.embedding import Embedding, read_embedding
-from ..formats.embedding_fit import assign, family_of
-from ..formats.embedding_report import median_norm, token_warnings, vector_figures
+from ..formats.embedding_fit import assign_to_encoders, family_of
+from ..formats.embedding_report import median_norm, token_warnings, vector_statistics
 from ..formats.embedding_save import save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
@@ -107,17 +107,17 @@ def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset,
     if config.replaced_words:
         if len(tokens) > 1:
             raise ValueError(f"caption_word is {config.caption_word!r} for {len(tokens)} tokens; expected one token.")
-        dataset = caption_words_replaced(dataset, config.replaced_words, tokens[0])
+        dataset = replace_caption_words(dataset, config.replaced_words, tokens[0])
     if template == "auto":
-        found = len(tokens) > 1 or any(holds_token(caption, tokens) for caption in dataset.captions)
+        found = len(tokens) > 1 or any(contains_token(caption, tokens) for caption in dataset.captions)
         template = "captions" if found else "object"
         if not found:
             log.warning("no caption holds %s; sentences such as %r are used", tokens[0], TEMPLATES["object"][0])
     if template == "captions":
-        dataset = dataset if config.lora_rank else with_tokens_only(dataset, tokens)
-        return dataset, Captions((), tokens[0], config.seed)
+        dataset = dataset if config.lora_rank else keep_images_with_tokens(dataset, tokens)
+        return dataset, CaptionTemplates((), tokens[0], config.seed)
     lines = config.lines if template == "own" else TEMPLATES[template]
-    return dataset, Captions(lines, tokens[0], config.seed)
+    return dataset, CaptionTemplates(lines, tokens[0], config.seed)
 
 
 def _adapters(model: TextToImage, config: EmbeddingConfig) -> Adapters | None:
@@ -138,7 +138,7 @@ def _watched(concepts: tuple[Concept, ...], vocabularies: Mapping, callbacks: Ca
     found = {}
     for concept in concepts:
         for name, vectors in concept.vectors.items():
-            figures = vector_figures(vocabularies[name], vectors)
+            figures = vector_statistics(vocabularies[name], vectors)
             found[f"{concept.token}/{name}"] = {
                 "norm": [figure.ratio for figure in figures],
                 "nearest": [[list(pair) for pair in figure.nearest] for figure in figures],
@@ -188,6 +188,6 @@ def read_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
         token, equals, file = entry.partition("=")
         if not equals:
             raise ValueError(f"known embedding is {entry!r}; expected token=file, such as <my-cat>=cat.safetensors.")
-        vectors = assign(read_embedding(file, token), encoder.vocabularies)
+        vectors = assign_to_encoders(read_embedding(file, token), encoder.vocabularies)
         found.append(Concept(check_token(token), vectors))
     return found
