@@ -115,7 +115,7 @@ class PatchTarget:
 
     def find(self, module: LoraModule) -> str | tuple | None:
         """The weight that a LoRA layer's name stands for, as in `names`; None when there is no such name."""
-        return next((self.names[name] for name in aliases(module.name) if name in self.names), None)
+        return next((self.names[name] for name in kohya_aliases(module.name) if name in self.names), None)
 
     def shape(self, target: str | tuple) -> tuple[int, ...] | None:
         """Shape of a weight or slice; None when there is no such weight or it is quantised."""
@@ -173,7 +173,7 @@ def apply_loras(model, clip, rows: Iterable[Row]):
         rows: the LoRAs with their strengths; their order has no effect on the weights.
 
     Returns:
-        Patched clones of MODEL and CLIP (None without one), and one LoraUse per row.
+        Patched clones of MODEL and CLIP (None without one), and one LoraReport per row.
 
     Raises:
         ValueError: before anything is patched, when a layer does not fit.
@@ -184,14 +184,14 @@ def apply_loras(model, clip, rows: Iterable[Row]):
     return unet.patched(model), None if clip is None else text.patched(clip), uses
 
 
-def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
+def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     """Collects one row's patches in the targets, and reports what was used."""
-    use = LoraUse(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
+    use = LoraReport(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
     names = [*unet.weights, *(text.weights if text else ())]
     if "=" in row.blocks and (idle := blocks.idle(names)):
-        use.notes.append(f"block weights {some(idle)} fit no parameter's name.")
+        use.notes.append(f"block weights {first_few(idle)} fit no parameter's name.")
     misfits = []
     for module in row.lora.modules.values():
         target = unet.find(module)
@@ -214,7 +214,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
 
 
 def _collect(
-    patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraUse
+    patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraReport
 ) -> bool:
     """Whether any patch of a layer has a weight in `owner`; keys of patches that have none are recorded as unused."""
     usable = {key: patch for key, patch in patches.items() if owner.has(key)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...training.models.protocols import Conditioning
 from ...training.text_encoder.fit import FitReport, fit_projection
-from ...training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, measure, scale_to
+from ...training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, scale_to, token_statistics
 from ..clips.t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, t5_context, t5_parts
 from ..clips.t5_tokens import end_index
 from ..common.inputs import expect_given
@@ -142,7 +142,7 @@ def is_fitted(clip) -> bool:
 
 def clip_statistics(clip, prompts: Sequence[str] = PROMPTS) -> TokenStatistics:
     """Statistics of the real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5) over `prompts`."""
-    return measure(MeasurableClip(clip), prompts)
+    return token_statistics(MeasurableClip(clip), prompts)
 
 
 def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:

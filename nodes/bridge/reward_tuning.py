@@ -73,7 +73,7 @@ def ready_to_tune(model, clip, vae, reward: ManagedReward) -> Iterator[tuple[Tex
             yield view, rewards
 
 
-def apply_result(model, clip, result: Tuned, name: str) -> tuple:
+def apply_result(model, clip, result: TunedModel, name: str) -> tuple:
     """MODEL and CLIP with a run's result as patches on clones.
 
     Args:

@@ -66,7 +66,7 @@ def _part_weights(part: str, weights: Sequence[float], owners: Sequence) -> list
     if not all(held):
         numbers = ", ".join(str(number) for number, has in enumerate(held, 1) if has)
         log.info("%s is only in text encoder %s: it is not mixed with the others", part, numbers)
-    return shares(weights, held)
+    return renormalised_weights(weights, held)
 
 
 def _with_projection(result, clips: Sequence, weights: Sequence[float]):
@@ -186,7 +186,7 @@ def _expect_same_t5(first, clip, number: int) -> None:
 def _set(result, name: str, owners: Sequence, weights: Sequence[float]) -> None:
     """Makes the blended weight the only patch of a weight of `result`; no patch where it equals the present weight."""
     with torch.inference_mode(False), torch.no_grad():
-        blend = mix(weights, list(_weights(owners, weights, name)))
+        blend = weighted_sum(weights, list(_weights(owners, weights, name)))
         if torch.equal(blend, patched_weight(result.patcher, name)):
             return
     dtype = _blendable_dtype(result, name)

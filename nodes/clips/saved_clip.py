@@ -8,7 +8,7 @@ from typing import Any
 
 from ...training.demo.files import WEIGHTS
 from ...training.text_encoder.file import SavedTextEncoder
-from ...training.text_encoder.stock_file import CLIPS, parts_of, write_stock_files
+from ...training.text_encoder.stock_file import CLIPS, encoder_names, write_stock_files
 from ..common.paths import output_path
 from ..common.weights import patched_weight
 from .blend_weights import has_hooks, is_bypassed

@@ -112,7 +112,8 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
         def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
             (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
             end = end_index([entry[0] for entry in batch], self.end_token)
-            batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
+            kept = truncate_tokens(batch[: end + 1], padding.max_tokens, text)
+            batch = (kept + batch[end + 1 :])[: padding.max_tokens]
             if padding.pad == "max_tokens":
                 self.pad_tokens(batch, padding.max_tokens - len(batch))
             return [batch if return_word_ids else [entry[:2] for entry in batch]]

@@ -63,7 +63,7 @@ def _with_errors(handler: Handler) -> Handler:
 
 
 async def _call(function: Callable, request: web.Request, *names: str):
-    """Calls a function of `training.runs` in a thread, with the runs folder and these parts of the request's address."""
+    """Calls a function of training/runs in a thread, with the runs folder and parts of the request's address."""
     from ..common.paths import runs_folder
 
     return await asyncio.to_thread(function, runs_folder(), *(request.match_info[name] for name in names))

@@ -24,7 +24,7 @@ from ..config.flags import add_flags, read_flags
 from ..config.model import ModelConfig
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, expect_prompts, fingerprint_of
+from ..data.prompts import Prompt, expect_prompts, prompts_fingerprint
 from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report, table
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage

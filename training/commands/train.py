@@ -95,7 +95,7 @@ def open_model(arguments: argparse.Namespace) -> TextToImage:
 
 def open_dataset(arguments: argparse.Namespace) -> Dataset:
     """The training folder, joined with the regularisation images if there are any; prints its report."""
-    from ..data.dataset import join
+    from ..data.dataset import join_datasets
     from ..data.folder import load_folder
 
     terminal = Terminal()
@@ -105,7 +105,7 @@ def open_dataset(arguments: argparse.Namespace) -> Dataset:
 
     dataset = load_folder(read_flags(arguments, FolderConfig), progress)
     if arguments.reg_folder:
-        dataset = join(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
+        dataset = join_datasets(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
     sys.stderr.write(f"{dataset.report}\n")
     return dataset
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..common.text import count_noun
 from ..config.checks import check_multiple
 from ..config.folder import CROPS, FolderConfig
 from .buckets import Size, bucket_for, make_buckets

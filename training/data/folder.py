@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from ..common.text import first_few
 from ..config.folder import FolderConfig
 from .buckets import Size, bucket_for, make_buckets
 from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
 from .examples import Dataset, Example, content_key
 from .images import EXTENSIONS, ImageError, check_image, has_alpha
 from .masks import Mask, is_mask_file, mask_file
-from .report import Skipped, format_report, listed
+from .report import LISTED, Skipped, format_report
 
 log = logging.getLogger(__name__)
 
@@ -168,4 +169,4 @@ def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
 
 
 def _reasons(skipped: list[Skipped]) -> str:
-    return listed([f"{name}: {reason}" for name, reason in skipped])
+    return first_few([f"{name}: {reason}" for name, reason in skipped], LISTED)

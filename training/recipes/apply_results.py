@@ -23,7 +23,7 @@ from ..formats.lora_difference import delta_weight
 from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..models import ldm
 from ..models.protocols import TextToImage
-from ..text_encoder.blend import blend_projections, mix
+from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
 from ..trainables.lora_init import plain_layer

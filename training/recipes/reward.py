@@ -25,7 +25,7 @@ from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
+from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, prompts_fingerprint, split_held_out
 from ..evaluation.guard_pictures import build_guard, guard_prompts, measure_pictures
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
@@ -38,7 +38,7 @@ from ..rewards.combined import CombinedReward
 from ..runs.folder import RunFolder
 from ..sampling.generate import TextOf, encode_with
 from ..text_encoder.projection import PROJECTION_PREFIX
-from ..text_encoder.stock_file import stock_parts, write_stock_files
+from ..text_encoder.stock_file import split_by_encoder, write_stock_files
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights, Trainable
 from .checks import check_fit
@@ -102,7 +102,7 @@ def tune(
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
-            | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
+            | ({"dataset": dataset.fingerprint} if direct else {"prompts": prompts_fingerprint(prompts)}),
             details=(describe_training(model, dataset) if direct else describe_model(model) | drawn)
             | {"rewards": reward.describe()}
             | (details or {}),

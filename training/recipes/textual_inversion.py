@@ -98,7 +98,7 @@ def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
     return [start_concept(token, text, config.vectors, vocabularies, known, config.seed) for token, text in rows]
 
 
-def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Captions]:
+def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, CaptionTemplates]:
     """The images that can teach a token, and the sentences that they are shown with. Warns of what is left out.
 
     Raises ValueError where captions are asked for and none holds the token.
