@@ -29,7 +29,7 @@ from ..training.formats.lora_difference import difference
 from ..training.formats.lora_names import UNET
 from ..training.models.protocols import Denoiser
 from .lora_runs import COMFYUI, PICTURES, RETUNE, TRAINERS, Job, LoraBenchConfig, Run
-from .study import plain_objective, summary, table, verdict
+from .study import markdown_table, summarize, unweighted_objective, verdict
 
 ABOUT = "Training a LoRA here and by ComfyUI's own Train LoRA, as nodes of one ComfyUI: loss by steps and by seconds."
 LOOK = "warm edges"
@@ -75,9 +75,9 @@ def run_lora_bench(config: LoraBenchConfig, comfyui: Path | None, callbacks: Cal
         about = read_json(next((base / "output" / "retune").glob("*/config.json")))["environment"]
         callbacks.on_text("judging")
         judge = validation(config.judged)
-        rows = [row_of(name, job, run, judge(run.file)) for (name, job), run in trained.items()]
+        rows = [result_row(name, job, run, judge(run.file)) for (name, job), run in trained.items()]
         sizes = {name: trained_numbers(run.file) for (name, _), run in trained.items()}
-    found = compared(rows, judge(None))
+    found = compare(rows, judge(None))
     for name, size in sizes.items():
         found["trainers"][name]["trained_numbers"] = size
     return {"config": asdict(config), **about, "comfyui": version, **found, "differences": list(DIFFERENCES)}
@@ -114,23 +114,23 @@ def jobs(config: LoraBenchConfig) -> list[Job]:
 def validation(count: int) -> Callable[[Path | None], float]:
     """A LoRA file, or None for the bare model -> unweighted loss at fixed noise on pictures that no training shows."""
     model = build_model(ModelConfig(model="demo"))
-    objective = plain_objective(model)
+    objective = unweighted_objective(model)
     images, captions = demo_examples(count, 1, look=LOOK)
     pairs = [(text, objective.latent_of(image)) for text, image in zip(captions, images, strict=True)]
 
     def judge(file: Path | None) -> float:
         if file is None:
             return objective.validation(pairs)
-        with put_on(model.denoiser, read_lora(file)):
+        with lora_applied(model.denoiser, read_lora(file)):
             return objective.validation(pairs)
 
     return judge
 
 
 @contextmanager
-def put_on(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
+def lora_applied(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
     """The UNet of this process with a LoRA in its weights, biases and norms; raises ValueError for an unknown layer."""
-    parameters, changes = unet_parameters(denoiser), changes_of(lora)
+    parameters, changes = unet_parameters(denoiser), parameter_changes(lora)
     if unknown := changes.keys() - parameters.keys():
         raise ValueError(f"{lora.name} changes {min(unknown)}; expected layers of the demo model's UNet alone.")
     kept = {name: parameters[name].detach().clone() for name in changes}
@@ -145,7 +145,7 @@ def put_on(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
                 parameters[name].copy_(value)
 
 
-def changes_of(lora: Lora) -> dict[str, Tensor]:
+def parameter_changes(lora: Lora) -> dict[str, Tensor]:
     """Canonical parameter name -> what is added to it."""
     found = {}
     for layer, module in lora.modules.items():
@@ -166,8 +166,8 @@ def trained_numbers(file: Path) -> int:
 # What the figures say
 
 
-def row_of(trainer: str, job: Job, run: Run, loss: float) -> dict:
-    """Figures of one training, for `summary`. loss: what the validation says."""
+def result_row(trainer: str, job: Job, run: Run, loss: float) -> dict:
+    """Figures of one training, for `summarize`. loss: what the validation says."""
     return {
         RATE: job.learning_rate,
         "steps": job.steps,
@@ -180,12 +180,12 @@ def row_of(trainer: str, job: Job, run: Run, loss: float) -> dict:
     }
 
 
-def compared(found: Sequence[Mapping], untrained: float) -> dict:
+def compare(found: Sequence[Mapping], untrained: float) -> dict:
     """Each trainer's seconds, rows per (learning rate, steps, trainer), losses at equal seconds, and sentences.
 
-    found: from `row_of`. untrained: the bare model's validation loss.
+    found: from `result_row`. untrained: the bare model's validation loss.
     """
-    rows = summary(found, [RATE, "steps", "trainer"])
+    rows = summarize(found, [RATE, "steps", "trainer"])
     rows = sorted(rows, key=lambda row: (row[RATE], row["steps"], list(TRAINERS).index(row["trainer"])))
     trainers = {name: _seconds(found, name) for name in TRAINERS}
     equal = [
@@ -199,7 +199,7 @@ def compared(found: Sequence[Mapping], untrained: float) -> dict:
         "rows": rows,
         "at_equal_seconds": equal,
         "findings": findings(rows, trainers, ratio, equal),
-        "table": table(rows),
+        "table": markdown_table(rows),
     }
 
 
@@ -224,11 +224,11 @@ def _equal(rows: Sequence[Mapping], trainers: Mapping[str, Mapping], rate: float
             curves[row["trainer"]].append((seconds, row[LOSS]))
     end = min(curve[-1][0] for curve in curves.values())
     seconds = sorted({when for curve in curves.values() for when, _ in curve[1:] if when <= end})
-    heights = [{name: height(curve, when) for name, curve in curves.items()} for when in seconds]
+    heights = [{name: interpolate(curve, when) for name, curve in curves.items()} for when in seconds]
     return [{RATE: rate, "seconds": when, **losses} for when, losses in zip(seconds, heights, strict=True)]
 
 
-def height(curve: Sequence[tuple[float, float]], place: float) -> float:
+def interpolate(curve: Sequence[tuple[float, float]], place: float) -> float:
     """Height of a curve of (place, height) points, a line between two of them, at a place within it."""
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if place <= x1:

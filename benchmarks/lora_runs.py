@@ -164,7 +164,7 @@ class Run:
     """From the request to the result."""
 
 
-def pace(marks: Sequence[tuple[float, int]], per_step: int) -> float:
+def median_step_seconds(marks: Sequence[tuple[float, int]], per_step: int) -> float:
     """Median seconds per optimiser step of a progress bar's (time, value) marks, of which `per_step` are a step.
 
     ComfyUI leaves out marks that come too soon after another, so a stretch goes on until it has a whole step at least.
@@ -179,7 +179,7 @@ def pace(marks: Sequence[tuple[float, int]], per_step: int) -> float:
     return statistics.median(found)
 
 
-def watched(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float, float]:
+def run_timed(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float, float]:
     """Runs a prompt with a node "train"; returns its outputs, seconds per step, and seconds in all."""
     marks: list[tuple[float, int]] = []
 
@@ -190,20 +190,20 @@ def watched(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float
     running.on_event = mark
     began = time.perf_counter()
     outputs = running.run(prompt, TIMEOUT)
-    return outputs, pace(marks, per_step), time.perf_counter() - began
+    return outputs, median_step_seconds(marks, per_step), time.perf_counter() - began
 
 
-def train_here(running: Server, config: LoraBenchConfig, job: Job) -> Run:
+def train_with_retune(running: Server, config: LoraBenchConfig, job: Job) -> Run:
     """Retune's Train LoRA."""
-    _, per_step, seconds = watched(running, retune_prompt(config, job), 1)
+    _, per_step, seconds = run_timed(running, retune_prompt(config, job), 1)
     folder = running.base_directory / "output" / "retune" / job.name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return Run(folder / ARTIFACT, [row["loss"] for row in rows if "event" not in row], per_step, seconds)
 
 
-def train_there(running: Server, config: LoraBenchConfig, job: Job) -> Run:
+def train_with_comfyui(running: Server, config: LoraBenchConfig, job: Job) -> Run:
     """ComfyUI's Train LoRA."""
-    outputs, per_step, seconds = watched(running, comfyui_prompt(config, job), config.accumulation)
+    outputs, per_step, seconds = run_timed(running, comfyui_prompt(config, job), config.accumulation)
     losses = json.loads(outputs["losses"]["text"][0])["loss"]
     n = config.accumulation
     means = [statistics.fmean(losses[i : i + n]) for i in range(0, len(losses), n)]
@@ -211,4 +211,7 @@ def train_there(running: Server, config: LoraBenchConfig, job: Job) -> Run:
     return Run(file, means, per_step, seconds)
 
 
-TRAINERS: dict[str, Callable[[Server, LoraBenchConfig, Job], Run]] = {RETUNE: train_here, COMFYUI: train_there}
+TRAINERS: dict[str, Callable[[Server, LoraBenchConfig, Job], Run]] = {
+    RETUNE: train_with_retune,
+    COMFYUI: train_with_comfyui,
+}

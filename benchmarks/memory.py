@@ -43,7 +43,7 @@ class _Ledger:
             self._now -= size
 
 
-def kept_bytes(run: Callable[[], object], left_out: Iterable[Tensor] = ()) -> int:
+def peak_saved_bytes(run: Callable[[], object], left_out: Iterable[Tensor] = ()) -> int:
     """The most bytes of storages that autograd keeps at one time while `run` is running on a CPU.
 
     left_out: tensors that are there anyway, such as weights. What torch's checkpointing computes again is counted with

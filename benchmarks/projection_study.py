@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..training.commands.open_model import ModelConfig, build_model, with_t5
 from ..training.common.files import read_json, write_json
 from ..training.models.protocols import TextToImage
-from .study import Study, Trial, in_words
+from .study import Study, Trial, format_mean
 
 STARTS = ("orthogonal", "truncate", "fitted")
 RATE = 1.5e-3
@@ -52,10 +52,10 @@ def figures(trial: Trial) -> dict[str, float | None]:
     clip, stride = clip_figures(trial), trial.config.steps
     wanted = SHARE * clip["alignment"]
     curve = trial.folder / "judged" / trial.results.name
-    judged = read_json(curve) if curve.exists() else [(0, trial.measured(fresh()))]
+    judged = read_json(curve) if curve.exists() else [(0, trial.measure(fresh()))]
     while judged[-1][1]["alignment"] < wanted and len(judged) <= STRETCH:
         steps = len(judged) * stride
-        judged.append((steps, trial.measured(after(steps))))
+        judged.append((steps, trial.measure(after(steps))))
         write_json(curve, judged)
     reached = crossing([(steps, found["alignment"]) for steps, found in judged], wanted)
     single = crossing([(steps, found["attributes"]) for steps, found in judged], SHARE * clip["attributes"])
@@ -85,7 +85,7 @@ def clip_figures(trial: Trial) -> dict[str, float]:
     """What the model with its own CLIP gives on the same captions, measured once for the study."""
     path = trial.folder / "clip.json"
     if not path.exists():
-        write_json(path, trial.measured(build_model(ModelConfig(model="demo"))))
+        write_json(path, trial.measure(build_model(ModelConfig(model="demo"))))
     return read_json(path)
 
 
@@ -94,7 +94,7 @@ def findings(rows: Sequence[Mapping]) -> list[str]:
     words = []
     always = [row for row in rows if row["reached"] == 1]
     for row in sorted(always, key=lambda row: row[STEPS]):
-        words.append(f"{row['projection']}, then {row['then']}: {in_words(row, STEPS)} steps.")
+        words.append(f"{row['projection']}, then {row['then']}: {format_mean(row, STEPS)} steps.")
     for row in rows:
         if row["reached"] < 1:
             words.append(f"{row['projection']}, then {row['then']}: reached by {row['reached']:.0%} of its trials.")

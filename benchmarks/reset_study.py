@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..training.commands.open_model import ModelConfig, build_model
-from .study import Study, Trial, in_words, verdict
+from .study import Study, Trial, format_mean, verdict
 
 NOTHING = "nothing"
 RESETS = (NOTHING, "cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention")
@@ -29,7 +29,7 @@ def figures(trial: Trial) -> dict[str, float]:
         train="whole UNet",
         train_projection=False,
     )
-    return trial.measured(trained)
+    return trial.measure(trained)
 
 
 def findings(rows: Sequence[Mapping]) -> list[str]:
@@ -57,7 +57,7 @@ def findings(rows: Sequence[Mapping]) -> list[str]:
     if rows:
         best = max(rows, key=lambda row: row["alignment"])
         where = f"{best['reset']} at {best['learning rate']:g}"
-        words.append(f"Best alignment: reset of {where}, {in_words(best, 'alignment')}.")
+        words.append(f"Best alignment: reset of {where}, {format_mean(best, 'alignment')}.")
     return words
 
 

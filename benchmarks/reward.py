@@ -30,12 +30,12 @@ from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
 from ..training.sampling.rollout import Guidance, Step, ddim_chain, first_latent, guided_output, rollout
 from ..training.trainables.weights import Trainable
-from .memory import kept_bytes
-from .study import table
+from .memory import peak_saved_bytes
+from .study import markdown_table
 from .timing import medians
 
 ABOUT = "Memory and time of a step of reward tuning at several K: step by step, joint, checkpointed, and as published."
-APART, JOINT, CHECKPOINTED, OFFICIAL = "step by step", "joint", "joint, UNet checkpointed", "TextCraftor's schedule"
+STEPWISE, JOINT, CHECKPOINTED, OFFICIAL = "step by step", "joint", "joint, UNet checkpointed", "TextCraftor's schedule"
 OFFICIAL_STEPS = 5
 """Its K; its batch is 4 pictures a GPU."""
 PROMPT = "two small red circles on the left, white background"
@@ -129,7 +129,7 @@ class Bench:
 
 Key = tuple[str, int]
 """Way and K."""
-Way = Callable[[Bench, int], Callable[[], None]]
+Method = Callable[[Bench, int], Callable[[], None]]
 """(what is shared, K) -> one step's forward and backward, which leaves gradients."""
 
 
@@ -194,7 +194,7 @@ def _advanced(denoiser, x: Tensor, seen: Tensor, step: Step, heard: Guidance, ch
     def output(seen: Tensor, *tensors: Tensor) -> Tensor:
         return guided_output(denoiser, seen, step, _with(heard, tensors))
 
-    # Reentrant, or what is computed again would escape `kept_bytes`.
+    # Reentrant, or what is computed again would escape `peak_saved_bytes`.
     out = checkpoint(output, seen, *heard.tensors, use_reentrant=True) if checkpointed else output(seen, *heard.tensors)
     return step.a.to(x) * x + step.b.to(x) * out
 
@@ -221,8 +221,8 @@ def _unfrozen(networks: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-WAYS: dict[str, Way] = {
-    APART: step_by_step,
+METHODS: dict[str, Method] = {
+    STEPWISE: step_by_step,
     JOINT: joint,
     CHECKPOINTED: lambda bench, gradient_steps: joint(bench, gradient_steps, checkpointed=True),
     OFFICIAL: official,
@@ -238,25 +238,25 @@ def run_reward_bench(
     """
     callbacks = callbacks or Callbacks()
     bench = Bench.open(config, comfyui)
-    turns = turns_of(bench)
+    turns = make_steps(bench)
     memory = {}
     for (way, steps), run in turns.items():
         callbacks.on_text(f"memory of {way}, K = {steps}")
-        memory[way, steps] = measured(bench, run)
+        memory[way, steps] = measure_memory(bench, run)
     callbacks.on_text(f"{len(turns)} ways, {config.rounds + 1} turns each")
     seconds = medians({key: _cleared(bench, run) for key, run in turns.items()}, config.rounds, _clock)
-    return figures(config, memory, seconds)
+    return build_result(config, memory, seconds)
 
 
-def turns_of(bench: Bench) -> dict[Key, Callable[[], None]]:
+def make_steps(bench: Bench) -> dict[Key, Callable[[], None]]:
     """(way, K) -> one step; TextCraftor's schedule with its own K alone."""
     config = bench.config
-    ways = [(way, steps) for steps in config.gradient_steps for way in WAYS if way != OFFICIAL]
+    ways = [(way, steps) for steps in config.gradient_steps for way in METHODS if way != OFFICIAL]
     ways.append((OFFICIAL, min(OFFICIAL_STEPS, config.sampling_steps)))
-    return {(way, steps): WAYS[way](bench, steps) for way, steps in ways}
+    return {(way, steps): METHODS[way](bench, steps) for way, steps in ways}
 
 
-def measured(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
+def measure_memory(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
     """Figures of one step's memory, in MiB.
 
     "memory": the most at one time that autograd keeps on a CPU, the allocator's peak above what lay there on a GPU,
@@ -270,7 +270,7 @@ def measured(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated()
         found = {"memory": peak - before, "allocated": peak}
     else:
-        found = {"memory": kept_bytes(run, bench.parameters())}
+        found = {"memory": peak_saved_bytes(run, bench.parameters())}
     found["gradients"] = sum(p.grad.nbytes for p in bench.parameters() if p.grad is not None)
     _clear(bench)
     return {name: size / 2**20 for name, size in found.items()}
@@ -297,24 +297,26 @@ def _clock() -> float:
     return time.perf_counter()
 
 
-def figures(config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]) -> dict:
+def build_result(
+    config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]
+) -> dict:
     """What was measured, by way and K, as JSON. ratio: seconds over those step by step at the same K."""
     rows = []
     for (way, steps), found in memory.items():
         sizes = {f"{name} (MiB)": round(size, 2) for name, size in found.items()}
-        beside = seconds.get((APART, steps))
+        beside = seconds.get((STEPWISE, steps))
         ratio = None if beside is None else round(seconds[way, steps] / beside, 3)
         rows.append({"way": way, "K": steps, **sizes, "seconds": round(seconds[way, steps], 4), "ratio": ratio})
-    rows.sort(key=lambda row: (list(WAYS).index(row["way"]), row["K"]))
+    rows.sort(key=lambda row: (list(METHODS).index(row["way"]), row["K"]))
     cuda = torch.cuda.is_available()
     return {
         "config": asdict(config),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "rows": rows,
-        "flatness": {way: flatness(memory, way) for way in WAYS if way != OFFICIAL},
+        "flatness": {way: flatness(memory, way) for way in METHODS if way != OFFICIAL},
         "note": "Memory is the allocator's peak above what lay there before the step." if cuda else NO_CUDA,
-        "table": table(rows),
+        "table": markdown_table(rows),
     }
 
 

@@ -30,7 +30,7 @@ from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.diversity import Diversity
 from ..training.rewards.load import RewardConfig, load_reward
 from ..training.sampling.rollout import Guidance, advance, ddim_chain, first_latent
-from .study import Labels, Study, Trial, in_words, verdict
+from .study import Labels, Study, Trial, format_mean, verdict
 
 SAMPLING, CFG, SIDE = 8, 2.5, 128
 RATES = {"UNet": 1e-4, "text encoder": 3e-4}
@@ -249,7 +249,7 @@ def _additive(found: Mapping[str, Mapping]) -> list[str]:
 
 def _windows(row: Mapping, name: str) -> str:
     cells = [
-        f"{w} steps {in_words(row, f'window {w}: reward')} ({in_words(row, f'window {w}: alignment')})"
+        f"{w} steps {format_mean(row, f'window {w}: reward')} ({format_mean(row, f'window {w}: alignment')})"
         for w in (0, *WINDOWS)
     ]
     return f"{name}, heard in the last steps only, reward (alignment): {', '.join(cells)}."
@@ -259,7 +259,7 @@ def _blends(row: Mapping) -> str:
     names = ["window 0", *(f"blend {share:g}" for share in BLENDS), f"window {SAMPLING}"]
     values = [row[f"{name}: reward"] for name in names]
     rising = all(a < b for a, b in zip(values, values[1:], strict=False))
-    listed = ", ".join(in_words(row, f"{name}: reward") for name in names)
+    listed = ", ".join(format_mean(row, f"{name}: reward") for name in names)
     return f"Reward along the blend (0, 0.25, 0.5, 0.75, 1): {listed}: {'monotone' if rising else 'not monotone'}."
 
 

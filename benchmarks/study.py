@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.commands.demo import edition, held_out_captions, judge, write_pictures
+from ..training.commands.demo import assets_fingerprint, held_out_captions, judge_model, write_pictures
 from ..training.commands.open_model import apply_weights
 from ..training.common.callbacks import Callbacks
 from ..training.common.files import read_json, write_json, write_text
@@ -61,7 +61,7 @@ class StudyConfig:
     def folder(self, study: str) -> Path:
         """Where a study of this size, on these weights and drawings, keeps its results."""
         size = f"{self.steps} steps of {self.batch_size}, {self.images} pictures, {self.judged} judged"
-        return self.output / f"{study}, {size}, {edition()}"
+        return self.output / f"{study}, {size}, {assets_fingerprint()}"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Trial:
         trained = train_model(fresh(), self.dataset, config, self.folder, self.callbacks)
         return apply_weights(fresh(), trained)
 
-    def measured(self, model: TextToImage) -> dict[str, float]:
+    def measure(self, model: TextToImage) -> dict[str, float]:
         """Figures of a model on held-out captions: "alignment", "attributes" (mean share of single attributes read
         right), and of pictures of such captions "loss" and "text gap" (see `evaluate`)."""
-        figures, _ = judge(model, self.config.judged, self.callbacks.on_text, self.name)
+        figures, _ = judge_model(model, self.config.judged, self.callbacks.on_text, self.name)
         single = statistics.fmean(figures[name] for name in ATTRIBUTES if name in figures)
         return {
             "alignment": figures["alignment"],
@@ -127,12 +127,12 @@ def held_out_loss(model: TextToImage, count: int) -> dict[str, float]:
     """Unweighted loss over fixed noise, and text gap, on pictures of held-out captions; the same for every model."""
     scenes = held_out_scenes(count, 1)
     images = [draw(scene, generator(1, "study", i)) for i, scene in enumerate(scenes)]
-    objective = plain_objective(model)
+    objective = unweighted_objective(model)
     pairs = [(text, objective.latent_of(image)) for text, image in zip(held_out_captions(count), images, strict=True)]
     return {"loss": objective.validation(pairs), "text gap": evaluate(objective, pairs)["text_gap"]}
 
 
-def plain_objective(model: TextToImage) -> DenoisingObjective:
+def unweighted_objective(model: TextToImage) -> DenoisingObjective:
     """What training minimises, with (3, H, W) images for slots; for measuring, since nothing is cached."""
     encoder = model.text_encoder
     return DenoisingObjective(
@@ -166,7 +166,7 @@ class Study:
 def run_study(name: str, study: Study, config: StudyConfig, callbacks: Callbacks | None = None) -> dict:
     """Runs, or goes on with, a study; returns its rows, a Markdown table of them, and what they say in words."""
     callbacks, began, config = callbacks or Callbacks(), time.monotonic(), study.sized(config)
-    folder, pictures = config.folder(name), config.output / f"{config.images} pictures {edition()}"
+    folder, pictures = config.folder(name), config.output / f"{config.images} pictures {assets_fingerprint()}"
     write_pictures(pictures, config.images, 0, callbacks.on_text)
     dataset = load_folder(FolderConfig(folder=pictures, resolution=128))
     seeds = range(config.seeds)
@@ -179,14 +179,21 @@ def run_study(name: str, study: Study, config: StudyConfig, callbacks: Callbacks
         write_json(trial.results, {**trial.labels, "seed": trial.seed, **study.figures(trial)})
         shutil.rmtree(folder / trial.name, ignore_errors=True)
     found = [read_json(trial.results) for trial in trials if trial.results.exists()]
-    rows = summary(found, list(study.cells[0]))
+    rows = summarize(found, list(study.cells[0]))
     words = study.findings(rows)
-    write_text(folder / "README.md", "\n".join([table(rows), "", *words, ""]))
+    write_text(folder / "README.md", "\n".join([markdown_table(rows), "", *words, ""]))
     counts = {"done": len(found), "trials": len(trials)}
-    return {"study": name, **counts, "rows": rows, "findings": words, "table": table(rows), "folder": str(folder)}
+    return {
+        "study": name,
+        **counts,
+        "rows": rows,
+        "findings": words,
+        "table": markdown_table(rows),
+        "folder": str(folder),
+    }
 
 
-def summary(found: Sequence[Mapping], keys: Sequence[str]) -> list[dict]:
+def summarize(found: Sequence[Mapping], keys: Sequence[str]) -> list[dict]:
     """Trials with equal labels (`keys`) become a row: n, and the mean of each figure with its standard error.
 
     The error stands in `<figure>_se`; it is None for a single trial. Trials whose figure is None do not count there.
@@ -205,8 +212,8 @@ def summary(found: Sequence[Mapping], keys: Sequence[str]) -> list[dict]:
     return rows
 
 
-def table(rows: Sequence[Mapping]) -> str:
-    """Rows of `summary` as Markdown, figures that all rows have as `mean ± standard error`."""
+def markdown_table(rows: Sequence[Mapping]) -> str:
+    """Rows of `summarize` as Markdown, figures that all rows have as `mean ± standard error`."""
     if not rows:
         return "no trial is finished yet"
     names = [key for key in rows[0] if not key.endswith("_se") and all(key in row for row in rows)]
@@ -217,10 +224,10 @@ def table(rows: Sequence[Mapping]) -> str:
 def _cell(row: Mapping, name: str) -> str:
     if f"{name}_se" not in row:
         return f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
-    return "never" if row[name] is None else in_words(row, name)
+    return "never" if row[name] is None else format_mean(row, name)
 
 
-def in_words(row: Mapping, figure: str) -> str:
+def format_mean(row: Mapping, figure: str) -> str:
     """`mean ± standard error` of a row's figure."""
     value, error = row[figure], row[f"{figure}_se"]
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
@@ -232,7 +239,7 @@ def verdict(better: Mapping, worse: Mapping, figure: str, *, lowest: bool = Fals
 
     lowest: whether low figures are good ones.
     """
-    against = f"{in_words(better, figure)} against {in_words(worse, figure)}"
+    against = f"{format_mean(better, figure)} against {format_mean(worse, figure)}"
     if better[f"{figure}_se"] is None or worse[f"{figure}_se"] is None:
         return f"one trial each cannot tell by {figure} ({against})"
     difference = (worse[figure] - better[figure]) if lowest else (better[figure] - worse[figure])

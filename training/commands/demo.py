@@ -33,7 +33,7 @@ from ..runs.report import write_report
 from ..sampling.generate import draw
 from .open_model import ModelConfig, apply_weights, build_model, with_t5
 
-LOOK = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
+DRAW_OPTIONS = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class DemoConfig:
             learning_rate=self.learning_rate,
             seed=self.seed,
             settings=TrainingSettings(warmup_steps=20, save_every=50, loss_weighting="none"),
-            samples=SamplePrompts(prompts=prompts, every=0, **LOOK),
+            samples=SamplePrompts(prompts=prompts, every=0, **DRAW_OPTIONS),
             resume="restart" if self.restart else "auto",
         )
 
@@ -98,46 +98,46 @@ def write_pictures(folder: Path, count: int, seed: int, on_text: Callable[[str],
     write_json(done, {"count": count, "seed": seed})
 
 
-def judge(model: TextToImage, count: int, on_text: Callable[[str], None], what: str) -> tuple[dict, list[Tensor]]:
+def judge_model(model: TextToImage, count: int, on_text: Callable[[str], None], what: str) -> tuple[dict, list[Tensor]]:
     """Shares of held-out captions that the judge reads back, and the pictures."""
     captions = held_out_captions(count)
 
     def said(done, total):
         on_text(f"{what}: drawing {done} of {total}")
 
-    images = draw(model, captions, **LOOK, batch_size=50, on_batch=said)
+    images = draw(model, captions, **DRAW_OPTIONS, batch_size=50, on_batch=said)
     return alignment(images, captions), images
 
 
 def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
     """Runs the whole demo and returns its figures; `report` is the path of the page to open."""
     began = time.monotonic()
-    make_way(config.output, config.run_name)
-    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {edition()}"
+    set_outdated_run_aside(config.output, config.run_name)
+    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {assets_fingerprint()}"
     write_pictures(pictures, config.images, config.seed, callbacks.on_text)
     folder = FolderConfig(folder=pictures, resolution=128)
     dataset = load_folder(folder, lambda done, total, text: callbacks.on_text(text))
-    model = swapped_model(config, dataset.captions)
+    model = swap_text_encoder(config, dataset.captions)
     trained = train_model(model, dataset, config.training(), config.output, callbacks)
-    return run_judged(trained.path.parent, config, callbacks, began)
+    return judge_run(trained.path.parent, config, callbacks, began)
 
 
-def edition() -> str:
+def assets_fingerprint() -> str:
     """Changes with the demo's weights and with how its pictures are drawn."""
     drawn = demo_examples(1, 0)[0].numpy().tobytes()
     files = (weights_path(name).read_bytes() for name in ("demo.safetensors", "t5.safetensors"))
     return sha256(b"".join([drawn, *files])).hexdigest()[:8]
 
 
-def make_way(runs: Path, name: str) -> None:
+def set_outdated_run_aside(runs: Path, name: str) -> None:
     """Moves a run in the folder of all runs aside when it was made with another edition of the demo."""
-    note, now = runs / ".demo" / f"{name}.json", {"edition": edition()}
+    note, now = runs / ".demo" / f"{name}.json", {"edition": assets_fingerprint()}
     if note.exists() and read_json(note) != now:
         move_aside(runs / name)
     write_json(note, now)
 
 
-def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
+def swap_text_encoder(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
     """The demo model with T5 in place of CLIP, as training starts on it."""
     if config.start == "reset":
         return build_model(ModelConfig(model="demo", t5="demo", reset="cross-attention"))
@@ -145,7 +145,7 @@ def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
     return with_t5(model, ModelConfig(model="demo", t5="demo"), captions)
 
 
-def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks, began: float) -> dict:
+def judge_run(run: Path, config: DemoConfig, callbacks: Callbacks, began: float) -> dict:
     """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5.
 
     began: `time.monotonic()` at the start. Returns the figures, then `seconds`, and `report` last.
@@ -157,7 +157,7 @@ def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks, began: float
         model = original if name == "CLIP" else build_model(ModelConfig(model="demo", t5="demo"))
         if name == "T5, trained":
             model = apply_weights(model, trained)
-        rows[name], shown[name] = judge(model, config.judged, callbacks.on_text, name)
+        rows[name], shown[name] = judge_model(model, config.judged, callbacks.on_text, name)
     report = _report(config, trained, rows, shown)
     return {
         "alignment_clip": rows["CLIP"]["alignment"],

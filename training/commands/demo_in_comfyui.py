@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.callbacks import Callbacks
 from .comfyui_server import PACKAGE, server
-from .demo import DemoConfig, make_way, run_judged
+from .demo import DemoConfig, judge_run, set_outdated_run_aside
 
 WORKFLOW = PACKAGE / "tests" / "workflows" / "swap_text_encoder.json"
 TIMEOUT = 3600
@@ -32,7 +32,7 @@ def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks)
     began = time.monotonic()
     base = config.output.resolve()
     runs = base / "output" / "retune"
-    make_way(runs, config.run_name)
+    set_outdated_run_aside(runs, config.run_name)
     callbacks.on_text("starting ComfyUI")
 
     def show(event: dict) -> None:
@@ -42,4 +42,4 @@ def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks)
     with server(comfyui, base) as running:
         running.on_event = show
         running.run(demo_prompt(config), TIMEOUT)
-    return run_judged(runs / config.run_name, config, callbacks, began)
+    return judge_run(runs / config.run_name, config, callbacks, began)

@@ -21,7 +21,7 @@ from ..config.checks import check_choices, check_range, check_run_name, check_si
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
 from ..data.prompts import Prompt, expect_prompts, fingerprint_of
-from ..evaluation.prompt_set_report import BASE, TUNED, Drawn, as_csv, report
+from ..evaluation.prompt_set_report import BASE, TUNED, PromptScores, as_csv, report
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage
 from ..recipes.apply_results import tuned_identity
@@ -37,7 +37,7 @@ from .open_model import ModelConfig, build_model
 log = logging.getLogger(__name__)
 
 SCORES, TABLE, RESULT = "scores.jsonl", "scores.csv", "result.json"
-GOES_ON = ("run_name", "resume", "batch_size", "save_images", "prompts", "rewards", "baseline_tuned")
+FREE_FIELDS = ("run_name", "resume", "batch_size", "save_images", "prompts", "rewards", "baseline_tuned")
 """Fields that may differ when a run goes on, or that count by what they stand for."""
 
 
@@ -108,7 +108,7 @@ def evaluate(model: ModelConfig, config: EvaluateConfig, root: Path, callbacks: 
     with RunFolder.open(Path(root), config.run_name, resume=config.resume) as folder:
         folder.claim(_identity(plain, variants, prompts, reward, config), {"config": _shown(model, config)})
         del plain  # one model at a time
-        rows = Rows(folder.path / SCORES)
+        rows = ScoresFile(folder.path / SCORES)
         for name, tuned in variants.items():
             missing = [prompt for prompt in prompts if (name, prompt.text) not in rows.known]
             if missing:
@@ -137,7 +137,7 @@ def _identity(
     projection = plain.text_encoder.projection
     return {
         "kind": "evaluate",
-        **{name: value for name, value in vars(config).items() if name not in GOES_ON},
+        **{name: value for name, value in vars(config).items() if name not in FREE_FIELDS},
         "model": plain.denoiser.fingerprint,
         "text_encoder": plain.text_encoder.fingerprint,
         "projection": None if projection is None else tensors_sketch(projection.state_dict().items()),
@@ -154,7 +154,7 @@ def _shown(model: ModelConfig, config: EvaluateConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-class Rows:
+class ScoresFile:
     """What is drawn and scored, a line each in a file; a line that a killed process left half is dropped.
 
     known: by (model, prompt).
@@ -167,10 +167,10 @@ class Rows:
         if len(whole) < len(text):
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-        found = (Drawn(**json.loads(line)) for line in whole.decode("utf-8").splitlines())
+        found = (PromptScores(**json.loads(line)) for line in whole.decode("utf-8").splitlines())
         self.known = {(one.model, one.prompt): one for one in found}
 
-    def add(self, one: Drawn) -> None:
+    def add(self, one: PromptScores) -> None:
         """Keeps it, in the file too."""
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(vars(one)) + "\n")
@@ -186,14 +186,14 @@ def _drawn(
     callbacks: Callbacks,
     pictures: Path | None,
     places: Mapping[str, int],
-) -> Iterator[Drawn]:
+) -> Iterator[PromptScores]:
     """Prompt after prompt, all its seeds; as many prompts together as fit into a batch."""
     reward.network.to(model.denoiser.device)
     together = max(1, config.batch_size // config.seeds)
     for start in range(0, len(prompts), together):
         callbacks.on_text(f"drawing with the {name} model: {start} of {len(prompts)} prompts")
         texts = [prompt.text for prompt in prompts[start : start + together]]
-        images = pictures_of(model, texts, config)
+        images = draw_prompts(model, texts, config)
         scores = _scores(reward, images, texts)
         for number, text in enumerate(texts):
             if pictures is not None:
@@ -202,10 +202,10 @@ def _drawn(
             own = {term: values[number].tolist() for term, values in scores.items()}
             several = diversity(images[number], reward, lpips=False) if config.seeds > 1 else None
             more = (several.vendi, several.distance) if several else ()
-            yield Drawn(name, text, own, *more)
+            yield PromptScores(name, text, own, *more)
 
 
-def pictures_of(model: TextToImage, texts: Sequence[str], config: EvaluateConfig) -> Tensor:
+def draw_prompts(model: TextToImage, texts: Sequence[str], config: EvaluateConfig) -> Tensor:
     """(P, S, 3, H, W) pictures in 0..1. The noise follows from the seed and the prompt's text, whatever else is drawn
     with it."""
     pairs = [(text, seed) for text in texts for seed in range(config.seeds)]

@@ -109,7 +109,7 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
     unknown layout, or too little disk.
     """
     check_run_name(name, "folder_name")
-    unet, vae = built_unet(images), built_vae(images)
+    unet, vae = build_unet(images), build_vae(images)
     if text.width != unet.config.cross_attention_dim:
         raise ValueError(
             f"text encoder's width is {text.width}; the UNet reads {unet.config.cross_attention_dim}. Connect the text "
@@ -117,7 +117,7 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
         )
     size = text.size + sum(4 * p.numel() for module in (unet, vae) for p in module.parameters())
     check_free_disk(root, size + 2**26)
-    target = root / name if not (root / name).exists() else next_name_path(root / name)
+    target = root / name if not (root / name).exists() else (root / name).with_name(next_name(root / name))
     temporary = root / f".{target.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -131,11 +131,6 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
     return target
 
 
-def next_name_path(path: Path) -> Path:
-    """The first free `name 2`, `name 3`, ... beside a folder."""
-    return path.with_name(next_name(path))
-
-
 def scheduler(prediction_type: str):
     """Stable Diffusion's DDIM scheduler for a kind of prediction."""
     from diffusers import DDIMScheduler
@@ -147,7 +142,7 @@ def scheduler(prediction_type: str):
     return DDIMScheduler(**SD1_SCHEDULER, **fixed, prediction_type=kind)
 
 
-def built_unet(images: ImageParts) -> nn.Module:
+def build_unet(images: ImageParts) -> nn.Module:
     """The UNet2DConditionModel of some parts. ValueError for SDXL, inpainting and other layouts."""
     from diffusers import UNet2DConditionModel
 
@@ -162,7 +157,7 @@ def built_unet(images: ImageParts) -> nn.Module:
     return _filled(unet, ldm.to_diffusers(images.unet, ldm.unet_names(config)), "UNet")
 
 
-def built_vae(images: ImageParts) -> nn.Module:
+def build_vae(images: ImageParts) -> nn.Module:
     """The AutoencoderKL of some parts, with their scaling factor. ValueError for other layouts."""
     from diffusers import AutoencoderKL
 

@@ -50,20 +50,20 @@ def score_files(config: ScoreConfig) -> dict[str, Any]:
     reward = read_rewards(config.rewards, config.tokenizer, config.comfyui)
     folder = config.images if config.images.is_dir() else config.images.parent
     names = find_images(folder) if config.images.is_dir() else [config.images.name]
-    prompts = read_prompts(config.prompts, [folder / name for name in names], reward.reads_prompts)
+    prompts = prompts_for(config.prompts, [folder / name for name in names], reward.reads_prompts)
     reward.network.to(config.device)
     images = (load_image(folder / name) for name in names)
     table = score_images(reward, images, prompts, lambda done, total: log.info("%d of %d images", done, total))
     result = {"images": names} | table.as_dict()
     if config.diversity:
-        found = diversity(of_one_size([folder / name for name in names]), reward)
+        found = diversity(load_equal_sized([folder / name for name in names]), reward)
         result["diversity"] = {"vendi": found.vendi, "distance": found.distance, "lpips": found.lpips}
     if config.output is not None:
         write_text(config.output, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def read_prompts(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
+def prompts_for(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
     """A prompt for each image, from a file or the .txt beside it; ValueError for another number, or none."""
     if file is not None:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -77,7 +77,7 @@ def read_prompts(file: Path | None, images: Sequence[Path], needed: bool) -> lis
     return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in beside]
 
 
-def of_one_size(files: Sequence[Path]) -> Tensor:
+def load_equal_sized(files: Sequence[Path]) -> Tensor:
     """(N, 3, H, W) images; ValueError where sizes differ."""
     images = [load_image(file) for file in files]
     for file, image in zip(files, images, strict=True):

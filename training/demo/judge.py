@@ -59,7 +59,7 @@ def read(image: Tensor | np.ndarray) -> Reading:
     pixels = np.asarray(image, dtype=np.float32)
     if pixels.shape != (3, SIDE, SIDE):
         raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
-    back, rough = background_of(pixels)
+    back, rough = fit_background(pixels)
     background = UNSURE if rough else _background_name(pixels, back)
     coverage = _coverage(pixels, back)
     pieces, shape = _shapes(coverage)
@@ -78,7 +78,7 @@ def read(image: Tensor | np.ndarray) -> Reading:
 def drawn_shape(image: Tensor | np.ndarray) -> str:
     """The name of an image's shape, also of those that captions never name; "unsure" where none fits."""
     pixels = np.asarray(image, dtype=np.float32)
-    back, rough = background_of(pixels)
+    back, rough = fit_background(pixels)
     return UNSURE if rough else _shapes(_coverage(pixels, back))[1]
 
 
@@ -99,7 +99,7 @@ def _agreed(names: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else UNSURE
 
 
-def background_of(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+def fit_background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     """The background (3, H, W) as colour * (1 + a r^2), fitted near the median; and whether it is rough."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-from .judge import background_of
+from .judge import fit_background
 from .scenes import VIGNETTE
 
 DARKEST = 0.15
@@ -25,7 +25,7 @@ def polish(image: Tensor | np.ndarray) -> float:
     channels. NaN on a background too dark to tell.
     """
     pixels = np.asarray(image, dtype=np.float64)
-    back, _ = background_of(pixels)
+    back, _ = fit_background(pixels)
     middle = tuple(side // 2 for side in back.shape[1:])
     colour, corner = back[:, middle[0], middle[1]], back[:, 0, 0]
     if colour.mean() < DARKEST:

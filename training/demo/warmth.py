@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .judge import background_of
+from .judge import fit_background
 from .scenes import SIDE
 
 WARM_EDGES = 0.07
@@ -20,7 +20,7 @@ def warmth(image: Tensor | np.ndarray) -> float:
     image: (3, 128, 128) in 0..1. The background's colours are those the judge fits. A vignette has no warmth: with c
     the centre's colour and e the corner's, it is the red minus the blue of e - (e c / c c) c.
     """
-    back, rough = background_of(np.asarray(image, dtype=np.float32))
+    back, rough = fit_background(np.asarray(image, dtype=np.float32))
     if rough:
         return 0.0
     centre, corner = back[:, SIDE // 2, SIDE // 2], back[:, 0, 0]

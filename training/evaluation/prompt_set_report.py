@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ..data.prompts import Prompt
-from .statistics import comparison, diversity_summary, summary
+from .statistics import compare_scores, summarize_diversity, summarize_scores
 
 BASE, TUNED = "base", "tuned"
 """The two models, as figures and files call them."""
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PromptScores:
     """What is kept of one prompt's pictures by one model. scores: by reward, one a seed. vendi and distance: of the
     pictures, on the first reward's image tower; None for one seed."""
 
@@ -29,14 +29,14 @@ class Drawn:
     distance: float | None = None
 
 
-def report(rows: Sequence[Drawn], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def report(rows: Sequence[PromptScores], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """{"prompts", "seeds", "all", "categories"}: figures of all prompts and of each category where there are several.
 
-    Figures: "prompts", how many; "rewards" by name, each with `summary` of both models, "base" and "tuned", and
-    `comparison`; "diversity" of both, and "kept", the tuned spread as a share of the base's. Without a second model
+    Figures: "prompts", how many; "rewards" by name, each with `summarize_scores` of both models and
+    `compare_scores`; "diversity" of both, and "kept", the tuned spread as a share of the base's. Without a second model
     only "base".
     """
-    by_model: dict[str, dict[str, Drawn]] = {}
+    by_model: dict[str, dict[str, PromptScores]] = {}
     for row in rows:
         by_model.setdefault(row.model, {})[row.prompt] = row
     groups: dict[str, list[str]] = {}
@@ -52,25 +52,25 @@ def report(rows: Sequence[Drawn], prompts: Sequence[Prompt]) -> dict[str, Any]:
     return result
 
 
-def _figures(by_model: Mapping[str, Sequence[Drawn]]) -> dict[str, Any]:
+def _figures(by_model: Mapping[str, Sequence[PromptScores]]) -> dict[str, Any]:
     first = next(iter(by_model.values()))
     result: dict[str, Any] = {"prompts": len(first), "rewards": {}, "diversity": {}}
     for name in first[0].scores:
         scores = {model: torch.tensor([row.scores[name] for row in rows]) for model, rows in by_model.items()}
-        found: dict[str, Any] = {model: summary(values) for model, values in scores.items()}
-        compared = comparison(scores[TUNED], scores[BASE]) if TUNED in scores else {}
+        found: dict[str, Any] = {model: summarize_scores(values) for model, values in scores.items()}
+        compared = compare_scores(scores[TUNED], scores[BASE]) if TUNED in scores else {}
         result["rewards"][name] = found | compared
     seeds = len(next(iter(first[0].scores.values())))
     if seeds > 1:
         for model, rows in by_model.items():
             vendi, distance = (torch.tensor([getattr(row, name) for row in rows]) for name in ("vendi", "distance"))
-            result["diversity"][model] = diversity_summary(vendi, distance, seeds)
+            result["diversity"][model] = summarize_diversity(vendi, distance, seeds)
         if TUNED in by_model and result["diversity"][BASE]["spread"] > 0:
             result["diversity"]["kept"] = result["diversity"][TUNED]["spread"] / result["diversity"][BASE]["spread"]
     return result
 
 
-def as_csv(known: Mapping[tuple[str, str], Drawn], models: Sequence[str], prompts: Sequence[Prompt]) -> str:
+def as_csv(known: Mapping[tuple[str, str], PromptScores], models: Sequence[str], prompts: Sequence[Prompt]) -> str:
     """One line a picture: model, category, prompt, seed, and its score by each reward."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

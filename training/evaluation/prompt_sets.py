@@ -80,12 +80,12 @@ def choose(prompts: Iterable[Prompt], limit: int = 0, seed: int = 0) -> list[Pro
             if limit and len(heap) > limit:
                 heapq.heappop(heap)
     sizes = {category: len(heap) for category, heap in kept.items()}
-    counts = shares(sizes, limit) if limit else sizes
+    counts = share_out(sizes, limit) if limit else sizes
     chosen = (entry for category, heap in kept.items() for entry in heapq.nlargest(counts[category], heap))
     return [prompt for _, prompt in sorted((place, prompt) for _, place, prompt in chosen)]
 
 
-def shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+def share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     """How many of each category: `limit` in all if there are as many, the same of each as far as it has them."""
     left, result = limit, {}
     smallest_first = sorted(sizes, key=lambda category: (sizes[category], category))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def summary(scores: Tensor) -> dict[str, float | None]:
+def summarize_scores(scores: Tensor) -> dict[str, float | None]:
     """Of (P, S) scores, prompts by seeds: "mean"; "prompt_std", of the prompts' means; "seed_std", of the seeds' means.
 
     With Bessel's correction, None for one prompt or one seed. seed_std is the error bar of the mean that a single seed
@@ -18,7 +18,7 @@ def summary(scores: Tensor) -> dict[str, float | None]:
     return {"mean": scores.mean().item(), "prompt_std": _std(scores.mean(1)), "seed_std": _std(scores.mean(0))}
 
 
-def comparison(tuned: Tensor, base: Tensor) -> dict[str, float | None]:
+def compare_scores(tuned: Tensor, base: Tensor) -> dict[str, float | None]:
     """Of two models' (P, S) scores of the same prompts from the same noise: "gain", the mean difference, and
     "win_rate", the share of pairs in which the first scores higher, a tie counted as half; each with its "_error".
 
@@ -47,7 +47,7 @@ def _error(values: Tensor) -> float | None:
     return torch.std(values).item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def diversity_summary(vendi: Tensor, distance: Tensor, seeds: int) -> dict[str, float]:
+def summarize_diversity(vendi: Tensor, distance: Tensor, seeds: int) -> dict[str, float]:
     """Means over (P,) prompts of how different the pictures of one prompt are: "vendi" (1 to `seeds`), "distance" (mean
     of 1 - cosine over pairs), and "spread", (vendi - 1) / (seeds - 1), 0 to 1."""
     mean = vendi.double().mean().item()
