@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from retune.benchmarks import projection_study, reset_study
 from retune.benchmarks.__main__ import main
+from retune.benchmarks.catalog import STUDIES
 from retune.benchmarks.projection_study import crossing
 from retune.benchmarks.study import Study, StudyConfig, markdown_table, run_study, summarize, verdict
-from retune.benchmarks.variants import STUDIES
 from retune.training.common.callbacks import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
@@ -71,7 +71,7 @@ def test_a_trial_killed_while_training_ends_with_the_same_figures(tmp_path):
             if info.step == 1:
                 raise KeyboardInterrupt
 
-    study = Study("", reset_study.STUDY.cells[1:2], reset_study.figures, reset_study.findings)
+    study = Study("", reset_study.STUDY.cells[1:2], reset_study.run_trial, reset_study.findings)
     with pytest.raises(KeyboardInterrupt):
         run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL), Stop())
     rows = run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL))["rows"]

@@ -92,6 +92,11 @@ def build_model(config: ModelConfig) -> TextToImage:
     return model
 
 
+def build_demo_model(**options) -> TextToImage:
+    """The demo model; options: further fields of `ModelConfig`, such as t5="demo"."""
+    return build_model(ModelConfig(model=DEMO, **options))
+
+
 def open_unet(model: str) -> dict[str, nn.Parameter]:
     """Canonical name -> fp32 weight of a UNet alone, `model` as in ModelConfig; nothing else of it has to be there."""
     return unet_parameters(open_denoiser(model))
