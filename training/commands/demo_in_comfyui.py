@@ -15,7 +15,7 @@ TIMEOUT = 3600
 
 
 def demo_prompt(config: DemoConfig) -> dict:
-    """The example workflow in API format, at the demo's size. Raises ValueError for a start that it does not have."""
+    """The example workflow in API format, at the demo's size; ValueError for a start that the workflow lacks."""
     if config.start != "fit":
         raise ValueError(f"start is {config.start!r}; the example workflow has 'fit'. Use --no-comfyui for others.")
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
@@ -28,7 +28,18 @@ def demo_prompt(config: DemoConfig) -> dict:
 
 
 def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks) -> dict:
-    """Runs the workflow, then judges its run; figures as `run_demo`. Raises WorkflowFailed when a node fails."""
+    """Runs the workflow in a ComfyUI of its own, then judges its run.
+
+    Args:
+        comfyui: The ComfyUI checkout.
+
+    Returns:
+        The figures of `judge_run`.
+
+    Raises:
+        ValueError: For a start that the workflow lacks.
+        WorkflowFailed: When a node fails.
+    """
     began = time.monotonic()
     base = config.output.resolve()
     runs = base / "output" / "retune"
