@@ -103,4 +103,4 @@ def load_equal_sized(files: Sequence[Path]) -> Tensor:
 
 
 VERBS = {"score": (ScoreConfig, score_files)}
-"""The command line's verb: its flags and what it runs."""
+"""Verb -> its config and its function."""
