@@ -36,9 +36,7 @@ def build(part: str, work: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        prog="build_demo", description="Trains the demo model's parts and writes its weights."
-    )
+    parser = argparse.ArgumentParser(prog="build_demo", description="Trains the demo model and writes its weights.")
     parser.add_argument("--part", choices=PARTS, help="one part only (default: all, in order)")
     parser.add_argument("--work", type=Path, default=Path("output/demo_build"), help="folder for unfinished work")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; figures in weights/README.md are from 2")

@@ -112,8 +112,8 @@ def denoising_loss(
 ) -> Tensor:
     """Mean square error of v = sqrt(a) noise - sqrt(1 - a) latent (Salimans & Ho 2022, arXiv 2202.00512).
 
-    The network predicts v, and the loss has no weights: at high noise, where the text decides colours and positions, the
-    error of a noise prediction by so small a network exceeds the signal, and it learns them far later.
+    The network predicts v, and the loss has no weights: at high noise, where the text decides colours and positions,
+    the error of a noise prediction by so small a network exceeds the signal, and it learns them far later.
 
     Args:
         networks: "unet" and "clip".
