@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.tools.build_demo.embeddings import PICTURES, SEED, embedding_config
-from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.training_settings import TrainingSettings
@@ -38,7 +38,7 @@ def shipped(model):
 
 def figures(model, captions):
     """Shares of pictures with hearts, and of those in which all but the shape is as the caption says."""
-    images = draw(model, captions, **LOOK, batch_size=25)
+    images = draw(model, captions, **DRAW_OPTIONS, batch_size=25)
     wanted = [{name: value for name, value in parse_caption(c).items() if name != "shape"} for c in captions]
     hearts = sum(drawn_shape(image) == "heart" for image in images)
     rest = sum(all(correct(read(image), one).values()) for image, one in zip(images, wanted, strict=True))
@@ -79,6 +79,6 @@ def test_a_word_is_learned_from_five_pictures_and_the_rest_of_the_prompt_kept(tm
     hearts, rest = figures(knowing(model, [concept]), [NOUN.sub("<heart>", caption) for caption in held_out])
     _, before = figures(model, [NOUN.sub("figure", caption) for caption in held_out])
     assert hearts >= 0.8 and rest >= before - 0.05
-    plain = draw(model, held_out[:4], **LOOK)
-    with_word = draw(knowing(model, [concept]), held_out[:4], **LOOK)
+    plain = draw(model, held_out[:4], **DRAW_OPTIONS)
+    with_word = draw(knowing(model, [concept]), held_out[:4], **DRAW_OPTIONS)
     assert all(torch.equal(*pair) for pair in zip(plain, with_word, strict=True))

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 import torch
-from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.config.lora import LoraConfig
 from retune.training.config.training_settings import TrainingSettings
@@ -39,10 +39,10 @@ def test_the_workflows_settings_teach_the_style_and_keep_the_model_listening(tmp
     def drawn(strength):
         values = {n: v * (strength if n.endswith("lora_up.weight") else 1) for n, v in trained.items()}
         with adapters.attach({name: values[name] for name in adapters.parameters}):
-            return draw(model, held, **LOOK, batch_size=50)
+            return draw(model, held, **DRAW_OPTIONS, batch_size=50)
 
     held = held_out_captions(100)
-    plain = draw(model, held, **LOOK, batch_size=50)
+    plain = draw(model, held, **DRAW_OPTIONS, batch_size=50)
     none, half, full = (drawn(strength) for strength in (0.0, 0.5, 1.0))
     assert all(torch.equal(*pair) for pair in zip(none, plain, strict=True))
     assert with_warm_edges(full) >= 0.9 and with_warm_edges(plain) == 0

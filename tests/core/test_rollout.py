@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from retune.benchmarks.memory import kept_bytes
+from retune.benchmarks.memory import peak_saved_bytes
 from retune.training.models.protocols import Conditioning
 from retune.training.sampling.ddim import ddim_steps
 from retune.training.sampling.guidance import Guidance
@@ -131,12 +131,12 @@ def test_peak_memory_is_flat_in_the_number_of_steps(double):
 
     def apart(last):
         chosen = range(25 - last, 25)
-        run = partial(stepwise_gradient, double, states, chain, chosen, guidance, gradient, guidance.tensors)
-        return kept_bytes(run, weights)
+        run = partial(stepwise_gradient, double, states, chain, chosen, spoken, gradient, spoken.tensors)
+        return peak_saved_bytes(run, weights)
 
     def joint(last):
-        run = partial(joint_end, double, states, chain, last, guidance, stop_gradient=True)
-        return kept_bytes(lambda: run().sum().backward(), weights)
+        run = partial(joint_end, double, states, chain, last, spoken, stop_gradient=True)
+        return peak_saved_bytes(lambda: run().sum().backward(), weights)
 
     sizes = [apart(last) for last in (1, 5, 10, 25)]
     assert sizes[0] > 10_000 and max(sizes) <= 1.05 * min(sizes)

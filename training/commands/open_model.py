@@ -1,4 +1,4 @@
-"""From a description to a model: load, swap the text encoder, reset layers, put results in. What a command opens."""
+"""A model from its config: load it, replace the text encoder, reset layers, apply the results of earlier runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ DEMO = "demo"
 
 
 def build_model(config: ModelConfig) -> TextToImage:
-    """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
+    """The model that a config describes, in fp32.
+
+    Raises:
+        ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
+            the loaders.
+    """
     path, tokenizer = _checkpoint(config)
     for text in config.tuned:
         result_files(tuned_file(text).path)
@@ -48,19 +53,24 @@ def build_model(config: ModelConfig) -> TextToImage:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
     encoder = model.text_encoder
-    text = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
-    for part in (model.denoiser.network, model.autoencoder.network, *text):
-        part.to(config.device or "cpu")
+    text_modules = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
+    for module in (model.denoiser.network, model.autoencoder.network, *text_modules):
+        module.to(config.device or "cpu")
     return model
 
 
+def build_demo_model(**options) -> TextToImage:
+    """The demo model; options: further fields of `ModelConfig`, such as t5="demo"."""
+    return build_model(ModelConfig(model=DEMO, **options))
+
+
 def open_unet(model: str) -> dict[str, nn.Parameter]:
-    """Canonical name -> fp32 weight of a UNet alone, `model` as in ModelConfig; nothing else of it has to be there."""
+    """Canonical name -> fp32 weight of the UNet alone; model: as in ModelConfig, its other parts may be missing."""
     return unet_parameters(open_denoiser(model))
 
 
 def open_denoiser(model: str) -> DiffusersDenoiser:
-    """A UNet alone, `model` as in ModelConfig, in fp32."""
+    """The UNet alone, in fp32; model: as in ModelConfig."""
     path, _ = _checkpoint(ModelConfig(model=model))
     return load_denoiser(path)
 
@@ -79,20 +89,24 @@ def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
 
 
 def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ()) -> TextToImage:
-    """The model with its text encoder replaced by a T5 that speaks as loudly as the old one (or at target_std).
+    """The model with its text encoder replaced by a T5, scaled to the same output std (or to config.target_std).
 
-    fit_on: prompts on which the projection is fitted to the old one; without them it stays as `config.projection` says.
+    Args:
+        model: Its denoiser and autoencoder are shared with the result.
+        config: The T5, its tokenizer, projection and padding; its other fields are not used.
+        fit_on: Prompts on which the projection is fitted to the replaced text encoder, which fits its scale too.
+            Without them the projection starts as `config.projection` names and only its scale is matched.
     """
     path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
     width, pooled_width = model.denoiser.context_width, model.denoiser.pooled_width
-    more = {"seed": config.projection_seed, "pooled_width": pooled_width}
-    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **more)
+    options = {"seed": config.projection_seed, "pooled_width": pooled_width}
+    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **options)
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
     encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
     if fit_on:
-        old = EncoderStates(model.text_encoder, before_projection=False)
-        own = EncoderStates(encoder, before_projection=True)
-        fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
+        old = CoreStates(model.text_encoder, before_projection=False)
+        new = CoreStates(encoder, before_projection=True)
+        fitted, report = fit_projection(new, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:
@@ -104,7 +118,7 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
 
 @torch.no_grad()
 def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
-    """Resets attention weights of a model that this process loaded for itself."""
+    """Resets attention weights of the model's UNet, which nothing else may be using."""
     parameters = unet_parameters(model.denoiser)
     for name, value in reset_weights(parameters, config)[0].items():
         parameters[name].copy_(value)
@@ -112,7 +126,7 @@ def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
 
 @torch.no_grad()
 def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
-    """A model that this process loaded for itself with a run's result in it."""
+    """Copies a run's result into the model, which nothing else may be using, and returns it."""
     parameters = unet_parameters(model.denoiser)
     for name, value in trained.unet.items():
         parameters[name].copy_(value)
@@ -123,5 +137,5 @@ def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
 
 
 def save_unet(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes canonical UNet weights as ComfyUI's Load Diffusion Model reads them."""
+    """Writes canonical UNet weights in the layout that ComfyUI's Load Diffusion Model reads."""
     write_tensors(Path(path), {ldm.UNET_PREFIX + name: value for name, value in weights.items()})
