@@ -165,7 +165,7 @@ def parameter_changes(lora: Lora) -> dict[str, Tensor]:
     for layer, module in lora.modules.items():
         name, tensors = layer.removeprefix(UNET), module.tensors
         if tensors.keys() - {"diff_b"}:
-            changes[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else difference(module)
+            changes[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else delta_weight(module)
         if "diff_b" in tensors:
             changes[f"{name}.bias"] = tensors["diff_b"]
     return changes

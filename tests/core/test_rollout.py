@@ -131,11 +131,11 @@ def test_peak_memory_is_flat_in_the_number_of_steps(double):
 
     def apart(last):
         chosen = range(25 - last, 25)
-        run = partial(stepwise_gradient, double, states, chain, chosen, spoken, gradient, spoken.tensors)
+        run = partial(stepwise_gradient, double, states, chain, chosen, guidance, gradient, guidance.tensors)
         return peak_saved_bytes(run, weights)
 
     def joint(last):
-        run = partial(joint_end, double, states, chain, last, spoken, stop_gradient=True)
+        run = partial(joint_end, double, states, chain, last, guidance, stop_gradient=True)
         return peak_saved_bytes(lambda: run().sum().backward(), weights)
 
     sizes = [apart(last) for last in (1, 5, 10, 25)]

@@ -41,5 +41,5 @@ def train_loras(work: Path) -> None:
         images, captions = demo_examples(20, 0, **PICTURES[name])
         dataset = from_images(list(images), captions)
         trained = train_lora(build_demo_model(), dataset, lora_config(name), work)
-        about = LoraAbout(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
+        about = LoraDescription(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
         save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", about=about)

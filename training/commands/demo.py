@@ -35,7 +35,9 @@ from ..recipes.unet import ARTIFACT, TrainedModel, read_trained_model, train_mod
 from ..runs.folder import RunFolder, move_aside
 from ..runs.report import write_report
 from ..sampling.generate import draw
-from .open_model import ModelConfig, apply_weights, build_demo_model, with_t5
+from .open_model import apply_weights, build_demo_model, with_t5
+from .terminal import Terminal
+from .verb import Verb
 
 DRAW_OPTIONS = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 """How pictures to be judged are drawn: arguments of `draw`."""
@@ -167,7 +169,7 @@ def judge_run(run: Path, config: DemoConfig, callbacks: Callbacks, began: float)
     Returns:
         The alignment of all three, "seconds", and "report", the path of the page to open.
     """
-    trained = read_trained(run / ARTIFACT)
+    trained = read_trained_model(run / ARTIFACT)
     models: dict[str, Callable[[], TextToImage]] = {
         "CLIP": build_demo_model,
         "T5, untrained": lambda: build_demo_model(t5="demo"),
@@ -194,3 +196,21 @@ def _write_report(
     pictures = {name: list(zip(captions, drawn, strict=False)) for name, drawn in images.items()}
     title = f"Held-out captions read back right by the judge (of {config.judged})"
     return write_report(RunFolder(trained.path.parent), {title: table}, pictures)
+
+
+def run_demo_verb(arguments: argparse.Namespace) -> dict:
+    """The verb: the demo here, or as a workflow in a ComfyUI."""
+    config = read_flags(arguments, DemoConfig)
+    if arguments.comfyui:
+        from .demo_in_comfyui import run_demo_in_comfyui
+
+        return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
+    return run_demo(config, Terminal())
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, DemoConfig)
+    parser.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
+
+
+VERBS = {"demo": Verb("the T5 swap on the demo model, judged before and after", add_demo_flags, run_demo_verb)}

@@ -24,8 +24,8 @@ from ..config.flags import add_flags, read_flags
 from ..config.model import ModelConfig
 from ..data.images import save_png
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, expect_prompts, fingerprint_of
-from ..evaluation.prompt_set_report import BASE, TUNED, PromptScores, as_csv, report
+from ..data.prompts import Prompt, expect_prompts, prompts_fingerprint
+from ..evaluation.prompt_set_report import BASE, TUNED, PromptScores, as_csv, report, table
 from ..evaluation.prompt_sets import choose, read_prompt_set
 from ..models.protocols import TextToImage
 from ..recipes.apply_results import tuned_identity
@@ -60,13 +60,13 @@ class EvaluateConfig:
     """Rewards as kind,name=value,... (see `score --help`); each is reported by its raw score."""
     baseline_tuned: tuple[str, ...] = ()
     """Results put into the model to compare with, as --tuned; by default it is the model without --tuned."""
-    limit: int = 0
+    limit: int = setting(0, low=0, high=10**8)
     """Prompts to take, as many of each category as far as it has them; 0 takes all."""
     limit_seed: int = 0
     """Names the prompts that are taken."""
-    seeds: int = 4
+    seeds: int = setting(4, low=1, high=1000)
     """Pictures of each prompt, each from different noise; both models start from the same."""
-    seed: int = 0
+    seed: int = setting(0, low=0, high=2**64 - 1)
     """Names the noise."""
     sampling_steps: int = setting(25, low=1, high=1000)
     """Steps of the sampler (DDIM)."""
@@ -281,3 +281,23 @@ def _scores(reward: CombinedReward, images: Tensor, texts: Sequence[str]) -> dic
     table = score_images(reward, images.flatten(0, 1), [text for text in texts for _ in range(images.shape[1])])
     terms = table.terms or {table.name: table.scores}
     return {name: torch.tensor(values).unflatten(0, images.shape[:2]) for name, values in terms.items()}
+
+
+def run_evaluate(arguments: argparse.Namespace) -> dict:
+    """The verb: the whole result as JSON, or its table."""
+    config = read_flags(arguments, EvaluateConfig)
+    result = evaluate(read_model_flags(arguments), config, arguments.output, Terminal())
+    return result if arguments.json else {"run": result["run"], "table": f"\n{table(result)}"}
+
+
+def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    add_flags(parser, EvaluateConfig)
+    add_output_flag(parser)
+
+
+VERBS = {
+    "evaluate": Verb(
+        "draw a set of prompts with a tuned model and its base, score and compare", add_evaluate_flags, run_evaluate
+    )
+}

@@ -109,18 +109,18 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
         ValueError: For DoRA, OFT and other kinds whose difference depends on the weight.
     """
     lora = read_lora(config.lora)
-    naming = naming_of(lora)
+    naming = detect_naming(lora)
     modules, factors = {}, {}
     for name, module in lora.modules.items():
         rest = {role: value for role, value in module.tensors.items() if role in BIAS}
         if _is_vector(module):
             modules[name] = module
             continue
-        factors[name] = low_rank_of(module, config.rank, config.energy)
-        modules[name] = LoraModule(name, as_lora(factors[name], _kernel(module, naming)) | rest, module.keys)
+        factors[name] = low_rank_delta(module, config.rank, config.energy)
+        modules[name] = LoraModule(name, lora_tensors(factors[name], _kernel(module, naming)) | rest, module.keys)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
-    save_lora(config.output, new, format, config.dtype, LoraAbout(kept=lora.metadata))
+    save_lora(config.output, new, format, config.dtype, LoraDescription(kept=lora.metadata))
     return {"file": str(config.output), **_figures(lora.name, factors)}
 
 
@@ -149,12 +149,14 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
             outside += change.double().square().sum().item()
         elif rank:
             layer = name.removesuffix(".weight")
-            factors[layer] = low_rank(change.flatten(1), rank)
-            tensors |= {f"{layer}.{role}": v for role, v in as_lora(factors[layer], tuple(change.shape[2:])).items()}
+            factors[layer] = truncated_svd(change.flatten(1), rank)
+            tensors |= {
+                f"{layer}.{role}": v for role, v in lora_tensors(factors[layer], tuple(change.shape[2:])).items()
+            }
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraAbout(run={"unet": unet_config}))
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run={"unet": unet_config}))
     covered = sum(each.energy for each in factors.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
@@ -253,7 +255,7 @@ def _kernel(module: LoraModule, naming: Naming) -> tuple[int, ...]:
     return (layer and naming.kernel(layer)) or ()
 
 
-def _figures(name: str, factors: Mapping[str, LowRank]) -> dict:
+def _figures(name: str, factors: Mapping[str, LowRankFactors]) -> dict:
     """Ranks and kept energies of the layers, for people to judge the rank by."""
     if not factors:
         raise ValueError(f"{name} has no layer with a rank; expected LoRA, LoCon, LoHa, LoKr or a full difference.")
@@ -269,7 +271,7 @@ def _figures(name: str, factors: Mapping[str, LowRank]) -> dict:
     }
 
 
-def _energy_kept(factors: Iterable[LowRank]) -> float:
+def _energy_kept(factors: Iterable[LowRankFactors]) -> float:
     """The share of the squared Frobenius norm of all layers together that the factors keep."""
     factors = list(factors)
     energy = sum(each.energy for each in factors)
