@@ -204,7 +204,7 @@ def packed(tracked) -> set[str]:
 
 def test_the_registry_gets_what_a_user_needs_and_nothing_else(packed):
     assert {name.split("/")[0] for name in packed} == {
-        *("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"),
+        *("__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"),
         *("example_workflows", "js", "locales", "nodes", "tests", "training"),
     }
     there = {name for name in packed if name.startswith("tests/")}  # what the demo runs in a ComfyUI, and nothing else
