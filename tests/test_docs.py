@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from retune.benchmarks import __main__ as benchmarks
 from retune.training.__main__ import parser
+from retune.training.config.checks import check_run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "training" / "demo" / "weights" / "README.md"
@@ -54,8 +55,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def verbs() -> set[str]:
-    return set(next(a.choices for a in parser()._actions if a.dest == "verb"))
+@pytest.fixture(scope="module")
+def command_line():
+    return parser()
+
+
+@pytest.fixture(scope="module")
+def verbs(command_line) -> set[str]:
+    return set(next(action.choices for action in command_line._actions if action.dest == "verb"))
 
 
 def run_py_parser():
@@ -86,29 +93,30 @@ def test_files_that_are_named_exist(page):
     assert not [span for span in named if not (ROOT / span).is_file()]
 
 
-def test_verbs_of_the_command_line_exist_with_their_flags():
+def test_verbs_of_the_command_line_exist_with_their_flags(command_line, verbs):
     named = commands(VERBS, whole=False)
     first = [(page, rest.replace("--verbose ", "").split()[0]) for page, rest in named]
-    assert not [(page, verb) for page, verb in first if verb not in verbs() and not verb.startswith("<")]
+    assert not [(page, verb) for page, verb in first if verb not in verbs and not verb.startswith("<")]
     for page, rest in commands(VERBS, whole=True):
         if len(shlex.split(rest)) > 1:
             try:
-                parser().parse_args(shlex.split(rest))
+                check_run_name(getattr(command_line.parse_args(shlex.split(rest)), "run_name", "run"))
             except SystemExit:
                 pytest.fail(f"{page}: {rest}")
 
 
-def test_the_command_line_page_lists_every_verb():
+def test_the_command_line_page_lists_every_verb(verbs):
     table = text_of(ROOT / "docs" / "command_line.md").split("## Verbs")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == verbs()
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == verbs
 
 
-def test_commands_of_run_py_exist_with_their_flags():
+def test_commands_of_run_py_exist_with_their_flags(command_line):
+    parse = run_py_parser()
     for page, rest in commands(RUN, whole=False):
         try:
-            options = run_py_parser()(shlex.split(rest))
-            if options.command == "demo" and options.rest:
-                parser().parse_args(["demo", *options.rest])
+            options = parse(shlex.split(rest))
+            if options.command == "demo":
+                command_line.parse_args(["demo", *options.rest])
             if options.command == "bench":
                 benchmarks.read_flags(benchmarks.parser().parse_args(options.rest), benchmarks.BenchConfig)
         except SystemExit:
