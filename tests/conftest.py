@@ -23,6 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = tuple(ROOT / "tests" / name for name in ("nodes", "browser"))  # every test in them needs ComfyUI
 
+# For two workers: files that take minutes, longest first. Begun in this order, the workers end at the same time.
+LONG_FILES = ()
+# Of these, files whose tests share nothing: either worker may run any of them.
+SPLIT_FILES = ()
+
 comfyui_path: Path | None = None
 base_directory: Path | None = None
 skip_reason = ""
@@ -198,13 +203,36 @@ def pytest_pycollect_makemodule(module_path, parent):
     return None
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(item.nodeid))
     for item in items:
         uses_fixture = {"comfyui", "comfyui_server"} & set(getattr(item, "fixturenames", ()))
         if uses_fixture or any(folder in item.path.parents for folder in FOLDERS):
             item.add_marker(pytest.mark.comfyui)
         if skip_reason and item.get_closest_marker("comfyui"):
             item.add_marker(pytest.mark.skip(reason=skip_reason))
+
+
+def place(nodeid: str) -> int:
+    """A test's place in the order of `LONG_FILES`; all other files come after these in pytest's order."""
+    file = nodeid.split("::")[0]
+    return LONG_FILES.index(file) if file in LONG_FILES else len(LONG_FILES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """pytest-xdist's scheduler of whole files, in the order of collection; for `-n` without `--dist`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if file in SPLIT_FILES else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_terminal_summary(terminalreporter):
