@@ -5,11 +5,12 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from retune.benchmarks import projection_study, reset_study
+from retune.benchmarks import projection_study, reset_study, reward_study
 from retune.benchmarks.__main__ import main
 from retune.benchmarks.projection_study import crossing
 from retune.benchmarks.study import Study, StudyConfig, run_study, summary, table, verdict
 from retune.benchmarks.variants import STUDIES
+from retune.training.commands.demo import LOOK
 from retune.training.common.callbacks import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
@@ -130,7 +131,9 @@ def test_a_projection_trial_killed_after_a_judgement_goes_on(tmp_path, monkeypat
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_runs_from_the_command_line(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(projection_study, "STRETCH", 1)
-    small = SMALL | {"steps": 1, "images": 8}
+    monkeypatch.setattr(reward_study, "SIDE", 64)
+    monkeypatch.setitem(LOOK, "steps", 2)
+    small = SMALL | {"steps": 1, "images": 12}
     sizes = [word for key, value in small.items() for word in ("--" + key.replace("_", "-"), str(value))]
     command = [name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]
     assert main(command) == 0
