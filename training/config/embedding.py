@@ -81,7 +81,7 @@ class EmbeddingConfig(RunConfig):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The LoRA that trains beside the tokens."""
+        """The LoRA that trains together with the tokens."""
         if not self.lora_rank:
             return None
         return LoraConfig(

@@ -96,4 +96,4 @@ LORA_PRESETS: dict[str, dict[str, Any]] = {
     "style": {"rank": 32, "alpha": 32.0, "algorithm": "LoCon", "targets": "all", "conv_rank": 16, "conv_alpha": 16.0},
     "character": {"rank": 16, "alpha": 8.0, "algorithm": "LoRA", "targets": "attention + feed-forward"},
 }
-"""Named groups of values; a preset other than "custom" wins over the values it names."""
+"""Named groups of values; those of a preset other than "custom" replace the user's."""

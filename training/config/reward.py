@@ -99,6 +99,6 @@ class RewardTuneConfig(RunConfig):
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets="regex" if text else "attention",
-            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # what every loader knows
+            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # every loader reads these
             text_encoder_learning_rate=self.learning_rate if text else 0.0,
         )
