@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from .checks import check_fields, check_run_name
-from .fields import setting
+from .fields import rate_setting, setting
 from .guard import GuardRule
 from .sample_prompts import SamplePrompts
 from .training_settings import TrainingSettings
@@ -24,7 +24,7 @@ class RunConfig:
     """Optimiser steps in all."""
     batch_size: int = setting(1, low=1, high=10**5)
     """Images per batch."""
-    learning_rate: float = setting(1e-5, low=0, high=10, step=1e-7)
+    learning_rate: float = rate_setting(1e-5)
     """Peak learning rate."""
     seed: int = setting(0, low=0, high=2**64 - 1)
     """Seed of every random draw of the run."""
