@@ -15,7 +15,7 @@ def runs_folder() -> Path:
 
 
 def listed_file(name: str, *categories: str) -> Path:
-    """The path of a file that a combo offered; ValueError when no category lists it (any more)."""
+    """The path of a file that a combo offered; ValueError when no category lists it any longer."""
     import folder_paths
 
     for category in categories:
@@ -26,12 +26,12 @@ def listed_file(name: str, *categories: str) -> Path:
 
 
 def reward_files(first: str) -> list[str]:
-    """Combo values: `first`, then the files of models/retune_rewards, which is made known to ComfyUI here."""
+    """Combo values: `first`, then the files of models/retune_rewards, which is registered with ComfyUI here."""
     import folder_paths
 
     folder_paths.add_model_folder_path(REWARDS, str(Path(folder_paths.models_dir) / REWARDS))
-    known = folder_paths.folder_names_and_paths
-    known[REWARDS] = (known[REWARDS][0], set(folder_paths.supported_pt_extensions))
+    listing = folder_paths.folder_names_and_paths
+    listing[REWARDS] = (listing[REWARDS][0], set(folder_paths.supported_pt_extensions))
     return files(REWARDS, first=first)
 
 
@@ -63,15 +63,15 @@ def listed_model(name: str, category: str) -> Path:
 
 
 def _model_folders(category: str) -> dict[str, Path]:
-    """Folders with config.json beside safetensors: path below the category's folder, with forward slashes -> folder."""
+    """Folders with config.json and safetensors: path below the category's folder, with forward slashes -> folder."""
     import folder_paths
 
-    found = {}
+    folders = {}
     for name in folder_paths.get_filename_list(category):
         folder = PurePath(name).parent.as_posix()
-        if folder == "." or folder in found or not name.endswith(".safetensors"):
+        if folder == "." or folder in folders or not name.endswith(".safetensors"):
             continue
         file = folder_paths.get_full_path(category, name)  # None when it went away after ComfyUI listed it
         if file is not None and (Path(file).parent / "config.json").is_file():
-            found[folder] = Path(file).parent
-    return found
+            folders[folder] = Path(file).parent
+    return folders
