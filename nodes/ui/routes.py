@@ -14,8 +14,8 @@ from aiohttp import web
 
 REPORT_POLICY = (
     b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
+    b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
 )
-REPORT_POLICY += b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
 """Prefix of a report, which may come with a run folder from an unknown source: forbids scripts, network and forms. A
 header does not work, since ComfyUI's --disable-api-nodes overwrites it."""
 
@@ -63,7 +63,7 @@ def _with_errors(handler: Handler) -> Handler:
 
 
 async def _call(function: Callable, request: web.Request, *names: str):
-    """Calls a function of `training.runs` in a thread, with the runs folder and these parts of the request's address."""
+    """Calls a function of `training.runs` in a thread, with the runs folder and named parts of the request's path."""
     from ..common.paths import runs_folder
 
     return await asyncio.to_thread(function, runs_folder(), *(request.match_info[name] for name in names))
