@@ -194,7 +194,7 @@ class Blended:
         return [member.weight for member in self.retune_members]
 
     def _members_and_tokens(self, tokens: dict) -> list[tuple[Member, dict]]:
-        """Each member with its tokens. Raises ValueError where a node changed the patcher or tokens of the blend alone."""
+        """Each member with its tokens. Raises ValueError where a node changed the blend's patcher or tokens alone."""
         if _state(self.patcher) != self.retune_untouched or has_hooks(self):
             raise NoWeightsError(NO_WEIGHTS.format("hooks, a bypass LoRA or another patch on its model"))
         separate: MemberTokens | None = tokens.get(TOKENS)
