@@ -29,7 +29,7 @@ from ..training.recipes.reward import build_trainable
 from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
 from ..training.sampling.rollout import Guidance, Step, ddim_chain, first_latent, guided_output, rollout
-from ..training.trainables.weights import Trainable
+from ..training.trainables.base import Trainable
 from .memory import kept_bytes
 from .study import table
 from .timing import medians

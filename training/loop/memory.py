@@ -41,7 +41,7 @@ def memory_hints(config: RunConfig, size: tuple[int, int]) -> str:
         *_smaller_batch(config),
         *_smaller_pictures(config, size),
         *_smaller_numbers(config),
-        *_less_trained(config),
+        *_fewer_weights(config),
     ]
     hints = [f"Turn {checkpointing}: this run then goes on where it is."] if checkpointing else []
     if others:

@@ -32,7 +32,7 @@ from ..sampling.rollout import (
     rollout,
     stepwise_gradient,
 )
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .denoising import Loss
 from .regularizers import NearFrozen, drift
 

@@ -39,8 +39,9 @@ from ..runs.folder import RunFolder
 from ..sampling.generate import TextOf, encode_with
 from ..text_encoder.projection import PROJECTION_PREFIX
 from ..text_encoder.stock_file import stock_parts, write_stock_files
+from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
-from ..trainables.weights import SelectedWeights, Trainable
+from ..trainables.weights import SelectedWeights
 from .checks import check_fit
 from .denoising import build_sampler, cropped_latent, latent_cache
 from .lora import ARTIFACT as LORA_ARTIFACT

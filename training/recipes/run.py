@@ -22,7 +22,7 @@ from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..runs.outcome import guard_words, is_finished, record_failure
 from ..runs.report import write_report
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .checks import check_steps
 
 log = logging.getLogger(__name__)

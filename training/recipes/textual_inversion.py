@@ -24,9 +24,10 @@ from ..formats.embedding_save import save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
 from ..runs.folder import RunFolder
+from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.token_embeddings import TokenEmbeddings, start_concept
-from ..trainables.weights import Trainable, TrainableGroup
+from ..trainables.weights import TrainableGroup
 from .checks import check_fit
 from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
