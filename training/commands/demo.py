@@ -27,7 +27,7 @@ from ..demo.files import weights_path
 from ..demo.judge import alignment
 from ..demo.scenes import caption, demo_examples, held_out_scenes
 from ..models.protocols import TextToImage
-from ..recipes.unet import ARTIFACT, TrainedModel, read_trained_model, train_model
+from ..recipes.unet import TrainedModel, read_trained_model, train_model
 from ..runs.folder import RunFolder, move_aside
 from ..runs.report import write_report
 from ..sampling.generate import draw
@@ -151,7 +151,7 @@ def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks, began: float
     began: `time.monotonic()` at the start. Returns the figures, then `seconds`, and `report` last.
     """
     original = build_model(ModelConfig(model="demo"))
-    trained = read_trained_model(run / ARTIFACT)
+    trained = read_trained_model(run)
     rows, shown = {}, {}
     for name in ("CLIP", "T5, untrained", "T5, trained"):
         model = original if name == "CLIP" else build_model(ModelConfig(model="demo", t5="demo"))
