@@ -107,6 +107,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         ) from error
 
 
+def existing_file(path: str | Path) -> Path:
+    """The path of a file; raises FileNotFoundError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
 def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors, copied, and metadata. (Windows cannot replace a file that stays mapped.)
 
@@ -115,9 +123,7 @@ def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
@@ -140,9 +146,7 @@ def read_pickle(path: str | Path) -> Any:
     """
     import torch
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = existing_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
