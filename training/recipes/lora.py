@@ -19,7 +19,7 @@ from ..common.fingerprint import tensors_fingerprint
 from ..config.lora import LoraConfig
 from ..data.examples import Dataset
 from ..formats.lora import Lora
-from ..formats.lora_metadata import LoraDescription, last_sample, tag_frequency
+from ..formats.lora_metadata import LoraDescription, last_sample, tag_frequency, thumbnail_uri
 from ..formats.lora_names import SECOND_TEXT, UNET
 from ..formats.lora_save import save_lora
 from ..models import ldm
