@@ -28,6 +28,8 @@ IMPORT_TRIO = "import torch, torchvision, torchaudio"
 NO_COMFYUI = (
     "No ComfyUI found. Set COMFYUI_PATH to a checkout, or install one: pip install comfy-cli, then comfy install."
 )
+# Two tests at a time, one where there is one core; a -n, --dist or --pdb among pytest's own arguments has its way.
+WORKERS = ["-n", "logical", "--maxprocesses", "2"]
 
 
 def say(message: str) -> None:
@@ -261,7 +263,7 @@ def test(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     steps = []
     if options.all:
         steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
-    steps += [["pytest", *(["-m", ""] if options.all else []), *options.rest]]
+    steps += [["pytest", *WORKERS, *(["-m", ""] if options.all else []), *options.rest]]
     codes = [subprocess.run([python, "-m", *step], cwd=ROOT).returncode for step in steps]
     raise SystemExit(next((code for code in codes if code), 0))
 

@@ -23,6 +23,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = tuple(ROOT / "tests" / name for name in ("nodes", "browser"))  # every test in them needs ComfyUI
 
+# The order of files under two workers: those that take minutes first, so that both workers end at the same time.
+LONG_FILES = (
+    "tests/browser/test_examples.py",
+    "tests/nodes/test_real_size.py",
+    "tests/nodes/test_real_layout.py",
+    "tests/core/test_t5_sizes.py",
+    "tests/nodes/test_t5_folders.py",
+    "tests/nodes/test_cancel.py",
+    "tests/nodes/test_headless.py",
+    "tests/core/test_study.py",
+    "tests/nodes/test_workflow.py",
+    "tests/core/test_demo_weights.py",
+    "tests/core/test_demo_style_lora.py",
+    "tests/core/test_demo_embedding.py",
+    "tests/browser/test_run_view.py",
+)
+# Files whose tests need gigabytes, one up to 13: one worker runs them all, never two at the same time.
+LARGE_FILES = LONG_FILES[1:5]
+
 comfyui_path: Path | None = None
 base_directory: Path | None = None
 skip_reason = ""
@@ -198,13 +217,36 @@ def pytest_pycollect_makemodule(module_path, parent):
     return None
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(item.nodeid))
     for item in items:
         uses_fixture = {"comfyui", "comfyui_server"} & set(getattr(item, "fixturenames", ()))
         if uses_fixture or any(folder in item.path.parents for folder in FOLDERS):
             item.add_marker(pytest.mark.comfyui)
         if skip_reason and item.get_closest_marker("comfyui"):
             item.add_marker(pytest.mark.skip(reason=skip_reason))
+
+
+def place(nodeid: str) -> int:
+    """A test's place in the order of `LONG_FILES`; all other files come after these, as pytest collected them."""
+    file = nodeid.split("::")[0]
+    return LONG_FILES.index(file) if file in LONG_FILES else len(LONG_FILES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """pytest-xdist's scheduler of whole files, in the order of collection; for `-n` without `--dist`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "large models" if file in LARGE_FILES else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,6 +98,23 @@ def test_a_workspace_that_is_gone_is_passed_over(run_py, home, package_elsewhere
 def test_unknown_arguments_reach_the_program_in_their_order(run_py):
     options = run_py.parse(["test", "-m", "", "-k", "a or b", "--all", "tests/core", "-x"])
     assert options.all and options.rest == ["-m", "", "-k", "a or b", "tests/core", "-x"]
+
+
+def test_pytest_gets_two_workers_and_whatever_else_is_given_last(run_py, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[2:])
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(run_py.subprocess, "run", run)
+    for arguments in (["test", "-n", "0", "tests/core"], ["test", "--all"]):
+        with pytest.raises(SystemExit) as ended:
+            run_py.test(Path("python"), run_py.parse(arguments), None)
+    pytest_in_workers = ["pytest", "-n", "logical", "--maxprocesses", "2"]
+    ruff = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
+    assert commands == [[*pytest_in_workers, "-n", "0", "tests/core"], *ruff, [*pytest_in_workers, "-m", ""]]
+    assert ended.value.code == 1  # of the first step that failed
 
 
 def test_a_step_is_done_once_per_key(run_py, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from retune.training.commands.comfyui_server import WorkflowFailed, server
+from retune.training.commands.comfyui_server import WorkflowFailed
 from retune.training.common.files import read_tensors
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
@@ -194,16 +194,16 @@ def test_a_node_that_took_long_says_how_long(progress, monkeypatch):
 
     monkeypatch.setattr(module, "Heartbeat", lambda say, phase: heartbeat.Heartbeat(say, 0.1, phase))
     node, (said, _) = SimpleNamespace(hidden=SimpleNamespace(unique_id="3")), progress
-    with module.telling(node, "drawing"):
+    with module.reporting(node, "drawing"):
         pass
     assert said == []
-    with module.telling(node, "drawing"):
+    with module.reporting(node, "drawing"):
         time.sleep(1.2)
     *texts, last = [text for _, text in said]
     assert len(texts) > 2 and all(text.startswith("drawing …") for text in texts)
     assert last == "drawing: done in 1 s"
     said.clear()
-    with pytest.raises(ValueError), module.telling(node, "drawing"):
+    with pytest.raises(ValueError), module.reporting(node, "drawing"):
         time.sleep(0.3)
         raise ValueError
     assert not [text for _, text in said if "done" in text]
@@ -243,36 +243,40 @@ CANCELS = 12
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_cancelled_at_random_moments_it_ends_the_same(comfyui, tmp_path, name):
+def test_cancelled_at_random_moments_it_ends_the_same(comfyui_server, name):
     """Each time some random time after a phase has begun or the prompt was queued; then the same run goes on."""
+    running = comfyui_server
     artifact, training = CASES[name]
     source, delays, steps_at = random.Random(f"cancel {name}"), [], []
-    folder = tmp_path / "output" / "retune" / "cancelled"
-    with server(comfyui, tmp_path) as running:
-        running.on_event = lambda event: event["type"] == "retune.step" and steps_at.append(time.monotonic())
-        for number in range(CANCELS):
-            moment = list(MOMENTS)[number % len(MOMENTS)]
-            if moment == "while the cache is filled":
-                shutil.rmtree(folder.with_name(".cache"), ignore_errors=True)
-            running.events.clear()
-            queued = running.queue(prompt_of(name, run_name="cancelled", steps=10_000, **training))
-            wait_for(running, MOMENTS[moment])
-            time.sleep(source.random() * source.choice((0.1, 0.5, 2.0)))
-            began = time.monotonic()
-            running.interrupt()
-            with pytest.raises(WorkflowFailed, match="interrupted in node"):
-                running.wait(queued)
-            delays.append((round(time.monotonic() - began, 2), moment))
-            if (folder / "status.json").exists():
-                assert expect_nothing_half_written(folder) == "interrupted"
-        steps = status_of(folder)["step"] + 2
-        for run in ("cancelled", "whole"):
+    folder = running.base_directory / "output" / "retune" / f"{name} cancelled"
+    for number in range(CANCELS):
+        moment = list(MOMENTS)[number % len(MOMENTS)]
+        if moment == "while the cache is filled":
+            shutil.rmtree(folder.with_name(".cache"), ignore_errors=True)
+        running.events.clear()
+        queued = running.queue(prompt_of(name, run_name=folder.name, steps=10_000, **training))
+        wait_for(running, MOMENTS[moment])
+        time.sleep(source.random() * source.choice((0.1, 0.5, 2.0)))
+        began = time.monotonic()
+        running.interrupt()
+        with pytest.raises(WorkflowFailed, match="interrupted in node"):
+            running.wait(queued)
+        delays.append((round(time.monotonic() - began, 2), moment))
+        if (folder / "status.json").exists():
+            assert expect_nothing_half_written(folder) == "interrupted"
+    steps = status_of(folder)["step"] + 2
+    whole = folder.with_name(f"{name} whole")
+    running.on_event = lambda event: event["type"] == "retune.step" and steps_at.append(time.monotonic())
+    try:
+        for run in (folder, whole):
             steps_at.clear()
-            running.run(prompt_of(name, run_name=run, steps=steps, **training))
+            running.run(prompt_of(name, run_name=run.name, steps=steps, **training))
+    finally:
+        running.on_event = None
     print(f"{name}: {steps} steps; seconds from cancel to the end of the prompt, and where: {delays}")  # noqa: T201
     slowest = max(b - a for a, b in zip(steps_at, steps_at[1:], strict=False))
     assert max(delays)[0] < max(5, slowest)  # a step may be slow where the machine has other work
-    assert digest(folder, artifact) == digest(folder.with_name("whole"), artifact)
+    assert digest(folder, artifact) == digest(whole, artifact)
 
 
 def wait_for(running, matches):

@@ -1,4 +1,7 @@
-"""Every workflow without a browser: through `comfy run`, which gives up after two minutes without a word."""
+"""Every workflow without a browser: through `comfy run`, which gives up after two minutes without a word.
+
+Those of the examples' API twins stand for the examples: test_examples.py holds both to the same inputs.
+"""
 
 import json
 import time
@@ -44,6 +47,15 @@ def test_workflows_run_through_comfy_cli(comfyui_server, comfy_cli, tmp_path, na
     finally:
         comfyui_server.on_event = None
     assert done.returncode == 0, done.stdout + done.stderr
+    shown = {number for number, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage")}
+    outputs = last_outputs(comfyui_server)
+    assert all(outputs[number]["images"] for number in shown)
     trains = any("run_name" in node["inputs"] for node in prompt.values())
     assert not trains or len(texts) > 3
     assert max((b - a for a, b in zip(texts, texts[1:], strict=False)), default=0.0) < QUIET
+
+
+def last_outputs(server) -> dict:
+    """Outputs by node id of the prompt that was queued last."""
+    history = json.loads(server.request("/history")).values()
+    return max(history, key=lambda entry: entry["prompt"][0])["outputs"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.training.commands.comfyui_server import server
+from retune.training.common.files import read_tensors
 from retune.training.runs.folder import RunFolder
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,15 +41,21 @@ def run_folder(base: Path, name: str = "demo T5 swap") -> Path:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    files = [folder / "metrics.jsonl", folder / "model.safetensors", *sorted((folder / "samples").iterdir())]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """Hashes of rows, pictures and the result's tensors, with its metadata, in which the run's name does not count."""
+    files = [folder / "metrics.jsonl", *sorted((folder / "samples").iterdir())]
+    tensors, metadata = read_tensors(folder / "model.safetensors")
+    contents = {file.name: file.read_bytes() for file in files}
+    contents |= {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    contents["metadata"] = json.dumps(metadata, sort_keys=True).replace(folder.name, "").encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def wait_for_step(running, step: int) -> None:
+def wait_for_step(running, step: int, run: str = "") -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         running.check_alive()
-        if any(e["type"] == "retune.step" and e["data"]["step"] >= step for e in list(running.events)):
+        steps = [event["data"] for event in list(running.events) if event["type"] == "retune.step"]
+        if any(data["step"] >= step and data["run"] == (run or data["run"]) for data in steps):
             return
         time.sleep(0.01)
     raise TimeoutError(f"step {step} did not come")
@@ -329,16 +336,25 @@ def test_refusals_name_what_is_wrong(comfyui_server):
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_ends_the_same(comfyui, tmp_path):
-    with server(comfyui, tmp_path / "whole") as running:
-        running.run(training_only())
-    whole = digest(run_folder(tmp_path / "whole"))
-    for step in (1, 5):
-        base = tmp_path / f"killed{step}"
-        with server(comfyui, base) as running:
-            running.queue(training_only())
-            wait_for_step(running, step)
-            running.kill()
-        with server(comfyui, base) as running:
-            running.run(training_only())
-        assert digest(run_folder(base)) == whole
+def test_killed_at_any_step_it_ends_the_same(comfyui, comfyui_server, tmp_path):
+    """A server that goes on with a killed run is the next one to be killed."""
+    comfyui_server.run(training_only(run_name="not killed"))
+    whole = digest(run_folder(comfyui_server.base_directory, "not killed"))
+    with server(comfyui, tmp_path) as running:
+        kill_at(running, 1)
+    with server(comfyui, tmp_path) as running:
+        assert end_of_killed(running, 1) == whole
+        kill_at(running, 5)
+    with server(comfyui, tmp_path) as running:
+        assert end_of_killed(running, 5) == whole
+
+
+def kill_at(running, step: int) -> None:
+    running.queue(training_only(run_name=f"killed at {step}"))
+    wait_for_step(running, step, f"killed at {step}")
+    running.kill()
+
+
+def end_of_killed(running, step: int) -> dict[str, str]:
+    running.run(training_only(run_name=f"killed at {step}"))
+    return digest(run_folder(running.base_directory, f"killed at {step}"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from ..config.checks import check_multiple
+
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -46,10 +48,3 @@ def bucket_for(width: int, height: int, buckets: tuple[Size, ...]) -> Size:
     """The bucket whose log aspect ratio is nearest to width / height; of equally near ones the largest."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), -size[0] * size[1], size))
-
-
-def check_multiple(name: str, value: int, of: int = 8) -> None:
-    """Raises ValueError unless `value` is a positive multiple of `of`, the step of an f8 autoencoder."""
-    if value < of or value % of:
-        below = max(of, value // of * of)
-        raise ValueError(f"{name} is {value}; expected a positive multiple of {of}. Use {below} or {below + of}.")

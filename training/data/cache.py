@@ -149,7 +149,7 @@ class TextCache:
         """The conditioning (batch 1) of a caption, encoded now if it is not on disk."""
         return self._conditioning(self._store.get(self._job(caption)))
 
-    def once(self, caption: str) -> Conditioning:
+    def get_in_memory(self, caption: str) -> Conditioning:
         """As `get` for a caption that may never come again: if it has to be encoded, only memory keeps it."""
         return self._conditioning(self._store.get(self._job(caption), on_disk=False))
 
@@ -168,16 +168,16 @@ class TextCache:
 
     def _tensors(self, caption: str) -> Tensors:
         with torch.no_grad():
-            found = tight(self._encode([caption]))
+            found = trim_padding(self._encode([caption]))
         if len(found) != 1:
             raise ValueError(f"the text encoder returned a batch of {len(found)} for one caption; expected 1.")
         tensors = _to_tensors(found)
         if found.prefix is not None:
-            tensors |= _to_tensors(tight(found.prefix), "before.")
+            tensors |= _to_tensors(trim_padding(found.prefix), "before.")
         return _checked(tensors, f"the embedding of {caption!r}")
 
 
-def tight(conditioning: Conditioning) -> Conditioning:
+def trim_padding(conditioning: Conditioning) -> Conditioning:
     """Cuts the tokens behind the last attended one; a mask that hides nothing any more becomes None."""
     mask = conditioning.mask
     if mask is None:

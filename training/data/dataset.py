@@ -11,14 +11,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .buckets import Size, bucket_for, check_multiple, make_buckets
+from ..common.text import count_noun
+from ..config.checks import check_multiple
+from ..config.folder import CROPS, FolderConfig
+from .buckets import Size, bucket_for, make_buckets
 from .examples import Dataset, Example, tensor_key
-from .folder import FolderConfig, load_folder
-from .images import CROPS, flatten_alpha
+from .folder import load_folder
+from .images import flatten_alpha
 from .masks import Mask
-from .report import counted, format_report
+from .report import format_report
 
-__all__ = ["Dataset", "Example", "FolderConfig", "from_images", "join", "load_folder", "split_validation"]
+__all__ = ["Dataset", "Example", "FolderConfig", "from_images", "join_datasets", "load_folder", "split_validation"]
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +62,11 @@ def from_images(
         Example(tensor_key(image), text, *size, image, name, mask=mask) for image, text, size, name, mask in rows
     )
     dataset = Dataset(examples, crop, flip, repeats)
-    notes = [] if masks is None else [f"masks: {len(found)} of {counted(len(found), 'image')}"]
+    notes = [] if masks is None else [f"masks: {len(found)} of {count_noun(len(found), 'image')}"]
     return replace(dataset, report=format_report(dataset, "given images", own, notes=notes))
 
 
-def join(first: Dataset, second: Dataset, *, regularisation: bool = False) -> Dataset:
+def join_datasets(first: Dataset, second: Dataset, *, regularisation: bool = False) -> Dataset:
     """Both data sets as one; repeats stay those of each. Raises ValueError when they crop or mirror differently.
 
     regularisation: `second` only keeps the model what it was (DreamBooth, arXiv 2208.12242, section 3.2). An epoch then
@@ -80,7 +83,9 @@ def join(first: Dataset, second: Dataset, *, regularisation: bool = False) -> Da
     more, what = _unrolled(second), "more images"
     if regularisation:
         more, what = _balanced(more, len(first)), "regularisation images"
-    counts = f"{len(more)} of {counted(len(second.examples), 'image')}, {sum(e.repeats for e in more)} shown per epoch"
+    counts = (
+        f"{len(more)} of {count_noun(len(second.examples), 'image')}, {sum(e.repeats for e in more)} shown per epoch"
+    )
     report = f"{first.report}\n\n{what}: {counts}\n{second.report}"
     return Dataset((*_unrolled(first), *more), first.crop, first.flip, report=report)
 
@@ -113,7 +118,7 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
     places = {example.key: _place(example.key, seed) for example in dataset.examples if not example.is_regularisation}
     if len(places) < 2:
         raise ValueError(
-            f"the data set has {counted(len(places), 'different image')}; expected at least 2 to hold some out for "
+            f"the data set has {count_noun(len(places), 'different image')}; expected at least 2 to hold some out for "
             "validation. Add images, or set the validation fraction to 0."
         )
     ranked = sorted(places, key=lambda key: (places[key], key))
@@ -158,8 +163,8 @@ def _masks(masks: Sequence[Tensor], sizes: Sequence[Size]) -> list[Mask]:
     found = [mask for tensor in masks for mask in _mask_pixels(tensor)]
     if len(found) not in (1, len(sizes)):
         raise ValueError(
-            f"there are {counted(len(found), 'mask')} for {counted(len(sizes), 'image')}; expected one for all or one "
-            "per image."
+            f"there are {count_noun(len(found), 'mask')} for {count_noun(len(sizes), 'image')}; expected one for all "
+            "or one per image."
         )
     found *= len(sizes) // len(found)
     for number, (mask, size) in enumerate(zip(found, sizes, strict=True), start=1):
@@ -192,8 +197,8 @@ def _one_each(captions: Sequence[str], count: int) -> list[str]:
         raise ValueError("there are no images; expected at least one.")
     if len(captions) not in (1, count):
         raise ValueError(
-            f"there are {counted(len(captions), 'caption')} for {counted(count, 'image')}; expected one for all or one "
-            "per image."
+            f"there are {count_noun(len(captions), 'caption')} for {count_noun(count, 'image')}; expected one for all "
+            "or one per image."
         )
     cleaned = [" ".join(caption.split()) for caption in captions] * (count if len(captions) == 1 else 1)
     empty = [i for i, caption in enumerate(cleaned, start=1) if not caption]

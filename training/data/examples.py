@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import ImageError, content_key, decode_image, fit
+from .images import ImageError, content_key, decode_image, resize_and_crop
 from .masks import Mask
 
 __all__ = ["Dataset", "Example", "Mask", "content_key", "tensor_key"]
@@ -46,11 +46,11 @@ class Example:
     """Whether it keeps the model what it was rather than teaches: never held out for validation."""
 
     def load(self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (3, height, width) in 0..1, resized to cover the target size and cropped, see `images.fit`.
+        """Pixels (3, height, width) in 0..1, resized to cover the target size and cropped (`resize_and_crop`).
 
         Raises ImageError when the file is gone, broken, or is not the one the data set was made from.
         """
-        return fit(self.pixels(), self.width, self.height, crop, generator, flip)
+        return resize_and_crop(self.pixels(), self.width, self.height, crop, generator, flip)
 
     def load_mask(
         self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None
@@ -58,7 +58,7 @@ class Example:
         """The mask (1, height, width) in 0..1, resized, cropped and mirrored as `load` does; None without one."""
         if self.mask is None:
             return None
-        return fit(self.mask.pixels(), self.width, self.height, crop, generator, flip)
+        return resize_and_crop(self.mask.pixels(), self.width, self.height, crop, generator, flip)
 
     def pixels(self) -> Tensor:
         """The whole image (3, H, W) in 0..1 at its own size."""

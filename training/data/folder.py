@@ -7,71 +7,25 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from .buckets import Size, bucket_for, check_multiple, make_buckets
+from ..common.text import first_few
+from ..config.folder import FolderConfig
+from .buckets import Size, bucket_for, make_buckets
 from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
 from .examples import Dataset, Example, content_key
-from .images import CROPS, EXTENSIONS, ImageError, check_image, has_alpha
-from .masks import MASKS, Mask, is_mask_file, mask_file
-from .report import Skipped, format_report, listed
+from .images import EXTENSIONS, ImageError, check_image, has_alpha
+from .masks import Mask, is_mask_file, mask_file
+from .report import LISTED, Skipped, format_report
 
 log = logging.getLogger(__name__)
 
-CAPTIONS = ("txt", "metadata.jsonl", "file name", "one caption")
-ON_PROBLEM = ("skip", "stop")
 FOLDER_REPEATS = re.compile(r"([1-9]\d{0,2})_")
 IGNORED_FOLDERS = ("__MACOSX",)
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what); may raise to cancel."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """How a folder becomes a data set."""
-
-    folder: Path | str
-    """Searched with all sub-folders; hidden ones are left out. A sub-folder called `10_name` (1 to 3 digits) shows its
-    images 10 times per epoch, as in kohya's layout."""
-    resolution: int = 512
-    """Images get an area of about resolution squared; a multiple of 8."""
-    captions: str = "txt"
-    """"txt" (same stem, .txt or .caption), "metadata.jsonl" (Hugging Face), "file name" or "one caption"."""
-    caption: str = ""
-    """The caption of every image for "one caption"."""
-    repeats: int = 1
-    """How often an epoch shows every image, on top of the folder names' repeats."""
-    buckets: bool = True
-    """Keep aspect ratios in buckets; otherwise cut all images to squares."""
-    crop: str = "center"
-    """"center", or "random": a new offset each time, without the latent cache."""
-    flip: bool = False
-    """Mirror a random half of what is shown."""
-    on_bad_image: str = "skip"
-    """"skip" leaves unreadable images out and counts them in the report, "stop" raises ImageError."""
-    on_missing_caption: str = "stop"
-    """"skip" leaves images without a caption out and counts them, "stop" raises ValueError naming them."""
-    masks: str = "none"
-    """Which part of an image counts: "none" (all), "alpha" (where it is opaque), or "files" (where a picture called
-    `<name>-masklabel.png`, or of the same name in a sub-folder `masks`, is white). Images without one count whole."""
-    weight: float = 1.0
-    """Factor of these images' loss; below 1 for regularisation images that should count less."""
-
-    def __post_init__(self):
-        check_multiple("resolution", self.resolution)
-        _check_choice("captions", self.captions, CAPTIONS)
-        _check_choice("crop", self.crop, CROPS)
-        _check_choice("on_bad_image", self.on_bad_image, ON_PROBLEM)
-        _check_choice("on_missing_caption", self.on_missing_caption, ON_PROBLEM)
-        _check_choice("masks", self.masks, MASKS)
-        if not 0 <= self.weight <= 1000:
-            raise ValueError(f"weight is {self.weight}; expected 0 to 1000.")
-        if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; expected at least 1.")
-        if self.captions == "one caption" and not self.caption.strip():
-            raise ValueError('caption is empty; expected a text. "one caption" gives it to every image.')
 
 
 def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Dataset:
@@ -157,14 +111,19 @@ def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
         unlisted = sorted(set(images) - {name for name, _ in rows})
-        notes = [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({listed(unlisted)})"] if unlisted else []
+        notes = (
+            [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
+            if unlisted
+            else []
+        )
     else:
         rows = [(name, _caption(folder / name, config)) for name in images]
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({listed(missing)}); expected one each "
-            f"({_expected_caption(config.captions)}). Add them, or choose to skip images without a caption."
+            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({first_few(missing, LISTED)}); "
+            f"expected one each ({_expected_caption(config.captions)}). Add them, or choose to skip images without "
+            "a caption."
         )
     return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
 
@@ -210,9 +169,4 @@ def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
 
 
 def _reasons(skipped: list[Skipped]) -> str:
-    return listed([f"{name}: {reason}" for name, reason in skipped])
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+    return first_few([f"{name}: {reason}" for name, reason in skipped], LISTED)

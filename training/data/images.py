@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..common.files import atomic_path
+from ..config.folder import CROPS
 
 log = logging.getLogger(__name__)
 
-CROPS = ("center", "random")
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -115,7 +115,7 @@ def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
     return sheet
 
 
-def fit(
+def resize_and_crop(
     image: Tensor,
     width: int,
     height: int,

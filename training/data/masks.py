@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .images import EXTENSIONS, ImageError, content_key, decode_alpha, decode_image
 
-MASKS = ("none", "alpha", "files")
 LABEL = "-masklabel.png"
 """OneTrainer's name of a mask: the image's stem, then this, beside the image."""
 MASK_FOLDER = "masks"

@@ -130,7 +130,7 @@ def expect_prompts(prompts: Sequence, where: str) -> None:
         raise ValueError(f"{where} hold no prompts; expected at least one, one a line.")
 
 
-def fingerprint_of(prompts: Sequence[Prompt]) -> str:
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """Changes with texts, weights and order."""
     digest = hashlib.sha256(b"[")
     for number, prompt in enumerate(prompts):
@@ -145,7 +145,7 @@ class _Rest(Sequence[Prompt]):
     def __init__(self, prompts: Sequence[Prompt], without: Sequence[int]):
         self._prompts, self._without = prompts, without
         left_out = set(without)
-        self.weights = array("d", (w for i, w in enumerate(weights_of(prompts)) if i not in left_out))
+        self.weights = array("d", (w for i, w in enumerate(prompt_weights(prompts)) if i not in left_out))
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -167,7 +167,7 @@ def split_held_out(prompts: Sequence[Prompt], fraction: float, most: int) -> tup
     return _Rest(prompts, places), [prompts[i] for i in places]
 
 
-def weights_of(prompts: Sequence[Prompt]) -> Sequence[float]:
+def prompt_weights(prompts: Sequence[Prompt]) -> Sequence[float]:
     """The prompts' weights; a file's are at hand."""
     if isinstance(prompts, PromptFile | _Rest):
         return prompts.weights
@@ -183,7 +183,7 @@ class PromptOrder:
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int):
         expect_prompts(prompts, "prompts")
         self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
-        weights = torch.tensor(weights_of(prompts), dtype=torch.float64)
+        weights = torch.tensor(prompt_weights(prompts), dtype=torch.float64)
         self._sums = None if (weights == weights[0]).all() else weights.cumsum(0)
         self._epoch: tuple[int, Tensor] | None = None
 

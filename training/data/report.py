@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from ..common.text import count_noun, first_few
 from .buckets import Size
 from .examples import Dataset, Example
 
@@ -33,18 +34,8 @@ def format_report(
     return "\n".join(part for part in parts if part)
 
 
-def listed(items: Sequence[str]) -> str:
-    """The first few of `items`, and how many more there are."""
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def _headline(dataset: Dataset, title: str) -> str:
-    images = counted(len(dataset.examples), "image")
+    images = count_noun(len(dataset.examples), "image")
     options = [f"{dataset.crop} crop"] + ["mirrored at random"] * dataset.flip
     shown = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
     return f"{title}: {images}{shown} ({', '.join(options)})"
@@ -72,13 +63,17 @@ def _captions(examples: Sequence[Example]) -> str:
 def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
     pairs = zip(examples, sizes, strict=True)
     small = [f"{e.name} ({w} x {h})" for e, (w, h) in pairs if w < e.width or h < e.height]
-    return f"enlarged: {counted(len(small), 'image')} smaller than the target size: {listed(small)}" if small else ""
+    return (
+        f"enlarged: {count_noun(len(small), 'image')} smaller than the target size: {first_few(small, LISTED)}"
+        if small
+        else ""
+    )
 
 
 def _folder_repeats(examples: Sequence[Example]) -> str:
     counts = Counter((e.name.rpartition("/")[0], e.repeats) for e in examples if e.repeats > 1)
     rows = [f"{folder} {images} x {repeats}" for (folder, repeats), images in sorted(counts.items())]
-    return f"repeats by folder name: {listed(rows)}" if rows else ""
+    return f"repeats by folder name: {first_few(rows, LISTED)}" if rows else ""
 
 
 def _duplicates(examples: Sequence[Example]) -> str:
@@ -86,7 +81,11 @@ def _duplicates(examples: Sequence[Example]) -> str:
     for example in examples:
         names.setdefault(example.key, {})[example.name] = None
     groups = [" = ".join(same) for same in names.values() if len(same) > 1]
-    return f"duplicates: {counted(len(groups), 'image')} present more than once: {listed(groups)}" if groups else ""
+    return (
+        f"duplicates: {count_noun(len(groups), 'image')} present more than once: {first_few(groups, LISTED)}"
+        if groups
+        else ""
+    )
 
 
 def _skipped(skipped: Sequence[Skipped]) -> str:
@@ -94,4 +93,4 @@ def _skipped(skipped: Sequence[Skipped]) -> str:
         return ""
     rows = [f"  {name}: {reason}" for name, reason in skipped[: 4 * LISTED]]
     more = [f"  and {len(skipped) - len(rows)} more"] if len(skipped) > len(rows) else []
-    return "\n".join([f"skipped: {counted(len(skipped), 'file')}", *rows, *more])
+    return "\n".join([f"skipped: {count_noun(len(skipped), 'file')}", *rows, *more])

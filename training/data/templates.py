@@ -73,7 +73,7 @@ TEMPLATES = {"object": OBJECT, "style": STYLE}
 
 
 @dataclass(frozen=True)
-class Captions:
+class CaptionTemplates:
     """Which sentence an image is shown with: drawn from (seed, batch, place); always the first where nothing varies.
 
     lines: with {} for the token and {caption} for the image's own caption; empty keeps the captions.
@@ -95,7 +95,7 @@ class Captions:
         return self.lines[choice].replace("{caption}", caption).replace("{}", self.token)
 
 
-def caption_words_replaced(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
+def replace_caption_words(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
     """The data set with `token` in place of whole words of its captions; warns when there are none."""
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
     changed = _with_captions(dataset, lambda caption: pattern.sub(lambda _: token, caption))
@@ -108,22 +108,22 @@ def _with_captions(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
     return replace(dataset, examples=tuple(replace(e, caption=change(e.caption)) for e in dataset.examples))
 
 
-def holds_token(caption: str, tokens: Sequence[str]) -> bool:
+def contains_token(caption: str, tokens: Sequence[str]) -> bool:
     return len(split_tokens(caption, tokens)) > 1
 
 
-def with_tokens_only(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
+def keep_images_with_tokens(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
     """The images whose captions hold one of the tokens, the only ones that can teach it; warns of the others.
 
     Raises ValueError when there are none, and for a token that no caption holds.
     """
     for token in tokens:
-        if not any(holds_token(caption, [token]) for caption in dataset.captions):
+        if not any(contains_token(caption, [token]) for caption in dataset.captions):
             raise ValueError(
                 f"token {token} is in none of {len(dataset.captions)} captions; expected it in those of its images. "
                 "Write it into them, name the caption_word that it replaces, or choose template object or style."
             )
-    kept = tuple(e for e in dataset.examples if holds_token(e.caption, tokens))
+    kept = tuple(e for e in dataset.examples if contains_token(e.caption, tokens))
     if len(kept) < len(dataset.examples):
         log.warning("%d images without a token in their caption are left out", len(dataset.examples) - len(kept))
     return replace(dataset, examples=kept)

@@ -8,13 +8,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..common.rng import generator
-from ..config.checks import check_choices, check_range
+from ..config.reset import ResetConfig
 
 log = logging.getLogger(__name__)
 
@@ -56,28 +55,6 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     if not found:
         log.warning("no parameter matched layers %r within blocks %r", layers, blocks)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResetConfig:
-    """What RetuneResetAttention re-initialises, and how."""
-
-    layers: Literal["cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention"]
-    """Which projections; `include_output` decides about the output projection of the three whole-attention choices."""
-    init: Literal["default", "normal", "zero output", "perturb"] = "default"
-    """default: as torch.nn.Linear; normal: at the tensor's own std; zero output: as default for q, k, v and zeros for
-    the output projection; perturb: the old weights plus `strength` times their own std of noise."""
-    strength: float = 1.0
-    """0..1 blends old and new weights (1 = new only); for perturb, the noise in units of each tensor's std."""
-    include_output: bool = False
-    """Whether the output projection (to_out) is reset as well; "zero output" does it in any case."""
-    blocks: str = ""
-    """Regex on block names such as "middle|output_blocks"; empty = everywhere."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_range(self, strength=(0.0, 10.0 if self.init == "perturb" else 1.0))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.rng import generator
+from ..config.loop import LoopConfig
 from ..config.run import RunConfig
 from ..config.training_settings import TrainingSettings
 from ..data.cache import LatentCache, TextCache
@@ -20,36 +21,35 @@ from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder, Slot
 from ..evaluation.text_gap import evaluate
-from ..loop.loop import Loop, LoopConfig, Sampler
-from ..loop.memory import hints
+from ..loop.loop import Loop
+from ..loop.memory import memory_hints
 from ..models.noise_levels import zero_terminal_sigmas
 from ..models.protocols import TextToImage
 from ..objectives.denoising import DenoisingObjective
 from ..runs.folder import RunFolder
+from ..runs.samples import Sampler
 from ..sampling.generate import TextOf, decode, draw_latents, encode_with
-from .run import TrainingJob, run_identity, run_in_folder
+from .run import TrainingJob, run_identity, run_training
 
 log = logging.getLogger(__name__)
 
 
-def run_training(
-    kind: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
+def train_on_images(
+    job: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, root: Path, callbacks: Callbacks
 ) -> Path:
-    """A training of the denoising objective on a data set; see `run_in_folder`."""
-    identity = run_identity(kind.name, model, config) | {"dataset": dataset.fingerprint}
-    return run_in_folder(
-        kind, model, config, root, callbacks, identity, partial(denoising_loop, kind, model, dataset, config)
-    )
+    """A training of the denoising objective on a data set; see `run_training`."""
+    identity = run_identity(job.name, model, config) | {"dataset": dataset.fingerprint}
+    return run_training(job, model, config, root, callbacks, identity, partial(build_loop, job, model, dataset, config))
 
 
-def denoising_loop(
-    kind: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
+def build_loop(
+    job: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
 ) -> Loop:
     """Fills the caches, makes what trains, and puts a run of the denoising objective together.
 
     Where the text encoder trains it runs anew for every caption, with what trains in it, instead of once for the cache.
     """
-    text_trains = kind.text_trains
+    text_trains = job.text_trains
     model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     latents, texts = _caches(model, folder.path.parent / ".cache")
@@ -72,13 +72,13 @@ def denoising_loop(
         project=model.text_encoder.project,
         mask_of=lambda slot: cropped_latent(latents.mask, slot, crops[slot.example.key], config.seed),
         varied_text_of=(lambda caption: None) if text_trains else texts.once,
-        caption_of=kind.caption_of,
+        caption_of=job.caption_of,
         pulse=callbacks.pulse,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
         folder,
-        kind.trainable(),
+        job.trainable(),
         objective,
         order,
         LoopConfig(
@@ -88,12 +88,12 @@ def denoising_loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=order.steps_per_epoch / config.gradient_accumulation,
-            when_full=hints(config, dataset.largest),
+            memory_hints=memory_hints(config, dataset.largest),
         ),
-        sampler=sampler_of(model, config, text_of, callbacks) if prompts else None,
+        sampler=build_sampler(model, config, text_of, callbacks) if prompts else None,
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
-        watch=kind.watch,
+        watch=job.watch,
         callbacks=callbacks,
         device=model.denoiser.device,
     )
@@ -108,7 +108,7 @@ def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextTo
     return replace(model, denoiser=model.denoiser.with_sigmas(zero_terminal_sigmas(model.denoiser.sigmas)))
 
 
-def sampler_of(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
+def build_sampler(model: TextToImage, config: RunConfig, text_of: TextOf, callbacks: Callbacks) -> Sampler:
     """Draws the sample prompts in batches that, doubled for guidance, are no larger than a training batch."""
     samples = config.samples
 

@@ -17,7 +17,7 @@ from ..common.fingerprint import tensors_fingerprint
 from ..config.lora import LoraConfig
 from ..data.examples import Dataset
 from ..formats.lora import Lora
-from ..formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
+from ..formats.lora_metadata import LoraDescription, last_sample, tag_frequency, thumbnail_uri
 from ..formats.lora_names import SECOND_TEXT, UNET
 from ..formats.lora_save import save_lora
 from ..models import ldm
@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, layers_of, select_layers, text_rate
 from ..trainables.lora_init import start_from
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .run import TrainingJob
 
 ARTIFACT = "lora.safetensors"
@@ -59,24 +59,24 @@ def train_lora(
     check_fit(model, config)
     check_second_text(model, config)
     chosen = select_layers(trainable_layers(model, config), config)
-    about = facts_of_training(model, dataset)
+    about = describe_training(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
         adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
         if start is not None:
             start_from(adapters, start, about["unet"])
-        kind = TrainingJob(
+        job = TrainingJob(
             name="lora",
             artifact=ARTIFACT,
             trainable=lambda: adapters,
             write=lambda folder, values, ending: write_lora(folder, adapters.lora_model(values), config, ending),
-            identity={"start": fingerprint_of(start)},
+            identity={"start": lora_fingerprint(start)},
             details=about | (details or {}),
             text_trains=config.trains_text,
         )
-        return read_lora_run(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()))
+        return read_trained_lora(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
-def fingerprint_of(lora: Lora | None) -> str:
+def lora_fingerprint(lora: Lora | None) -> str:
     """Changes with the tensors of a LoRA; empty for none."""
     if lora is None:
         return ""
@@ -113,17 +113,17 @@ def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
-def facts_of_model(model: TextToImage) -> dict:
+def describe_model(model: TextToImage) -> dict:
     """What a LoRA file's metadata says of the model, for config.json."""
     network = model.denoiser.network
     shapes = {model.denoiser.canonical_name(name): value.shape for name, value in network.named_parameters()}
     return {"unet": ldm.unet_config(shapes), "prediction_type": model.denoiser.prediction_type}
 
 
-def facts_of_training(model: TextToImage, dataset: Dataset) -> dict:
+def describe_training(model: TextToImage, dataset: Dataset) -> dict:
     """What it says of the model and the images."""
     sizes = Counter((example.width, example.height) for example in dataset.examples)
-    return facts_of_model(model) | {
+    return describe_model(model) | {
         "resolution": list(sizes.most_common(1)[0][0]),
         "images": len(dataset.examples),
         "tag_frequency": tag_frequency(example.caption for example in dataset.examples),
@@ -136,11 +136,11 @@ def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraCon
     about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
     write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
     picture = last_sample(folder.path)
-    shown = LoraAbout(run=folder.config(), thumbnail=thumbnail(picture) if picture else "")
-    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, about=shown)
+    shown = LoraDescription(run=folder.config(), thumbnail=thumbnail_uri(picture) if picture else "")
+    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, description=shown)
 
 
-def read_lora_run(path: Path) -> TrainedLora:
+def read_trained_lora(path: Path) -> TrainedLora:
     """The result of a run from its folder."""
     file = Path(path) / ARTIFACT
     return TrainedLora(file, read_tensors(file)[0])

@@ -18,16 +18,17 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.files import read_tensors, write_tensors
+from ..config.loop import Batches, LoopConfig
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig
 from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
-from ..evaluation.guard_pictures import guard_of, guard_prompts, look_at
-from ..loop.loop import Batches, Loop, LoopConfig
-from ..loop.memory import hints
+from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, prompts_fingerprint, split_held_out
+from ..evaluation.guard_pictures import build_guard, guard_prompts, measure_pictures
+from ..loop.loop import Loop
+from ..loop.memory import memory_hints
 from ..models import ldm
 from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
@@ -36,15 +37,15 @@ from ..objectives.reward_on_images import DirectObjective
 from ..rewards.combined import CombinedReward
 from ..runs.folder import RunFolder
 from ..sampling.generate import TextOf, encode_with
-from ..text_encoder.stock_file import stock_parts, write_stock_files
+from ..text_encoder.projection import PROJECTION_PREFIX
+from ..text_encoder.stock_file import split_by_encoder, write_stock_files
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights, Trainable
 from .checks import check_fit
-from .denoising import cropped_latent, latent_cache, sampler_of
+from .denoising import build_sampler, cropped_latent, latent_cache
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import facts_of_model, facts_of_training, networks_of, trainable_layers, write_lora
-from .run import TrainingJob, run_identity, run_in_folder
-from .unet import PROJECTION_PREFIX
+from .lora import describe_model, describe_training, networks_of, trainable_layers, write_lora
+from .run import TrainingJob, run_identity, run_training
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ HELD_OUT = 16
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedModel:
     """What a run made. unet and projection: as in `TrainedModel`; text: `text_encoders.` names -> fp32; lora: ComfyUI's
     LORA_MODEL. All but one are empty."""
 
@@ -74,7 +75,7 @@ def tune(
     callbacks: Callbacks | None = None,
     details: dict | None = None,
     dataset: Dataset | None = None,
-) -> Tuned:
+) -> TunedModel:
     """Tunes, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
 
     root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
@@ -94,24 +95,24 @@ def tune(
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
     drawn = {"resolution": [config.width, config.height]}
     with model.text_encoder.training() if config.text_trains else nullcontext():
-        trainable = trainable_of(model, config)
-        kind = TrainingJob(
+        trainable = build_trainable(model, config)
+        job = TrainingJob(
             name="reward",
             artifact=ARTIFACT,
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
-            | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
-            details=(facts_of_training(model, dataset) if direct else facts_of_model(model) | drawn)
+            | ({"dataset": dataset.fingerprint} if direct else {"prompts": prompts_fingerprint(prompts)}),
+            details=(describe_training(model, dataset) if direct else describe_model(model) | drawn)
             | {"rewards": reward.describe()}
             | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
         data = partial(_on_images, dataset) if direct else partial(_on_prompts, prompts)
         loop_of = partial(_loop, model, reward, data, config, trainable)
-        identity = run_identity(kind.name, model, config)
-        path = run_in_folder(kind, model, config, Path(root), callbacks, identity, loop_of)
-    return read_tuned(path)
+        identity = run_identity(job.name, model, config)
+        path = run_training(job, model, config, Path(root), callbacks, identity, loop_of)
+    return read_tuned_model(path)
 
 
 def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
@@ -130,7 +131,7 @@ def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Da
         log.warning("method 'direct' trains on the data set's captions; %d prompts are left aside", len(prompts))
 
 
-def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
+def build_trainable(model: TextToImage, config: RewardTuneConfig) -> Trainable:
     """What `config.train` names, as fp32 masters. Raises ValueError where the model has no such part."""
     denoiser, encoder = model.denoiser, model.text_encoder
     if config.train == "UNet":
@@ -202,7 +203,7 @@ def _loop(
     text_of = encode_with(model.text_encoder)
     if not config.text_trains:
         text_of = _known_before(text_of, [*drawn, *guarded], callbacks)
-    look = partial(look_at, model, reward, config, guarded, text_of, partial(_say_drawn, callbacks))
+    look = partial(measure_pictures, model, reward, config, guarded, text_of, partial(_say_drawn, callbacks))
     callbacks.after_load()
     return Loop(
         folder,
@@ -216,11 +217,11 @@ def _loop(
             settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
             samples=config.samples,
             steps_per_epoch=data.steps_per_epoch,
-            when_full=hints(config, data.size),
+            memory_hints=memory_hints(config, data.size),
         ),
-        sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
+        sampler=build_sampler(model, config, text_of, callbacks) if config.samples.prompts else None,
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
-        guard=guard_of(config, reward, look),
+        guard=build_guard(config, reward, look),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
@@ -266,7 +267,7 @@ def _write(
         write_lora(folder, lora, config.lora, ending)
         values = {}
     if config.train == "text encoder":  # whole files that stock loaders read; `values` hold every weight
-        paths = {part: folder.path / f"{part}.safetensors" for part in stock_parts(values)}
+        paths = {part: folder.path / f"{part}.safetensors" for part in split_by_encoder(values)}
         write_stock_files(paths, values, about_run(folder.config() or {}, ending))
     projection = model.text_encoder.projection
     if config.train == "projection":
@@ -275,7 +276,7 @@ def _write(
     write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)})
 
 
-def read_tuned(path: Path) -> Tuned:
+def read_tuned_model(path: Path) -> TunedModel:
     """The result of a run from its folder."""
     file, lora = Path(path) / ARTIFACT, Path(path) / LORA_ARTIFACT
     tensors, _ = read_tensors(file)
@@ -285,4 +286,4 @@ def read_tuned(path: Path) -> Tuned:
 
     text = {name: value for name, value in tensors.items() if name.startswith("text_encoders.")}
     adapters = read_tensors(lora)[0] if lora.exists() else {}
-    return Tuned(file, under(ldm.UNET_PREFIX), text, under(PROJECTION_PREFIX), adapters)
+    return TunedModel(file, under(ldm.UNET_PREFIX), text, under(PROJECTION_PREFIX), adapters)

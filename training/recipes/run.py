@@ -52,8 +52,8 @@ class TrainingJob:
     """Of the trained values: what the loop logs now and then."""
 
 
-def run_in_folder(
-    kind: TrainingJob,
+def run_training(
+    job: TrainingJob,
     model: TextToImage,
     config: RunConfig,
     root: Path,
@@ -66,10 +66,10 @@ def run_in_folder(
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **kind.details}
-            folder.claim({**identity, **kind.identity}, about, former_identity(config))
+            about = {"config": asdict(config), "environment": environment(model), **job.details}
+            folder.claim({**identity, **job.identity}, about, former_identity(config))
         here.barrier()
-        if finished(folder, config, kind.artifact):
+        if finished(folder, config, job.artifact):
             callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
@@ -80,7 +80,7 @@ def run_in_folder(
         if here.is_main:
             with record_failure(folder, callbacks):
                 callbacks.on_text(f"writing the result of run {folder.name}")
-                kind.write(folder, values, {"steps": loop.step, **loop.ending})
+                job.write(folder, values, {"steps": loop.step, **loop.ending})
             folder.set_status("finished", loop.step, **loop.ending)
             write_report(folder)
             callbacks.on_state("finished", loop.step)

@@ -16,10 +16,10 @@ from ..common.files import read_tensors, write_tensors
 from ..config.embedding import EmbeddingConfig
 from ..config.tokens import check_token
 from ..data.examples import Dataset
-from ..data.templates import TEMPLATES, Captions, caption_words_replaced, holds_token, with_tokens_only
+from ..data.templates import TEMPLATES, CaptionTemplates, contains_token, keep_images_with_tokens, replace_caption_words
 from ..formats.embedding import Embedding, read_embedding
-from ..formats.embedding_fit import assign, family_of
-from ..formats.embedding_report import median_norm, token_warnings, vector_figures
+from ..formats.embedding_fit import assign_to_encoders, family_of
+from ..formats.embedding_report import median_norm, token_warnings, vector_statistics
 from ..formats.embedding_save import save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
@@ -28,9 +28,9 @@ from ..trainables.lora import Adapters, select_layers
 from ..trainables.token_embeddings import TokenEmbeddings, start_concept
 from ..trainables.weights import Trainable, TrainableGroup
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import facts_of_training, unet_layers, write_lora
+from .lora import describe_training, unet_layers, write_lora
 from .run import TrainingJob
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def train_embedding(
     """
     check_fit(model, config)
     callbacks = callbacks or Callbacks()
-    dataset, captions = captioned(dataset, config)
+    dataset, captions = choose_captions(dataset, config)
     if not config.lora_rank and config.settings.caption_dropout:
         log.info("caption_dropout is left out: an empty caption teaches a token nothing")
         config = replace(config, settings=replace(config.settings, caption_dropout=0.0))
@@ -73,8 +73,8 @@ def train_embedding(
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
     tokens = TokenEmbeddings(starts, [model.denoiser.network], norms, model.denoiser.device)
     adapters = _adapters(model, config)
-    about = facts_of_training(model, dataset)
-    kind = TrainingJob(
+    about = describe_training(model, dataset)
+    job = TrainingJob(
         name="embedding",
         artifact=ARTIFACT,
         trainable=lambda: _both(tokens, adapters, config),
@@ -85,8 +85,8 @@ def train_embedding(
         watch=lambda values: _watched(tokens.concepts(values), vocabularies, callbacks),
     )
     with model.text_encoder.training():
-        path = run_training(kind, model, dataset, config, Path(root), callbacks)
-    return read_embedding_run(path)
+        path = train_on_images(job, model, dataset, config, Path(root), callbacks)
+    return read_trained_embedding(path)
 
 
 def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
@@ -98,7 +98,7 @@ def _starts(model: TextToImage, config: EmbeddingConfig) -> list[Concept]:
     return [start_concept(token, text, config.vectors, vocabularies, known, config.seed) for token, text in rows]
 
 
-def captioned(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Captions]:
+def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, CaptionTemplates]:
     """The images that can teach a token, and the sentences that they are shown with. Warns of what is left out.
 
     Raises ValueError where captions are asked for and none holds the token.
@@ -107,17 +107,17 @@ def captioned(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset, Capti
     if config.replaced_words:
         if len(tokens) > 1:
             raise ValueError(f"caption_word is {config.caption_word!r} for {len(tokens)} tokens; expected one token.")
-        dataset = caption_words_replaced(dataset, config.replaced_words, tokens[0])
+        dataset = replace_caption_words(dataset, config.replaced_words, tokens[0])
     if template == "auto":
-        found = len(tokens) > 1 or any(holds_token(caption, tokens) for caption in dataset.captions)
+        found = len(tokens) > 1 or any(contains_token(caption, tokens) for caption in dataset.captions)
         template = "captions" if found else "object"
         if not found:
             log.warning("no caption holds %s; sentences such as %r are used", tokens[0], TEMPLATES["object"][0])
     if template == "captions":
-        dataset = dataset if config.lora_rank else with_tokens_only(dataset, tokens)
-        return dataset, Captions((), tokens[0], config.seed)
+        dataset = dataset if config.lora_rank else keep_images_with_tokens(dataset, tokens)
+        return dataset, CaptionTemplates((), tokens[0], config.seed)
     lines = config.lines if template == "own" else TEMPLATES[template]
-    return dataset, Captions(lines, tokens[0], config.seed)
+    return dataset, CaptionTemplates(lines, tokens[0], config.seed)
 
 
 def _adapters(model: TextToImage, config: EmbeddingConfig) -> Adapters | None:
@@ -138,7 +138,7 @@ def _watched(concepts: tuple[Concept, ...], vocabularies: Mapping, callbacks: Ca
     found = {}
     for concept in concepts:
         for name, vectors in concept.vectors.items():
-            figures = vector_figures(vocabularies[name], vectors)
+            figures = vector_statistics(vocabularies[name], vectors)
             found[f"{concept.token}/{name}"] = {
                 "norm": [figure.ratio for figure in figures],
                 "nearest": [[list(pair) for pair in figure.nearest] for figure in figures],
@@ -167,7 +167,7 @@ def _write(
     save_embedding(folder.path / "embeddings", Embedding(concepts, about), "safetensors")
 
 
-def read_embedding_run(path: Path) -> TrainedEmbedding:
+def read_trained_embedding(path: Path) -> TrainedEmbedding:
     """The result of a run from its folder."""
     file = Path(path) / ARTIFACT
     tensors, metadata = read_tensors(file)
@@ -181,13 +181,13 @@ def read_embedding_run(path: Path) -> TrainedEmbedding:
     return TrainedEmbedding(file, embedding, read_tensors(lora)[0] if lora.exists() else {})
 
 
-def known_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
+def read_concepts(named: Iterable[str], encoder: TextEncoder) -> list[Concept]:
     """Concepts of embedding files, each given as `token=file`, for a text encoder. ValueError for one that is not."""
     found = []
     for entry in named:
         token, equals, file = entry.partition("=")
         if not equals:
             raise ValueError(f"known embedding is {entry!r}; expected token=file, such as <my-cat>=cat.safetensors.")
-        vectors = assign(read_embedding(file, token), encoder.vocabularies)
+        vectors = assign_to_encoders(read_embedding(file, token), encoder.vocabularies)
         found.append(Concept(check_token(token), vectors))
     return found

@@ -21,15 +21,15 @@ from ..models.layers import select
 from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
+from ..text_encoder.projection import PROJECTION_PREFIX
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .run import TrainingJob
 
 log = logging.getLogger(__name__)
 
 ARTIFACT = "model.safetensors"
-PROJECTION_PREFIX = "projection."
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,16 @@ def train_model(
     """
     check_fit(model, config)
     projection = model.text_encoder.projection
-    kind = TrainingJob(
+    job = TrainingJob(
         name="model",
         artifact=ARTIFACT,
         trainable=partial(_trainable, model, config),
         write=lambda folder, values, ending: _write(folder, values, config, projection, ending),
         details=details or {},
     )
-    return read_trained(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT)
+    return read_trained_model(
+        train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT
+    )
 
 
 def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
@@ -97,7 +99,7 @@ def _write(
     write_tensors(folder.path / ARTIFACT, whole, {"retune.run": json.dumps(about)})
 
 
-def read_trained(path: Path) -> TrainedModel:
+def read_trained_model(path: Path) -> TrainedModel:
     """The result of a run from its file."""
     tensors, metadata = read_tensors(path)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..models.clip import clip_config
+from ..models.clip import clip_config, load_clip_network
 from ..models.open_clip import VISUAL, to_transformers, vision_to_transformers
+from ..models.parameters import expect_tensors
 
 Activation = Literal["auto", "gelu", "quick_gelu"]
 VISION, TEXT = "vision_model.", "text_model."
+IMAGE_TOWER, TEXT_TOWER = "its image tower", "its text tower"
 _WRAPPERS = ("module.", "model.", "clip_model.", "clip.", "text.")
 """What training code, and OpenCLIP for some of its models, puts before the names."""
 _HEADS_OF_WIDE = 16
@@ -74,16 +75,17 @@ class Towers(nn.Module):
 
         super().__init__()
         self._checkpointed = False
-        _expect(state.vision, ("embeddings.patch_embedding.weight", "visual_projection.weight"), "image")
+        expect_tensors(state.vision, ("embeddings.patch_embedding.weight", "visual_projection.weight"), IMAGE_TOWER)
         about = config["vision_config"] if config else vision_config(state.vision, activation)
         vision = CLIPVisionConfig(**about)
         self.side, self.width = vision.image_size, vision.projection_dim
-        self.vision = _filled(CLIPVisionModelWithProjection, vision, state.vision, VISION, "image")
+        self.vision = load_clip_network(CLIPVisionModelWithProjection, vision, state.vision, VISION, IMAGE_TOWER)
         self.text = None
         if state.text:
-            _expect(state.text, ("embeddings.token_embedding.weight", "text_projection.weight"), "text")
+            expect_tensors(state.text, ("embeddings.token_embedding.weight", "text_projection.weight"), TEXT_TOWER)
             about = config["text_config"] if config else clip_config(state.text) | {"hidden_act": vision.hidden_act}
-            self.text = _filled(CLIPTextModelWithProjection, CLIPTextConfig(**about), state.text, TEXT, "text")
+            settings = CLIPTextConfig(**about)
+            self.text = load_clip_network(CLIPTextModelWithProjection, settings, state.text, TEXT, TEXT_TOWER)
             _expect_equal_widths(self.width, self.text.config.projection_dim)
 
     @property
@@ -138,25 +140,6 @@ def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") 
         "patch_size": patch,
         "hidden_act": activation,
     }
-
-
-def _filled(kind: type, config: Any, state: Mapping[str, Tensor], prefix: str, what: str) -> nn.Module:
-    """A model of transformers with a tower's tensors, frozen."""
-    with torch.device("meta"):
-        network = kind(config)
-    own = {name: name.removeprefix(prefix) for name in network.state_dict()}
-    _expect(state, own.values(), what)
-    network.load_state_dict({name: state[bare].float() for name, bare in own.items()}, assign=True)
-    for module in network.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
-    return network.eval().requires_grad_(False)
-
-
-def _expect(state: Mapping[str, Tensor], names, what: str) -> None:
-    missing = sorted(set(names) - state.keys())
-    if missing:
-        raise ValueError(f"its {what} tower lacks {len(missing)} tensors such as {missing[0]!r}.")
 
 
 def _expect_equal_widths(image: int, text: int) -> None:

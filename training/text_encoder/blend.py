@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 """How far a sum of weights may be from 1 and still count as 1."""
 
 
-def read_weights(text: str, count: int) -> list[float]:
+def parse_weights(text: str, count: int) -> list[float]:
     """Numbers between commas, semicolons or blanks, one for each of `count` encoders; a sum other than 1 is logged.
 
     Raises ValueError for another count, for what is no finite number, and when all are 0.
@@ -35,26 +35,26 @@ def read_weights(text: str, count: int) -> list[float]:
         raise ValueError(f"weights has {len(weights)} numbers ({text!r}); expected {count}, one for each text encoder.")
     if not any(weights):
         raise ValueError(f"weights is {text!r}; expected one other than 0.")
-    if not is_one(sum(weights)):
+    if not is_close_to_one(sum(weights)):
         log.warning(
             "the weights sum to %g, not to 1: what comes out is louder or quieter than the encoders", sum(weights)
         )
     return weights
 
 
-def mix(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """sum_i w_i T_i in fp32, tensors of one shape; those of weight 0 are not read, NaN included.
 
     Exact where nothing is to be mixed: one tensor of weight 1, or equal tensors with weights that sum to 1.
     """
     used = [(weight, tensor.float()) for weight, tensor in zip(weights, tensors, strict=True) if weight]
     first = used[0][1]
-    if is_one(sum(weight for weight, _ in used)) and all(torch.equal(first, tensor) for _, tensor in used[1:]):
+    if is_close_to_one(sum(weight for weight, _ in used)) and all(torch.equal(first, tensor) for _, tensor in used[1:]):
         return first
     return sum(weight * tensor for weight, tensor in used)
 
 
-def shares(weights: Sequence[float], held: Sequence[bool]) -> list[float] | None:
+def renormalised_weights(weights: Sequence[float], held: Sequence[bool]) -> list[float] | None:
     """Weights of a part that not all encoders hold: those that do share it, and it keeps its size.
 
     w_i / (sum of w over the holders), 0 for the others; the weights as they are where all hold it. None when the
@@ -68,7 +68,7 @@ def shares(weights: Sequence[float], held: Sequence[bool]) -> list[float] | None
     return [weight / total if has else 0.0 for weight, has in zip(weights, held, strict=True)]
 
 
-def expect_alike(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]], number: int) -> None:
+def expect_same_shapes(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]], number: int) -> None:
     """Raises ValueError naming the first tensor (name -> shape) in which encoder `number` differs from encoder 1."""
     for name in [*first, *(name for name in other if name not in first)]:
         one, two = (tuple(shapes[name]) if name in shapes else None for shapes in (first, other))
@@ -82,27 +82,28 @@ def expect_alike(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequenc
 def blend_conditioning(weights: Sequence[float], said: Sequence[Conditioning]) -> Conditioning:
     """sum_i w_i c_i of contexts and of pooled outputs; encodings of weight 0 count as not there.
 
-    A shorter context is lengthened (`lengthened`). A pooled output that only some have is shared by these (`shares`).
-    Masks are dropped. Raises ValueError for contexts or pooled outputs of different width or batch.
+    A shorter context is lengthened (`extend_context`). A pooled output that only some have is shared by these
+    (`renormalised_weights`). Masks are dropped. Raises ValueError for contexts or pooled outputs of different width or
+    batch.
     """
     used = [(weight, one) for weight, one in zip(weights, said, strict=True) if weight]
     weights, contexts = [weight for weight, _ in used], [one.context for _, one in used]
     _expect_equal("context", [context.shape[:1] + context.shape[2:] for context in contexts])
     length = max(context.shape[1] for context in contexts)
-    context = mix(weights, [lengthened(one, length) for one in contexts]).to(contexts[0].dtype)
+    context = weighted_sum(weights, [extend_context(one, length) for one in contexts]).to(contexts[0].dtype)
     return Conditioning(context, _blend_pooled(weights, [one.pooled for _, one in used]))
 
 
 def _blend_pooled(weights: Sequence[float], pooled: Sequence[Tensor | None]) -> Tensor | None:
-    own = shares(weights, [one is not None for one in pooled])
+    own = renormalised_weights(weights, [one is not None for one in pooled])
     given = [one for one in pooled if one is not None]
     if not given or own is None:
         return None
     _expect_equal("pooled output", [one.shape for one in given])
-    return mix(own, [given[0] if one is None else one for one in pooled]).to(given[0].dtype)
+    return weighted_sum(own, [given[0] if one is None else one for one in pooled]).to(given[0].dtype)
 
 
-def lengthened(context: Tensor, length: int) -> Tensor:
+def extend_context(context: Tensor, length: int) -> Tensor:
     """(B, L, D) -> (B, length, D), L <= length.
 
     Whole repeats where L divides length, as between CLIP's sections of 77: attention without a mask hears them as the
@@ -125,7 +126,7 @@ def blend_projections(weights: Sequence[float], projections: Sequence[Projection
             )
     with torch.inference_mode(False), torch.no_grad():
         states = [_unscaled(one) for one in projections]
-        state = {name: mix(weights, [one[name] for one in states]) for name in states[0]}
+        state = {name: weighted_sum(weights, [one[name] for one in states]) for name in states[0]}
         return Projection.from_state(projections[0].config(), state)
 
 
@@ -138,7 +139,7 @@ def _unscaled(projection: Projection) -> dict[str, Tensor]:
     return state | {"scale": torch.ones_like(scale)}
 
 
-def is_one(total: float) -> bool:
+def is_close_to_one(total: float) -> bool:
     """Whether a sum of weights counts as 1."""
     return abs(total - 1) < TOLERANCE
 

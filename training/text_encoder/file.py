@@ -58,7 +58,7 @@ class SavedTextEncoder:
                 "Use the model it was made for, or a new projection."
             )
 
-    def check_kept(self, given: bool) -> None:
+    def check_keep_clip(self, given: bool) -> None:
         """Raises ValueError when this stood beside a CLIP and none is `given`."""
         if self.keeps_clip and not given:
             raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from .projection import Projection
 
 Pair = tuple[Tensor, Tensor]
-"""(n, D_in) states and (n, D_out) targets of one prompt, see `aligned`."""
+"""(n, D_in) states and (n, D_out) targets of one prompt, see `align_states`."""
 ROUNDING = 1e-6
 """Share of the largest spread under which a direction is float32's rounding."""
 
@@ -36,7 +36,7 @@ class Encoder(Protocol):
         ...
 
 
-class CoreStates:
+class EncoderStates:
     """`Encoder` over a text encoder of the core: its output, or what its backbone returns before the projection."""
 
     def __init__(self, encoder, *, before_projection: bool):
@@ -117,8 +117,8 @@ def fit_projection(
     pairs, goals = [], []
     for own, prompt in zip(states, prompts, strict=True):
         target = reference.states(prompt)
-        pairs.append(aligned(*own, *target))
-        goals.append(heard(*target, pads=bool(_after(own[1]).any())))
+        pairs.append(align_states(*own, *target))
+        goals.append(reference_states(*target, pads=bool(_after(own[1]).any())))
     weight, bias, figures = _fit(pairs, goals, solve)
     projection = Projection(weight.shape[1], weight.shape[0], bias=True, pooled_width=pooled_width)
     _fill(projection.linear, weight, bias)
@@ -160,7 +160,7 @@ def _pooled_target(reference: Encoder, prompt: str, width: int) -> Tensor:
     return pooled.double().cpu()[None]
 
 
-def aligned(states: Tensor, real: Tensor, target: Tensor, target_real: Tensor) -> tuple[Tensor, Tensor]:
+def align_states(states: Tensor, real: Tensor, target: Tensor, target_real: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D_in) states and (n, D_out) targets of one prompt, float64: words by share, end to end, pads to pads."""
     states, target = states.double().cpu(), target.double().cpu()
     words, goals = states[real][:-1], target[target_real][:-1]
@@ -178,7 +178,7 @@ def aligned(states: Tensor, real: Tensor, target: Tensor, target_real: Tensor) -
     return torch.cat(x), torch.cat(y)
 
 
-def heard(target: Tensor, real: Tensor, *, pads: bool) -> Tensor:
+def reference_states(target: Tensor, real: Tensor, *, pads: bool) -> Tensor:
     """(n, D) float64: the reference's own words and end token of one prompt, and its pads where the T5 has some too."""
     target = target.double().cpu()
     return torch.cat([target[real], target[_after(real)]]) if pads else target[real]

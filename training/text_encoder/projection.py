@@ -21,6 +21,8 @@ BANDS = 23
 """Ranges of noise levels that a timestep resampler tells apart; ComfyUI gets one conditioning for each. A prime, so
 that evenly spaced sampler steps hardly fall on a border, where ComfyUI would average two ranges."""
 METADATA = "retune.projection"
+PROJECTION_PREFIX = "projection."
+"""Of the names of a projection's tensors in the result of a training."""
 
 
 class Projection(nn.Module):

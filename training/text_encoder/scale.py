@@ -63,7 +63,7 @@ class ScaleReport:
 
 
 @torch.no_grad()
-def measure(
+def token_statistics(
     encoder: TextEncoder, prompts: Sequence[str] = PROMPTS, real_tokens: RealTokens | None = None
 ) -> TokenStatistics:
     """Statistics of an encoder's output over `prompts`, encoded one at a time.
@@ -87,8 +87,8 @@ def measure(
 
 
 def token_std(encoder: TextEncoder, prompts: Sequence[str] = PROMPTS, real_tokens: RealTokens | None = None) -> float:
-    """Standard deviation over all elements of real tokens; arguments and errors as `measure`."""
-    return measure(encoder, prompts, real_tokens).std
+    """Standard deviation over all elements of real tokens; arguments and errors as `token_statistics`."""
+    return token_statistics(encoder, prompts, real_tokens).std
 
 
 def scale_to(
@@ -97,15 +97,15 @@ def scale_to(
     """`encoder.scaled(factor)` with std `target_std` over `prompts`, and what changed; the encoder stays as it is."""
     if not (math.isfinite(target_std) and target_std > 0):
         raise ValueError(f"target_std is {target_std}; expected a positive number (SD1.5's CLIP is near 0.9)")
-    before = measure(encoder, prompts, real_tokens)
+    before = token_statistics(encoder, prompts, real_tokens)
     if before.std == 0:
         raise ValueError("the text encoder returns the same value everywhere; its weights or projection are empty")
     factor = target_std / before.std
     scaled = encoder.scaled(factor)
-    return scaled, ScaleReport(target_std, factor, before, measure(scaled, prompts, real_tokens))
+    return scaled, ScaleReport(target_std, factor, before, token_statistics(scaled, prompts, real_tokens))
 
 
-def match_reference(
+def scale_to_reference(
     encoder: Encoder,
     reference: TextEncoder,
     prompts: Sequence[str] = PROMPTS,

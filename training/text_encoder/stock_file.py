@@ -26,7 +26,7 @@ _NAMES = re.compile(r"(?:text_encoders\.)?(clip_[lgh]|t5base|t5xxl)\.transformer
 _PROJECTION = "text_projection.weight"
 
 
-def stock_parts(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def split_by_encoder(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Encoder ("clip_l", ...) -> its tensors under their stock names, in fp32, from ComfyUI's names of them.
 
     weights: `clip_l.transformer.text_model...` and the like, `text_encoders.` before them or not; others are left out,
@@ -46,11 +46,12 @@ def write_stock_files(
     about: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes each encoder of `paths` from `weights` (see `stock_parts`), whole or not at all; about: see `about_run`.
+    """Writes each encoder of `paths` from `weights` (see `split_by_encoder`), whole or not at all; about: see
+    `about_run`.
 
     Raises ValueError for an encoder that the weights do not hold.
     """
-    parts = stock_parts(weights)
+    parts = split_by_encoder(weights)
     for part, path in paths.items():
         if part not in parts:
             raise ValueError(f"the text encoder has no {part}; expected one of {', '.join(parts) or 'none'}.")
@@ -70,6 +71,6 @@ def read_stock_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return found, json.loads(metadata.get(METADATA, "{}"))
 
 
-def parts_of(names: Iterable[str]) -> list[str]:
+def encoder_names(names: Iterable[str]) -> list[str]:
     """The encoders that weights of these names belong to, in their order, CLIPs and T5s alike."""
     return list(dict.fromkeys(match[1] for name in names if (match := _NAMES.fullmatch(name))))

@@ -133,7 +133,7 @@ class T5TextEncoder:
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids that end in </s>, at most `max_tokens` of them; ids beyond the vocabulary are the concepts'
         vectors, counted through in their order."""
-        return [cut(self._with_end(text), self.padding.max_tokens, text) for text in texts]
+        return [truncate_tokens(self._with_end(text), self.padding.max_tokens, text) for text in texts]
 
     def _with_end(self, text: str) -> list[int]:
         rows = concept_rows(self.concepts, self.name, len(self.token_embedding.weight))
@@ -194,7 +194,7 @@ def comfyui_name(width: int) -> str:
     return "t5xxl" if width == XXL_WIDTH else "t5base"
 
 
-def cut(ids: list[int], max_tokens: int, text: str) -> list[int]:
+def truncate_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
     """At most `max_tokens` ids, the end token kept; warns when something is lost."""
     if len(ids) <= max_tokens:
         return ids

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..common.text import first_few
+
 FIRST_QUERY = "block.0.layer.0.SelfAttention.q.weight"
 FP8_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant")
 PILE_VOCABULARY = 32128
@@ -92,9 +94,8 @@ def _check_complete(found: Mapping[str, tuple], layers: int, gated: bool, own_bi
     expected = expected_names(layers, gated, own_bias)
     missing = [name for name in expected if name not in found]
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
-            f"the T5 file lacks {', '.join(missing[:4])}{more}; expected all tensors of {layers} encoder blocks. "
+            f"the T5 file lacks {first_few(missing)}; expected all tensors of {layers} encoder blocks. "
             "Download the file again or use a complete one."
         )
     known = set(expected)
