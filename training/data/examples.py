@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import ImageError, content_key, decode_image, resize_and_crop
+from .images import content_key, decode_image, read_unchanged, resize_and_crop
 from .masks import Mask
 
 __all__ = ["Dataset", "Example", "Mask", "content_key", "tensor_key"]
@@ -64,12 +64,7 @@ class Example:
         """The whole image (3, H, W) in 0..1 at its own size."""
         if isinstance(self.source, Tensor):
             return self.source
-        try:
-            data = self.source.read_bytes()
-        except OSError as error:
-            raise ImageError(self.source, f"it could be read before but not now ({error.strerror})") from error
-        if content_key(data) != self.key:
-            raise ImageError(self.source, "it changed since the data set was loaded; load the data set again")
+        data = read_unchanged(self.source, self.key)
         return decode_image(data, self.source)
 
 

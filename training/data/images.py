@@ -41,6 +41,17 @@ def content_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
+def read_unchanged(path: Path, key: str) -> bytes:
+    """The bytes of a file. Raises ImageError when it is gone or its `content_key` is no longer `key`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(path, f"it could be read before but not now ({error.strerror})") from error
+    if content_key(data) != key:
+        raise ImageError(path, "it changed since the data set was loaded; load the data set again")
+    return data
+
+
 def load_image(path: str | Path) -> Tensor:
     """Reads an image file as float32 (3, H, W) in 0..1, turned upright.
 

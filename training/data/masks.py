@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from .images import EXTENSIONS, ImageError, content_key, decode_alpha, decode_image
+from .images import EXTENSIONS, decode_alpha, decode_image, read_unchanged
 
 LABEL = "-masklabel.png"
 """OneTrainer's name of a mask: the image's stem, then this, beside the image."""
@@ -30,12 +30,7 @@ class Mask:
         """(1, H, W) in 0..1 at its own size. Raises ImageError when the file is gone, broken or changed."""
         if isinstance(self.source, Tensor):
             return self.source
-        try:
-            data = self.source.read_bytes()
-        except OSError as error:
-            raise ImageError(self.source, f"it could be read before but not now ({error.strerror})") from error
-        if content_key(data) != self.key:
-            raise ImageError(self.source, "it changed since the data set was loaded; load the data set again")
+        data = read_unchanged(self.source, self.key)
         return decode_alpha(data, self.source) if self.alpha else decode_image(data, self.source)[:1]
 
 
