@@ -164,8 +164,8 @@ def _expect_same_t5(first, clip, number: int) -> None:
         raise ValueError(f"text encoder {number} has another tokenizer than text encoder 1; expected the same.")
     if expected.padding != source.padding:
         raise ValueError(
-            f"text encoder {number} is read with {source.padding}; expected that of text encoder 1, {expected.padding}. "
-            "Load both with the same max_tokens and pad."
+            f"text encoder {number} is read with {source.padding}; expected that of text encoder 1, "
+            f"{expected.padding}. Load both with the same max_tokens and pad."
         )
     kept = [each.cond_stage_model.retune_kept for each in (first, clip)]
     if kept[0] is not kept[1] and (None in kept or kept[0].fingerprint() != kept[1].fingerprint()):
