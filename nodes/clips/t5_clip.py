@@ -124,6 +124,7 @@ def _storage_dtype(dtype: str, path: Path) -> torch.dtype:
 
 
 def _source(path: Path, weights: T5Weights, tokenizer, padding: Padding, dtype: str) -> T5Source:
+    """The record of a T5 file, with its tokenizer."""
     import comfy.sd
 
     comfyui = Path(comfy.sd.__file__).parents[1]
@@ -138,6 +139,7 @@ def _source(path: Path, weights: T5Weights, tokenizer, padding: Padding, dtype: 
 
 
 def _check_fit(config: dict, projection: Projection, path: Path) -> None:
+    """Raises ValueError when the projection does not fit a T5, or ComfyUI cannot run that T5."""
     if projection.in_width != config["d_model"]:
         raise ValueError(
             f"the projection reads a width of {projection.in_width}; expected {config['d_model']}, the width of "
@@ -153,6 +155,16 @@ def _check_fit(config: dict, projection: Projection, path: Path) -> None:
 def is_t5_clip(clip) -> bool:
     """Whether a CLIP comes from `load_t5_clip`, or is a clone of one."""
     return clip is not None and hasattr(clip.cond_stage_model, "retune_source")
+
+
+def expect_t5(clip) -> None:
+    """Raises ValueError for anything but a T5 CLIP."""
+    if clip is None:
+        raise ValueError("clip is empty; expected a T5 from Load T5 or Load Text Encoder.")
+    if not is_t5_clip(clip):
+        raise ValueError(
+            f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"
+        )
 
 
 def t5_parts(clip) -> T5Parts:
@@ -253,13 +265,3 @@ def backbone_fingerprint(clip) -> str:
     more += () if model.retune_kept is None else (model.retune_kept.fingerprint(),)
     unnamed = hashlib.sha256(repr((*identity, patched, options, *more)).encode()).hexdigest()
     return with_fingerprints(unnamed, concepts_of(clip))
-
-
-def expect_t5(clip) -> None:
-    """Raises ValueError for anything but a T5 CLIP."""
-    if clip is None:
-        raise ValueError("clip is empty; expected a T5 from Load T5 or Load Text Encoder.")
-    if not is_t5_clip(clip):
-        raise ValueError(
-            f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"
-        )
