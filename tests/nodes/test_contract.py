@@ -72,6 +72,10 @@ def test_the_nodes_are_as_released(contract, nodes):
     assert not contract_breaks(contract, nodes)
 
 
+def test_a_running_server_lists_the_nodes_as_released(contract, comfyui_server):
+    assert not contract_breaks(contract, json.loads(comfyui_server.request("/object_info")))
+
+
 def remove_node(nodes):
     del nodes["RetuneLoadT5"]
 
