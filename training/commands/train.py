@@ -179,7 +179,7 @@ def _add_data_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -
     group.add_argument(
         "--reg-repeats", type=int, default=1, help="repeats of each, before they are balanced (default: 1)"
     )
-    group.add_argument("--reg-caption", default="", help="one caption for all of them (default: as --captions says)")
+    group.add_argument("--reg-caption", default="", help="one caption for all of them (default: by --captions)")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:

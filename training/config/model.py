@@ -20,7 +20,7 @@ class ModelConfig:
     t5: str | None = None
     """T5 file or folder that replaces CLIP, or "demo"; None keeps CLIP."""
     t5_tokenizer: Path | None = None
-    """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
+    """tokenizer.json or spiece.model of the T5, when it is not in the same folder."""
     comfyui: Path | None = None
     """An installed ComfyUI, to take tokenizers from."""
     projection: Literal["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"] = setting("orthogonal")
