@@ -76,9 +76,8 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
     expect_blendable(clips)
     chosen = only_one(weights)
     if chosen is not None:
-        return (
-            with_all_concepts(clips[chosen], clips, weights) if not any(map(is_blend, clips)) else clips[chosen].clone()
-        )
+        no_blends = not any(map(is_blend, clips))
+        return with_all_concepts(clips[chosen], clips, weights) if no_blends else clips[chosen].clone()
     used = [(weight, clip) for weight, clip in _flat(clips, weights) if weight]
     weights, clips = [weight for weight, _ in used], [clip for _, clip in used]
     clips = [with_all_concepts(clip, clips, weights) for clip in clips]
