@@ -160,6 +160,7 @@ def _is_taken(path: Path, outputs: list[Path]) -> bool:
 
 
 def _write_file(path: Path, output: _Output) -> None:
+    """Writes a pickle or a safetensors file, atomically."""
     if path.suffix == ".pt":
         with atomic_path(path, durable=True) as temporary:
             torch.save(output.content, temporary)

@@ -90,6 +90,7 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
+        """Draws all weights from generator(seed, "projection"); the pooled map has a generator of its own."""
         random = generator(seed, "projection")
         self._initialise_linear(self.linear, random)
         if self.kind == "mlp":

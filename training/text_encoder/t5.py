@@ -127,6 +127,7 @@ class T5TextEncoder:
         return self.tokenizer.encode(text)[:-1]
 
     def with_concepts(self, concepts: Iterable[Concept]) -> T5TextEncoder:
+        """A copy, sharing the T5's weights, whose prompts may contain further concepts."""
         other = copy.copy(self)
         other.concepts = add_concepts(self.concepts, concepts)
         expect_vectors(other.concepts, {self.name: self.model.config.d_model})
