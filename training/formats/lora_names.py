@@ -22,8 +22,9 @@ from .lora_keys import kohya_aliases
 from .lora_report import WIDTHS, base_of_lora
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
+"""Prefixes of ComfyUI's layer names."""
 SECOND_TEXT = TEXT + "clip_g."
-"""SDXL's second text encoder."""
+"""Prefix of the layers of SDXL's second text encoder."""
 FAMILIES = ("SD1.x", "SD2.x", "SDXL")
 _ATTENTION = {"SD1.x": (True, True, True, False), "SD2.x": (True, True, True, False), "SDXL": (False, True, True)}
 """Whether each resolution of a family's UNet has attention, the finest first."""

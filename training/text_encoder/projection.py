@@ -21,6 +21,7 @@ BANDS = 23
 """Number of timestep ranges of a timestep resampler; ComfyUI gets one conditioning for each. It is a prime, so that
 evenly spaced sampler steps rarely fall on a border, where ComfyUI would average two ranges."""
 METADATA = "retune.projection"
+"""Metadata entry with the config, as JSON."""
 
 
 class Projection(nn.Module):
