@@ -209,8 +209,8 @@ def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None
         reason = "diffusers' loader takes no such layer"
     elif DOWN not in module.tensors:
         reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
-    elif more := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
-        reason = f"it has {first_few(more)}, for which diffusers' format has no place"
+    elif unsupported := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
+        reason = f"it has {first_few(unsupported)}, for which diffusers' format has no place"
     elif axis == 1:
         reason = "its DoRA has a magnitude per input, and peft knows one per output alone"
     if reason:
