@@ -31,7 +31,7 @@ from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
 from ..training.sampling.guidance import Guidance
 from ..training.sampling.rollout import Step, ddim_chain, first_latent, guided_output, rollout
-from ..training.trainables.weights import Trainable
+from ..training.trainables.base import Trainable
 from .memory import peak_saved_bytes
 from .study import markdown_table
 from .timing import median_seconds

@@ -116,7 +116,7 @@ class RetuneJoinDatasets(io.ComfyNode):
                     default="regularisation images",
                     optional=True,
                     tooltip="Regularisation images: repeated or thinned out to as many as the first, never held out "
-                    "for validation. More images: shown as often as they say.",
+                    "for validation. More images: as often as their repeats.",
                 ),
             ],
             outputs=[

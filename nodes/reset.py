@@ -1,4 +1,4 @@
-"""Resetting attention layers that were trained for another text encoder."""
+"""Re-initialising attention layers that were trained with another text encoder."""
 
 from comfy_api.latest import io
 

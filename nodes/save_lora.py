@@ -45,13 +45,13 @@ class RetuneSaveLora(io.ComfyNode):
                 io.String.Input(
                     "trigger_words", default="", optional=True, tooltip="Words that call up what was trained."
                 ),
-                io.String.Input("title", default="", optional=True, tooltip="Empty takes the run's name."),
+                io.String.Input("title", default="", optional=True, tooltip="Empty: the run's name."),
                 io.Combo.Input(
                     "base",
                     options=["auto", "SD1.x", "SD2.x", "SDXL"],
                     default="auto",
                     optional=True,
-                    tooltip="Model family, where neither the run nor the layers tell it.",
+                    tooltip="Model family, where neither the run nor the layers show it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file written.")],

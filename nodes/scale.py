@@ -40,7 +40,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
                 io.Clip.Input(
                     "reference",
                     optional=True,
-                    tooltip="The original CLIP, for 'match reference'; with the other modes it is shown beside.",
+                    tooltip="The original CLIP, for 'match reference'; with the other modes it is only measured.",
                 ),
                 io.String.Input(
                     "prompts",

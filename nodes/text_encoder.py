@@ -57,13 +57,13 @@ class RetuneLoadT5(io.ComfyNode):
                     optional=True,
                     tooltip="A saved text encoder whose projection is used instead of a new one.",
                 ),
-                keep_clip_input("A CLIP to keep beside the T5: its tokens come first, in sampling and in training."),
+                keep_clip_input("A CLIP to use with the T5: its tokens come first, in sampling and in training."),
                 io.Combo.Input(
                     "dtype",
                     options=["default", "fp32", "fp16", "bf16"],
                     default="default",
                     optional=True,
-                    tooltip="How the T5 weights are kept in memory; default is ComfyUI's choice.",
+                    tooltip="Number format of the T5 weights in memory; default is ComfyUI's choice.",
                 ),
                 seed_input("Seed of the random projection.", optional=True),
             ],
@@ -105,7 +105,7 @@ class RetuneFitProjection(io.ComfyNode):
             display_name="Fit Projection",
             category="retune/text encoder",
             description="Gives a T5 the linear projection that comes nearest to another CLIP's output on your "
-            "prompts, in closed form: something like its old encoder before any training.",
+            "prompts, in closed form: close to the model's old encoder before any training.",
             search_aliases=["align t5", "ridge projection", "whitening", "covariance"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5; its projection is replaced."),
@@ -190,7 +190,7 @@ def demo_t5() -> Path:
 
 
 def saved_of_width(path: Path, width: int):
-    """A saved text encoder from its file; ValueError when it gives another width."""
+    """A saved text encoder from its file; ValueError when its width is another."""
     from ..training.text_encoder.file import read_text_encoder
 
     saved = read_text_encoder(path)

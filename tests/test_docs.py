@@ -136,6 +136,11 @@ def test_modules_of_a_checkout_exist(module):
     assert importlib.util.find_spec(f"{module}.__main__")
 
 
+def test_the_nodes_page_links_every_help_page():
+    links = re.findall(r"\(\.\./js/docs/(\w+\.md)\)", text_of(ROOT / "docs" / "nodes.md"))
+    assert sorted(links) == sorted(file.name for file in (ROOT / "js" / "docs").glob("*.md"))
+
+
 def test_the_changelog_begins_with_this_version():
     version = re.search(r'^version = "(.+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1]
     assert re.findall(r"^## (\d\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
 from ...training.models.protocols import Conditioning
@@ -33,12 +33,10 @@ class ComfyDenoiser:
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
-        if not any(name.endswith("attn2.to_k.weight") for name, _ in self.network.named_parameters()):
-            raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
+        self.context_width = _context_width(self.network)
         self.load()
         self.sigmas = self.sampling.sigmas.detach().float().cpu().clone()
         self.latent_channels = self.patcher.model.latent_format.latent_channels
-        self.context_width = next(p for n, p in self.network.named_parameters() if "attn2.to_k." in n).shape[1]
         self.pooled_width = pooled_width_of(self.patcher)
         self.input_channels = self.network.in_channels
         weights = [*self.network.named_parameters(), ("sigmas", self.sigmas)]
@@ -146,7 +144,11 @@ def context_width_of(model) -> int:
     """Width of the context of a MODEL's cross-attention. Raises ValueError without a MODEL or cross-attention."""
     if model is None:
         raise ValueError("model is not connected; expected a MODEL for context_width auto, or choose a number.")
-    for name, parameter in model.model.diffusion_model.named_parameters():
+    return _context_width(model.model.diffusion_model)
+
+
+def _context_width(network: nn.Module) -> int:
+    for name, parameter in network.named_parameters():
         if name.endswith("attn2.to_k.weight"):
             return parameter.shape[1]
     raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")

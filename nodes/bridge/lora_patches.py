@@ -21,8 +21,9 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...training.common.text import first_few
-from ...training.formats.lora import BIAS, Lora, LoraModule, dora_axis, kohya_aliases, parse_lora
+from ...training.formats.lora import Lora, LoraModule, dora_axis, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
+from ...training.formats.lora_keys import BIAS, kohya_aliases
 from ...training.formats.lora_report import WIDTHS, LoraReport, base_of_lora
 
 log = logging.getLogger(__name__)

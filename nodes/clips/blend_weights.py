@@ -159,7 +159,7 @@ def _expect_fit(first, first_parts: dict, clip, parts: dict, number: int) -> Non
 
 
 def is_bypassed(clip) -> bool:
-    """Whether a LoRA runs beside the layers of a CLIP (bypass), not merged into the weights."""
+    """Whether a CLIP has a LoRA that is added to the layers' outputs (bypass) instead of merged into the weights."""
     return bool(getattr(clip.patcher, "injections", None))
 
 
@@ -167,13 +167,13 @@ def _expect_same_t5(first, clip, number: int) -> None:
     """Raises ValueError for two T5 of one shape with different tokenizers, padding or kept CLIPs."""
     expect_t5(first)
     expect_t5(clip)
-    one, two = (each.cond_stage_model.retune_source for each in (first, clip))
-    if one.tokenizer.fingerprint != two.tokenizer.fingerprint:
+    expected, source = (each.cond_stage_model.retune_source for each in (first, clip))
+    if expected.tokenizer.fingerprint != source.tokenizer.fingerprint:
         raise ValueError(f"text encoder {number} has another tokenizer than text encoder 1; expected the same.")
-    if one.padding != two.padding:
+    if expected.padding != source.padding:
         raise ValueError(
-            f"text encoder {number} is read with {two.padding}; expected that of text encoder 1, {one.padding}. Load "
-            "both with the same max_tokens and pad."
+            f"text encoder {number} is read with {source.padding}; expected that of text encoder 1, "
+            f"{expected.padding}. Load both with the same max_tokens and pad."
         )
     kept = [each.cond_stage_model.retune_kept for each in (first, clip)]
     if kept[0] is not kept[1] and (None in kept or kept[0].fingerprint() != kept[1].fingerprint()):

@@ -19,7 +19,7 @@ from .mixins import add_mixin
 from .t5_clip import is_t5_clip
 
 TOKENS = "retune_blend"
-"""Key in a prompt's tokens under which encoders that cannot use the first one's tokens find theirs."""
+"""Key in a prompt's tokens of the `MemberTokens`, where some members cannot use the first member's tokens."""
 
 NO_WEIGHTS = (
     'a blend in space "embeddings" has no weights of its own to train, save, hook or merge ({}). Blend in space '
@@ -89,7 +89,7 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
 
 
 def is_blend(clip) -> bool:
-    """Whether a CLIP comes from `blend_embeddings` of several, or is a clone of such a one."""
+    """Whether a CLIP comes from `blend_embeddings` of several, or is a clone of one."""
     return hasattr(clip, "retune_members")
 
 
@@ -194,7 +194,7 @@ class Blended:
         return [member.weight for member in self.retune_members]
 
     def _members_and_tokens(self, tokens: dict) -> list[tuple[Member, dict]]:
-        """Each member with its tokens. Raises ValueError where a node changed the blend or its tokens for one alone."""
+        """Each member with its tokens. Raises ValueError where a node changed the blend's patcher or tokens alone."""
         if _state(self.patcher) != self.retune_untouched or has_hooks(self):
             raise NoWeightsError(NO_WEIGHTS.format("hooks, a bypass LoRA or another patch on its model"))
         separate: MemberTokens | None = tokens.get(TOKENS)

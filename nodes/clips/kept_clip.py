@@ -45,8 +45,8 @@ class KeptClip:
 
     def encode(self, tokens: dict, *, without: str) -> Conditioning:
         """ComfyUI's encoding of one prompt, from all its tokens but those of the encoder named `without` (the T5)."""
-        own = {name: sections for name, sections in tokens.items() if name != without}
-        context, pooled = self.clip.encode_from_tokens(own, return_pooled=True)
+        its_tokens = {name: sections for name, sections in tokens.items() if name != without}
+        context, pooled = self.clip.encode_from_tokens(its_tokens, return_pooled=True)
         return Conditioning(context, pooled)
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Methods added to an object of ComfyUI whose class is only known when it is there."""
+"""Methods added to single objects of ComfyUI, such as one CLIP or tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import cache
 
 
 def add_mixin(instance, mixin: type):
-    """The same object, its class a subclass of its present one in which the methods of `mixin` come first.
+    """Replaces the class of an object by a subclass in which the methods of `mixin` come first; returns the object.
 
-    ComfyUI's `CLIP.clone` makes a plain CLIP, so that a mixin's `clone` adds the mixin again.
+    ComfyUI's `CLIP.clone` makes a plain CLIP, so the `clone` of a CLIP's mixin must add the mixin again.
     """
     if not isinstance(instance, mixin):
         instance.__class__ = _subclass(mixin, type(instance))

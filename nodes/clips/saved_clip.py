@@ -53,16 +53,16 @@ def _expect_writable(clip, parts: list[str]) -> None:
 
 
 def _warnings(clip, parts: list[str]) -> list[str]:
-    found = []
+    warnings = []
     others = {name.split(".")[0] for name in clip.cond_stage_model.state_dict() if "." in name} - set(parts)
     if others:
-        found.append(f"The files lack {', '.join(sorted(others))}: only the CLIPs are written.")
+        warnings.append(f"The files lack {', '.join(sorted(others))}: only the CLIPs are written.")
     if clip.layer_idx is not None:
-        found.append("CLIP Set Last Layer is not in the file, which is whole: set it again after loading.")
+        warnings.append("CLIP Set Last Layer is not in the file, which is whole: set it again after loading.")
     if concepts_of(clip):
-        words = ", ".join(concept.token for concept in concepts_of(clip))
-        found.append(f"The file lacks the words of Load Embedding ({words}): load them again after loading.")
-    return found
+        tokens = ", ".join(concept.token for concept in concepts_of(clip))
+        warnings.append(f"The file lacks the words of Load Embedding ({tokens}): load them again after loading.")
+    return warnings
 
 
 def saved_text_encoder(clip) -> SavedTextEncoder:

@@ -124,6 +124,7 @@ def _storage_dtype(dtype: str, path: Path) -> torch.dtype:
 
 
 def _source(path: Path, weights: T5Weights, tokenizer, padding: Padding, dtype: str) -> T5Source:
+    """The record of a T5 file, with its tokenizer."""
     import comfy.sd
 
     comfyui = Path(comfy.sd.__file__).parents[1]
@@ -138,6 +139,7 @@ def _source(path: Path, weights: T5Weights, tokenizer, padding: Padding, dtype: 
 
 
 def _check_fit(config: dict, projection: Projection, path: Path) -> None:
+    """Raises ValueError when the projection does not fit a T5, or ComfyUI cannot run that T5."""
     if projection.in_width != config["d_model"]:
         raise ValueError(
             f"the projection reads a width of {projection.in_width}; expected {config['d_model']}, the width of "
@@ -151,14 +153,24 @@ def _check_fit(config: dict, projection: Projection, path: Path) -> None:
 
 
 def is_t5_clip(clip) -> bool:
-    """Whether a CLIP comes from `load_t5_clip`, or is a clone of such a one."""
+    """Whether a CLIP comes from `load_t5_clip`, or is a clone of one."""
     return clip is not None and hasattr(clip.cond_stage_model, "retune_source")
+
+
+def expect_t5(clip) -> None:
+    """Raises ValueError for anything but a T5 CLIP."""
+    if clip is None:
+        raise ValueError("clip is empty; expected a T5 from Load T5 or Load Text Encoder.")
+    if not is_t5_clip(clip):
+        raise ValueError(
+            f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"
+        )
 
 
 def t5_parts(clip) -> T5Parts:
     """T5 file and projection (a copy that may train) of a T5 CLIP. Raises ValueError for other CLIPs."""
     expect_t5(clip)
-    model, frozen = clip.cond_stage_model, clip.patcher.get_model_object("projection")
+    model, frozen = clip.cond_stage_model, _projection(clip)
     return T5Parts(
         source=model.retune_source,
         projection=detached_copy(frozen.projection).requires_grad_(True),
@@ -168,10 +180,15 @@ def t5_parts(clip) -> T5Parts:
     )
 
 
+def _projection(clip) -> FrozenProjection:
+    """A clone's projection, which may be another than that of the model it shares."""
+    return clip.patcher.get_model_object("projection")
+
+
 def output_widths(clip) -> tuple[int, int]:
     """Widths of a T5 CLIP's context and pooled output, 0 without one; a kept CLIP's pooled output replaces the T5's."""
     expect_t5(clip)
-    projection, kept = clip.patcher.get_model_object("projection").projection, clip.cond_stage_model.retune_kept
+    projection, kept = _projection(clip).projection, clip.cond_stage_model.retune_kept
     return projection.width, (kept.pooled_width if kept is not None else 0) or projection.pooled_width
 
 
@@ -227,7 +244,7 @@ def t5_context(clip, context: Tensor, tokens: dict) -> Tensor:
     model = clip.cond_stage_model
     if model.retune_kept is None:
         return context
-    resampled = clip.patcher.get_model_object("projection").projection.tokens
+    resampled = _projection(clip).projection.tokens
     return context[:, -(resampled or sum(map(len, tokens[model.retune_source.name]))) :]
 
 
@@ -239,7 +256,7 @@ def backbone_fingerprint(clip) -> str:
     """
     expect_t5(clip)
     model, patcher = clip.cond_stage_model, clip.patcher
-    source, projection = model.retune_source, patcher.get_model_object("projection").projection
+    source, projection = model.retune_source, _projection(clip).projection
     identity = (source.file_hash, source.dtype, source.tokenizer.fingerprint, source.padding, clip.layer_idx)
     weights = ((name, patched_weight(patcher, name)) for name in patcher.model_state_dict() if name in patcher.patches)
     patched = tensors_fingerprint(weights) if patcher.patches else ""
@@ -248,13 +265,3 @@ def backbone_fingerprint(clip) -> str:
     more += () if model.retune_kept is None else (model.retune_kept.fingerprint(),)
     unnamed = hashlib.sha256(repr((*identity, patched, options, *more)).encode()).hexdigest()
     return with_fingerprints(unnamed, concepts_of(clip))
-
-
-def expect_t5(clip) -> None:
-    """Raises ValueError for anything but a T5 CLIP."""
-    if clip is None:
-        raise ValueError("clip is empty; expected a T5 from Load T5 or Load Text Encoder.")
-    if not is_t5_clip(clip):
-        raise ValueError(
-            f"the CLIP is {type(clip.cond_stage_model).__name__}; expected a T5 from Load T5 or Load Text Encoder"
-        )

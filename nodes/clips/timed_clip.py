@@ -28,12 +28,12 @@ def spans(bands: int, start: float = 0.0, end: float = 1.0) -> list[tuple[float,
         (time, start_percent, end_percent) of every band that the range touches, cut to it. time is the middle of the
         band as a share of the training timesteps, 1 - percent.
     """
-    found = []
+    touched = []
     for band in range(bands):
         first, last = max(start, band / bands), min(end, (band + 1) / bands)
         if first < last:
-            found.append((1 - (band + 0.5) / bands, first, last))
-    return found
+            touched.append((1 - (band + 0.5) / bands, first, last))
+    return touched
 
 
 class Timed:

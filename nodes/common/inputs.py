@@ -83,7 +83,7 @@ def run_inputs() -> list:
 
 
 def made_by(hidden: io.HiddenHolder) -> dict:
-    """What config.json keeps of the graph that made a run: the prompt, and the workflow where a browser sent it."""
+    """What config.json stores of the graph that made a run: the prompt, and the workflow where a browser sent it."""
     prompt = hidden.prompt and {name: _without_changes(node) for name, node in hidden.prompt.items()}
     return {"prompt": prompt, "workflow": (hidden.extra_pnginfo or {}).get("workflow")}
 

@@ -14,8 +14,8 @@ from aiohttp import web
 
 REPORT_POLICY = (
     b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
+    b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
 )
-REPORT_POLICY += b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
 """Prefix of a report, which may come with a run folder from an unknown source: forbids scripts, network and forms. A
 header does not work, since ComfyUI's --disable-api-nodes overwrites it."""
 

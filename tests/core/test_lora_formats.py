@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from retune.training.formats.lora import dora_axis, kohya_aliases, parse_lora, read_lora, split_key
+from retune.training.formats.lora import dora_axis, parse_lora, read_lora
 from retune.training.formats.lora_blocks import block_names, block_weights
+from retune.training.formats.lora_keys import kohya_aliases, split_key
 from retune.training.formats.lora_report import LoraReport, base_of_lora, kinds_of, layout_of
 from safetensors.torch import save_file
 

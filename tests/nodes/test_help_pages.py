@@ -76,8 +76,22 @@ def test_pages_give_the_schemas_defaults(schemas):
         rows = tables(page(node_id), "Inputs")
         for name, options in inputs(info).items():
             cell = default_cell(rows[name], name)
-            if cell and "default" in options and not same_default(cell, options["default"]):
+            if "default" in options and not same_default(cell, options["default"]):
                 wrong.append(f"{node_id}.{name}: the page says {cell}, the schema {shown(options['default'])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_ranges_that_pages_advise_can_be_set(schemas):
+    number = r"(-?\d[\d.]*(?:e-?\d+)?)"
+    wrong = []
+    for node_id, info in schemas.items():
+        rows = tables(page(node_id), "Inputs")
+        for name, options in inputs(info).items():
+            if "max" not in options or len(re.findall(r"`([^`]+)`", rows[name][0])) > 1:
+                continue
+            for pair in re.findall(rf"{number} to {number}", " ".join(rows[name][1:])):
+                if not all(options["min"] <= float(end.rstrip(".")) <= options["max"] for end in pair):
+                    wrong.append(f"{node_id}.{name}: {' to '.join(pair)}, allowed {options['min']} to {options['max']}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -31,7 +31,7 @@ from ..demo.files import weights_path
 from ..demo.judge import alignment
 from ..demo.scenes import caption, demo_examples, held_out_scenes
 from ..models.protocols import TextToImage
-from ..recipes.unet import ARTIFACT, TrainedModel, read_trained_model, train_model
+from ..recipes.unet import TrainedModel, read_trained_model, train_model
 from ..runs.folder import RunFolder, move_aside
 from ..runs.report import write_report
 from ..sampling.generate import draw
@@ -169,7 +169,7 @@ def judge_run(run: Path, config: DemoConfig, callbacks: Callbacks, began: float)
     Returns:
         The alignment of all three, "seconds", and "report", the path of the page to open.
     """
-    trained = read_trained_model(run / ARTIFACT)
+    trained = read_trained_model(run)
     models: dict[str, Callable[[], TextToImage]] = {
         "CLIP": build_demo_model,
         "T5, untrained": lambda: build_demo_model(t5="demo"),

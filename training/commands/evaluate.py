@@ -19,7 +19,7 @@ from ..common.files import write_json, write_text
 from ..common.fingerprint import tensors_sketch
 from ..common.rng import derive_seed
 from ..config.checks import check_fields, check_run_name, check_size
-from ..config.fields import setting
+from ..config.fields import setting, side_setting
 from ..config.flags import add_flags, read_flags
 from ..config.model import ModelConfig
 from ..data.images import save_png
@@ -72,9 +72,9 @@ class EvaluateConfig:
     """Steps of the sampler (DDIM)."""
     cfg: float = setting(7.5, low=0, high=100)
     """Classifier-free guidance."""
-    width: int = setting(512, low=8, high=8192)
+    width: int = side_setting(512)
     """Picture width in pixels, a multiple of 8."""
-    height: int = setting(512, low=8, high=8192)
+    height: int = side_setting(512)
     """Picture height in pixels, a multiple of 8."""
     batch_size: int = setting(4, low=1, high=10**4)
     """Pictures drawn at a time."""

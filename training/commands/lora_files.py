@@ -15,8 +15,9 @@ from torch import Tensor
 from ..common.files import read_tensors
 from ..config.checks import check_fields
 from ..config.fields import setting
-from ..formats.lora import BIAS, Lora, LoraModule, parse_lora, read_lora
+from ..formats.lora import Lora, LoraModule, parse_lora, read_lora
 from ..formats.lora_difference import LowRankFactors, kernel_of, lora_tensors, low_rank_delta, truncated_svd
+from ..formats.lora_keys import BIAS
 from ..formats.lora_metadata import LoraDescription
 from ..formats.lora_names import TEXT, UNET, Naming, detect_naming
 from ..formats.lora_report import layout_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import setting
+from .fields import alpha_setting, rate_setting, setting
 from .lora import LoraConfig
 from .run import RunConfig
 from .tokens import check_token
@@ -19,7 +19,7 @@ class EmbeddingConfig(RunConfig):
 
     token: str
     """The new token for prompts, such as <my-cat>. Several with commas between them, told apart by the captions."""
-    learning_rate: float = setting(1e-5, low=0, high=10, step=1e-7)
+    learning_rate: float = rate_setting(1e-5)
     """Peak learning rate of the vectors."""
     vectors: int = setting(1, low=1, high=75)
     """Vectors of each token; more can describe more and use more of a prompt's 77 positions."""
@@ -38,11 +38,11 @@ class EmbeddingConfig(RunConfig):
     grow."""
     lora_rank: int = setting(0, low=0, high=4096, advanced=True)
     """Rank of a LoRA on the UNet that trains in the same run (pivotal tuning); 0: none."""
-    lora_alpha: float = setting(16.0, low=1e-6, high=1e6, step=0.5, advanced=True)
+    lora_alpha: float = alpha_setting(16.0, advanced=True)
     """Scale of that LoRA: alpha / rank multiplies it."""
     lora_targets: Literal[LORA_TARGETS] = setting("attention", advanced=True)  # type: ignore[valid-type]
     """Layers of the UNet that get an adapter of that LoRA."""
-    lora_learning_rate: float = setting(1e-4, low=0, high=10, step=1e-7, advanced=True)
+    lora_learning_rate: float = rate_setting(1e-4, advanced=True)
     """Peak learning rate of that LoRA."""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class EmbeddingConfig(RunConfig):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The LoRA that trains beside the tokens."""
+        """The LoRA that trains together with the tokens."""
         if not self.lora_rank:
             return None
         return LoraConfig(

@@ -81,6 +81,21 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def rate_setting(default: float, **more: Any) -> Any:
+    """A learning rate."""
+    return setting(default, low=0, high=10, step=1e-7, **more)
+
+
+def alpha_setting(default: float, **more: Any) -> Any:
+    """The scale alpha of low-rank adapters."""
+    return setting(default, **{"low": 1e-6, "high": 1e6, "step": 0.5} | more)
+
+
+def side_setting(default: int) -> Any:
+    """Width or height of a picture in pixels; `checks.check_size` asks for multiples of 8."""
+    return setting(default, low=8, high=8192, step=8)
+
+
 @functools.cache
 def config_fields(config: type) -> dict[str, ConfigField]:
     """The fields of a config dataclass by name, in order."""

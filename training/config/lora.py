@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import setting
+from .fields import alpha_setting, rate_setting, setting
 from .run import RunConfig
 
 ALGORITHMS = ("LoRA", "LoCon", "LoHa", "LoKr", "DoRA")
@@ -16,11 +16,11 @@ TARGET_CHOICES = ("attention", "cross-attention", "attention + feed-forward", "a
 class LoraConfig(RunConfig):
     """Train low-rank adapters of a UNet, and of its text encoder, on captioned images."""
 
-    learning_rate: float = setting(1e-5, low=0, high=10, step=1e-7)
+    learning_rate: float = rate_setting(1e-5)
     """Peak learning rate of the UNet's adapters."""
     rank: int = setting(16, low=1, high=4096)
     """Rank of the adapters."""
-    alpha: float = setting(16.0, low=1e-6, high=1e6, step=0.5)
+    alpha: float = alpha_setting(16.0)
     """Scale of the adapters: alpha / rank multiplies them. It does not train."""
     algorithm: Literal[ALGORITHMS] = setting("LoRA")  # type: ignore[valid-type]
     """LoRA (arXiv 2106.09685); LoCon adapts 3x3 convolutions too; LoHa and LoKr (LyCORIS, arXiv 2309.14859); DoRA
@@ -29,13 +29,13 @@ class LoraConfig(RunConfig):
     """Layers that get an adapter; all adds the residual blocks. regex: see target_regex."""
     target_regex: str = setting("", advanced=True)
     """For targets regex: searched in layer names such as diffusion_model.input_blocks.1.1.proj_in."""
-    text_encoder_learning_rate: float = setting(0.0, low=0, high=10, step=1e-7)
+    text_encoder_learning_rate: float = rate_setting(0.0)
     """Peak learning rate of the text encoder's adapters; 0 does not train the text encoder."""
     text_encoder_2_learning_rate: float = setting(-1.0, step=1e-7, advanced=True)
     """Peak learning rate of SDXL's second text encoder; -1: as of the first, 0 does not train it."""
     conv_rank: int = setting(0, low=0, high=4096, advanced=True)
     """Rank for 3x3 convolutions; 0: rank."""
-    conv_alpha: float = setting(0.0, low=0, high=1e6, step=0.5, advanced=True)
+    conv_alpha: float = alpha_setting(0.0, low=0, advanced=True)
     """Scale for 3x3 convolutions; 0: alpha."""
     lokr_factor: int = setting(-1, advanced=True)
     """LoKr: size of the smaller factor; -1: near the square root."""
@@ -96,4 +96,4 @@ LORA_PRESETS: dict[str, dict[str, Any]] = {
     "style": {"rank": 32, "alpha": 32.0, "algorithm": "LoCon", "targets": "all", "conv_rank": 16, "conv_alpha": 16.0},
     "character": {"rank": 16, "alpha": 8.0, "algorithm": "LoRA", "targets": "attention + feed-forward"},
 }
-"""Named groups of values; a preset other than "custom" wins over the values it names."""
+"""Named groups of values; those of a preset other than "custom" replace the user's."""

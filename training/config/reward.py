@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .checks import check_size
-from .fields import setting
+from .fields import alpha_setting, rate_setting, setting, side_setting
 from .guard import ACTIONS, GuardRule
 from .lora import LoraConfig
 from .run import RunConfig
@@ -21,7 +21,7 @@ class RewardTuneConfig(RunConfig):
 
     batch_size: int = setting(1, low=1, high=10**5)
     """Pictures per batch."""
-    learning_rate: float = setting(1e-6, low=0, high=10, step=1e-7)
+    learning_rate: float = rate_setting(1e-6)
     """Peak learning rate; a LoRA needs about 100 times more."""
     train: Literal[TUNE_TARGETS] = setting("text encoder")  # type: ignore[valid-type]
     """What is tuned."""
@@ -38,13 +38,13 @@ class RewardTuneConfig(RunConfig):
     stop_gradient: bool = setting(True, advanced=True)
     """Let no gradient through the UNet's noisy input (DRTune, arXiv 2405.00760): the backward pass goes step by step,
     and memory does not grow with gradient_steps."""
-    width: int = setting(512, low=8, high=8192, step=8)
+    width: int = side_setting(512)
     """Picture width in pixels while tuning, a multiple of 8."""
-    height: int = setting(512, low=8, high=8192, step=8)
+    height: int = side_setting(512)
     """Picture height in pixels while tuning, a multiple of 8."""
     lora_rank: int = setting(16, low=1, high=4096, advanced=True)
     """Rank of a tuned LoRA."""
-    lora_alpha: float = setting(16.0, low=1e-6, high=1e6, step=0.5, advanced=True)
+    lora_alpha: float = alpha_setting(16.0, advanced=True)
     """Scale of a tuned LoRA: alpha / rank multiplies it."""
     eps_constraint: float = setting(0.0, low=0, high=1e6, step=0.05, advanced=True)
     """Weight of the squared difference between the tuned and the original model's outputs (the KL term of DRaFT+);
@@ -99,6 +99,6 @@ class RewardTuneConfig(RunConfig):
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets="regex" if text else "attention",
-            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # what every loader knows
+            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # every loader reads these
             text_encoder_learning_rate=self.learning_rate if text else 0.0,
         )

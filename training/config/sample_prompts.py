@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .checks import check_fields, check_size
-from .fields import setting
+from .fields import setting, side_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class SamplePrompts:
     """Scale of classifier-free guidance (arXiv 2207.12598)."""
     seed: int = 0
     """Seed of the starting noise."""
-    width: int = setting(512, low=8, high=8192, step=8)
+    width: int = side_setting(512)
     """Width in pixels, a multiple of 8; 128 for the demo model."""
-    height: int = setting(512, low=8, high=8192, step=8)
+    height: int = side_setting(512)
     """Height in pixels, a multiple of 8; 128 for the demo model."""
 
     def __post_init__(self) -> None:

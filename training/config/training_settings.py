@@ -9,7 +9,7 @@ from .checks import check_fields
 from .fields import setting
 
 GROUPS = ("projection", "cross_attention", "self_attention", "rest")
-"""Parts of a swapped model that may train at rates and from steps of their own."""
+"""Parts of a model that may each have a learning rate and a first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class TrainingSettings:
 
     @property
     def varies_captions(self) -> bool:
-        """Whether an image's caption changes from one showing to the next (dropping all of it aside)."""
+        """Whether an image's caption differs between epochs, by its tags (caption_dropout aside)."""
         return self.caption_shuffle or self.tag_dropout > 0
 
 
@@ -151,6 +151,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "snr_gamma": 5.0,
     },
 }
-"""Named groups of settings; a preset other than "custom" wins over the values it names."""
+"""Named groups of settings; those of a preset other than "custom" replace the user's."""
 PRESET_RUNS: dict[str, dict[str, Any]] = {"T5 swap, source notes": {"learning_rate": 4e-5, "steps": 10_000}}
-"""What some presets say of the run besides: the best that their source reports."""
+"""The learning rate and steps of some presets: the best that their source reports."""

@@ -1,4 +1,4 @@
-"""A data set in words: what is in it, at which sizes, and what was left out."""
+"""A text report on a data set: images, sizes, captions, duplicates and skipped files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from .buckets import Size
 from .examples import Dataset, Example
 
 LISTED = 5
+"""Number of names that a line of the report lists."""
 BAR = 24
+"""Length of the longest bar, in characters."""
 
 Skipped = tuple[str, str]
 """(file name, reason)."""
@@ -20,7 +22,15 @@ Skipped = tuple[str, str]
 def format_report(
     dataset: Dataset, title: str, sizes: Sequence[Size], skipped: Sequence[Skipped] = (), notes: Sequence[str] = ()
 ) -> str:
-    """Plain text for a console or a text node. `sizes` are the images' own sizes, in the examples' order."""
+    """The report, as plain text for a console or a text node.
+
+    Args:
+        dataset: The data set.
+        title: Its name.
+        sizes: The images' original sizes, in the order of the examples.
+        skipped: Files that were left out.
+        notes: Further lines.
+    """
     parts = [
         _headline(dataset, title),
         _bucket_table(dataset.examples),
@@ -37,27 +47,27 @@ def format_report(
 def _headline(dataset: Dataset, title: str) -> str:
     images = count_noun(len(dataset.examples), "image")
     options = [f"{dataset.crop} crop"] + ["mirrored at random"] * dataset.flip
-    shown = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
-    return f"{title}: {images}{shown} ({', '.join(options)})"
+    per_epoch = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
+    return f"{title}: {images}{per_epoch} ({', '.join(options)})"
 
 
 def _bucket_table(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
     counts = Counter((e.width, e.height) for e in examples)
-    most = max(counts.values())
+    largest = max(counts.values())
     rows = [f"  {'size':>11}  {'images':>6}"]
     for (width, height), count in sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0])):
-        rows.append(f"  {f'{width} x {height}':>11}  {count:>6}  {'#' * max(1, round(BAR * count / most))}")
+        rows.append(f"  {f'{width} x {height}':>11}  {count:>6}  {'#' * max(1, round(BAR * count / largest))}")
     return "\n".join(rows)
 
 
 def _captions(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
-    words = [len(e.caption.split()) for e in examples]
-    different = len({e.caption for e in examples})
-    return f"captions: {different} different; {min(words)} to {max(words)} words, median {median(words):g}"
+    lengths = [len(e.caption.split()) for e in examples]
+    distinct = len({e.caption for e in examples})
+    return f"captions: {distinct} different; {min(lengths)} to {max(lengths)} words, median {median(lengths):g}"
 
 
 def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
@@ -80,7 +90,7 @@ def _duplicates(examples: Sequence[Example]) -> str:
     names: dict[str, dict[str, None]] = {}
     for example in examples:
         names.setdefault(example.key, {})[example.name] = None
-    groups = [" = ".join(same) for same in names.values() if len(same) > 1]
+    groups = [" = ".join(equal) for equal in names.values() if len(equal) > 1]
     return (
         f"duplicates: {count_noun(len(groups), 'image')} present more than once: {first_few(groups, LISTED)}"
         if groups

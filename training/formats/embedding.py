@@ -21,7 +21,7 @@ from ..common.files import read_pickle, read_tensors
 from ..common.text import first_few
 from ..models.concepts import Concept
 from .embedding_image import read_embedding_image
-from .lora import split_key
+from .lora_keys import split_key
 
 SAFETENSORS = (".safetensors", ".sft")
 IMAGES = (".png", ".webp")

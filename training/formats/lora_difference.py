@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lora import DOWN, LOHA, LOKR, MID, UP, LoraModule
+from .lora import LoraModule
+from .lora_keys import DOWN, LOHA, LOKR, MID, UP
 
 LINEAR_KINDS = ("LoRA", "LoCon", "LoHa", "LoKr", "full diff")
 """Kinds whose dW does not depend on the weight it is added to."""

@@ -19,7 +19,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.provenance import about_run
-from .lora import DOWN, MID, Lora, LoraModule
+from .lora import Lora, LoraModule
+from .lora_keys import DOWN, MID
 from .lora_names import Naming
 
 THUMBNAIL_SIDE = 256

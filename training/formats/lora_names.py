@@ -17,7 +17,8 @@ from functools import cached_property
 
 from ..common.text import first_few
 from ..models import ldm
-from .lora import Lora, LoraModule, kohya_aliases, magnitude_axis
+from .lora import Lora, LoraModule, magnitude_axis
+from .lora_keys import kohya_aliases
 from .lora_report import WIDTHS, base_of_lora
 
 UNET, TEXT = "diffusion_model.", "text_encoders."

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..common.files import write_tensors
 from ..common.text import first_few
-from .lora import BIAS, DOWN, MID, PEFT, UP, Lora, LoraModule, magnitude_axis, parse_lora
+from .lora import Lora, LoraModule, magnitude_axis, parse_lora
+from .lora_keys import BIAS, DOWN, MID, PEFT, UP
 from .lora_metadata import LoraDescription, build_metadata
 from .lora_names import Naming, detect_naming
 

@@ -12,7 +12,7 @@ from ..common.callbacks import Callbacks
 from ..common.distributed import World, world
 from ..config.loop import Batches, LoopConfig
 from ..objectives.denoising import Objective
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .ema import update_ema
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .precision import autocast, loss_scaler

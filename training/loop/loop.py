@@ -32,7 +32,7 @@ from ..runs.folder import RunFolder
 from ..runs.metrics_log import MetricsLog
 from ..runs.outcome import record_failure, result_kind, saved_result, stopped_early
 from ..runs.samples import Sampler
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .checkpoint import load_loop, save_loop
 from .events import check_diversity, draw_samples, validate, watch_values
 from .gradient_step import GradientStep

@@ -56,22 +56,22 @@ def unet_names(config: Mapping) -> dict[str, str]:
     layers = config["layers_per_block"]
     for i, kind in enumerate(config["down_block_types"]):
         for j in range(layers):
-            block = f"input_blocks.{1 + i * (layers + 1) + j}"
-            names |= _children(f"{block}.0", f"down_blocks.{i}.resnets.{j}", _UNET_RESNET)
-            if "CrossAttn" in kind:
-                names[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}"
+            names |= _unet_layer(f"input_blocks.{1 + i * (layers + 1) + j}", f"down_blocks.{i}", j, kind)
         if i < levels - 1:
             names[f"input_blocks.{(i + 1) * (layers + 1)}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
     for i, kind in enumerate(config["up_block_types"]):
         for j in range(layers + 1):
-            block = f"output_blocks.{i * (layers + 1) + j}"
-            names |= _children(f"{block}.0", f"up_blocks.{i}.resnets.{j}", _UNET_RESNET)
-            if "CrossAttn" in kind:
-                names[f"{block}.1"] = f"up_blocks.{i}.attentions.{j}"
+            names |= _unet_layer(f"output_blocks.{i * (layers + 1) + j}", f"up_blocks.{i}", j, kind)
         if i < levels - 1:
             upsample = f"output_blocks.{i * (layers + 1) + layers}.{2 if 'CrossAttn' in kind else 1}.conv"
             names[upsample] = f"up_blocks.{i}.upsamplers.0.conv"
     return names
+
+
+def _unet_layer(ldm: str, diffusers: str, number: int, kind: str) -> dict[str, str]:
+    """A resnet and, in blocks with attention, a transformer: one LDM block, one layer of a diffusers block."""
+    attention = {f"{ldm}.1": f"{diffusers}.attentions.{number}"} if "CrossAttn" in kind else {}
+    return _children(f"{ldm}.0", f"{diffusers}.resnets.{number}", _UNET_RESNET) | attention
 
 
 def vae_names(config: Mapping) -> dict[str, str]:

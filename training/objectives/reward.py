@@ -24,7 +24,7 @@ from ..rewards.combined import CombinedReward, CombinedScores
 from ..sampling.ddim import initial_noise
 from ..sampling.guidance import Guidance
 from ..sampling.rollout import Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .denoising import Loss
 from .regularizers import NearFrozen, drift
 

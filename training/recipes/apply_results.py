@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..common.files import read_json
 from ..common.text import first_few
-from ..formats.lora import BIAS, Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors, split_key
+from ..formats.lora import Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors
 from ..formats.lora_difference import delta_weight
+from ..formats.lora_keys import BIAS, split_key
 from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..models import ldm
 from ..models.protocols import TextToImage
