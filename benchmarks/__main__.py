@@ -8,31 +8,44 @@ from pathlib import Path
 
 from ..training.commands.terminal import Terminal, run_verb
 from ..training.config.flags import add_flags, read_flags
+from .catalog import LORA, REWARD, STUDIES, BenchConfig, descriptions
 from .lora import run_lora_bench
 from .lora_runs import LoraBenchConfig
 from .reward import RewardBenchConfig, run_reward_bench
+from .speed import run_timing
 from .study import StudyConfig, run_study
-from .variants import BATCH, LORA, REWARD, STUDIES, BenchConfig, run_bench
+
+BATCH_SIZE = 16
+"""Of timings and of `reward`, where no flag sets it."""
 
 
 def bench(arguments: argparse.Namespace) -> dict:
-    """Measures what `arguments.name` says, or lists what there is."""
+    """Measures what `arguments.name` names; without a name, lists what there is."""
     config = read_flags(arguments, BenchConfig)
+    if not config.name:
+        return descriptions()
     if config.name == LORA:
-        result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
-        words = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
-        return result if arguments.json else {"table": f"\n{result['table']}", **words}
+        return run_lora(arguments)
+    batch_size = config.batch_size or BATCH_SIZE
     if config.name == REWARD:
-        sized = read_flags(arguments, RewardBenchConfig, batch_size=config.batch_size or BATCH)
+        sized = read_flags(arguments, RewardBenchConfig, batch_size=batch_size)
         result = run_reward_bench(sized, arguments.comfyui, Terminal())
     elif config.name in STUDIES:
         result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
     else:
-        return run_bench(config)
+        return run_timing(config.name, config.rounds, batch_size)
     return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
 
 
+def run_lora(arguments: argparse.Namespace) -> dict:
+    """The comparison of LoRA trainers; without --json only its table and its sentences, a line each."""
+    result = run_lora_bench(read_flags(arguments, LoraBenchConfig, "lora_"), arguments.comfyui, Terminal())
+    sentences = {key: "\n" + "\n".join(result[key]) for key in ("findings", "differences")}
+    return result if arguments.json else {"table": f"\n{result['table']}", **sentences}
+
+
 def parser() -> argparse.ArgumentParser:
+    """The command line: a name, and the flags of every benchmark and study."""
     top = argparse.ArgumentParser(prog="run.py bench", description="Measure variants side by side on the demo model.")
     top.add_argument("--verbose", action="store_true")
     top.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -46,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
     return run_verb(bench, parser().parse_args(argv))
 
 

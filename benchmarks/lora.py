@@ -1,7 +1,7 @@
-"""Training a LoRA here against ComfyUI's own Train LoRA: validation loss by steps and by seconds, on the demo model.
+"""Retune's LoRA training against ComfyUI's Train LoRA: validation loss by steps and by seconds, on the demo model.
 
-Both train on the same picture files, in turns. Every resulting LoRA is put on the same model and judged by the same
-fixed-noise validation, on pictures that neither saw.
+Both train on the same picture files, in turns. Every resulting LoRA is applied to the same model and judged by the same
+fixed-noise validation, on held-out pictures.
 """
 
 from __future__ import annotations
@@ -19,45 +19,53 @@ import torch
 from torch import Tensor
 
 from ..training.commands.comfyui_server import Server, server
-from ..training.commands.open_model import ModelConfig, build_model, unet_parameters
+from ..training.commands.open_model import build_demo_model, unet_parameters
 from ..training.common.callbacks import Callbacks
 from ..training.common.files import read_json, write_text
 from ..training.data.images import save_png
 from ..training.demo.scenes import demo_examples
 from ..training.formats.lora import Lora, read_lora
-from ..training.formats.lora_difference import difference
+from ..training.formats.lora_difference import delta_weight
 from ..training.formats.lora_names import UNET
 from ..training.models.protocols import Denoiser
 from .lora_runs import COMFYUI, PICTURES, RETUNE, TRAINERS, Job, LoraBenchConfig, Run
-from .study import plain_objective, summary, table, verdict
+from .study import markdown_table, summarize, unweighted_objective, verdict
 
-ABOUT = "Training a LoRA here and by ComfyUI's own Train LoRA, as nodes of one ComfyUI: loss by steps and by seconds."
+DESCRIPTION = "Retune's LoRA training and ComfyUI's Train LoRA as nodes of one ComfyUI: loss by steps and by seconds."
 LOOK = "warm edges"
 WARM_UP = 2
-"""Steps of a first training by each, which fills caches and does not count."""
+"""Steps of each trainer's first training, which fills caches and is not counted."""
 RATE, LOSS, PACE = "learning rate", "validation loss", "seconds per step"
 DIFFERENCES = (
     "Biases and norms: ComfyUI trains all of them too, in full and at the same rate; Retune leaves them alone. The "
-    "matrices and kernels that get a low-rank pair are the same: all there are.",
-    "Alpha: 1 for both; ComfyUI trains it along, one number per layer, in Retune it is fixed.",
+    "matrices and kernels that get a low-rank pair are the same: all of them.",
+    "Alpha: 1 for both; ComfyUI trains it too, one number per layer, in Retune it is fixed.",
     "Start: ComfyUI draws the up matrices, from whatever state torch's global generator is in, and sets the down ones "
     "to 0; Retune draws the down ones, from the seed.",
-    "Draws: the same seed names other noise in each. ComfyUI draws every batch from all pictures, and noise levels "
-    "between the model's own too; Retune goes through the pictures in epochs, and draws the model's own levels.",
+    "Draws: the same seed stands for different noise in each. ComfyUI draws every batch from all pictures, and noise "
+    "levels between the model's discrete ones too; Retune trains in epochs, and draws the model's discrete levels.",
     "Batches of more than one picture: ComfyUI predicts each under every caption of the batch and takes the mean, "
-    "which blends captions and costs n * n pictures for n. So the defaults sum up batches of one instead.",
+    "which blends captions and costs n * n pictures for n. So the defaults accumulate batches of one instead.",
     "Loss: the squared error of the clean latent in both, which for this model's v-prediction is Retune's "
     "loss_weighting 'debiased'. The validation loss that judges both is that of v, unweighted.",
-    "Seconds per step: Retune's hold a row of metrics.jsonl and a progress text too. Apart from the steps Retune "
-    "claims, checks and saves its run folder, and ComfyUI reads the model again.",
+    "Seconds per step: Retune's include a row of metrics.jsonl and a progress text. Outside of them Retune opens, "
+    "checks and saves its run folder, and ComfyUI reads the model again.",
 )
-"""What could not be made equal."""
+"""Where the two trainings could not be made equal."""
 
 
 def run_lora_bench(config: LoraBenchConfig, comfyui: Path | None, callbacks: Callbacks | None = None) -> dict:
-    """Runs the comparison; returns its figures, what they say, what was not equal, and a Markdown table.
+    """Runs the comparison in a ComfyUI of its own.
 
-    comfyui: its checkout. Raises ValueError without one, and WorkflowFailed when a node fails.
+    Args:
+        comfyui: The ComfyUI checkout.
+
+    Returns:
+        The figures of `compare`, with the config, the environment, ComfyUI's version and `DIFFERENCES`.
+
+    Raises:
+        ValueError: Without a checkout.
+        WorkflowFailed: When a node fails.
     """
     if comfyui is None:
         raise ValueError(
@@ -72,68 +80,74 @@ def run_lora_bench(config: LoraBenchConfig, comfyui: Path | None, callbacks: Cal
         with server(comfyui, base) as running:
             trained = train_all(running, config, callbacks)
             version = json.loads(running.request("/system_stats"))["system"]["comfyui_version"]
-        about = read_json(next((base / "output" / "retune").glob("*/config.json")))["environment"]
+        environment = read_json(next((base / "output" / "retune").glob("*/config.json")))["environment"]
         callbacks.on_text("judging")
         judge = validation(config.judged)
-        rows = [row_of(name, job, run, judge(run.file)) for (name, job), run in trained.items()]
+        rows = [result_row(name, job, run, judge(run.file)) for (name, job), run in trained.items()]
         sizes = {name: trained_numbers(run.file) for (name, _), run in trained.items()}
-    found = compared(rows, judge(None))
+    result = compare(rows, judge(None))
     for name, size in sizes.items():
-        found["trainers"][name]["trained_numbers"] = size
-    return {"config": asdict(config), **about, "comfyui": version, **found, "differences": list(DIFFERENCES)}
+        result["trainers"][name]["trained_numbers"] = size
+    return {"config": asdict(config), **environment, "comfyui": version, **result, "differences": list(DIFFERENCES)}
 
 
 def write_examples(folder: Path, count: int) -> None:
-    """Training pictures of one style and their captions, as files that both trainers read."""
+    """Writes training pictures of one style and their captions as files that both trainers read."""
     for index, (image, caption) in enumerate(zip(*demo_examples(count, 0, look=LOOK), strict=True)):
         save_png(image, folder / f"{index:05d}.png")
         write_text(folder / f"{index:05d}.txt", caption)
 
 
 def train_all(running: Server, config: LoraBenchConfig, callbacks: Callbacks) -> dict[tuple[str, Job], Run]:
-    """Every training. The trainers take turns, and in beginning too."""
+    """Runs every job with both trainers, which alternate in who goes first."""
     for train in TRAINERS.values():
         train(running, config, Job(config.learning_rates[0], WARM_UP, config.seeds))
-    turns, found = itertools.cycle([list(TRAINERS), list(TRAINERS)[::-1]]), {}
+    orders, runs = itertools.cycle([list(TRAINERS), list(TRAINERS)[::-1]]), {}
     for job in jobs(config):
-        for name in next(turns):
+        for name in next(orders):
             callbacks.on_text(f"{name}: {job.name}")
-            found[name, job] = TRAINERS[name](running, config, job)
-    return found
+            runs[name, job] = TRAINERS[name](running, config, job)
+    return runs
 
 
 def jobs(config: LoraBenchConfig) -> list[Job]:
-    """What each trainer trains; seeds come outermost."""
-    kinds = itertools.product(range(config.seeds), config.learning_rates, config.checkpoints)
-    return [Job(rate, steps, seed) for seed, rate, steps in kinds]
+    """The trainings of each trainer; the seed is the outermost loop."""
+    grid = itertools.product(range(config.seeds), config.learning_rates, config.checkpoints)
+    return [Job(rate, steps, seed) for seed, rate, steps in grid]
 
 
-# What the LoRAs are worth
+# Judging the LoRAs
 
 
 def validation(count: int) -> Callable[[Path | None], float]:
-    """A LoRA file, or None for the bare model -> unweighted loss at fixed noise on pictures that no training shows."""
-    model = build_model(ModelConfig(model="demo"))
-    objective = plain_objective(model)
+    """A function of a LoRA file, or of None for the plain model: its unweighted loss on `count` held-out pictures.
+
+    The noise is the same in every call.
+    """
+    model = build_demo_model()
+    objective = unweighted_objective(model)
     images, captions = demo_examples(count, 1, look=LOOK)
     pairs = [(text, objective.latent_of(image)) for text, image in zip(captions, images, strict=True)]
 
     def judge(file: Path | None) -> float:
         if file is None:
             return objective.validation(pairs)
-        with put_on(model.denoiser, read_lora(file)):
+        with lora_applied(model.denoiser, read_lora(file)):
             return objective.validation(pairs)
 
     return judge
 
 
 @contextmanager
-def put_on(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
-    """The UNet of this process with a LoRA in its weights, biases and norms; raises ValueError for an unknown layer."""
-    parameters, changes = unet_parameters(denoiser), changes_of(lora)
+def lora_applied(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
+    """Adds a LoRA to the UNet's weights, biases and norms, and restores them on leaving.
+
+    Raises ValueError for a layer that the UNet does not have.
+    """
+    parameters, changes = unet_parameters(denoiser), parameter_changes(lora)
     if unknown := changes.keys() - parameters.keys():
         raise ValueError(f"{lora.name} changes {min(unknown)}; expected layers of the demo model's UNet alone.")
-    kept = {name: parameters[name].detach().clone() for name in changes}
+    original = {name: parameters[name].detach().clone() for name in changes}
     with torch.no_grad():
         for name, change in changes.items():
             parameters[name] += change.reshape(parameters[name].shape)
@@ -141,33 +155,33 @@ def put_on(denoiser: Denoiser, lora: Lora) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, value in kept.items():
+            for name, value in original.items():
                 parameters[name].copy_(value)
 
 
-def changes_of(lora: Lora) -> dict[str, Tensor]:
+def parameter_changes(lora: Lora) -> dict[str, Tensor]:
     """Canonical parameter name -> what is added to it."""
-    found = {}
+    changes = {}
     for layer, module in lora.modules.items():
         name, tensors = layer.removeprefix(UNET), module.tensors
         if tensors.keys() - {"diff_b"}:
-            found[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else difference(module)
+            changes[f"{name}.weight"] = tensors["diff"] if "diff" in tensors else delta_weight(module)
         if "diff_b" in tensors:
-            found[f"{name}.bias"] = tensors["diff_b"]
-    return found
+            changes[f"{name}.bias"] = tensors["diff_b"]
+    return changes
 
 
 def trained_numbers(file: Path) -> int:
-    """How many numbers a LoRA file holds, alphas aside."""
+    """The count of numbers in a LoRA file, without alphas."""
     modules = read_lora(file).modules.values()
     return sum(value.numel() for module in modules for role, value in module.tensors.items() if role != "alpha")
 
 
-# What the figures say
+# Comparing the figures
 
 
-def row_of(trainer: str, job: Job, run: Run, loss: float) -> dict:
-    """Figures of one training, for `summary`. loss: what the validation says."""
+def result_row(trainer: str, job: Job, run: Run, loss: float) -> dict:
+    """The figures of one training, for `summarize`; loss: the validation loss of its LoRA."""
     return {
         RATE: job.learning_rate,
         "steps": job.steps,
@@ -180,18 +194,23 @@ def row_of(trainer: str, job: Job, run: Run, loss: float) -> dict:
     }
 
 
-def compared(found: Sequence[Mapping], untrained: float) -> dict:
-    """Each trainer's seconds, rows per (learning rate, steps, trainer), losses at equal seconds, and sentences.
+def compare(results: Sequence[Mapping], untrained: float) -> dict:
+    """The trainers side by side.
 
-    found: from `row_of`. untrained: the bare model's validation loss.
+    Args:
+        results: From `result_row`.
+        untrained: The plain model's validation loss.
+
+    Returns:
+        "trainers", each with its seconds; "rows" by learning rate, steps and trainer; "at_equal_seconds", both losses
+        after the same time; "seconds_ratio", ComfyUI's seconds per step over Retune's; "findings", sentences; "table".
     """
-    rows = summary(found, [RATE, "steps", "trainer"])
+    rows = summarize(results, [RATE, "steps", "trainer"])
     rows = sorted(rows, key=lambda row: (row[RATE], row["steps"], list(TRAINERS).index(row["trainer"])))
-    trainers = {name: _seconds(found, name) for name in TRAINERS}
-    equal = [
-        row for rate in dict.fromkeys(row[RATE] for row in rows) for row in _equal(rows, trainers, rate, untrained)
-    ]
-    ratio = statistics.median(_ratios(found))
+    trainers = {name: _seconds(results, name) for name in TRAINERS}
+    rates = dict.fromkeys(row[RATE] for row in rows)
+    equal = [row for rate in rates for row in _at_equal_seconds(rows, trainers, rate, untrained)]
+    ratio = statistics.median(_ratios(results))
     return {
         "untrained": untrained,
         "trainers": trainers,
@@ -199,56 +218,58 @@ def compared(found: Sequence[Mapping], untrained: float) -> dict:
         "rows": rows,
         "at_equal_seconds": equal,
         "findings": findings(rows, trainers, ratio, equal),
-        "table": table(rows),
+        "table": markdown_table(rows),
     }
 
 
-def _seconds(found: Sequence[Mapping], name: str) -> dict[str, float]:
-    mine = [row for row in found if row["trainer"] == name]
+def _seconds(results: Sequence[Mapping], name: str) -> dict[str, float]:
+    rows = [row for row in results if row["trainer"] == name]
     figures = {"seconds_per_step": PACE, "seconds_apart": "seconds apart"}
-    return {key: statistics.median(row[figure] for row in mine) for key, figure in figures.items()}
+    return {key: statistics.median(row[figure] for row in rows) for key, figure in figures.items()}
 
 
-def _ratios(found: Sequence[Mapping]) -> list[float]:
+def _ratios(results: Sequence[Mapping]) -> list[float]:
     """ComfyUI's seconds per step over Retune's, of the trainings that took turns."""
-    pace = {(row["trainer"], row[RATE], row["steps"], row["seed"]): row[PACE] for row in found}
-    return [pace[(COMFYUI, *job)] / seconds for (name, *job), seconds in pace.items() if name == RETUNE]
+    seconds = {(row["trainer"], row[RATE], row["steps"], row["seed"]): row[PACE] for row in results}
+    return [seconds[(COMFYUI, *job)] / value for (name, *job), value in seconds.items() if name == RETUNE]
 
 
-def _equal(rows: Sequence[Mapping], trainers: Mapping[str, Mapping], rate: float, untrained: float) -> list[dict]:
-    """Losses when either trainer comes to a checkpoint, as long as both train; in between a line is drawn."""
+def _at_equal_seconds(
+    rows: Sequence[Mapping], trainers: Mapping[str, Mapping], rate: float, untrained: float
+) -> list[dict]:
+    """Both losses at each time when either trainer reaches a checkpoint and both still train; linear in between."""
     curves = {name: [(0.0, untrained)] for name in TRAINERS}
     for row in rows:
         if row[RATE] == rate:
             seconds = row["steps"] * trainers[row["trainer"]]["seconds_per_step"]
             curves[row["trainer"]].append((seconds, row[LOSS]))
     end = min(curve[-1][0] for curve in curves.values())
-    seconds = sorted({when for curve in curves.values() for when, _ in curve[1:] if when <= end})
-    heights = [{name: height(curve, when) for name, curve in curves.items()} for when in seconds]
-    return [{RATE: rate, "seconds": when, **losses} for when, losses in zip(seconds, heights, strict=True)]
+    times = sorted({time for curve in curves.values() for time, _ in curve[1:] if time <= end})
+    losses = [{name: interpolate(curve, time) for name, curve in curves.items()} for time in times]
+    return [{RATE: rate, "seconds": time, **both} for time, both in zip(times, losses, strict=True)]
 
 
-def height(curve: Sequence[tuple[float, float]], place: float) -> float:
-    """Height of a curve of (place, height) points, a line between two of them, at a place within it."""
+def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """y at x on the straight lines between (x, y) points; ValueError after the last point."""
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if place <= x1:
-            return y0 + (y1 - y0) * (place - x0) / (x1 - x0)
-    raise ValueError(f"place is {place}; expected at most {curve[-1][0]}, where the curve ends.")
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    raise ValueError(f"x is {x}; expected at most {curve[-1][0]}, where the curve ends.")
 
 
 def findings(
     rows: Sequence[Mapping], trainers: Mapping[str, Mapping], ratio: float, equal: Sequence[Mapping]
 ) -> list[str]:
-    """The figures in sentences."""
+    """The figures in sentences; parameters: as `compare` returns them."""
     here, there = (trainers[name]["seconds_per_step"] for name in (RETUNE, COMFYUI))
-    words = [
+    sentences = [
         f"Seconds per step: {here:.3f} here, {there:.3f} in ComfyUI; side by side {ratio:.2f} times as many there."
     ]
-    for own, other in zip(rows[::2], rows[1::2], strict=True):
-        what = f"Rate {own[RATE]:g}, {own['steps']} steps: {own[LOSS]:.4f} here, {other[LOSS]:.4f} in ComfyUI"
-        told = f"; that it is lower here {verdict(own, other, LOSS, lowest=True)}" if own["n"] > 1 else ""
-        words.append(f"{what}{told}.")
+    for retune, comfyui in zip(rows[::2], rows[1::2], strict=True):
+        losses = f"{retune[LOSS]:.4f} here, {comfyui[LOSS]:.4f} in ComfyUI"
+        lower = f"; that it is lower here {verdict(retune, comfyui, LOSS, lowest=True)}" if retune["n"] > 1 else ""
+        sentences.append(f"Rate {retune[RATE]:g}, {retune['steps']} steps: {losses}{lower}.")
     for row in equal:
-        what = f"Rate {row[RATE]:g}, {row['seconds']:.0f} s"
-        words.append(f"{what}: {row[RETUNE]:.4f} here, {row[COMFYUI]:.4f} in ComfyUI.")
-    return words
+        losses = f"{row[RETUNE]:.4f} here, {row[COMFYUI]:.4f} in ComfyUI"
+        sentences.append(f"Rate {row[RATE]:g}, {row['seconds']:.0f} s: {losses}.")
+    return sentences

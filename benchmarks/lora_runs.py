@@ -1,7 +1,7 @@
-"""The trainings that `lora_bench` compares: prompts for ComfyUI, and what is seen of them while they run.
+"""The trainings that `benchmarks.lora` compares: API-format prompts for ComfyUI, run and timed from outside.
 
-Both trainers are nodes of one ComfyUI. Seconds per step are told by the node's progress bar for both, the median time
-between its events as they arrive here, so that set-up, caches and saving stay out of them.
+Both trainers are nodes of one ComfyUI. Seconds per step are the median time between the events of the node's progress
+bar as they arrive here, so that set-up, caches and saving do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PICTURES = "pictures"
 LAYERS = r"^diffusion_model\."
 """Every layer that holds a matrix or a kernel: ComfyUI's Train LoRA cannot leave any out."""
 ALPHA = 1.0
-"""ComfyUI's node knows no other."""
+"""ComfyUI's node has no other."""
 RETUNE, COMFYUI = "Retune", "ComfyUI"
 TIMEOUT = 7200.0
 Prompt = dict[str, dict[str, Any]]
@@ -58,13 +58,13 @@ class LoraBenchConfig:
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """Steps after which the validation loss is told."""
+        """Steps after which the validation loss is measured."""
         return self.steps // 4, self.steps // 2, self.steps
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training, by either trainer."""
+    """One training that both trainers run."""
 
     learning_rate: float
     steps: int
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A plain file name."""
+        """Name of the run and of its file."""
         return f"{self.learning_rate:g} {self.steps} steps seed {self.seed}"
 
 
@@ -152,7 +152,7 @@ def comfyui_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
 
 @dataclass(frozen=True)
 class Run:
-    """One training as it was seen from outside."""
+    """The result of one training, measured from outside."""
 
     file: Path
     """The LoRA."""
@@ -164,23 +164,30 @@ class Run:
     """From the request to the result."""
 
 
-def pace(marks: Sequence[tuple[float, int]], per_step: int) -> float:
-    """Median seconds per optimiser step of a progress bar's (time, value) marks, of which `per_step` are a step.
+def median_step_seconds(marks: Sequence[tuple[float, int]], per_step: int) -> float:
+    """Median seconds per optimiser step, from the events of a progress bar.
 
-    ComfyUI leaves out marks that come too soon after another, so a stretch goes on until it has a whole step at least.
+    ComfyUI drops events that follow too soon after another, so each measured interval covers a whole step at least.
+
+    Args:
+        marks: (time, value) of each event.
+        per_step: By how much the value rises in one optimiser step.
+
+    Raises:
+        ValueError: With less than one whole step between the events.
     """
-    found, (began, first) = [], marks[0]
+    intervals, (began, first) = [], marks[0]
     for when, value in marks[1:]:
         if value - first >= per_step:
-            found.append((when - began) / (value - first) * per_step)
+            intervals.append((when - began) / (value - first) * per_step)
             began, first = when, value
-    if not found:
+    if not intervals:
         raise ValueError(f"progress is {len(marks)} marks of {per_step} a step; expected two steps at least.")
-    return statistics.median(found)
+    return statistics.median(intervals)
 
 
-def watched(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float, float]:
-    """Runs a prompt with a node "train"; returns its outputs, seconds per step, and seconds in all."""
+def run_timed(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float, float]:
+    """Runs a prompt whose trainer is node "train"; returns its outputs, seconds per step, and seconds in all."""
     marks: list[tuple[float, int]] = []
 
     def mark(event: dict) -> None:
@@ -190,20 +197,20 @@ def watched(running: Server, prompt: Prompt, per_step: int) -> tuple[dict, float
     running.on_event = mark
     began = time.perf_counter()
     outputs = running.run(prompt, TIMEOUT)
-    return outputs, pace(marks, per_step), time.perf_counter() - began
+    return outputs, median_step_seconds(marks, per_step), time.perf_counter() - began
 
 
-def train_here(running: Server, config: LoraBenchConfig, job: Job) -> Run:
-    """Retune's Train LoRA."""
-    _, per_step, seconds = watched(running, retune_prompt(config, job), 1)
+def train_with_retune(running: Server, config: LoraBenchConfig, job: Job) -> Run:
+    """Runs Retune's Train LoRA."""
+    _, per_step, seconds = run_timed(running, retune_prompt(config, job), 1)
     folder = running.base_directory / "output" / "retune" / job.name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return Run(folder / ARTIFACT, [row["loss"] for row in rows if "event" not in row], per_step, seconds)
 
 
-def train_there(running: Server, config: LoraBenchConfig, job: Job) -> Run:
-    """ComfyUI's Train LoRA."""
-    outputs, per_step, seconds = watched(running, comfyui_prompt(config, job), config.accumulation)
+def train_with_comfyui(running: Server, config: LoraBenchConfig, job: Job) -> Run:
+    """Runs ComfyUI's Train LoRA."""
+    outputs, per_step, seconds = run_timed(running, comfyui_prompt(config, job), config.accumulation)
     losses = json.loads(outputs["losses"]["text"][0])["loss"]
     n = config.accumulation
     means = [statistics.fmean(losses[i : i + n]) for i in range(0, len(losses), n)]
@@ -211,4 +218,7 @@ def train_there(running: Server, config: LoraBenchConfig, job: Job) -> Run:
     return Run(file, means, per_step, seconds)
 
 
-TRAINERS: dict[str, Callable[[Server, LoraBenchConfig, Job], Run]] = {RETUNE: train_here, COMFYUI: train_there}
+TRAINERS: dict[str, Callable[[Server, LoraBenchConfig, Job], Run]] = {
+    RETUNE: train_with_retune,
+    COMFYUI: train_with_comfyui,
+}

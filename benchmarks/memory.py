@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass: what a CPU has in place of a GPU's allocator figures."""
+"""Peak bytes of the tensors that autograd saves for backward passes: a CPU has no allocator that records its peak."""
 
 from __future__ import annotations
 
@@ -8,48 +8,51 @@ import torch
 from torch import Tensor
 
 
-class _Kept:
-    """A tensor that autograd keeps; counted as long as this object lives."""
+class _Saved:
+    """A tensor saved for the backward pass; its storage counts as long as this object lives."""
 
-    def __init__(self, tensor: Tensor, ledger: _Ledger):
-        self.tensor, self._ledger = tensor, ledger
+    def __init__(self, tensor: Tensor, storages: _Storages):
+        self.tensor, self._storages = tensor, storages
         storage = tensor.untyped_storage()
         self._key = storage.data_ptr()
-        ledger.add(self._key, storage.nbytes())
+        storages.add(self._key, storage.nbytes())
 
     def __del__(self):
-        self._ledger.remove(self._key)
+        self._storages.remove(self._key)
 
 
-class _Ledger:
-    """Storages that are kept, each once however many tensors lie in it. peak: the most bytes at one time."""
+class _Storages:
+    """Bytes of the saved storages, each counted once however many saved tensors share it. peak: the maximum so far."""
 
-    def __init__(self, left_out: Iterable[Tensor]):
+    def __init__(self, exclude: Iterable[Tensor]):
         self.peak, self._now = 0, 0
-        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in left_out}
-        self._held: dict[int, tuple[int, int]] = {}
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+        self._live: dict[int, tuple[int, int]] = {}  # data pointer -> (saved tensors, bytes)
 
     def add(self, key: int, size: int) -> None:
-        count, size = self._held.get(key, (0, 0 if key in self._left_out else size))
-        self._held[key] = (count + 1, size)
+        count, size = self._live.get(key, (0, 0 if key in self._excluded else size))
+        self._live[key] = (count + 1, size)
         self._now += 0 if count else size
         self.peak = max(self.peak, self._now)
 
     def remove(self, key: int) -> None:
-        count, size = self._held.pop(key)
+        count, size = self._live.pop(key)
         if count > 1:
-            self._held[key] = (count - 1, size)
+            self._live[key] = (count - 1, size)
         else:
             self._now -= size
 
 
-def kept_bytes(run: Callable[[], object], left_out: Iterable[Tensor] = ()) -> int:
-    """The most bytes of storages that autograd keeps at one time while `run` is running on a CPU.
+def peak_saved_bytes(run: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+    """Calls `run` on a CPU; returns the most bytes of storages that autograd holds for backward passes at one time.
 
-    left_out: tensors that are there anyway, such as weights. What torch's checkpointing computes again is counted with
-    `use_reentrant=True` alone: otherwise it has hooks of its own in this one's place.
+    Args:
+        run: Forward and backward passes. Activations that checkpointing recomputes count only with
+            `use_reentrant=True`: without it, checkpointing installs saved-tensor hooks that replace those of this
+            function.
+        exclude: Tensors that exist anyway, such as weights.
     """
-    ledger = _Ledger(left_out)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, ledger), lambda kept: kept.tensor):
+    storages = _Storages(exclude)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(tensor, storages), lambda saved: saved.tensor):
         run()
-    return ledger.peak
+    return storages.peak

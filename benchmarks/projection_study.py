@@ -1,4 +1,4 @@
-"""How the projection of a new text encoder should start: steps of retraining until the old one is nearly reached."""
+"""How the projection of a new text encoder should start: steps of retraining to 80 % of the old alignment."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..training.commands.open_model import ModelConfig, build_model, with_t5
+from ..training.commands.open_model import ModelConfig, build_demo_model, with_t5
 from ..training.common.files import read_json, write_json
 from ..training.models.protocols import TextToImage
-from .study import Study, Trial, in_words
+from .study import Study, Trial, format_mean
 
 STARTS = ("orthogonal", "truncate", "fitted")
 RATE = 1.5e-3
@@ -17,30 +17,27 @@ EMA_DECAY = 0.99
 STRETCH = 12
 """A run is given up after this many times `steps`."""
 SHARE = 0.8
-"""Of the CLIP's alignment: what counts as nearly reached."""
+"""Share of the CLIP's alignment that is to be reached."""
 STEPS = f"steps to {SHARE:.0%} of CLIP"
 ATTRIBUTES = f"steps to {SHARE:.0%} of CLIP's single attributes"
 
 
-def figures(trial: Trial) -> dict[str, float | None]:
-    """One start, trained or frozen, one seed: cross-attention is retrained and judged every `steps`, as an average.
+def run_trial(trial: Trial) -> dict[str, float | None]:
+    """Retrains cross-attention for one start of the projection, trained or frozen, from one seed.
 
-    The rate is constant, so that a run asked for more steps goes on as if it had been asked for them at once; the
-    average of the weights stands in for a rate that falls. Between two judgements the alignment is taken as a line.
+    The model, with the average of its weights, is judged every `steps`; between two judgements the alignment counts as
+    a straight line. The rate is constant, so that a run extended by more steps equals one that asked for them at once;
+    the average of the weights stands in for a falling rate.
     """
     start, frozen = trial.labels["projection"], trial.labels["then"] == "frozen"
-    kind = "orthogonal" if start == "fitted" else start
-    description = ModelConfig(model="demo", t5="demo", projection=kind, projection_seed=trial.seed)
-    captions = trial.dataset.captions if start == "fitted" else ()
+    encoder = _start(trial, start).text_encoder
 
-    encoder = with_t5(build_model(ModelConfig(model="demo")), description, captions).text_encoder
+    def make_model() -> TextToImage:
+        return replace(build_demo_model(), text_encoder=encoder)
 
-    def fresh() -> TextToImage:
-        return replace(build_model(ModelConfig(model="demo")), text_encoder=encoder)
-
-    def after(steps: int) -> TextToImage:
+    def train(steps: int) -> TextToImage:
         return trial.train(
-            fresh,
+            make_model,
             steps=steps,
             rate=RATE,
             schedule="constant",
@@ -50,14 +47,25 @@ def figures(trial: Trial) -> dict[str, float | None]:
         )
 
     clip, stride = clip_figures(trial), trial.config.steps
-    wanted = SHARE * clip["alignment"]
+    target = SHARE * clip["alignment"]
     curve = trial.folder / "judged" / trial.results.name
-    judged = read_json(curve) if curve.exists() else [(0, trial.measured(fresh()))]
-    while judged[-1][1]["alignment"] < wanted and len(judged) <= STRETCH:
+    judged = read_json(curve) if curve.exists() else [(0, trial.measure(make_model()))]
+    while judged[-1][1]["alignment"] < target and len(judged) <= STRETCH:
         steps = len(judged) * stride
-        judged.append((steps, trial.measured(after(steps))))
+        judged.append((steps, trial.measure(train(steps))))
         write_json(curve, judged)
-    reached = crossing([(steps, found["alignment"]) for steps, found in judged], wanted)
+    return _summary(judged, clip, stride)
+
+
+def _start(trial: Trial, start: str) -> TextToImage:
+    """The demo model with T5 in place of CLIP, before training."""
+    kind = "orthogonal" if start == "fitted" else start
+    config = ModelConfig(model="demo", t5="demo", projection=kind, projection_seed=trial.seed)
+    return with_t5(build_demo_model(), config, trial.dataset.captions if start == "fitted" else ())
+
+
+def _summary(judged: Sequence[tuple[int, Mapping]], clip: Mapping[str, float], stride: int) -> dict[str, float | None]:
+    reached = crossing([(steps, found["alignment"]) for steps, found in judged], SHARE * clip["alignment"])
     single = crossing([(steps, found["attributes"]) for steps, found in judged], SHARE * clip["attributes"])
     (_, untrained), (_, early) = judged[:2] if len(judged) > 1 else judged * 2
     return {
@@ -70,40 +78,40 @@ def figures(trial: Trial) -> dict[str, float | None]:
     }
 
 
-def crossing(points: Sequence[tuple[float, float]], wanted: float) -> float | None:
-    """Where the line through (position, height) points first comes to a height, or None where it does not."""
-    (position, height), *_ = points
-    if height >= wanted:
-        return float(position)
+def crossing(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The x at which the line through (x, y) points first reaches y = target, or None where it does not."""
+    (x, y), *_ = points
+    if y >= target:
+        return float(x)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if y1 >= wanted:
-            return x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)
+        if y1 >= target:
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
     return None
 
 
 def clip_figures(trial: Trial) -> dict[str, float]:
-    """What the model with its own CLIP gives on the same captions, measured once for the study."""
+    """The same measurements of the model with its original CLIP, done once for the study."""
     path = trial.folder / "clip.json"
     if not path.exists():
-        write_json(path, trial.measured(build_model(ModelConfig(model="demo"))))
+        write_json(path, trial.measure(build_demo_model()))
     return read_json(path)
 
 
 def findings(rows: Sequence[Mapping]) -> list[str]:
-    """The starts in order of how soon they reached it, and those that did not always."""
-    words = []
+    """The starts in order of the steps they took, then those of which some trials never reached the target."""
+    sentences = []
     always = [row for row in rows if row["reached"] == 1]
     for row in sorted(always, key=lambda row: row[STEPS]):
-        words.append(f"{row['projection']}, then {row['then']}: {in_words(row, STEPS)} steps.")
+        sentences.append(f"{row['projection']}, then {row['then']}: {format_mean(row, STEPS)} steps.")
     for row in rows:
         if row["reached"] < 1:
-            words.append(f"{row['projection']}, then {row['then']}: reached by {row['reached']:.0%} of its trials.")
-    return words
+            sentences.append(f"{row['projection']}, then {row['then']}: reached by {row['reached']:.0%} of its trials.")
+    return sentences
 
 
 STUDY = Study(
-    about="Steps until retrained cross-attention reaches 80 % of the CLIP's alignment, by how the projection starts.",
+    description="Steps until retrained cross-attention reaches 80 % of the CLIP's alignment, by projection start.",
     cells=[{"projection": start, "then": then} for start in STARTS for then in ("trained", "frozen")],
-    figures=figures,
+    run_trial=run_trial,
     findings=findings,
 )

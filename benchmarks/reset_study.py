@@ -1,69 +1,60 @@
 """Which layers to reset for a new text encoder, at which learning rate: the source notes' observations, measured.
 
-As there, T5 and its random projection are frozen and the whole UNet trains; only what is reset differs.
+As in those notes, T5 and its random projection are frozen and the whole UNet trains; only the reset layers differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..training.commands.open_model import ModelConfig, build_model
-from .study import Study, Trial, in_words, verdict
+from ..training.commands.open_model import build_demo_model
+from .study import Claim, Study, Trial, check_claims, format_mean
 
 NOTHING = "nothing"
-RESETS = (NOTHING, "cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention")
+CROSS, ALL = "cross-attention", "all attention"
+RESETS = (NOTHING, CROSS, "cross-attention K/V", "QK", "self-attention", ALL)
 RATES = (2e-4, 6e-4, 2e-3)
 """A decade. The notes' 1e-5 to 4e-5 are for a UNet 200 times as large; this one was trained at 2e-3."""
+LOW, HIGH = RATES[0], RATES[-1]
+FIGURES = ("alignment", "attributes", "loss")
+CLAIMS = (
+    Claim("Cross-attention is useful at the low rate, more than all attention", (CROSS, LOW), (ALL, LOW), FIGURES),
+    Claim("QK is poorer than cross-attention at the low rate", (CROSS, LOW), ("QK", LOW), FIGURES),
+    Claim("QK is poorer than cross-attention at the high rate", (CROSS, HIGH), ("QK", HIGH), FIGURES),
+    Claim("All attention needs the high rate", (ALL, HIGH), (ALL, LOW), FIGURES),
+    Claim("Resetting cross-attention helps at the low rate", (CROSS, LOW), (NOTHING, LOW), FIGURES),
+    Claim("Resetting cross-attention helps at the high rate", (CROSS, HIGH), (NOTHING, HIGH), FIGURES),
+)
+"""The first four are observations of the notes."""
 
 
-def figures(trial: Trial) -> dict[str, float]:
-    """One reset, one rate, one seed."""
+def run_trial(trial: Trial) -> dict[str, float]:
+    """Trains one reset at one rate from one seed, and measures the result."""
     reset = None if trial.labels["reset"] == NOTHING else trial.labels["reset"]
-    seeds = {"projection_seed": trial.seed, "reset_seed": trial.seed}
-    description = ModelConfig(model="demo", t5="demo", reset=reset, **seeds)
     trained = trial.train(
-        lambda: build_model(description),
+        lambda: build_demo_model(t5="demo", reset=reset, projection_seed=trial.seed, reset_seed=trial.seed),
         steps=trial.config.steps,
         rate=trial.labels["learning rate"],
         schedule="cosine",
         train="whole UNet",
         train_projection=False,
     )
-    return trial.measured(trained)
+    return trial.measure(trained)
 
 
 def findings(rows: Sequence[Mapping]) -> list[str]:
-    """What the rows say of the notes' three observations, and which row is best; only what is measured already."""
-    found = {(row["reset"], row["learning rate"]): row for row in rows}
-    low, high = RATES[0], RATES[-1]
-    claims = (
-        (
-            "Cross-attention is useful at the low rate, more than all attention",
-            ("cross-attention", low),
-            ("all attention", low),
-        ),
-        ("QK is poor at the low rate, beside cross-attention", ("cross-attention", low), ("QK", low)),
-        ("QK is poor at the high rate, beside cross-attention", ("cross-attention", high), ("QK", high)),
-        ("All attention needs the high rate", ("all attention", high), ("all attention", low)),
-        ("Resetting cross-attention helps at the low rate", ("cross-attention", low), (NOTHING, low)),
-        ("Resetting cross-attention helps at the high rate", ("cross-attention", high), (NOTHING, high)),
-    )
-    words = []
-    for claim, better, worse in claims:
-        if better in found and worse in found:
-            pair = found[better], found[worse]
-            by = [verdict(*pair, "alignment"), verdict(*pair, "attributes"), verdict(*pair, "loss", lowest=True)]
-            words.append(f"{claim}: {'; '.join(by)}.")
+    """A verdict on every claim whose cells are measured, and the best cell by alignment."""
+    sentences = check_claims(CLAIMS, {(row["reset"], row["learning rate"]): row for row in rows})
     if rows:
         best = max(rows, key=lambda row: row["alignment"])
         where = f"{best['reset']} at {best['learning rate']:g}"
-        words.append(f"Best alignment: reset of {where}, {in_words(best, 'alignment')}.")
-    return words
+        sentences.append(f"Best alignment: reset of {where}, {format_mean(best, 'alignment')}.")
+    return sentences
 
 
 STUDY = Study(
-    about="Alignment and loss by layers reset and learning rate; the whole UNet trains for a frozen T5.",
+    description="Alignment and loss by layers reset and learning rate; the whole UNet trains for a frozen T5.",
     cells=[{"reset": reset, "learning rate": rate} for rate in RATES for reset in RESETS],
-    figures=figures,
+    run_trial=run_trial,
     findings=findings,
 )

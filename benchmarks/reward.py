@@ -1,8 +1,9 @@
-"""Ways of going back through the sampler in a reward tuning, side by side: memory and time of one step of each.
+"""Methods to backpropagate through the sampler in reward tuning: memory and time of one training step by each.
 
-All draw the same pictures from the same prompts and noise. Step by step, joint and checkpointed give the same gradient
-of the text encoder: that of the last K steps, with none through what the UNet reads of the picture. The schedule of
-TextCraftor's code (arXiv 2403.18978, github.com/snap-research/textcraftor) is another objective, ported as it stands.
+All draw the same pictures from the same prompts and noise. Step by step, joint and checkpointed compute the same
+gradient of the text encoder: that of the last K sampler steps, stopped at the latents which the UNet reads. The
+schedule of TextCraftor's code (arXiv 2403.18978, github.com/snap-research/textcraftor) minimises another objective; it
+is ported unchanged.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from ..training.config.reward import RewardTuneConfig
 from ..training.data.prompts import PromptSlot
 from ..training.models.protocols import Conditioning, TextToImage
 from ..training.objectives.reward import RewardObjective
-from ..training.recipes.reward import trainable_of
+from ..training.recipes.reward import build_trainable
 from ..training.rewards.combined import CombinedReward
 from ..training.rewards.parse import read_rewards
-from ..training.sampling.rollout import Guidance, Step, ddim_chain, first_latent, guided_output, rollout
-from ..training.trainables.weights import Trainable
-from .memory import kept_bytes
-from .study import table
-from .timing import medians
+from ..training.sampling.guidance import Guidance
+from ..training.sampling.rollout import Step, ddim_chain, first_latent, guided_output, rollout
+from ..training.trainables.base import Trainable
+from .memory import peak_saved_bytes
+from .study import markdown_table
+from .timing import median_seconds
 
-ABOUT = "Memory and time of a step of reward tuning at several K: step by step, joint, checkpointed, and as published."
-APART, JOINT, CHECKPOINTED, OFFICIAL = "step by step", "joint", "joint, UNet checkpointed", "TextCraftor's schedule"
+DESCRIPTION = (
+    "Memory and time of a reward tuning step at several K: step by step, joint, checkpointed, and as published."
+)
+STEPWISE, JOINT, CHECKPOINTED, OFFICIAL = "step by step", "joint", "joint, UNet checkpointed", "TextCraftor's schedule"
 OFFICIAL_STEPS = 5
-"""Its K; its batch is 4 pictures a GPU."""
+"""The K of TextCraftor's code, whose batch is 4 pictures a GPU."""
 PROMPT = "two small red circles on the left, white background"
 NO_CUDA = (
     "No CUDA device is here, so memory is what autograd keeps, weights left out, and seconds are processor time of all "
@@ -48,12 +52,12 @@ NO_CUDA = (
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBenchConfig:
-    """What `reward` measures, beside rounds and batch_size."""
+    """Size and model of the `reward` benchmark."""
 
     model: str = DEMO
     """diffusers folder, .safetensors checkpoint, or "demo"."""
     rewards: tuple[str, ...] = ("demo aesthetic", "demo CLIP")
-    """As of the verb `reward`."""
+    """As for the verb `reward`."""
     pixels: int = 64
     """Side of the pictures, a multiple of 8."""
     gradient_steps: tuple[int, ...] = (1, 5, 10, 25)
@@ -61,7 +65,7 @@ class RewardBenchConfig:
     sampling_steps: int = 25
     """Steps of the sampler (T)."""
     rounds: int = 7
-    """Turns of every way, after one that is not counted."""
+    """Turns of every method, after one that is not counted."""
     batch_size: int = 16
     """Pictures in a step."""
 
@@ -73,7 +77,7 @@ class RewardBenchConfig:
             self.tuning(steps)
 
     def tuning(self, gradient_steps: int) -> RewardTuneConfig:
-        """The tuning of which one step is measured; ValueError for more gradient_steps than there are steps."""
+        """The tuning whose training step is measured; ValueError for more gradient_steps than sampling_steps."""
         return RewardTuneConfig(
             run_name="bench",
             batch_size=self.batch_size,
@@ -86,7 +90,7 @@ class RewardBenchConfig:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all ways share."""
+    """The model, rewards and trainable that all methods share."""
 
     model: TextToImage
     reward: CombinedReward
@@ -95,46 +99,47 @@ class Bench:
 
     @classmethod
     def open(cls, config: RewardBenchConfig, comfyui: Path | None = None) -> Bench:
-        """Loads model and rewards, onto the GPU if there is one. Errors: those of the loaders."""
+        """Loads model and rewards, on the GPU if there is one. Errors: those of the loaders."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         reward = read_rewards(config.rewards, comfyui=comfyui)
         reward.network.to(device)
         model = build_model(ModelConfig(model=config.model, comfyui=comfyui, device=device))
-        return cls(model, reward, config, trainable_of(model, config.tuning(1)))
+        return cls(model, reward, config, build_trainable(model, config.tuning(1)))
 
     @property
     def prompts(self) -> list[str]:
         return [PROMPT] * self.config.batch_size
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything there is, whether it trains or not."""
+        """Every parameter of the model and the rewards, trained or not."""
         parts = [self.model.denoiser.network, self.model.autoencoder.network, self.reward.network]
         base = [target.tensor for target in self.model.text_encoder.weights.values()]
         return [*(p for part in parts for p in part.parameters()), *base, *self.trainable.parameters.values()]
 
-    def heard(self, cfg: float) -> Guidance:
-        """The prompts, and the empty one, as the text encoder gives them now."""
+    def encode_prompts(self, cfg: float) -> Guidance:
+        """The prompts and as many empty ones, encoded with the text encoder's present weights."""
         encoder, device = self.model.text_encoder, self.model.denoiser.device
-        own, empty = (encoder.encode(encoder.tokenize([text])).to(device) for text in (PROMPT, ""))
+        positive, empty = (encoder.encode(encoder.tokenize([text])).to(device) for text in (PROMPT, ""))
         count = self.config.batch_size
-        return Guidance(Conditioning.cat([own] * count), Conditioning.cat([empty] * count), cfg)
+        return Guidance(Conditioning.cat([positive] * count), Conditioning.cat([empty] * count), cfg)
 
     def noise(self, tuning: RewardTuneConfig) -> Tensor:
-        """(B, C, h, w), that of the first step of a tuning."""
+        """(B, C, h, w) noise of a tuning's first training step."""
         cells = self.config.pixels // self.model.autoencoder.downscale
         shape = (self.model.denoiser.latent_channels, cells, cells)
-        sources = (generator(tuning.seed, "noise", 1, i) for i in range(self.config.batch_size))
-        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(self.model.denoiser.device)
+        generators = (generator(tuning.seed, "noise", 1, i) for i in range(self.config.batch_size))
+        noise = [torch.randn(shape, generator=each) for each in generators]
+        return torch.stack(noise).to(self.model.denoiser.device)
 
 
 Key = tuple[str, int]
-"""Way and K."""
-Way = Callable[[Bench, int], Callable[[], None]]
-"""(what is shared, K) -> one step's forward and backward, which leaves gradients."""
+"""Method and K."""
+Method = Callable[[Bench, int], Callable[[], None]]
+"""(bench, K) -> a function that runs forward and backward of one training step and leaves gradients in .grad."""
 
 
 def step_by_step(bench: Bench, gradient_steps: int) -> Callable[[], None]:
-    """The objective that the verb `reward` minimises."""
+    """Retune's own: one UNet graph at a time, as the verb `reward` trains."""
     tuning = bench.config.tuning(gradient_steps)
     objective = RewardObjective(bench.model, bench.reward, tuning, bench.trainable, text_trains=True)
     slots = [PromptSlot(prompt, 1, i) for i, prompt in enumerate(bench.prompts)]
@@ -147,18 +152,18 @@ def step_by_step(bench: Bench, gradient_steps: int) -> Callable[[], None]:
 
 
 def joint(bench: Bench, gradient_steps: int, checkpointed: bool = False) -> Callable[[], None]:
-    """One graph of the text encoder, the last steps with the gradient stopped at their inputs, decoder and rewards."""
+    """One graph of text encoder, last K steps with the gradient stopped at their input latents, decoder and rewards."""
     tuning, denoiser = bench.config.tuning(gradient_steps), bench.model.denoiser
     chain = ddim_chain(denoiser, tuning.sampling_steps)
     first = len(chain) - gradient_steps
 
     def run() -> None:
         with bench.trainable.attach(rng_key=(1, 0)):
-            heard = bench.heard(tuning.cfg)
+            guidance = bench.encode_prompts(tuning.cfg)
             start = first_latent(denoiser, bench.noise(tuning), chain)
-            x = rollout(denoiser, start, chain[:first], heard)[-1]
+            x = rollout(denoiser, start, chain[:first], guidance)[-1]
             for step in chain[first:]:
-                x = _advanced(denoiser, x, x.detach(), step, heard, checkpointed)
+                x = _advance(denoiser, x, x.detach(), step, guidance, checkpointed)
             score = bench.reward.evaluate(bench.model.autoencoder.pixels(x), bench.prompts).total
             (-score.mean()).backward()
 
@@ -166,47 +171,51 @@ def joint(bench: Bench, gradient_steps: int, checkpointed: bool = False) -> Call
 
 
 def official(bench: Bench, gradient_steps: int) -> Callable[[], None]:
-    """As TextCraftor's code has it: the first steps hear the original text encoder, the last ones the tuned one, with
-    each UNet call checkpointed and the latents not cut; pictures cut to 0..1; all rewards in one graph; and UNet and
-    rewards not frozen, so that all of their weights get gradients that nobody reads."""
+    """As TextCraftor's code trains.
+
+    The first steps read the original text encoder, the last K the tuned one, with every UNet call checkpointed and the
+    gradient not stopped at the latents. Pictures are clamped to 0..1, all rewards are in one graph, and UNet and
+    rewards are not frozen: all of their weights get gradients that are never used.
+    """
     tuning, denoiser = bench.config.tuning(gradient_steps), bench.model.denoiser
     chain = ddim_chain(denoiser, tuning.sampling_steps)
     first = len(chain) - gradient_steps
 
     def run() -> None:
         with torch.no_grad():
-            original = bench.heard(tuning.cfg)
+            original = bench.encode_prompts(tuning.cfg)
         with bench.trainable.attach(rng_key=(1, 0)), _unfrozen([denoiser.network, bench.reward.network]):
-            heard = bench.heard(tuning.cfg)
+            guidance = bench.encode_prompts(tuning.cfg)
             start = first_latent(denoiser, bench.noise(tuning), chain)
             x = rollout(denoiser, start, chain[:first], original)[-1]
             for step in chain[first:]:
-                x = _advanced(denoiser, x, x, step, heard, True)
+                x = _advance(denoiser, x, x, step, guidance, True)
             score = bench.reward.evaluate(bench.model.autoencoder.decode(x), bench.prompts).total
             (-score.mean()).backward()
 
     return run
 
 
-def _advanced(denoiser, x: Tensor, seen: Tensor, step: Step, heard: Guidance, checkpointed: bool) -> Tensor:
-    """One step on from x, of which the UNet reads `seen`."""
+def _advance(denoiser, x: Tensor, unet_input: Tensor, step: Step, guidance: Guidance, checkpointed: bool) -> Tensor:
+    """One sampler step from x; unet_input: x, or x detached."""
 
-    def output(seen: Tensor, *tensors: Tensor) -> Tensor:
-        return guided_output(denoiser, seen, step, _with(heard, tensors))
+    def output(unet_input: Tensor, *tensors: Tensor) -> Tensor:
+        return guided_output(denoiser, unet_input, step, _replace_tensors(guidance, tensors))
 
-    # Reentrant, or what is computed again would escape `kept_bytes`.
-    out = checkpoint(output, seen, *heard.tensors, use_reentrant=True) if checkpointed else output(seen, *heard.tensors)
+    arguments = (unet_input, *guidance.tensors)
+    # Reentrant, or `peak_saved_bytes` would miss the activations that are recomputed.
+    out = checkpoint(output, *arguments, use_reentrant=True) if checkpointed else output(*arguments)
     return step.a.to(x) * x + step.b.to(x) * out
 
 
-def _with(heard: Guidance, tensors: Sequence[Tensor]) -> Guidance:
-    """The same with other tensors, in the order of `Heard.tensors`."""
+def _replace_tensors(guidance: Guidance, tensors: Sequence[Tensor]) -> Guidance:
+    """The guidance with other tensors, in the order of `Guidance.tensors`."""
     rest = iter(tensors)
 
-    def of(one: Conditioning) -> Conditioning:
-        return replace(one, context=next(rest), pooled=None if one.pooled is None else next(rest))
+    def replaced(cond: Conditioning) -> Conditioning:
+        return replace(cond, context=next(rest), pooled=None if cond.pooled is None else next(rest))
 
-    return Guidance(of(heard.positive), of(heard.negative), heard.cfg)
+    return Guidance(replaced(guidance.positive), replaced(guidance.negative), guidance.cfg)
 
 
 @contextmanager
@@ -221,8 +230,8 @@ def _unfrozen(networks: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-WAYS: dict[str, Way] = {
-    APART: step_by_step,
+METHODS: dict[str, Method] = {
+    STEPWISE: step_by_step,
     JOINT: joint,
     CHECKPOINTED: lambda bench, gradient_steps: joint(bench, gradient_steps, checkpointed=True),
     OFFICIAL: official,
@@ -232,35 +241,43 @@ WAYS: dict[str, Way] = {
 def run_reward_bench(
     config: RewardBenchConfig, comfyui: Path | None = None, callbacks: Callbacks | None = None
 ) -> dict:
-    """Rows of every way and K, how flat memory is over K, and a Markdown table; comfyui: for its tokenizer.
+    """Measures every method at every K.
 
-    Raises ValueError and FileNotFoundError for a model or reward that is not there.
+    Args:
+        comfyui: An installed ComfyUI, to take the CLIP tokenizer from.
+
+    Returns:
+        `build_result`: rows, the flatness of memory over K, and a Markdown table.
+
+    Raises:
+        ValueError, FileNotFoundError: For a model or reward that is not there.
     """
     callbacks = callbacks or Callbacks()
     bench = Bench.open(config, comfyui)
-    turns = turns_of(bench)
+    steps = make_steps(bench)
     memory = {}
-    for (way, steps), run in turns.items():
-        callbacks.on_text(f"memory of {way}, K = {steps}")
-        memory[way, steps] = measured(bench, run)
-    callbacks.on_text(f"{len(turns)} ways, {config.rounds + 1} turns each")
-    seconds = medians({key: _cleared(bench, run) for key, run in turns.items()}, config.rounds, _clock)
-    return figures(config, memory, seconds)
+    for (method, k), run in steps.items():
+        callbacks.on_text(f"memory of {method}, K = {k}")
+        memory[method, k] = measure_memory(bench, run)
+    callbacks.on_text(f"{len(steps)} ways, {config.rounds + 1} turns each")
+    timed = {key: _then_clear(bench, run) for key, run in steps.items()}
+    return build_result(config, memory, median_seconds(timed, config.rounds, _clock))
 
 
-def turns_of(bench: Bench) -> dict[Key, Callable[[], None]]:
-    """(way, K) -> one step; TextCraftor's schedule with its own K alone."""
+def make_steps(bench: Bench) -> dict[Key, Callable[[], None]]:
+    """(method, K) -> one training step; TextCraftor's schedule with its published K alone."""
     config = bench.config
-    ways = [(way, steps) for steps in config.gradient_steps for way in WAYS if way != OFFICIAL]
-    ways.append((OFFICIAL, min(OFFICIAL_STEPS, config.sampling_steps)))
-    return {(way, steps): WAYS[way](bench, steps) for way, steps in ways}
+    keys = [(method, k) for k in config.gradient_steps for method in METHODS if method != OFFICIAL]
+    keys.append((OFFICIAL, min(OFFICIAL_STEPS, config.sampling_steps)))
+    return {(method, k): METHODS[method](bench, k) for method, k in keys}
 
 
-def measured(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
-    """Figures of one step's memory, in MiB.
+def measure_memory(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
+    """Memory of one training step in MiB.
 
-    "memory": the most at one time that autograd keeps on a CPU, the allocator's peak above what lay there on a GPU,
-    where "allocated" is the whole peak. "gradients": what lies in .grad afterwards, of whatever.
+    Returns:
+        "memory": on a CPU the peak of the bytes that autograd saves, on a GPU the allocator's peak above the bytes
+        allocated before, with "allocated", the whole peak. "gradients": the bytes in .grad of all parameters.
     """
     _clear(bench)
     if bench.model.denoiser.device.type == "cuda":
@@ -268,12 +285,12 @@ def measured(bench: Bench, run: Callable[[], None]) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         run()
         peak = torch.cuda.max_memory_allocated()
-        found = {"memory": peak - before, "allocated": peak}
+        sizes = {"memory": peak - before, "allocated": peak}
     else:
-        found = {"memory": kept_bytes(run, bench.parameters())}
-    found["gradients"] = sum(p.grad.nbytes for p in bench.parameters() if p.grad is not None)
+        sizes = {"memory": peak_saved_bytes(run, bench.parameters())}
+    sizes["gradients"] = sum(p.grad.nbytes for p in bench.parameters() if p.grad is not None)
     _clear(bench)
-    return {name: size / 2**20 for name, size in found.items()}
+    return {name: size / 2**20 for name, size in sizes.items()}
 
 
 def _clear(bench: Bench) -> None:
@@ -281,44 +298,55 @@ def _clear(bench: Bench) -> None:
         parameter.grad = None
 
 
-def _cleared(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
-    def turn() -> None:
+def _then_clear(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
+    def run_and_clear() -> None:
         run()
         _clear(bench)
 
-    return turn
+    return run_and_clear
 
 
 def _clock() -> float:
-    """Seconds of the GPU's work; without one those of the processor for this process, whatever else it does."""
+    """Seconds of wall time after the GPU is done; without a GPU, processor seconds of this process."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def figures(config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]) -> dict:
-    """What was measured, by way and K, as JSON. ratio: seconds over those step by step at the same K."""
+def build_result(
+    config: RewardBenchConfig, memory: Mapping[Key, Mapping[str, float]], seconds: Mapping[Key, float]
+) -> dict:
+    """The measurements as JSON.
+
+    Args:
+        memory: `measure_memory` by method and K.
+        seconds: Median seconds by method and K.
+
+    Returns:
+        "rows" by "way" (the method) and "K", where "ratio" is seconds over those step by step at the same K;
+        "flatness" by method; config, threads, device, note and table.
+    """
     rows = []
-    for (way, steps), found in memory.items():
+    for (method, k), found in memory.items():
         sizes = {f"{name} (MiB)": round(size, 2) for name, size in found.items()}
-        beside = seconds.get((APART, steps))
-        ratio = None if beside is None else round(seconds[way, steps] / beside, 3)
-        rows.append({"way": way, "K": steps, **sizes, "seconds": round(seconds[way, steps], 4), "ratio": ratio})
-    rows.sort(key=lambda row: (list(WAYS).index(row["way"]), row["K"]))
+        stepwise = seconds.get((STEPWISE, k))
+        ratio = None if stepwise is None else round(seconds[method, k] / stepwise, 3)
+        rows.append({"way": method, "K": k, **sizes, "seconds": round(seconds[method, k], 4), "ratio": ratio})
+    rows.sort(key=lambda row: (list(METHODS).index(row["way"]), row["K"]))
     cuda = torch.cuda.is_available()
     return {
         "config": asdict(config),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "rows": rows,
-        "flatness": {way: flatness(memory, way) for way in WAYS if way != OFFICIAL},
+        "flatness": {method: flatness(memory, method) for method in METHODS if method != OFFICIAL},
         "note": "Memory is the allocator's peak above what lay there before the step." if cuda else NO_CUDA,
-        "table": table(rows),
+        "table": markdown_table(rows),
     }
 
 
-def flatness(memory: Mapping[Key, Mapping[str, float]], way: str) -> float:
-    """Largest over smallest memory of a way at all K, minus 1."""
-    sizes = [found["memory"] for (name, _), found in memory.items() if name == way]
+def flatness(memory: Mapping[Key, Mapping[str, float]], method: str) -> float:
+    """Largest over smallest memory of a method over all K, minus 1."""
+    sizes = [found["memory"] for (name, _), found in memory.items() if name == method]
     return max(sizes) / min(sizes) - 1

@@ -1,4 +1,4 @@
-"""Timing variants of one thing in turns, so that what else a machine does falls on all of them alike."""
+"""Timing variants of one thing in turns, so that whatever else a machine does slows all of them equally."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ Variants = Mapping[str, Callable[[], object]]
 Key = TypeVar("Key", bound=Hashable)
 
 
-def medians(
+def median_seconds(
     variants: Mapping[Key, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Key, float]:
-    """Median seconds of each variant; in each round every variant has one turn, after one that is not counted."""
+    """Median seconds of each variant over `rounds` rounds in which every variant runs once.
+
+    One more round comes first and is not counted: it fills caches.
+    """
     times: dict[Key, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, call in variants.items():

@@ -1,11 +1,11 @@
-// Helpers: elements, numbers, the server's answers. Text never goes in as HTML.
+// Helpers: elements, numbers, requests to the server. Text is never inserted as HTML.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const href = new URL("retune.css", import.meta.url).href;
 document.head.append(el("link", "", { rel: "stylesheet", href }));
 
-/** names: of classes, without their prefix. */
+/** names: class names without their prefix. */
 export function el(tag, names = "", properties, ...children) {
   const className = names.replace(/\S+/g, "retune-$&");
   const element = Object.assign(document.createElement(tag), { className }, properties);
@@ -21,7 +21,7 @@ export function fillSelect(select, pairs) {
   select.replaceChildren(...pairs.map(([value, textContent]) => el("option", "", { value, textContent })));
 }
 
-/** Equal text is left alone: it costs no layout. */
+/** Sets an element's text; unchanged text costs no layout. */
 export function say(element, text) {
   if (element.textContent !== text) element.title = element.textContent = text;
 }
@@ -50,7 +50,7 @@ export const remark = (run) => ({ interrupted: "queue it again to go on", finish
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 
-/** A sample; with a version, since names come again after a restart. */
+/** Shows a sample; its URL has a version, since file names recur after a restart. */
 export function picture(image, { id, version }, file, title) {
   const src = api.apiURL(`${address(id, "samples", file)}?v=${version}`);
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
@@ -58,7 +58,7 @@ export function picture(image, { id, version }, file, title) {
   return image;
 }
 
-/** A route's JSON, null for no run; throws the server's reason. */
+/** The JSON of a route, null for no run; throws the server's error message. */
 export async function ask(path, method = "GET") {
   const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;
@@ -70,7 +70,7 @@ export async function ask(path, method = "GET") {
 export const toast = (severity, detail) =>
   app.extensionManager.toast.add({ severity, summary: "Retune", detail, life: 6000 });
 
-/** What an action gives; its error is shown. */
+/** The result of an action; an error is shown to the user. */
 export async function attempt(action) {
   try {
     return await action();

@@ -1,10 +1,10 @@
-// Lines on a canvas: two y axes, linear or log, values under the pointer. It draws only after changes.
+// Curves on a canvas: two y axes, linear or log, and values under the pointer. Drawn only after changes.
 import { button, el, figure } from "./dom.js";
 
 const TOP = 18, BOTTOM = 20, SIDE = 44; // margins in CSS pixels
 const charts = new Set();
 
-// The palette is a class and style of the page itself.
+// The colour theme is a class and style of the page itself.
 const palette = new MutationObserver(() => charts.forEach((chart) => chart.redraw()));
 for (const page of [document.documentElement, document.body])
   palette.observe(page, { attributeFilter: ["class", "style"] });
@@ -52,7 +52,7 @@ export class LineChart {
   draw() {
     const { clientWidth: width, clientHeight: height } = this.element;
     if (!width || !height) return;
-    const c = this.canvas.getContext("2d"), ratio = Math.max(2, devicePixelRatio); // nodes are looked at enlarged
+    const c = this.canvas.getContext("2d"), ratio = Math.max(2, devicePixelRatio); // nodes may be shown enlarged
     Object.assign(this.canvas, { width: Math.round(width * ratio), height: Math.round(height * ratio) });
     c.scale(ratio, ratio);
     c.font = "11px system-ui, sans-serif";
@@ -111,7 +111,7 @@ export class LineChart {
     }
   }
 
-  /** x: of the pointer; null: it is away. */
+  /** x: of the pointer; null when it is elsewhere. */
   point(x) {
     const step = x === null || !this.x ? null : this.nearest(this.x.back(x));
     if (step === this.hover) return;
@@ -136,8 +136,8 @@ export class LineChart {
       entry.style.setProperty("--key", this.colour(colour));
       this.tip.append(entry);
     }
-    const beside = this.x(step) < this.element.clientWidth / 2 ? ["auto", "8px"] : ["8px", "auto"];
-    [this.tip.style.left, this.tip.style.right] = beside;
+    const isLeft = this.x(step) < this.element.clientWidth / 2;
+    [this.tip.style.left, this.tip.style.right] = isLeft ? ["auto", "8px"] : ["8px", "auto"];
   }
 
   colour(name) {
@@ -161,37 +161,37 @@ function scale(low, high, from, to) {
   return Object.assign(place, { high, back: (pixel) => low + ((pixel - from) / (to - from)) * (high - low) });
 }
 
-/** Value -> height, with `ticks`; log only where every value is above 0. */
+/** value -> height in pixels, with `ticks`; log only where every value is above 0. */
 function yScale(series, log, box) {
   let [low, high] = limits(series);
   const count = Math.max(2, (box.bottom - box.top) / 34), isLog = log && low > 0, to = isLog ? Math.log10 : (v) => v;
   if (!isLog && low > 0 && (low < 0.6 * high || high - low < 1e-6 * high)) low = 0;
-  const room = Math.max(0.06 * (to(high) - to(low)), 1e-6 * (isLog || Math.abs(high))) || 0.1;
-  [low, high] = [low === 0 ? 0 : to(low) - room, to(high) + room];
+  const margin = Math.max(0.06 * (to(high) - to(low)), 1e-6 * (isLog || Math.abs(high))) || 0.1;
+  [low, high] = [low === 0 ? 0 : to(low) - margin, to(high) + margin];
   const linear = scale(low, high, box.bottom, box.top);
   return Object.assign((v) => linear(to(v)), { ticks: (isLog ? logTicks : ticks)(low, high, count) });
 }
 
-/** Lowest and highest value; faint series without a fiftieth at each end. */
+/** Lowest and highest value; of faint series without the outer 2 % at each end. */
 function limits(series) {
-  const shown = series.flatMap(({ points, faint }) => {
+  const ends = series.flatMap(({ points, faint }) => {
     const values = points.map((p) => p[1]).sort((a, b) => a - b), cut = faint ? Math.floor(values.length / 50) : 0;
     return [values[cut], values.at(-1 - cut)];
   });
-  return shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
+  return ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
 }
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const apart = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
-  const first = Math.ceil(low / apart), length = Math.floor(high / apart) - first + 1;
-  return Array.from({ length }, (_, i) => Number(((first + i) * apart).toPrecision(12)));
+  const spacing = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+  const first = Math.ceil(low / spacing), length = Math.floor(high / spacing) - first + 1;
+  return Array.from({ length }, (_, i) => Number(((first + i) * spacing).toPrecision(12)));
 }
 
 function logTicks(low, high, count) {
-  const found = [];
+  const values = [];
   for (let e = Math.floor(low); e <= high; e++)
-    for (const m of high - low > count / 2 ? [1] : [1, 2, 5]) found.push(Number(`${m}e${e}`));
-  const seen = found.filter((value) => value >= 10 ** low && value <= 10 ** high);
-  return seen.length > 2 ? seen : ticks(10 ** low, 10 ** high, count);
+    for (const m of high - low > count / 2 ? [1] : [1, 2, 5]) values.push(Number(`${m}e${e}`));
+  const inside = values.filter((value) => value >= 10 ** low && value <= 10 ** high);
+  return inside.length > 2 ? inside : ticks(10 ** low, 10 ** high, count);
 }

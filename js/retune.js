@@ -6,7 +6,7 @@ import { RunsPanel } from "./runs_panel.js";
 
 let panel = null;
 
-// Before setup: a run may be in progress, and ComfyUI warns of events nobody waits for.
+// Before setup: a run may be in progress, and ComfyUI warns about events without a listener.
 for (const kind of ["step", "sample", "state"])
   api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
     views.forEach((view) => view.event(kind, detail));
@@ -49,7 +49,7 @@ app.registerExtension({
     });
   },
 
-  /** Nodes in subgraphs of an old workflow go without onRemoved. */
+  /** ComfyUI does not call onRemoved for nodes in subgraphs of the previous workflow. */
   afterConfigureGraph() {
     const root = app.rootGraph ?? app.graph, graphs = [root, ...root.subgraphs.values()];
     views.forEach((view) => graphs.includes(view.node.graph) || view.dispose());

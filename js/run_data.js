@@ -1,4 +1,4 @@
-// A run as the server told it, and the events since.
+// The data of a run: as the server sent it, and of the events since.
 import { words } from "./dom.js";
 
 const POINTS = 2400; // more steps are thinned
@@ -9,7 +9,7 @@ export class RunData {
     this.average = this.rows.length ? this.rows.at(-1).smoothed * (1 - this.smoothing ** this.count) : 0;
   }
 
-  /** A retune.step event; the server may have told the step. */
+  /** Adds a retune.step event, unless the step is in the data already. */
   addStep({ validation, ...row }) {
     if (row.step <= (this.rows.at(-1)?.step ?? 0)) return;
     this.count += 1;
@@ -32,10 +32,10 @@ export class RunData {
 
   /** Further figures, of steps, validations and samples: name -> the rows that hold it. */
   get figures() {
-    const found = new Map(), known = ["step", "steps", "epoch", "loss", "smoothed", "seconds_per_step", this.main];
+    const found = new Map(), ignored = ["step", "steps", "epoch", "loss", "smoothed", "seconds_per_step", this.main];
     for (const rows of [this.rows, this.validation, this.samples])
       for (const [key, value] of Object.entries(rows.at(-1) ?? {}))
-        if (typeof value === "number" && !known.includes(key) && !found.has(key)) found.set(key, rows);
+        if (typeof value === "number" && !ignored.includes(key) && !found.has(key)) found.set(key, rows);
     return found;
   }
 

@@ -13,8 +13,8 @@ export const nameWidget = (node) => node.widgets?.find((widget) => widget.name =
 export class RunView {
   constructor(node) {
     this.node = node;
-    this.run = null; // RunData, once the server knows the run
-    this.recent = []; // the last steps: a read misses some
+    this.run = null; // RunData, once the server has the run
+    this.recent = []; // the last steps, some of which a request may miss
     this.build();
     views.add(this);
     const options = { serialize: false, getMinHeight: () => this.height + MARGIN };
@@ -26,8 +26,8 @@ export class RunView {
   build() {
     this.state = el("span", "state");
     this.progress = el("span", "grow");
-    const says = "End after this step; the graph goes on.";
-    this.end = button("Finish now", says, () => this.finish());
+    const hint = "End after this step; the graph goes on.";
+    this.end = button("Finish now", hint, () => this.finish());
     this.pace = el("span", "grow quiet");
     this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
     this.chart = new LineChart("Curves of the run");
@@ -44,7 +44,7 @@ export class RunView {
     };
   }
 
-  /** The run's name as the node has it; null where a link brings it. */
+  /** The run's name in the node's widget; null where it comes by a link. */
   get name() {
     const { node } = this, slot = node.findInputSlot("run_name");
     return slot >= 0 && node.isInputConnected(slot) ? null : nameWidget(node)?.value ?? null;
@@ -56,14 +56,14 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Reads a run soon, and again if asked for meanwhile. */
+  /** Requests a run soon, and once more if called in the meantime. */
   load(id, after = 50) {
     this.again = true;
     if (id && id === this.loading) return;
     clearTimeout(this.waiting);
     this.loading = id;
     const { properties } = this.node;
-    if (id) properties.retune_run = id; // a linked name is known only so after a reload
+    if (id) properties.retune_run = id; // the only way to find a linked name after a reload
     const ticket = (this.waiting = setTimeout(async () => {
       this.again = false;
       const wanted = id ?? this.name ?? this.run?.id ?? properties.retune_run;
@@ -77,7 +77,7 @@ export class RunView {
     }, after));
   }
 
-  /** An event of its run or, where a link names that, of the node. */
+  /** Handles an event of its run or, where the name comes by a link, of its node. */
   event(kind, event) {
     const { name, run } = this;
     if (name === null ? nodeAt(event.node) !== this.node : event.run !== name) return;
@@ -134,7 +134,7 @@ export class RunView {
     this.chart.show(this.run.series(this.choice.value));
   }
 
-  /** The slider stays where it was put, or at its end. */
+  /** The slider stays where the user placed it, or at its end. */
   fillSamples({ id, samples }) {
     const { slider } = this, last = String(samples.length - 1), follows = slider.value === slider.max;
     slider.max = last;
@@ -152,7 +152,7 @@ export class RunView {
     while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
-  /** Makes room; never shrinks. */
+  /** Makes the node high enough; never shrinks it. */
   fit(height) {
     if (height === this.height) return;
     const { node } = this;

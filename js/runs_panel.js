@@ -34,7 +34,7 @@ export class RunsPanel {
 
   event(kind, event) {
     const chosen = this.chosen.get(event.run);
-    if (chosen && kind === "state" && !event.message) this.read(event.run); // begins, goes on or ends
+    if (chosen && kind === "state" && !event.message) this.read(event.run); // starts, resumes or ends
     if (kind === "step") chosen?.data?.addStep(event);
     this.draw();
     this.refreshSoon();
@@ -51,7 +51,7 @@ export class RunsPanel {
     if (!runs) return;
     say(this.note, runs.length ? `${runs.length} in output/retune` : "none yet");
     for (const id of this.cards.keys())
-      if (!runs.some((run) => run.id === id)) [this.cards, this.chosen].forEach((known) => known.delete(id));
+      if (!runs.some((run) => run.id === id)) [this.cards, this.chosen].forEach((map) => map.delete(id));
     const order = runs.map((run) => this.fillCard(this.cards.get(run.id) ?? this.makeCard(run.id), run));
     const { children } = this.list, moved = order.some((card, i) => card !== children[i]);
     if (moved || order.length < children.length) this.list.replaceChildren(...order);

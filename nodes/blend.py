@@ -1,4 +1,4 @@
-"""Text encoders and encoded prompts blended: how much of a tuned encoder, and when."""
+"""Blends of text encoders and of encoded prompts: how much of a tuned encoder, and at which steps."""
 
 from comfy_api.latest import io
 
@@ -14,13 +14,13 @@ class RetuneBlendTextEncoders(io.ComfyNode):
             display_name="Blend Text Encoders",
             category="retune/text encoder",
             description="A weighted sum of text encoders, such as the original and tuned ones: of their weights, or of "
-            "what they say. A tuned CLIP-L also goes into SDXL's pair.",
+            "their outputs. A tuned CLIP-L also goes into SDXL's pair.",
             search_aliases=["merge clip", "interpolate text encoders", "mix clip", "textcraftor", "clip merge"],
             inputs=[
                 io.Autogrow.Input(
                     "clips",
                     template=io.Autogrow.TemplatePrefix(clip, prefix="clip", min=2, max=MAX_ENCODERS),
-                    tooltip="The text encoders, as many as you like; a new input appears for each. The first one gives "
+                    tooltip="The text encoders, as many as you like; a new input appears for each. The first one sets "
                     "the structure.",
                 ),
                 io.String.Input(
@@ -33,8 +33,8 @@ class RetuneBlendTextEncoders(io.ComfyNode):
                     options=["weights", "embeddings"],
                     default="weights",
                     tooltip="weights: one encoder with blended weights, as fast as one, for encoders of one "
-                    "architecture. embeddings: each prompt goes through every encoder and the results are blended; any "
-                    "encoders of one width.",
+                    "architecture. embeddings: each prompt is encoded by every encoder and the results are blended, "
+                    "for any encoders of one width.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="The blend; use it like any CLIP.")],
@@ -42,13 +42,13 @@ class RetuneBlendTextEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, clips, weights, space) -> io.NodeOutput:
-        from ..training.text_encoder.blend import read_weights
+        from ..training.text_encoder.blend import parse_weights
         from .clips.blend_weights import blend_weights
         from .clips.blended_clip import blend_embeddings
 
         given = [clips[name] for name in sorted(clips, key=lambda name: int(name.removeprefix("clip")))]
         blend = blend_weights if space == "weights" else blend_embeddings
-        return io.NodeOutput(blend(given, read_weights(weights, len(given))))
+        return io.NodeOutput(blend(given, parse_weights(weights, len(given))))
 
 
 class RetuneBlendConditioning(io.ComfyNode):
@@ -62,15 +62,15 @@ class RetuneBlendConditioning(io.ComfyNode):
             "the tuned text encoder.",
             search_aliases=["conditioning average", "interpolate prompts", "mix conditioning"],
             inputs=[
-                io.Conditioning.Input("a", tooltip="What amount 0 gives."),
-                io.Conditioning.Input("b", tooltip="What amount 1 gives; as many entries as a."),
+                io.Conditioning.Input("a", tooltip="The result at amount 0."),
+                io.Conditioning.Input("b", tooltip="The result at amount 1; as many entries as a."),
                 io.Float.Input(
                     "amount",
                     default=0.5,
                     min=-1.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="Share of b. Below 0 and above 1 the blend goes on past a or b, with a warning.",
+                    tooltip="Share of b. Below 0 and above 1 the blend extrapolates past a or b, with a warning.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="The blend, with area, mask and range of a.")],

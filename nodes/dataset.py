@@ -4,7 +4,9 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.config.folder import FolderConfig
 from .common import types
+from .common.inputs import input_of, inputs_of
 
 
 class RetuneLoadDataset(io.ComfyNode):
@@ -18,81 +20,18 @@ class RetuneLoadDataset(io.ComfyNode):
             "aspect ratio. Pixels stay on disk until they are needed.",
             search_aliases=["training images", "captions", "dataset folder"],
             inputs=[
-                io.String.Input(
-                    "folder", default="", tooltip="A folder on this machine; a relative one is looked for in input/."
+                input_of(
+                    FolderConfig,
+                    "folder",
+                    default="",
+                    tooltip="A folder on this machine; a relative one is searched for in input/.",
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=512,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Images are resized to an area of at most resolution x resolution pixels.",
-                ),
-                io.Combo.Input(
-                    "captions",
-                    options=["txt", "metadata.jsonl", "file name", "one caption"],
-                    default="txt",
-                    optional=True,
-                    tooltip="Where captions come from: a .txt or .caption file beside each image, one "
-                    "metadata.jsonl (file_name, text), the file's name, or one caption for all.",
-                ),
-                io.String.Input("caption", default="", optional=True, tooltip="The caption for 'one caption'."),
-                io.Int.Input(
-                    "repeats",
-                    default=1,
-                    min=1,
-                    max=10000,
-                    optional=True,
-                    tooltip="Times each image is shown per epoch, on top of kohya's 10_name folders.",
-                ),
-                io.Boolean.Input(
-                    "buckets",
-                    default=True,
-                    optional=True,
-                    tooltip="Keep aspect ratios (batches hold one size each); off cuts every image to a square.",
-                ),
-                io.Combo.Input(
-                    "crop",
-                    options=["center", "random"],
-                    default="center",
-                    optional=True,
-                    tooltip="Which part of an image that is too long on one side; random is drawn anew each time and "
-                    "cannot be cached.",
-                ),
-                io.Boolean.Input("flip", default=False, optional=True, tooltip="Mirror half of what is shown."),
-                io.Combo.Input(
-                    "on_bad_image",
-                    options=["skip", "stop"],
-                    default="skip",
-                    optional=True,
-                    tooltip="Leave unreadable images out and count them in the report, or stop with an error.",
-                ),
-                io.Combo.Input(
-                    "on_missing_caption",
-                    options=["stop", "skip"],
-                    default="stop",
-                    optional=True,
-                    tooltip="Stop and name images without a caption, or leave them out and count them.",
-                ),
-                io.Combo.Input(
-                    "masks",
-                    options=["none", "alpha", "files"],
-                    default="none",
-                    optional=True,
-                    tooltip="Which part of an image counts: all of it, where it is opaque, or where a picture called "
-                    "name-masklabel.png, or of the same name in a sub-folder 'masks', is white.",
-                ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.05,
-                    round=False,
-                    optional=True,
-                    tooltip="Factor of these images' loss; for regularisation images that should count less.",
-                ),
+                input_of(FolderConfig, "resolution", min=64, max=4096),
+                *inputs_of(FolderConfig, "captions", "caption", optional=True),
+                input_of(FolderConfig, "repeats", max=10000, optional=True),
+                *inputs_of(FolderConfig, "buckets", "crop", "flip", "on_bad_image", optional=True),
+                input_of(FolderConfig, "on_missing_caption", options=["stop", "skip"], optional=True),
+                *inputs_of(FolderConfig, "masks", "weight", optional=True),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -112,7 +51,7 @@ class RetuneLoadDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, resolution, **options):
-        from ..training.data.folder import FolderConfig, load_folder
+        from ..training.data.folder import load_folder
         from .ui.progress import NodeCallbacks
 
         config = FolderConfig(folder=resolved(folder), resolution=resolution, **options)
@@ -177,7 +116,7 @@ class RetuneJoinDatasets(io.ComfyNode):
                     default="regularisation images",
                     optional=True,
                     tooltip="Regularisation images: repeated or thinned out to as many as the first, never held out "
-                    "for validation. More images: shown as often as they say.",
+                    "for validation. More images: as often as their repeats.",
                 ),
             ],
             outputs=[
@@ -188,9 +127,9 @@ class RetuneJoinDatasets(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, second_is="regularisation images"):
-        from ..training.data.dataset import join
+        from ..training.data.dataset import join_datasets
 
-        dataset = join(first, second, regularisation=second_is == "regularisation images")
+        dataset = join_datasets(first, second, regularisation=second_is == "regularisation images")
         return io.NodeOutput(dataset, dataset.report)
 
 

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .common import types
+from .common.inputs import seed_input
 from .common.paths import files, listed_file
 
 BUILT_IN = "built in"
@@ -56,24 +57,22 @@ class RetuneDemoDataset(io.ComfyNode):
             node_id="RetuneDemoDataset",
             display_name="Demo Dataset",
             category="retune/demo",
-            description="Drawn, captioned pictures of coloured shapes: what the demo model knows.",
+            description="Drawn, captioned pictures of coloured shapes: what the demo model is trained on.",
             search_aliases=["shapes dataset"],
             inputs=[
                 io.Int.Input("count", default=256, min=1, max=20000, tooltip="How many pictures to draw."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which pictures."
-                ),
+                seed_input("Seed of the drawn pictures."),
                 io.String.Input(
                     "subset",
                     default="",
-                    tooltip="Whole words that every caption must contain; empty takes all.",
+                    tooltip="Whole words that every caption must contain; empty allows all.",
                 ),
                 io.Combo.Input(
                     "look",
                     options=["plain", "warm edges"],
                     default="plain",
                     optional=True,
-                    tooltip="plain: as the demo model knows them. warm edges: orange towards the corners, a style "
+                    tooltip="plain: as the demo model draws them. warm edges: orange towards the corners, a style "
                     "that a LoRA can learn.",
                 ),
             ],
@@ -89,8 +88,8 @@ class RetuneDemoDataset(io.ComfyNode):
     def execute(cls, count, seed, subset="", look="plain"):
         from ..training.data.dataset import from_images
         from ..training.demo.scenes import demo_examples
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, f"drawing {count} pictures"):
+        with reporting(cls, f"drawing {count} pictures"):
             images, captions = demo_examples(count, seed, subset, look)
         return io.NodeOutput(from_images([images], captions), images.movedim(1, -1), "\n".join(captions))

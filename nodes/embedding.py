@@ -1,4 +1,4 @@
-"""Textual inversion files as words of prompts, and trained words as files."""
+"""Textual inversion files as tokens of prompts, and trained tokens as files."""
 
 import logging
 import re
@@ -27,11 +27,11 @@ class RetuneLoadEmbedding(io.ComfyNode):
             display_name="Load Embedding",
             category="retune/embedding",
             description="Makes a word of prompts from a textual inversion file of any trainer: A1111 (also pictures), "
-            "kohya, diffusers, OneTrainer, ai-toolkit; SD1.x, SD2.x, SDXL and T5. The report tells what the file is "
-            "and which words its vectors are like.",
+            "kohya, diffusers, OneTrainer, ai-toolkit; SD1.x, SD2.x, SDXL and T5. The report names the file's "
+            "kind and the words nearest to its vectors.",
             search_aliases=["textual inversion", "embedding", "learned_embeds", "negative embedding", "load embedding"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder; it is not changed, a clone that knows the word is."),
+                io.Clip.Input("clip", tooltip="The text encoder; it is not changed, a clone has the word."),
                 io.Combo.Input(
                     "file",
                     options=[*names, *DEMO],
@@ -41,8 +41,8 @@ class RetuneLoadEmbedding(io.ComfyNode):
                 io.String.Input(
                     "token",
                     default="",
-                    tooltip="The word that stands for it in prompts, such as <cat-toy> or sks. Empty takes the file's "
-                    "own word, else its name.",
+                    tooltip="The word that stands for it in prompts, such as <cat-toy> or sks. Empty: the word in the "
+                    "file, else its name.",
                 ),
                 io.Combo.Input(
                     "second_file",
@@ -70,20 +70,20 @@ class RetuneLoadEmbedding(io.ComfyNode):
     def execute(cls, clip, file, token="", second_file=NONE) -> io.NodeOutput:
         from ..training.config.tokens import check_token
         from ..training.formats.embedding import read_embedding
-        from ..training.formats.embedding_fit import assign
-        from ..training.formats.embedding_report import file_report, file_warnings
+        from ..training.formats.embedding_fit import assign_to_encoders
+        from ..training.formats.embedding_report import embedding_report, embedding_warnings
         from ..training.models.concepts import Concept
         from .clips.concept_tokens import vocabularies_of, with_concepts
 
         chosen = [name for name in (file, second_file) if name != NONE]
         parts = [read_embedding(listed_embedding(name), token.strip()) for name in chosen]
         vocabularies = vocabularies_of(clip)
-        word = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem)
-        concept = Concept(word, assign(parts[0], vocabularies, *parts[1:]))
+        token = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem)
+        concept = Concept(token, assign_to_encoders(parts[0], vocabularies, *parts[1:]))
         clip = with_concepts(clip, [concept])
-        for line in file_warnings(parts, concept, vocabularies):
+        for line in embedding_warnings(parts, concept, vocabularies):
             log.warning("%s", line)
-        report = file_report(parts, concept, vocabularies)
+        report = embedding_report(parts, concept, vocabularies)
         return io.NodeOutput(clip, report, ui={"text": [report]})
 
 
@@ -146,7 +146,7 @@ def listed_embedding(name: str) -> Path:
 
 
 def own_token(name: str) -> str:
-    """The word that a file gives itself, or its name, as one word: blanks and commas become hyphens."""
+    """The token stored in a file, or the file's name, as one word: blanks and commas become hyphens."""
     from ..training.config.tokens import check_token
 
     return check_token(re.sub(r"[\s,]+", "-", name.strip()))
@@ -158,10 +158,10 @@ def _pictures() -> dict[str, Path]:
 
     from ..training.formats.embedding import IMAGES
 
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for folder in folder_paths.get_folder_paths(FOLDER):
         for name in folder_paths.recursive_search(folder, [".git"])[0]:
             path = Path(folder) / name
             if path.suffix.lower() in IMAGES and not path.stem.lower().endswith(".preview"):
-                found.setdefault(name, path)
-    return found
+                paths.setdefault(name, path)
+    return paths

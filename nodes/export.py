@@ -10,7 +10,7 @@ from comfy_api.latest import io
 log = logging.getLogger(__name__)
 
 EXPORTED_OBJECTS = {"model_sampling", "process_latent_in", "process_latent_out"}
-"""Object patches of a MODEL that the folder's configs say."""
+"""Object patches of a MODEL that the folder's configs express."""
 
 
 class RetuneExportDiffusers(io.ComfyNode):
@@ -58,7 +58,7 @@ class RetuneExportDiffusers(io.ComfyNode):
 def image_parts(model, vae):
     """UNet, VAE, kind of prediction and scale factor of a MODEL and VAE, patches applied, fp32 on the CPU.
 
-    Raises ValueError for noise levels or a latent scale that a diffusers config of Stable Diffusion cannot say.
+    Raises ValueError for noise levels or a latent scale that a diffusers config of Stable Diffusion cannot express.
     """
     from ..training.commands.export_diffusers import ImageParts
     from .bridge.autoencoder import latent_format_of
@@ -87,7 +87,7 @@ def _check_sigmas(sigmas) -> None:
     if sigmas.shape != expected.shape or not torch.allclose(sigmas.float().cpu(), expected, rtol=1e-3):
         raise ValueError(
             f"MODEL's noise levels end at {sigmas.max().item():.4g}; expected {expected.max().item():.4g}, Stable "
-            "Diffusion's own. Take off the node that changes its sampling (zero terminal SNR, another schedule)."
+            "Diffusion's own. Remove the node that changes its sampling (zero terminal SNR, another schedule)."
         )
 
 
@@ -121,9 +121,10 @@ def _clip_part(clip):
         raise ValueError(f"the CLIP is {type(stage).__name__}; expected the CLIP of SD1.x or a T5 from Load T5.")
     prefix = "clip_l.transformer.text_model."
     names = [name for name, _ in stage.named_parameters() if name.startswith(prefix)]
-    kept = len(stage.clip_l.transformer.text_model.encoder.layers) + 1 + (-1 if not clip.layer_idx else clip.layer_idx)
+    layers = len(stage.clip_l.transformer.text_model.encoder.layers)
+    used = layers + 1 + (-1 if not clip.layer_idx else clip.layer_idx)
     state = {name.removeprefix(prefix): name for name in names}
-    state = {short: name for short, name in state.items() if _layer(short) < kept}
+    state = {short: name for short, name in state.items() if _layer(short) < used}
     tensors = {short: patched_weight(clip.patcher, name) for short, name in state.items()}
     config = clip_config(tensors) | _module_config(stage.clip_l)
     return ClipPart(state=tensors, config=config, tokenizer=Path(clip.tokenizer.clip_l.tokenizer.name_or_path))
@@ -136,7 +137,7 @@ def _layer(name: str) -> int:
 
 
 def _module_config(clip_l) -> dict:
-    """What shapes do not tell about a CLIP: heads, activation, special tokens."""
+    """What the shapes of a CLIP's weights leave open: heads, activation, special tokens."""
     from comfy.clip_model import ACTIVATIONS
 
     text, special = clip_l.transformer.text_model, clip_l.special_tokens
@@ -155,7 +156,8 @@ def _t5_part(clip):
     import comfy.sd
 
     from ..training.commands.export_diffusers import T5Part, find_tokenizer_file
-    from .clips.t5_clip import core_text_encoder, t5_parts
+    from .bridge.text_encoder import core_text_encoder
+    from .clips.t5_clip import t5_parts
 
     if clip.layer_idx is not None:
         raise ValueError("the T5 stops at an earlier layer (CLIP Set Last Layer); expected one without that node.")
@@ -167,18 +169,18 @@ def _t5_part(clip):
     if shape != (1, length, encoder.width):
         raise ValueError(
             f"the CLIP encodes 'a' to {shape}; its T5 and projection alone give {(1, length, encoder.width)}. Export "
-            "a T5 without another CLIP beside it."
+            "a T5 without a kept CLIP."
         )
     comfyui = Path(comfy.sd.__file__).parents[1]
     return T5Part(encoder=encoder, tokenizer=find_tokenizer_file(source.path, source.tokenizer.fingerprint, comfyui))
 
 
 def left_out(model) -> list[str]:
-    """What a MODEL carries beside weights, sampling and latent format, in words; the folder does not hold it."""
+    """A warning that names changes of a MODEL which a folder cannot hold: all but weights, sampling, latent format."""
     options = model.model_options
-    found = [name for name, value in options.get("transformer_options", {}).items() if value]
-    found += [name for name in options if name != "transformer_options" and options[name]]
-    found += [name for name in model.object_patches if name not in EXPORTED_OBJECTS]
-    if not found:
+    names = [name for name, value in options.get("transformer_options", {}).items() if value]
+    names += [name for name in options if name != "transformer_options" and options[name]]
+    names += [name for name in model.object_patches if name not in EXPORTED_OBJECTS]
+    if not names:
         return []
-    return [f"The folder lacks what other nodes added to the MODEL's behaviour ({', '.join(sorted(found))})."]
+    return [f"The folder lacks what other nodes added to the MODEL's behaviour ({', '.join(sorted(names))})."]

@@ -31,7 +31,7 @@ def row_inputs(number: int, options: list[str]) -> list[io.Input]:
             tooltip="A file of models/loras, from any trainer: kohya, diffusers, LyCORIS, ComfyUI, OneTrainer. The "
             "demo ones are for the demo model.",
         ),
-        strength_input(f"strength_model_{number}", "Strength on the model; 0 leaves it as it is, below 0 is opposite."),
+        strength_input(f"strength_model_{number}", "Strength on the model; 0 has no effect, below 0 is opposite."),
         strength_input(f"strength_clip_{number}", "Strength on the text encoder."),
         io.Boolean.Input(
             f"enabled_{number}", default=True, optional=True, tooltip="Off: as if this row were not there."
@@ -65,8 +65,8 @@ class RetuneApplyLora(io.ComfyNode):
             display_name="Apply LoRA",
             category="retune/lora",
             description="Puts LoRA files of any trainer on a model and its text encoder, also a T5 of this package: "
-            "the weights become W + the sum of strength x alpha / rank x B A. The report tells what each file is and "
-            "which of its keys were used.",
+            "the weights become W + the sum of strength x alpha / rank x B A. The report lists each file's kind "
+            "and which of its keys were used.",
             search_aliases=[
                 "lora loader",
                 "load lora",
@@ -127,7 +127,7 @@ def chosen_rows(count: dict) -> list[dict]:
 
 
 def path_of(name: str) -> Path:
-    """The file that a combo value means."""
+    """The file of a combo value."""
     return weights_path(DEMO[name]) if name in DEMO else listed_file(name, "loras")
 
 

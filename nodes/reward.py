@@ -11,6 +11,73 @@ NONE = "none"
 TOWERS = "clip_vision"
 
 
+def model_inputs() -> list:
+    """Which model scores, its files, and its weight in a sum."""
+    return [
+        io.Combo.Input(
+            "kind",
+            options=["aesthetic", "PickScore", "HPSv2", "CLIP", "demo aesthetic", "demo CLIP"],
+            default="demo aesthetic",
+            tooltip="aesthetic: how good it looks, without the prompt. PickScore, HPSv2: which image people prefer "
+            "for a prompt. CLIP: fits the prompt. The demo ones need no file and are for the demo model's images.",
+        ),
+        io.Combo.Input(
+            "file",
+            options=reward_files(NONE),
+            default=NONE,
+            tooltip="A file of models/retune_rewards: the head of aesthetic, or PickScore's, HPSv2's or a "
+            "CLIP's weights, in safetensors or a pickle of tensors.",
+        ),
+        io.Float.Input(
+            "weight",
+            default=1.0,
+            min=-1000.0,
+            max=1000.0,
+            step=0.05,
+            tooltip="Its share in a sum of rewards, each of which is divided by its running scale. 0 logs it only.",
+        ),
+        io.Combo.Input(
+            "image_tower",
+            options=files(TOWERS, first=NONE),
+            default=NONE,
+            optional=True,
+            tooltip="A file of models/clip_vision. Needed by aesthetic: OpenAI's ViT-L/14. For a CLIP whose "
+            "image tower is a file of its own.",
+        ),
+        io.Combo.Input(
+            "activation",
+            options=["auto", "gelu", "quick_gelu"],
+            default="auto",
+            optional=True,
+            tooltip="auto is right for OpenAI's models and for ViT-H and larger. LAION's ViT-B and ViT-L need "
+            "gelu; it is not in the files.",
+        ),
+    ]
+
+
+def target_inputs() -> list:
+    """Which score is aimed at, where higher is not always better."""
+    return [
+        io.Combo.Input(
+            "limit",
+            options=[NONE, "hinge", "distance"],
+            default=NONE,
+            optional=True,
+            tooltip="hinge: a score above the target is as good as the target. distance: the nearer to the "
+            "target, the better.",
+        ),
+        io.Float.Input(
+            "target",
+            default=0.0,
+            min=-1000.0,
+            max=1000.0,
+            step=0.01,
+            optional=True,
+            tooltip="The raw score aimed at, where there is a limit.",
+        ),
+    ]
+
+
 class RetuneLoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -22,62 +89,8 @@ class RetuneLoadReward(io.ComfyNode):
             "model's own. Its gradient reaches the pixels, so models can be tuned on it.",
             search_aliases=["aesthetic score", "pickscore", "hps", "clip score", "preference model", "scorer"],
             inputs=[
-                io.Combo.Input(
-                    "kind",
-                    options=["aesthetic", "PickScore", "HPSv2", "CLIP", "demo aesthetic", "demo CLIP"],
-                    default="demo aesthetic",
-                    tooltip="aesthetic: looks good, whatever the prompt. PickScore, HPSv2: which image people prefer "
-                    "for a prompt. CLIP: fits the prompt. The demo ones need no file and know the demo model's images.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=reward_files(NONE),
-                    default=NONE,
-                    tooltip="A file of models/retune_rewards: the head of aesthetic, or PickScore's, HPSv2's or a "
-                    "CLIP's weights, in safetensors or a pickle of tensors.",
-                ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=-1000.0,
-                    max=1000.0,
-                    step=0.05,
-                    tooltip="Its share in a sum of rewards, each of which is divided by its running scale. 0 logs it "
-                    "only.",
-                ),
-                io.Combo.Input(
-                    "image_tower",
-                    options=files(TOWERS, first=NONE),
-                    default=NONE,
-                    optional=True,
-                    tooltip="A file of models/clip_vision. Needed by aesthetic: OpenAI's ViT-L/14. For a CLIP whose "
-                    "image tower is a file of its own.",
-                ),
-                io.Combo.Input(
-                    "activation",
-                    options=["auto", "gelu", "quick_gelu"],
-                    default="auto",
-                    optional=True,
-                    tooltip="auto is right for OpenAI's models and for ViT-H and larger. LAION's ViT-B and ViT-L need "
-                    "gelu; files do not say.",
-                ),
-                io.Combo.Input(
-                    "limit",
-                    options=[NONE, "hinge", "distance"],
-                    default=NONE,
-                    optional=True,
-                    tooltip="hinge: a score above the target is as good as the target. distance: the nearer to the "
-                    "target, the better.",
-                ),
-                io.Float.Input(
-                    "target",
-                    default=0.0,
-                    min=-1000.0,
-                    max=1000.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="The raw score aimed at, where there is a limit.",
-                ),
+                *model_inputs(),
+                *target_inputs(),
             ],
             outputs=[types.Reward.Output(display_name="reward", tooltip="For scoring, diversity and tuning.")],
         )
@@ -125,8 +138,8 @@ class RetuneCombineRewards(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Below 1, tuning shows the rewards random crops, down to this share of the side. A pattern "
-                    "that fools them at one place then pays less.",
+                    tooltip="Below 1, the rewards get random crops while tuning, down to this share of the side. A "
+                    "pattern that fools them in one place then gains less.",
                 ),
                 io.Float.Input(
                     "smallest_resize",
@@ -135,8 +148,8 @@ class RetuneCombineRewards(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Below 1, tuning shows them images made smaller at random, down to this share, and large "
-                    "again.",
+                    tooltip="Below 1, they get images that are scaled down at random, to this share at least, and "
+                    "back up.",
                 ),
             ],
             outputs=[types.Reward.Output(display_name="reward", tooltip="For scoring, diversity and tuning.")],
@@ -187,11 +200,11 @@ class RetuneScoreImages(io.ComfyNode):
     def execute(cls, images, prompts, reward):
         from comfy_api.latest import ui
 
-        from ..training.plots.score_histogram import score_chart
+        from ..training.plots.score_histogram import score_histogram
         from .bridge.score import score
 
         table = score(reward, images, prompts)
-        chart = score_chart(table)[None]
+        chart = score_histogram(table.name, table.scores, table.mean, table.std)[None]
         return io.NodeOutput(json.dumps(table.as_dict()), table.mean, chart, ui=ui.PreviewImage(chart, cls=cls))
 
 
@@ -207,11 +220,11 @@ class RetuneDiversity(io.ComfyNode):
             search_aliases=["vendi score", "mode collapse", "lpips", "variety"],
             inputs=[
                 io.Image.Input("images", tooltip="Two or more images of one prompt with different seeds."),
-                types.Reward.Input("reward", tooltip="Its image tower says how alike two images are."),
+                types.Reward.Input("reward", tooltip="Its image tower measures how similar two images are."),
             ],
             outputs=[
                 io.Float.Output(
-                    display_name="diversity", tooltip="Vendi score: 1 when all are alike, up to the number of images."
+                    display_name="diversity", tooltip="Vendi score: 1 when all are equal, up to the number of images."
                 ),
                 io.String.Output(display_name="report", tooltip="Vendi score, mean pairwise distance, LPIPS."),
             ],
@@ -221,5 +234,5 @@ class RetuneDiversity(io.ComfyNode):
     def execute(cls, images, reward):
         from .bridge.score import diversity_of
 
-        found = diversity_of(reward, images)
-        return io.NodeOutput(found.vendi, found.text())
+        result = diversity_of(reward, images)
+        return io.NodeOutput(result.vendi, result.text())

@@ -45,13 +45,13 @@ class RetuneSaveLora(io.ComfyNode):
                 io.String.Input(
                     "trigger_words", default="", optional=True, tooltip="Words that call up what was trained."
                 ),
-                io.String.Input("title", default="", optional=True, tooltip="Empty takes the run's name."),
+                io.String.Input("title", default="", optional=True, tooltip="Empty: the run's name."),
                 io.Combo.Input(
                     "base",
                     options=["auto", "SD1.x", "SD2.x", "SDXL"],
                     default="auto",
                     optional=True,
-                    tooltip="Model family, where neither the run nor the layers tell it.",
+                    tooltip="Model family, where neither the run nor the layers show it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file written.")],
@@ -61,17 +61,17 @@ class RetuneSaveLora(io.ComfyNode):
     def execute(
         cls, lora, format, filename_prefix, run=None, dtype="fp32", trigger_words="", title="", base="auto"
     ) -> io.NodeOutput:
-        from ..training.formats.lora_metadata import LoraAbout, last_sample, thumbnail
+        from ..training.formats.lora_metadata import LoraDescription, last_sample, thumbnail_uri
         from ..training.formats.lora_save import save_lora
         from ..training.runs.folder import RunFolder
 
         picture = last_sample(Path(run)) if run is not None else None
-        about = LoraAbout(
+        about = LoraDescription(
             run=(RunFolder(Path(run)).config() or {}) if run is not None else {},
             trigger_words=trigger_words.strip(),
             title=title.strip(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            thumbnail=thumbnail(picture) if picture else "",
+            thumbnail=thumbnail_uri(picture) if picture else "",
         )
         path = output_path("loras", filename_prefix, ".safetensors")
         warnings = save_lora(path, lora, format, dtype, about, base=base)

@@ -71,7 +71,9 @@ class RetuneLoadTextEncoder(io.ComfyNode):
                     tooltip="A file written by Save Text Encoder. The demo one is for the demo model: its CLIP, tuned "
                     "for glossy pictures. Other CLIPs go into ComfyUI's Load CLIP.",
                 ),
-                keep_clip_input("The CLIP that the text encoder was made beside, if it was; it is not in the file."),
+                keep_clip_input(
+                    "The CLIP that the text encoder was used with, if there was one; it is not in the file."
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
         )

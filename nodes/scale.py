@@ -17,7 +17,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
             display_name="Scale Text Encoder",
             category="retune/text encoder",
             description="Multiplies a T5's output so that its standard deviation is a given one, or that of the "
-            "model's original CLIP. A UNet listens at the loudness it was trained with.",
+            "model's original CLIP. A UNet expects the standard deviation that it was trained with.",
             search_aliases=["embedding std", "normalize embeddings"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5 or Load Text Encoder."),
@@ -40,7 +40,7 @@ class RetuneScaleTextEncoder(io.ComfyNode):
                 io.Clip.Input(
                     "reference",
                     optional=True,
-                    tooltip="The original CLIP, for 'match reference'; with the other modes it is shown beside.",
+                    tooltip="The original CLIP, for 'match reference'; with the other modes it is only measured.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -64,17 +64,18 @@ class RetuneScaleTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, mode, target_std, reference=None, prompts=""):
-        from ..training.plots.token_histogram import histogram
+        from ..training.plots.token_histogram import Distribution, token_histogram
         from .bridge.measure import is_fitted, scaled_or_measured
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, "measuring the text encoder"):
+        with reporting(cls, "measuring the text encoder"):
             clip, figures, text = scaled_or_measured(clip, mode, target_std, reference, prompt_lines(prompts))
         if not prompts.strip() and is_fitted(clip):
             text += "\n" + FITTED_ELSEWHERE
             log.warning("%s", FITTED_ELSEWHERE)
         std = figures["measured" if mode == "off" else "after"].std
-        return io.NodeOutput(clip, std, text, histogram(figures)[None])
+        distributions = {name: Distribution(f.token_rms, f.std, f.rms_quantiles()) for name, f in figures.items()}
+        return io.NodeOutput(clip, std, text, token_histogram(distributions)[None])
 
 
 class RetuneScaleConditioning(io.ComfyNode):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.config.model import ModelConfig
 from ..training.demo.files import TEXT_ENCODERS, weights_path
+from .common.inputs import input_of, inputs_of, seed_input
 from .common.paths import files, listed_file, listed_model, output_path
 
 log = logging.getLogger(__name__)
@@ -16,8 +18,8 @@ DEMO_CLIPS = {f"demo: {name}": f"text_encoders/{name}.safetensors" for name in T
 SDXL = "sdxl"
 SDXL_WIDTHS = (2048, 1280)
 FITTED_ELSEWHERE = (
-    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may be far "
-    "louder or quieter. Give the prompts of the fit."
+    "measured on the built-in prompts; the projection was fitted, and other prompts than those of the fit may have a "
+    "far larger or smaller std. Give the prompts of the fit."
 )
 
 
@@ -46,31 +48,8 @@ class RetuneLoadT5(io.ComfyNode):
                     "(2048, and a pooled output of 1280); auto asks the connected model, as the demo model needs.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model to fit; needed for context_width auto."),
-                io.Int.Input(
-                    "max_tokens",
-                    default=256,
-                    min=2,
-                    max=4096,
-                    optional=True,
-                    tooltip="Longer prompts are cut, with a warning.",
-                ),
-                io.Combo.Input(
-                    "pad",
-                    options=["none", "max_tokens"],
-                    default="none",
-                    optional=True,
-                    tooltip="none: the context is as long as the prompt. max_tokens: always padded, and pads are "
-                    "attended. Train and sample the same way.",
-                ),
-                io.Combo.Input(
-                    "projection",
-                    options=["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"],
-                    default="orthogonal",
-                    optional=True,
-                    tooltip="Start of the projection: a random orthogonal map, the identity cut or padded, "
-                    "orthogonal plus a small trainable network, or a trainable resampler to 64 tokens as in ELLA, "
-                    "which may know the noise level.",
-                ),
+                input_of(ModelConfig, "max_tokens", min=2, max=4096, optional=True),
+                *inputs_of(ModelConfig, "pad", "projection", optional=True),
                 io.Combo.Input(
                     "projection_file",
                     options=files(ENCODERS, first="none"),
@@ -78,23 +57,15 @@ class RetuneLoadT5(io.ComfyNode):
                     optional=True,
                     tooltip="A saved text encoder whose projection is used instead of a new one.",
                 ),
-                keep_clip_input("A CLIP to keep beside the T5: its tokens come first, in sampling and in training."),
+                keep_clip_input("A CLIP to use with the T5: its tokens come first, in sampling and in training."),
                 io.Combo.Input(
                     "dtype",
                     options=["default", "fp32", "fp16", "bf16"],
                     default="default",
                     optional=True,
-                    tooltip="How the T5 weights are kept in memory; default is ComfyUI's choice.",
+                    tooltip="Number format of the T5 weights in memory; default is ComfyUI's choice.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    optional=True,
-                    control_after_generate=False,
-                    tooltip="Names the random projection.",
-                ),
+                seed_input("Seed of the random projection.", optional=True),
             ],
             outputs=[io.Clip.Output(tooltip="The T5 with its projection; use it like any CLIP.")],
             hidden=[io.Hidden.unique_id],
@@ -106,7 +77,7 @@ class RetuneLoadT5(io.ComfyNode):
         from ..training.text_encoder.t5_file import read_t5_config
         from .clips.kept_clip import KeptClip
         from .clips.t5_clip import load_t5_clip
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
         path = demo_t5() if encoder == DEMO else listed_model(encoder, ENCODERS)
         width, pooled_width = widths(context_width, model)
@@ -122,7 +93,7 @@ class RetuneLoadT5(io.ComfyNode):
             saved = saved_of_width(listed_file(file, ENCODERS), width)
             saved.check_pooled(pooled_width)
             projection, options["target_std"] = saved.projection, saved.target_std
-        with telling(cls, "loading the T5"):
+        with reporting(cls, "loading the T5"):
             return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
 
 
@@ -134,7 +105,7 @@ class RetuneFitProjection(io.ComfyNode):
             display_name="Fit Projection",
             category="retune/text encoder",
             description="Gives a T5 the linear projection that comes nearest to another CLIP's output on your "
-            "prompts, in closed form: something like its old encoder before any training.",
+            "prompts, in closed form: close to the model's old encoder before any training.",
             search_aliases=["align t5", "ridge projection", "whitening", "covariance"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5 from Load T5; its projection is replaced."),
@@ -146,15 +117,7 @@ class RetuneFitProjection(io.ComfyNode):
                     tooltip="Prompts to fit on, one a line: the more and the more like your own the better, ten at "
                     "least. Empty uses a built-in list of varied ones.",
                 ),
-                io.Combo.Input(
-                    "method",
-                    options=["ridge", "mean-covariance"],
-                    default="ridge",
-                    optional=True,
-                    tooltip="ridge: nearest to the reference, but quieter, since what the T5 does not tell is left "
-                    "out. mean-covariance: with the reference's mean and covariance, so as loud and as varied, and as "
-                    "near as that allows.",
-                ),
+                input_of(ModelConfig, "fit_method", id="method", optional=True),
             ],
             outputs=[
                 io.Clip.Output(tooltip="The T5 with the fitted projection."),
@@ -170,9 +133,9 @@ class RetuneFitProjection(io.ComfyNode):
     @classmethod
     def execute(cls, clip, reference, prompts, method="ridge"):
         from .bridge.measure import fit_clip
-        from .ui.progress import telling
+        from .ui.progress import reporting
 
-        with telling(cls, "fitting the projection"):
+        with reporting(cls, "fitting the projection"):
             fitted, report = fit_clip(clip, reference, prompt_lines(prompts), method)
         return io.NodeOutput(fitted, report.text())
 
@@ -180,7 +143,8 @@ class RetuneFitProjection(io.ComfyNode):
 def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     """Writes what a T5 CLIP has of its own; the path, and warnings of what the file lacks."""
     from ..training.text_encoder.file import save_text_encoder
-    from .clips.t5_clip import saved_text_encoder, t5_parts
+    from .clips.saved_clip import saved_text_encoder
+    from .clips.t5_clip import t5_parts
 
     saved = saved_text_encoder(clip)
     path = output_path("clip", prefix, ".safetensors")
@@ -226,7 +190,7 @@ def demo_t5() -> Path:
 
 
 def saved_of_width(path: Path, width: int):
-    """A saved text encoder from its file; ValueError when it gives another width."""
+    """A saved text encoder from its file; ValueError when its width is another."""
     from ..training.text_encoder.file import read_text_encoder
 
     saved = read_text_encoder(path)

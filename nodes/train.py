@@ -2,12 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..training.config.run import LAYERS, TrainModelConfig
+from ..training.config.run import TrainModelConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import data_inputs, made_by, name_inputs, rate_input, run_inputs, run_ui
-from .settings import LEARNING_RATE
+from .common.inputs import MAX_RATE, data_inputs, input_of, inputs_of, made_by, name_inputs, run_inputs, run_ui
 
 
 class RetuneTrainModel(io.ComfyNode):
@@ -18,20 +17,15 @@ class RetuneTrainModel(io.ComfyNode):
             display_name="Train Model",
             category="retune/training",
             description="Retrains layers of a UNet (and the text encoder's projection) on captioned images. The run is "
-            "a folder in output/retune: it can be stopped, killed and queued again, and goes on where it was.",
+            "a folder in output/retune: it can be stopped, killed and queued again, and resumes where it was.",
             search_aliases=["finetune unet", "train cross attention", "retrain"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to retrain; a patched clone comes out."),
-                io.Clip.Input("clip", tooltip="The text encoder that the model learns to listen to."),
+                io.Clip.Input("clip", tooltip="The text encoder whose output the model learns to follow."),
                 *data_inputs(),
-                rate_input("learning_rate", LEARNING_RATE, "Peak learning rate."),
-                io.Combo.Input(
-                    "train", options=list(LAYERS), default="cross-attention", tooltip="Which layers of the UNet train."
-                ),
-                io.Boolean.Input(
-                    "train_projection", default=True, tooltip="Train the projection of a T5 text encoder as well."
-                ),
+                input_of(TrainModelConfig, "learning_rate", max=MAX_RATE),
+                *inputs_of(TrainModelConfig, "train", "train_projection"),
                 *name_inputs("my run"),
                 *run_inputs(),
             ],
@@ -55,7 +49,7 @@ class RetuneTrainModel(io.ComfyNode):
         config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             trained = train_model(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         new_model = with_unet_weights(model, trained.unet)
         new_clip = with_projection(clip, trained.projection)

@@ -2,111 +2,76 @@
 
 from comfy_api.latest import io
 
-from ..training.config.embedding import LORA_TARGETS, EmbeddingConfig
+from ..training.config.embedding import EmbeddingConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, run_ui
+from .common.inputs import (
+    MAX_ALPHA,
+    MAX_RATE,
+    MIN_ALPHA,
+    data_inputs,
+    input_of,
+    inputs_of,
+    made_by,
+    name_inputs,
+    run_inputs,
+    run_ui,
+)
 from .common.types import LoraModel
 
 LEARNING_RATE = 5e-3
+"""Default of the node; token embeddings take a far higher rate than weights, which the command line's is for."""
+
+
+def word_inputs() -> list:
+    """The new token, and what its vectors start from."""
+    return [
+        input_of(EmbeddingConfig, "token", default="<my-thing>"),
+        *inputs_of(EmbeddingConfig, "vectors", "initial_text"),
+        input_of(EmbeddingConfig, "learning_rate", default=LEARNING_RATE, max=MAX_RATE),
+    ]
+
+
+def lora_inputs() -> list:
+    """A LoRA that trains in the same run."""
+    return [
+        input_of(EmbeddingConfig, "lora_rank", optional=True),
+        input_of(EmbeddingConfig, "lora_alpha", min=MIN_ALPHA, max=MAX_ALPHA, optional=True),
+        input_of(EmbeddingConfig, "lora_targets", optional=True),
+        input_of(EmbeddingConfig, "lora_learning_rate", max=MAX_RATE, optional=True),
+    ]
 
 
 class RetuneTrainEmbedding(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        d = EmbeddingConfig(run_name="my embedding", token="<my-thing>")
         return io.Schema(
             node_id="RetuneTrainEmbedding",
             display_name="Train Embedding",
             category="retune/embedding",
-            description="Trains new words of a text encoder on a few images (textual inversion), and a LoRA beside "
+            description="Trains new words of a text encoder on a few images (textual inversion), and a LoRA with "
             "them if you like. The model and its vocabulary stay as they are. The run is a folder in output/retune: it "
-            "can be stopped, killed and queued again, and goes on where it was.",
+            "can be stopped, killed and queued again, and resumes where it was.",
             search_aliases=["textual inversion", "embedding training", "learn a word", "pivotal tuning", "concept"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model whose pictures teach the word; it is not changed."),
-                io.Clip.Input("clip", tooltip="The text encoder that gets the word; a clone that knows it comes out."),
+                io.Clip.Input("clip", tooltip="The text encoder that gets the word; a clone that has it comes out."),
                 *data_inputs(),
-                io.String.Input(
-                    "token",
-                    default=d.token,
-                    tooltip="The new word for prompts, such as <my-cat>. Several with commas between them, told apart "
-                    "by the captions.",
-                ),
-                io.Int.Input(
-                    "vectors",
-                    default=d.vectors,
-                    min=1,
-                    max=75,
-                    tooltip="Vectors behind the word; more hold more and take more places of a prompt's 77.",
-                ),
-                io.String.Input(
-                    "initial_text",
-                    default="",
-                    tooltip="What to start from: a word or two for the thing, or a word from Load Embedding. Empty "
-                    "starts from random vectors.",
-                ),
-                rate_input("learning_rate", LEARNING_RATE, "Peak learning rate of the vectors."),
-                *name_inputs(d.run_name),
-                io.Combo.Input(
-                    "template",
-                    options=["auto", "captions", "object", "style", "own"],
-                    default=d.template,
-                    optional=True,
-                    tooltip="captions: those of the images, which hold the word. object, style: sentences such as a "
-                    "photo of a ... own: those of lines. auto: captions if any holds the word, else object.",
-                ),
+                *word_inputs(),
+                *name_inputs("my embedding"),
+                input_of(EmbeddingConfig, "template", optional=True),
                 *run_inputs(),
-                io.String.Input(
-                    "lines",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="For template own, one a line: {} is the word, {caption} the image's caption.",
-                ),
-                io.String.Input(
-                    "caption_word",
-                    default="",
-                    optional=True,
-                    tooltip="A word of the captions, such as cat, whose place the new word takes; several with commas.",
-                ),
-                io.Combo.Input(
-                    "norm",
-                    options=["vocabulary", "free"],
-                    default=d.norm,
-                    optional=True,
-                    tooltip="vocabulary: vectors stay as long as usual words, so that they mix with others. free: they "
-                    "may grow.",
-                ),
-                rank_input(
-                    "lora_rank",
-                    0,
-                    "Rank of a LoRA on the model that trains in the same run (pivotal tuning); 0: none.",
-                    low=0,
-                    optional=True,
-                ),
-                alpha_input(
-                    "lora_alpha", d.lora_alpha, "Scale of that LoRA: alpha / rank multiplies it.", optional=True
-                ),
-                io.Combo.Input(
-                    "lora_targets",
-                    options=list(LORA_TARGETS),
-                    default=d.lora_targets,
-                    optional=True,
-                    tooltip="Layers of the model that get an adapter of that LoRA.",
-                ),
-                rate_input(
-                    "lora_learning_rate", d.lora_learning_rate, "Peak learning rate of that LoRA.", optional=True
-                ),
+                *inputs_of(EmbeddingConfig, "lines", "caption_word", "norm", optional=True),
+                *lora_inputs(),
             ],
             outputs=[
-                io.Clip.Output(tooltip="The text encoder, whose prompts know the word."),
+                io.Clip.Output(tooltip="The text encoder, which reads the word in prompts."),
                 types.Embedding.Output(display_name="embedding", tooltip="For Save Embedding."),
                 types.Run.Output(display_name="run", tooltip="The run, for charts and saving."),
                 io.Model.Output(tooltip="The model, with the LoRA if one trained."),
-                LoraModel.Output(display_name="lora", tooltip="The LoRA that trained beside the word; else empty."),
+                LoraModel.Output(display_name="lora", tooltip="The LoRA that trained in the same run; else empty."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -124,7 +89,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
         config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             details = made_by(cls.hidden)
             trained = train_embedding(view, dataset, config, runs_folder(), callbacks, details)
         clip = with_concepts(clip, trained.embedding.concepts)

@@ -2,30 +2,58 @@
 
 from comfy_api.latest import io
 
-from ..training.config.lora import ALGORITHMS, LORA_PRESETS, TARGET_CHOICES, LoraConfig
+from ..training.config.lora import LORA_PRESETS, LoraConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import alpha_input, data_inputs, made_by, name_inputs, rank_input, rate_input, run_inputs, run_ui
+from .common.inputs import (
+    MAX_ALPHA,
+    MAX_RATE,
+    MIN_ALPHA,
+    data_inputs,
+    input_of,
+    inputs_of,
+    made_by,
+    name_inputs,
+    run_inputs,
+    run_ui,
+)
 from .common.types import LoraModel
 
 LEARNING_RATE = 1e-4
+"""Default of the node; adapters take a higher rate than the weights of a model, which the command line's is for."""
 
 
-def share_input(name: str, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=0.0, min=0.0, max=0.99, step=0.01, optional=True, tooltip=tooltip)
+def adapter_inputs() -> list:
+    """What the adapters are, and how fast they train."""
+    return [
+        input_of(LoraConfig, "learning_rate", default=LEARNING_RATE, max=MAX_RATE),
+        input_of(LoraConfig, "rank"),
+        input_of(LoraConfig, "alpha", min=MIN_ALPHA, max=MAX_ALPHA),
+        *inputs_of(LoraConfig, "algorithm", "targets"),
+        input_of(LoraConfig, "text_encoder_learning_rate", max=MAX_RATE),
+    ]
+
+
+def variant_inputs() -> list:
+    """Choices of single algorithms, and regularisation of the adapters."""
+    return [
+        input_of(LoraConfig, "conv_rank", optional=True),
+        input_of(LoraConfig, "conv_alpha", max=MAX_ALPHA, optional=True),
+        input_of(LoraConfig, "lokr_factor", min=-1, max=4096, optional=True),
+        *inputs_of(LoraConfig, "dropout", "rank_dropout", "module_dropout", "lora_plus_ratio", optional=True),
+    ]
 
 
 class RetuneTrainLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        d = LoraConfig(run_name="my LoRA")
         return io.Schema(
             node_id="RetuneTrainLora",
             display_name="Train LoRA",
             category="retune/lora",
             description="Trains low-rank adapters of a UNet, and of its text encoder if you like, on captioned images. "
-            "The run is a folder in output/retune: it can be stopped, killed and queued again, and goes on where it "
+            "The run is a folder in output/retune: it can be stopped, killed and queued again, and resumes where it "
             "was.",
             search_aliases=["lora training", "locon", "lokr", "loha", "dora", "dreambooth", "finetune"],
             is_output_node=True,
@@ -33,35 +61,9 @@ class RetuneTrainLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to learn on; a patched clone comes out."),
                 io.Clip.Input("clip", tooltip="The text encoder that the captions are read with."),
                 *data_inputs(),
-                rate_input("learning_rate", LEARNING_RATE, "Peak learning rate of the UNet's adapters."),
-                rank_input("rank", d.rank, "Rank of the adapters."),
-                alpha_input(
-                    "alpha", d.alpha, "Scale of the adapters: alpha / rank multiplies them. It does not train."
-                ),
-                io.Combo.Input(
-                    "algorithm",
-                    options=list(ALGORITHMS),
-                    default=d.algorithm,
-                    tooltip="LoRA; LoCon adapts 3x3 convolutions too; LoHa and LoKr (LyCORIS); DoRA learns magnitudes.",
-                ),
-                io.Combo.Input(
-                    "targets",
-                    options=list(TARGET_CHOICES),
-                    default=d.targets,
-                    tooltip="Layers that get an adapter; all adds the residual blocks. regex: see target_regex.",
-                ),
-                rate_input(
-                    "text_encoder_learning_rate",
-                    d.text_encoder_learning_rate,
-                    "Peak learning rate of the text encoder's adapters; 0 leaves the text encoder alone.",
-                ),
-                *name_inputs(d.run_name),
-                io.String.Input(
-                    "target_regex",
-                    default="",
-                    optional=True,
-                    tooltip="For targets regex: found in names such as diffusion_model.input_blocks.1.1.proj_in.",
-                ),
+                *adapter_inputs(),
+                *name_inputs("my LoRA"),
+                input_of(LoraConfig, "target_regex", optional=True),
                 *run_inputs(),
                 io.Combo.Input(
                     "preset",
@@ -70,45 +72,13 @@ class RetuneTrainLora(io.ComfyNode):
                     optional=True,
                     tooltip="A named group of values wins over those above that it names; see the help page.",
                 ),
-                rank_input("conv_rank", 0, "Rank for 3x3 convolutions; 0: rank.", low=0, optional=True),
-                alpha_input("conv_alpha", 0.0, "Scale for 3x3 convolutions; 0: alpha.", low=0.0, optional=True),
-                io.Int.Input(
-                    "lokr_factor",
-                    default=-1,
-                    min=-1,
-                    max=4096,
-                    optional=True,
-                    tooltip="LoKr: size of the smaller factor; -1: near the square root.",
-                ),
-                share_input("dropout", "Share of each adapter's inputs set to zero while training."),
-                share_input("rank_dropout", "Share of the ranks left out while training."),
-                share_input("module_dropout", "Share of the adapters left out while training."),
-                io.Float.Input(
-                    "lora_plus_ratio",
-                    default=1.0,
-                    min=0.001,
-                    max=1000.0,
-                    step=0.5,
-                    round=False,
-                    optional=True,
-                    tooltip="LoRA+ (arXiv 2402.12354): how much faster the matrix that starts at zero learns; the "
-                    "paper has 16.",
-                ),
+                *variant_inputs(),
                 LoraModel.Input(
                     "start",
                     optional=True,
-                    tooltip="A LoRA whose values the adapters begin with; to go on with a run use its name instead.",
+                    tooltip="A LoRA whose values the adapters begin with; to resume a run use its name instead.",
                 ),
-                io.Float.Input(
-                    "text_encoder_2_learning_rate",
-                    default=d.text_encoder_2_learning_rate,
-                    min=-1.0,
-                    max=1.0,
-                    step=1e-7,
-                    round=False,
-                    optional=True,
-                    tooltip="Peak learning rate of SDXL's second text encoder; -1: as of the first, 0 leaves it alone.",
-                ),
+                input_of(LoraConfig, "text_encoder_2_learning_rate", min=-1.0, max=MAX_RATE, optional=True),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the trained LoRA at strength 1."),
@@ -131,7 +101,7 @@ class RetuneTrainLora(io.ComfyNode):
         config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.keep_loaded(view, dataset, config.batch_size)
+            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             first = None if start is None else lora_of("start", start)
             details = made_by(cls.hidden)
             trained = train_lora(view, dataset, config, runs_folder(), callbacks, details, first)

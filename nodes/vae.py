@@ -1,4 +1,4 @@
-"""Another VAE under a UNet, with the latent format that goes with it."""
+"""Another VAE for a UNet, with its latent format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RetuneSwapVAE(io.ComfyNode):
             node_id="RetuneSwapVAE",
             display_name="Swap VAE",
             category="retune/model",
-            description="Puts another 4-channel VAE under a UNet: the model gets the latent format of that VAE in "
+            description="Gives a UNet another 4-channel VAE: the model gets the latent format of that VAE in "
             "sampling, training and previews. The UNet has to be trained for it afterwards.",
             search_aliases=["sdxl vae", "latent format", "scale factor"],
             inputs=[
@@ -37,7 +37,7 @@ class RetuneSwapVAE(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the new latent format; train it before you sample."),
-                io.Vae.Output(tooltip="The new VAE, to go on with beside this model."),
+                io.Vae.Output(tooltip="The new VAE, to use with this model."),
             ],
         )
 
@@ -73,7 +73,7 @@ def check_vae(vae) -> None:
 
 
 def scale_warning(before: float, after: float) -> list[str]:
-    """What to say about two scale factors: nothing when they are equal."""
+    """A warning about two scale factors; none when they are equal."""
     if before == after:
         return []
     return [
@@ -87,7 +87,7 @@ def with_latent_format(model, latent_format):
 
     The functions that sampling and training call are patched, not the attribute `latent_format`: object patches stay on
     the shared module after sampling, and ComfyUI reads that attribute for the previews of every other clone before it
-    takes them off.
+    removes them.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -100,7 +100,7 @@ def with_latent_format(model, latent_format):
 
 
 class Previews:
-    """A sampling wrapper that has ComfyUI's preview of this very sampling drawn by a latent format of its own."""
+    """A sampling wrapper that makes ComfyUI draw the preview of this sampling with a given latent format."""
 
     def __init__(self, latent_format):
         self.latent_format = latent_format
@@ -120,7 +120,7 @@ def replaceable(callback) -> bool:
 
 
 def with_previewer(callback, previewer):
-    """A copy of ComfyUI's preview callback that draws with `previewer`; progress and x0 go where they went before."""
+    """A copy of ComfyUI's preview callback that draws with `previewer`; progress and x0 are passed on as before."""
     names = callback.__code__.co_freevars
     cells = zip(names, callback.__closure__, strict=True)
     closure = tuple(CellType(previewer) if name == "previewer" else cell for name, cell in cells)

@@ -1,1 +1,1 @@
-"""Programs for those who work on the package. Not part of the installed package."""
+"""Programs for developers of the package. Not part of the installed package."""

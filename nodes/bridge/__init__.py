@@ -1,1 +1,1 @@
-"""ComfyUI's MODEL, CLIP and VAE as the core's view of a model, and results back as patches."""
+"""ComfyUI's MODEL, CLIP, VAE and rewards as the core's protocols, and training results back as patches."""

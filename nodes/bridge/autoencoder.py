@@ -1,4 +1,4 @@
-"""A VAE as an Autoencoder."""
+"""A VAE as an `Autoencoder`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from ...training.common.fingerprint import tensors_fingerprint
 
 
 class ComfyAutoencoder:
-    """Autoencoder over a VAE; latents in the scale of the MODEL it is used with."""
+    """Implements `Autoencoder` with a VAE.
+
+    Args:
+        vae: a VAE.
+        latent_format: ComfyUI's latent format of the MODEL, which scales and shifts the VAE's latents.
+    """
 
     def __init__(self, vae, latent_format):
         self.vae, self.latent_format = vae, latent_format
@@ -32,7 +37,7 @@ class ComfyAutoencoder:
 
 
 def latent_format_of(model):
-    """The latent format that a MODEL samples with: the one RetuneSwapVAE gave it, else the model's own."""
+    """The latent format that a MODEL samples with: the one that RetuneSwapVAE set, else the architecture's."""
     import comfy.latent_formats
 
     owner = getattr(model.get_model_object("process_latent_in"), "__self__", None)

@@ -1,7 +1,7 @@
-"""The UNet of a MODEL as a Denoiser.
+"""The UNet of a MODEL as a `Denoiser`.
 
-It is called directly, since ComfyUI's conditioning machinery would average the captions of a batch, under
-comfy.model_management: loaded through `load_models_gpu`, never edited; masters are swapped in for a step only.
+The UNet is called directly, since ComfyUI's conditioning code would average the captions of a batch. ComfyUI loads and
+offloads it; its weights are never changed, only replaced by fp32 masters for the time of a step.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
 from ...training.models.protocols import Conditioning
-from ..common.weights import is_dynamic, without_inference_tensors
+from .device import load_fully, static_clone, without_inference_tensors
+
+ACTIVATION_FACTOR = 6
+"""Memory of a training step as a multiple of ComfyUI's estimate for inference: backward needs the activations."""
 
 
 class ComfyDenoiser:
-    """Denoiser over a ModelPatcher of a UNet that reads text by cross-attention (SD1.x, SD2, SDXL, the demo model).
+    """Implements `Denoiser` with a MODEL whose UNet has cross-attention to text (SD1.x, SD2, SDXL, the demo model)."""
 
-    beside: ModelPatchers that `load` keeps loaded together with the UNet, such as a text encoder that trains.
-    """
+    keep_loaded: list
+    """ModelPatchers that `load` loads together with the UNet, such as that of a text encoder that trains."""
 
     def __init__(self, patcher):
-        self.keep_loaded: list = []
-        self.patcher = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
+        self.keep_loaded = []
+        self.patcher = static_clone(patcher)
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
         self.network = self.patcher.model.diffusion_model
-        if not any(name.endswith("attn2.to_k.weight") for name, _ in self.network.named_parameters()):
-            raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
+        self.context_width = _context_width(self.network)
         self.load()
         self.sigmas = self.sampling.sigmas.detach().float().cpu().clone()
         self.latent_channels = self.patcher.model.latent_format.latent_channels
-        self.context_width = next(p for n, p in self.network.named_parameters() if "attn2.to_k." in n).shape[1]
         self.pooled_width = pooled_width_of(self.patcher)
         self.input_channels = self.network.in_channels
         weights = [*self.network.named_parameters(), ("sigmas", self.sigmas)]
@@ -44,30 +44,15 @@ class ComfyDenoiser:
         self.device = self.patcher.load_device
 
     def load(self, memory: int = 0) -> None:
-        """Brings the whole UNet, patches applied, to its device; `memory` bytes are kept free for activations."""
-        import comfy.model_management
-
+        """Loads the UNet and `keep_loaded` whole, patches applied, with `memory` bytes left free for activations."""
         patchers = [self.patcher, *self.keep_loaded]
-        comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+        load_fully(patchers, memory)
         for patcher in patchers:
             without_inference_tensors(patcher.model)
 
     def activation_memory(self, batch_size: int, height: int, width: int) -> int:
-        """Bytes to keep free for a training step: ComfyUI's estimate for inference, times six for kept activations."""
-        return int(6 * self.patcher.memory_required([batch_size, self.latent_channels, height, width]))
-
-    @contextmanager
-    def casting_weights(self) -> Iterator[None]:
-        """While entered, layers cast weights to their input's dtype, so fp16 weights work beside fp32 masters."""
-        mixed = {p.dtype for p in self.network.parameters()} != {torch.float32}
-        layers = [m for m in self.network.modules() if mixed and getattr(m, "comfy_cast_weights", None) is False]
-        try:
-            for layer in layers:
-                layer.comfy_cast_weights = True
-            yield
-        finally:
-            for layer in layers:
-                layer.comfy_cast_weights = False
+        """Bytes that a training step requires for latents of this size, in addition to the weights."""
+        return int(ACTIVATION_FACTOR * self.patcher.memory_required([batch_size, self.latent_channels, height, width]))
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         sigma = _column(sigma)
@@ -78,8 +63,8 @@ class ComfyDenoiser:
         times = self.sampling.timestep(sigma).float()
         options = attention_options(conditioning.mask)
         y = self._size_conditioning(noisy, conditioning)
-        more = {} if y is None else {"y": y}
-        return self.network(scaled, times, context=conditioning.context, transformer_options=options, **more)
+        y_input = {} if y is None else {"y": y}
+        return self.network(scaled, times, context=conditioning.context, transformer_options=options, **y_input)
 
     def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "eps":
@@ -100,7 +85,7 @@ class ComfyDenoiser:
 
     @contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:
-        """Recomputes ResBlocks and SpatialTransformers; ComfyUI's own `use_checkpoint` breaks with frozen weights."""
+        """Recomputes ResBlocks and SpatialTransformers; ComfyUI's `use_checkpoint` fails with frozen weights."""
         blocks = [m for m in self.network.modules() if type(m).__name__ in ("ResBlock", "SpatialTransformer")]
         if enabled:
             from torch.utils.checkpoint import checkpoint
@@ -117,7 +102,7 @@ class ComfyDenoiser:
         return name
 
     def _size_conditioning(self, noisy: Tensor, conditioning: Conditioning) -> Tensor | None:
-        """SDXL's vector of pooled text and picture size, from the model's own code; None for models without it."""
+        """SDXL's vector `y` of pooled text and picture size, computed by ComfyUI; None for models without it."""
         if self.network.num_classes is None:
             return None
         if conditioning.pooled is None:
@@ -133,49 +118,57 @@ class ComfyDenoiser:
 
 
 def attention_options(mask: Tensor | None) -> dict:
-    """transformer_options that make every attention PyTorch's own, with the text mask on cross-attention only.
+    """transformer_options that apply a text mask, (B, L) bool, in cross-attention; ComfyUI's UNet passes none.
 
-    ComfyUI's UNet passes no text mask. The patches called before attn1 and attn2 tell the attention function which of
-    the two it serves. PyTorch's attention is also the one whose chunking does not depend on free memory.
+    The patches of attn1 and attn2 (self- and cross-attention) record which of the two calls the attention function. All
+    attention is PyTorch's, which unlike ComfyUI's sub-quadratic one does not depend on free memory.
     """
     from comfy.ldm.modules.attention import attention_pytorch
 
-    reading_text = [False]
+    in_cross_attention = [False]
 
-    def before(reads_text: bool, n, context, value, extra):
-        reading_text[0] = reads_text
+    def record(is_cross: bool, n, context, value, extra):
+        in_cross_attention[0] = is_cross
         return n, context, value
 
     def attend(_function, q, k, v, heads, mask_given=None, **kwargs):
         kwargs.pop("mask", None)
-        own = mask[:, None, :] if mask is not None and reading_text[0] else mask_given
-        return attention_pytorch(q, k, v, heads, mask=own, **kwargs)
+        chosen = mask[:, None, :] if mask is not None and in_cross_attention[0] else mask_given
+        return attention_pytorch(q, k, v, heads, mask=chosen, **kwargs)
 
-    patches = {"attn1_patch": [partial(before, False)], "attn2_patch": [partial(before, True)]}
+    patches = {"attn1_patch": [partial(record, False)], "attn2_patch": [partial(record, True)]}
     return {"patches": patches, "optimized_attention_override": attend}
 
 
 def context_width_of(model) -> int:
-    """The width that a MODEL's cross-attention reads; ValueError when there is no MODEL or no cross-attention."""
+    """Width of the context of a MODEL's cross-attention. Raises ValueError without a MODEL or cross-attention."""
     if model is None:
         raise ValueError("model is not connected; expected a MODEL for context_width auto, or choose a number.")
-    for name, parameter in model.model.diffusion_model.named_parameters():
+    return _context_width(model.model.diffusion_model)
+
+
+def _context_width(network: nn.Module) -> int:
+    for name, parameter in network.named_parameters():
         if name.endswith("attn2.to_k.weight"):
             return parameter.shape[1]
     raise ValueError("MODEL has no cross-attention (attn2); expected an SD1.x, SD2 or SDXL model.")
 
 
 def pooled_width_of(model) -> int:
-    """The width of the pooled text that a MODEL reads beside its picture sizes (SDXL: 1280); 0 when it reads none."""
+    """Width of the pooled text that a MODEL reads (SDXL: 1280); 0 when it reads none."""
     import comfy.model_base
 
-    sizes = {comfy.model_base.SDXL: 6, comfy.model_base.SDXLRefiner: 5}  # numbers in embeddings of 256
+    # Of `y`'s adm_channels, each picture size, crop or aesthetic score takes an embedding of 256.
+    sizes = {comfy.model_base.SDXL: 6, comfy.model_base.SDXLRefiner: 5}
     counts = [count for kind, count in sizes.items() if isinstance(model.model, kind)]
     return model.model.adm_channels - 256 * counts[0] if counts else 0
 
 
 def prediction_type_of(sampling) -> str:
-    """ "eps", "v" or "flow", told by the very functions in use: subclasses of these in ComfyUI mean other things."""
+    """ "eps", "v" or "flow" of a model_sampling object, or ValueError.
+
+    The functions are compared, not the classes: ComfyUI has subclasses of these that predict something else.
+    """
     import comfy.model_sampling
 
     names = {"EPS": "eps", "V_PREDICTION": "v", "CONST": "flow"}
@@ -184,8 +177,8 @@ def prediction_type_of(sampling) -> str:
         functions = ("calculate_input", "calculate_denoised", "noise_scaling")
         if all(getattr(type(sampling), f) is getattr(reference, f) for f in functions):
             return prediction
-    found = ", ".join(base.__name__ for base in type(sampling).__bases__)
-    raise ValueError(f"MODEL's sampling is {found}; expected eps, v or flow prediction.")
+    bases = ", ".join(base.__name__ for base in type(sampling).__bases__)
+    raise ValueError(f"MODEL's sampling is {bases}; expected eps, v or flow prediction.")
 
 
 def _column(sigma: Tensor) -> Tensor:

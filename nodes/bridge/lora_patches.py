@@ -1,8 +1,8 @@
-"""LoRAs as patches of a MODEL and a CLIP: ComfyUI's own, and what these lack.
+"""LoRAs as patches of a MODEL and a CLIP.
 
-ComfyUI reads the tensors and works out LoRA, LoHa, LoKr, full diffs and their kin; it knows kohya's and its own names.
-Here: the names of the other tools, a check of every shape before anything is patched (ComfyUI would log an error while
-sampling and leave the layer out), DoRA as it was trained, and sums that do not depend on the order of files.
+ComfyUI computes LoRA, LoHa, LoKr, full differences and others, for files with kohya's names or its own. Added here: the
+names of other tools, a check of every shape before anything is patched (ComfyUI would log an error while sampling and
+leave the layer out), DoRA as it was trained, and sums that do not depend on the order of files.
 """
 
 from __future__ import annotations
@@ -20,37 +20,42 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...training.formats.lora import BIAS, Lora, LoraModule, aliases, dora_axis, parse_lora, some
+from ...training.common.text import first_few
+from ...training.formats.lora import Lora, LoraModule, dora_axis, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
-from ...training.formats.lora_report import WIDTHS, LoraUse, base_of
+from ...training.formats.lora_keys import BIAS, kohya_aliases
+from ...training.formats.lora_report import WIDTHS, LoraReport, base_of_lora
 
 log = logging.getLogger(__name__)
 
 ADDITIVE = ("lora", "loha", "lokr")
-"""ComfyUI's names of the kinds whose difference does not depend on the weight they are added to."""
+"""ComfyUI's names of the adapters whose difference dW does not depend on the weight it is added to."""
+
+T5_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A LoRA to put on, with its strengths and its block weights as text."""
+    """A LoRA to apply, as in a row of the node Apply LoRA."""
 
     lora: Lora
     strength_model: float
     strength_clip: float
     blocks: str = ""
+    """Block weights as the user wrote them (`block_weights`)."""
 
 
 class Dora(WeightAdapterBase):
-    """Another adapter whose result is brought to learned magnitudes: W + s (m (W + dW) / ||W + dW|| - W).
+    """An adapter with learned magnitudes m (DoRA, arXiv 2402.09353): W + s (m (W + dW) / ||W + dW|| - W).
 
-    As it was trained (arXiv 2402.09353, LyCORIS, peft, OneTrainer), with the norm of the merged weight for both axes;
-    ComfyUI's own takes the norm of the bare weight when there is one magnitude per output.
+    The norm is that of the merged weight for either axis, as LyCORIS, peft and OneTrainer train it. ComfyUI's DoRA uses
+    the norm of the unmerged weight where there is one magnitude per output.
     """
 
     name = "dora"
 
     def __init__(self, loaded_keys, weights):
-        self.loaded_keys, self.weights = loaded_keys, weights  # (adapter, magnitudes, their axis)
+        self.loaded_keys, self.weights = loaded_keys, weights  # (adapter, magnitudes m, axis of W that m runs along)
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, dtype=torch.float32, bases=None
@@ -65,7 +70,10 @@ class Dora(WeightAdapterBase):
 
 
 class StackedPatch(WeightAdapterBase):
-    """Several patches with their strengths, each worked out on the weight as it came: their order does not matter."""
+    """Several patches of one weight, each computed from the unpatched weight: W + s sum_i s_i (patch_i(W) - W).
+
+    So their order does not matter, which it does where ComfyUI applies them one after the other.
+    """
 
     name = "together"
 
@@ -76,22 +84,30 @@ class StackedPatch(WeightAdapterBase):
         self, weight, key, strength, strength_model, offset, function, dtype=torch.float32, bases=None
     ):
         base = weight.clone()
-        for own_strength, patch in self.weights:  # at strength 1: ComfyUI squares that of OFT, and ignores that of set
-            weight += strength * own_strength * (_patched(base, 1.0, patch, key, function, dtype) - base)
+        for patch_strength, patch in self.weights:
+            patched = _patched(base, 1.0, patch, key, function, dtype)  # ComfyUI squares OFT's strength, ignores set's
+            weight += strength * patch_strength * (patched - base)
         return weight
 
 
 def _patched(weight: Tensor, strength: float, patch, key: str, function, dtype: torch.dtype) -> Tensor:
+    """A copy of the weight with one patch applied by ComfyUI."""
     patches = [(strength, patch, 1.0, None, function)]
     return comfy.lora.calculate_weight(patches, weight.clone(), key, intermediate_dtype=dtype)
 
 
-def _is_linear(patch) -> bool:
+def _is_additive(patch) -> bool:
+    """Whether a patch adds a difference that does not depend on the weight."""
     return patch[0] == "diff" if isinstance(patch, tuple) else patch.name in ADDITIVE
 
 
 class PatchTarget:
-    """The network of a MODEL or CLIP: shapes of its weights, and which of them the names of LoRA layers mean."""
+    """A MODEL or CLIP to which LoRAs are applied: its weights, and the patches that are collected for them.
+
+    Args:
+        patcher: the ModelPatcher.
+        names: LoRA layer name -> key of a weight, or (key, (axis, start, length)) for a slice of one.
+    """
 
     def __init__(self, patcher, names: Mapping[str, str | tuple]):
         self.patcher, self.names = patcher, names
@@ -99,11 +115,11 @@ class PatchTarget:
         self.patches: dict[str | tuple, list] = defaultdict(list)
 
     def find(self, module: LoraModule) -> str | tuple | None:
-        """The weight that a layer's name means: its key, or (key, (axis, start, length)) for a part of one."""
-        return next((self.names[name] for name in aliases(module.name) if name in self.names), None)
+        """The weight that a LoRA layer's name stands for, as in `names`; None when there is no such name."""
+        return next((self.names[name] for name in kohya_aliases(module.name) if name in self.names), None)
 
     def shape(self, target: str | tuple) -> tuple[int, ...] | None:
-        """None when there is no such weight or it is packed (quantised)."""
+        """Shape of a weight or slice; None when there is no such weight or it is quantised."""
         key, part = (target, None) if isinstance(target, str) else target[:2]
         weight = self.weights.get(key)
         if weight is None or not weight.is_floating_point():
@@ -113,11 +129,12 @@ class PatchTarget:
             shape[part[0]] = part[2]
         return tuple(shape)
 
-    def holds(self, target: str | tuple) -> bool:
+    def has(self, target: str | tuple) -> bool:
+        """Whether there is such a weight."""
         return (target if isinstance(target, str) else target[0]) in self.weights
 
     def read(self, module: LoraModule, target: str | tuple) -> dict[str | tuple, object]:
-        """ComfyUI's patches of a layer, by the weights they are for. Raises ValueError when a shape does not fit."""
+        """A LoRA layer as ComfyUI's patches, by weight or slice. Raises ValueError when a shape does not fit."""
         tensors = {f"x.{name}": value for name, value in _for_comfyui(module).items() if name != "dora_scale"}
         patches = comfy.lora.load_lora(tensors, {"x": target}, log_missing=False)
         for key, patch in patches.items():
@@ -133,15 +150,15 @@ class PatchTarget:
         return patches
 
     def patched(self, owner):
-        """A clone of `owner` (the MODEL or CLIP) with all patches that were put here."""
-        calls = defaultdict(dict)
+        """A clone of `owner`, the MODEL or CLIP, with all collected patches."""
+        calls = defaultdict(dict)  # (round, strength) -> patches: add_patches has one strength, and one patch a weight
         for key, parts in self.patches.items():
-            linear = all(_is_linear(patch) for _, patch in parts)
+            additive = all(_is_additive(patch) for _, patch in parts)
             alone = len(parts) == 1 and (parts[0][0] == 1 or isinstance(parts[0][1], Dora))
-            if not linear and not alone:
+            if not additive and not alone:
                 parts = [(1.0, StackedPatch(set(), tuple(parts)))]
-            for turn, (strength, patch) in enumerate(parts):
-                calls[turn, strength][key] = patch
+            for number, (strength, patch) in enumerate(parts):
+                calls[number, strength][key] = patch
         result = owner.clone()
         for (_, strength), patches in calls.items():
             result.add_patches(patches, strength)
@@ -149,9 +166,18 @@ class PatchTarget:
 
 
 def apply_loras(model, clip, rows: Iterable[Row]):
-    """(MODEL, CLIP, uses): clones with all rows added up, W' = W + sum of strength_i dW_i, and one LoraUse per row.
+    """Adds up LoRAs on a MODEL and CLIP: W' = W + sum_i strength_i dW_i.
 
-    Raises ValueError before anything is patched when a layer does not fit. clip may be None.
+    Args:
+        model: a MODEL.
+        clip: a CLIP, or None.
+        rows: the LoRAs with their strengths; their order has no effect on the weights.
+
+    Returns:
+        Patched clones of MODEL and CLIP (None without one), and one LoraReport per row.
+
+    Raises:
+        ValueError: before anything is patched, when a layer does not fit.
     """
     unet = PatchTarget(model, unet_names(model))
     text = None if clip is None else PatchTarget(clip.patcher, text_names(clip))
@@ -159,14 +185,14 @@ def apply_loras(model, clip, rows: Iterable[Row]):
     return unet.patched(model), None if clip is None else text.patched(clip), uses
 
 
-def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
-    """Puts one row's patches into the targets."""
-    use = LoraUse(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
+def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
+    """Collects one row's patches in the targets, and reports what was used."""
+    use = LoraReport(row.lora, row.strength_model, row.strength_clip, family_of(unet), has_clip=text is not None)
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
-    known = [*unet.weights, *(text.weights if text else ())]
-    if "=" in row.blocks and (idle := blocks.idle(known)):
-        use.notes.append(f"block weights {some(idle)} fit no parameter's name.")
+    names = [*unet.weights, *(text.weights if text else ())]
+    if "=" in row.blocks and (idle := blocks.idle(names)):
+        use.notes.append(f"block weights {first_few(idle)} fit no parameter's name.")
     misfits = []
     for module in row.lora.modules.values():
         target = unet.find(module)
@@ -180,7 +206,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
         except ValueError as error:
             misfits.append(f"{module.name} ({error})")
             continue
-        used = _put(patches, owner, strength, blocks, module, use)
+        used = _collect(patches, owner, strength, blocks, module, use)
         use.model_layers += used and owner is unet
         use.text_layers += used and owner is text
     if misfits:
@@ -188,78 +214,86 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraUse:
     return use
 
 
-def _put(patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraUse):
-    """Whether any of a layer's patches has a weight to go on; keys of those that have none are noted as unused."""
-    held = {key: patch for key, patch in patches.items() if owner.holds(key)}
-    for key, patch in held.items():
+def _collect(
+    patches: Mapping, owner: PatchTarget, strength: float, blocks: BlockWeights, module: LoraModule, use: LoraReport
+) -> bool:
+    """Whether any patch of a layer has a weight in `owner`; keys of patches that have none are recorded as unused."""
+    usable = {key: patch for key, patch in patches.items() if owner.has(key)}
+    for key, patch in usable.items():
         weight = blocks.of(key if isinstance(key, str) else key[0])
         use.silenced += weight == 0
         if strength * weight:
             owner.patches[key].append((strength * weight, patch))
-    if len(held) < len(patches) or not held:
-        use.unused += [name for role, name in module.keys.items() if role in BIAS or not held]
-    return bool(held)
+    if len(usable) < len(patches) or not usable:
+        use.unused += [name for role, name in module.keys.items() if role in BIAS or not usable]
+    return bool(usable)
 
 
 def _misfit_message(lora: Lora, misfits: list[str], family: str) -> str:
-    base = base_of(lora)
+    base = base_of_lora(lora)
     made = f" It was made for {base}, the model is {family or 'of another kind'}." if base.family else ""
     return (
-        f"{lora.name} does not fit this model: {some(misfits, most=3)}.{made} Nothing of it was applied. Choose a LoRA "
-        "for this model, or disable its row."
+        f"{lora.name} does not fit this model: {first_few(misfits, limit=3)}.{made} Nothing of it was applied. Choose "
+        "a LoRA for this model, or disable its row."
     )
 
 
 def _for_comfyui(module: LoraModule) -> dict[str, Tensor]:
-    """A layer's tensors, LoKr's Tucker factors multiplied out: ComfyUI fails on them and leaves the layer out."""
+    """A layer's tensors for ComfyUI, which leaves out a LoKr layer with Tucker factors: these are multiplied out."""
     tensors = dict(module.tensors)
     if "lokr_t2" not in tensors:
         return tensors
     core, a, b = (tensors.pop(name).float() for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
     second = torch.einsum("rs...,ro,si->oi...", core, a, b).contiguous()
     scale = module.alpha / module.rank if module.alpha is not None and "lokr_w1" in tensors else 1.0
-    return tensors | {"lokr_w2": second * scale}  # with both factors whole ComfyUI takes no alpha
+    return tensors | {"lokr_w2": second * scale}  # ComfyUI applies no alpha to unfactorised w1 and w2
 
 
-def _check_fit(found: tuple[int, int | None] | None, shape: tuple[int, ...]) -> None:
-    """found: rows and columns that a layer makes, None for what is not known."""
-    wanted = (shape[0], torch.Size(shape[1:]).numel())
-    if found is not None and (found[0] != wanted[0] or found[1] not in (None, wanted[1])):
-        raise ValueError(f"made for {found[0]} x {found[1] or '?'}; expected {wanted[0]} x {wanted[1]}")
+def _check_fit(size: tuple[int, int | None] | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError when a layer's rows and columns (None: unknown) are not those of a weight of this shape."""
+    expected = (shape[0], torch.Size(shape[1:]).numel())
+    if size is not None and (size[0] != expected[0] or size[1] not in (None, expected[1])):
+        raise ValueError(f"made for {size[0]} x {size[1] or '?'}; expected {expected[0]} x {expected[1]}")
 
 
 def _reshaped(difference: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A full difference in a weight's shape: 1x1 convolutions are linear layers elsewhere."""
+    """A full difference in the weight's shape: some tools write a 1x1 convolution as a linear layer."""
     _check_fit((difference.shape[0], difference.shape[1:].numel()) if difference.ndim else (1, 1), shape or (1,))
     return difference.reshape(shape)
 
 
 def unet_names(model) -> dict[str, str | tuple]:
-    """LoRA layer name -> weight of a MODEL: ComfyUI's table, and LyCORIS's prefix before the original names."""
+    """LoRA layer name -> weight of a MODEL: ComfyUI's names, and LyCORIS's prefix before the original (LDM) names."""
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     extra = {f"lycoris_{n.removeprefix('lora_unet_')}": key for n, key in names.items() if n.startswith("lora_unet_")}
     return extra | names
 
 
 def text_names(clip) -> dict[str, str | tuple]:
-    """LoRA layer name -> weight of a CLIP: ComfyUI's table, and kohya's names for a T5 of any size and place."""
+    """LoRA layer name -> weight of a CLIP: ComfyUI's names, and kohya's for a T5 in any position."""
     names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    extra = {}
+    t5_names = {}
     for key in clip.patcher.model.state_dict():
         if match := re.search(r"\.transformer\.(encoder\.(?:block|final_layer_norm)\..*|shared)\.weight$", key):
-            extra |= {f"{start}{match[1].replace('.', '_')}": key for start in ("lora_te_", *T5_STARTS)}
-    return extra | names
-
-
-T5_STARTS = ("lora_te1_", "lora_te2_", "lora_te3_")
+            t5_names |= {prefix + match[1].replace(".", "_"): key for prefix in T5_PREFIXES}
+    return t5_names | names
 
 
 def family_of(unet: PatchTarget) -> str:
-    """SD1.x, SD2.x or SDXL by the width that cross-attention reads; empty for others."""
+    """Model family ("SD1.x", "SD2.x", "SDXL") by the width of the cross-attention's context; empty for others."""
     widths = (value.shape[1] for name, value in unet.weights.items() if name.endswith("attn2.to_k.weight"))
     return WIDTHS.get(next(widths, 0), "")
 
 
 def lora_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Lora:
-    """A file's tensors, or a LORA_MODEL's, after ComfyUI's own conversions. Raises ValueError as `parse_lora`."""
+    """The LoRA in a file's or a LORA_MODEL's tensors, after ComfyUI's conversions of other formats.
+
+    Args:
+        name: for messages.
+        tensors: by the file's keys.
+        metadata: the file's.
+
+    Raises:
+        ValueError: as `parse_lora`.
+    """
     return parse_lora(name, comfy.lora_convert.convert_lora(dict(tensors)), metadata)

@@ -1,4 +1,4 @@
-"""Measuring and fitting text encoders as ComfyUI's CLIP objects: std, scale, closed-form projection."""
+"""Measures CLIPs (std of their output), scales T5 CLIPs and fits their projections in closed form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from ...training.models.protocols import Conditioning
 from ...training.text_encoder.fit import FitReport, fit_projection
-from ...training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, measure, scale_to
-from ..clips.t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, own_context, t5_parts
-from ..clips.t5_tokens import is_token
+from ...training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, scale_to, token_statistics
+from ..clips.t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, t5_context, t5_parts
+from ..clips.t5_tokens import end_index
 from ..common.inputs import expect_given
 
 
 class MeasurableClip:
-    """Any CLIP as far as measuring its outputs goes: one prompt at a time, parentheses taken as text."""
+    """Any CLIP with the methods that `training.text_encoder.scale` and `fit` measure with.
+
+    One prompt is encoded at a time; brackets in it are not prompt weights.
+    """
 
     def __init__(self, clip):
         expect_given(clip=clip)
@@ -31,24 +34,23 @@ class MeasurableClip:
         return self.clip.tokenize(text, disable_weights=True)
 
     def encode(self, tokens: dict) -> Conditioning:
-        """Of a T5 beside a kept CLIP the T5's own tokens, which alone a scale changes."""
+        """The CLIP's output; without a kept CLIP's tokens, which a scale does not change."""
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
-        return Conditioning(own_context(self.clip, context, tokens) if is_t5_clip(self.clip) else context, pooled)
+        return Conditioning(t5_context(self.clip, context, tokens) if is_t5_clip(self.clip) else context, pooled)
 
     def real_tokens(self, tokens: dict) -> Tensor:
-        """(1, L) bool over what `encode` returns: see `prompt_tokens`; all tokens of a resampler."""
+        """(1, L) bool over the context of `encode`: as `prompt_tokens`, but all tokens of a resampler."""
         resampled = t5_parts(self.clip).projection.tokens if is_t5_clip(self.clip) else None
         return torch.ones(1, resampled, dtype=torch.bool) if resampled else self.prompt_tokens(tokens)
 
     def prompt_tokens(self, tokens: dict) -> Tensor:
-        """(1, L) bool: without start tokens and what follows a section's first end token."""
-        key, sections = next(iter(tokens.items()))
-        owner = self.clip.tokenizer
-        segments = getattr(owner, key, None) or getattr(owner, f"clip_{key}")
-        return torch.tensor([[real for section in sections for real in _real(section, segments)]])
+        """(1, L) bool: False for start tokens and for what follows the first end token of each window."""
+        name, windows = next(iter(tokens.items()))
+        tokenizer = getattr(self.clip.tokenizer, name, None) or getattr(self.clip.tokenizer, f"clip_{name}")
+        return torch.tensor([[real for window in windows for real in _real(window, tokenizer)]])
 
     def states(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """(L, D) output of one prompt and (L,) which of it are words and end token: `training.text_encoder.fit`."""
+        """(L, D) output of one prompt and (L,) bool as `real_tokens`, for `training.text_encoder.fit`."""
         tokens = self.tokenize([prompt])
         with torch.inference_mode(False):
             return self.encode(tokens).context[0].clone(), self.real_tokens(tokens)[0]
@@ -64,7 +66,7 @@ class MeasurableClip:
 
 
 def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tuple[Any, ScaleReport]:
-    """A clone of a T5 CLIP with std `target_std` over `prompts`, and the measurements before and after."""
+    """A clone of a T5 CLIP whose output has std `target_std` over `prompts`, and the statistics before and after."""
     expect_t5(clip)
     scaled, report = scale_to(MeasurableClip(clip), target_std, prompts)
     return clone_with_projection(clip, t5_parts(scaled.clip).projection, report.target), report
@@ -73,26 +75,39 @@ def scale_clip(clip, target_std: float, prompts: Sequence[str] = PROMPTS) -> tup
 def scaled_or_measured(
     clip, mode: str, target_std: float, reference, prompts: Sequence[str]
 ) -> tuple[Any, dict[str, TokenStatistics], str]:
-    """A scaled clone, or with mode "off" the CLIP itself; statistics by name ("before" and "after", or "measured", and
-    "reference" when one is given); a report. ValueError for mode "match reference" without one, and for a CLIP to scale
-    that is no T5."""
+    """Scales a T5 CLIP to a target std, or only measures any CLIP.
+
+    Args:
+        clip: a T5 CLIP, or with mode "off" any CLIP.
+        mode: "match reference", "off", or any other word for `target_std`.
+        target_std: std over all elements of real tokens.
+        reference: the CLIP whose std "match reference" aims at; measured in any mode.
+        prompts: what the std is measured on.
+
+    Returns:
+        The scaled clone, or with mode "off" the CLIP itself; statistics by name ("before" and "after", or "measured";
+        "reference" when one is given); a report.
+
+    Raises:
+        ValueError: for "match reference" without a reference, and for a CLIP to scale that is not a T5 CLIP.
+    """
     if mode != "off":
         expect_t5(clip)
     if mode == "match reference" and reference is None:
         raise ValueError("reference is not connected; expected the original CLIP for 'match reference'.")
-    beside = {} if reference is None else {"reference": clip_statistics(reference, prompts)}
+    statistics = {} if reference is None else {"reference": clip_statistics(reference, prompts)}
     if mode == "off":
-        figures = {"measured": clip_statistics(clip, prompts)} | beside
+        figures = {"measured": clip_statistics(clip, prompts)} | statistics
         text = f"std of real tokens: {figures['measured'].std:.4f} over {len(prompts)} prompts (unchanged)"
     else:
-        target = beside["reference"].std if mode == "match reference" else target_std
+        target = statistics["reference"].std if mode == "match reference" else target_std
         clip, report = scale_clip(clip, target, prompts)
-        figures, text = {"before": report.before, "after": report.after} | beside, report.text()
-    return clip, figures, "\n".join([text, *(f"{name}: {one.text()}" for name, one in figures.items())])
+        figures, text = {"before": report.before, "after": report.after} | statistics, report.text()
+    return clip, figures, "\n".join([text, *(f"{name}: {figure.text()}" for name, figure in figures.items())])
 
 
 class UnprojectedClip(MeasurableClip):
-    """A T5 CLIP as far as fitting its projection goes: its states before the projection."""
+    """A T5 CLIP whose measured output is the states before its projection, to which a projection is fitted."""
 
     def encode(self, tokens: dict) -> Conditioning:
         return encode_states(self.clip, tokens)
@@ -102,30 +117,39 @@ class UnprojectedClip(MeasurableClip):
 
 
 def fit_clip(clip, reference, prompts: Sequence[str], method: str = "ridge") -> tuple[Any, FitReport]:
-    """A clone of a T5 CLIP whose projection is fitted to another CLIP's output, and how near it gets."""
+    """Fits a T5 CLIP's projection to another CLIP's output, in closed form.
+
+    Args:
+        clip: a T5 CLIP.
+        reference: the CLIP to imitate, such as the model's own.
+        prompts: what both encode.
+        method: as for `fit_projection`.
+
+    Returns:
+        A clone with the new projection, and a report of the error that is left.
+    """
     expect_t5(clip)
     pooled_width = t5_parts(clip).projection.pooled_width
-    own, target = UnprojectedClip(clip), MeasurableClip(reference)
-    projection, report = fit_projection(own, target, prompts, pooled_width=pooled_width, method=method)
+    states, target = UnprojectedClip(clip), MeasurableClip(reference)
+    projection, report = fit_projection(states, target, prompts, pooled_width=pooled_width, method=method)
     return clone_with_projection(clip, projection), report
 
 
 def is_fitted(clip) -> bool:
-    """Whether a CLIP is a T5 whose projection was fitted: no other has a bias."""
+    """Whether a CLIP is a T5 CLIP with a fitted projection: no other projection has a bias."""
     return is_t5_clip(clip) and t5_parts(clip).projection.linear.bias is not None
 
 
 def clip_statistics(clip, prompts: Sequence[str] = PROMPTS) -> TokenStatistics:
-    """How loud the real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5) are."""
-    return measure(MeasurableClip(clip), prompts)
+    """Statistics of the real tokens of any CLIP with one token sequence (SD1.5, SD2, SDXL, T5) over `prompts`."""
+    return token_statistics(MeasurableClip(clip), prompts)
 
 
 def clip_std(clip, prompts: Sequence[str] = PROMPTS) -> float:
-    """std over all elements of real tokens; the CLIP as for `clip_statistics`."""
+    """std over all elements of real tokens, for any CLIP that `clip_statistics` measures."""
     return clip_statistics(clip, prompts).std
 
 
-def _real(section: list, segments) -> list[bool]:
-    ids = [entry[0] for entry in section]
-    end = next((i for i, entry in enumerate(ids) if is_token(entry, segments.end_token)), len(ids) - 1)
-    return [segments.tokens_start <= i <= end for i in range(len(ids))]
+def _real(window: list, tokenizer) -> list[bool]:
+    end = end_index([entry[0] for entry in window], tokenizer.end_token)
+    return [tokenizer.tokens_start <= i <= end for i in range(len(window))]

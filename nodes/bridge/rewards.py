@@ -1,4 +1,4 @@
-"""Rewards under ComfyUI's model management: what RETUNE_REWARD carries."""
+"""Rewards under ComfyUI's model management: the value of a RETUNE_REWARD."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from ...training.rewards.augment import Augmentation
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.load import RewardConfig, load_reward
-from ..common.weights import without_inference_tensors
+from .device import load_fully, without_inference_tensors
 
 
 class ManagedReward:
-    """One or more rewards with their weights in the sum, and a ModelPatcher for each network.
+    """A weighted sum of rewards, with a ModelPatcher for each network. Immutable.
 
-    Immutable: `combined` gives a new sum each time, its running scales at their start. `load` comes before scoring, and
-    again after anything else may have pushed the rewards out.
+    Call `load` before scoring, and again whenever ComfyUI may have offloaded the rewards.
     """
 
     def __init__(self, terms: Sequence[Term], patchers: Sequence, augmentation: Augmentation | None = None):
@@ -24,7 +23,7 @@ class ManagedReward:
 
     @classmethod
     def open(cls, config: RewardConfig, **term) -> ManagedReward:
-        """Reads a reward's files; term: as `Term` takes it, the reward aside. Errors: those of `load_reward`."""
+        """Loads one reward from its files; `term` are the other fields of `Term`. Raises as `load_reward`."""
         import comfy.model_management
         import comfy.model_patcher
 
@@ -39,29 +38,29 @@ class ManagedReward:
 
     @classmethod
     def joined(cls, rewards: Sequence[ManagedReward], augmentation: Augmentation | None = None) -> ManagedReward:
-        """All their terms as one sum; augmentation: instead of theirs."""
+        """One sum of all terms; `augmentation` replaces those of the rewards."""
         terms = [term for reward in rewards for term in reward.terms]
         return cls(terms, [patcher for reward in rewards for patcher in reward.patchers], augmentation)
 
     def combined(self) -> CombinedReward:
+        """A new sum, whose running scales are at their start."""
         return CombinedReward(self.terms, self.augmentation)
 
-    def load(self, batch: int, gradient: bool = False, beside: Sequence = ()) -> None:
-        """Brings all networks whole to the device, with room to score `batch` images; beside: patchers to keep there.
+    def load(self, batch: int, gradient: bool = False) -> None:
+        """Loads all networks whole, with memory left to score `batch` images.
 
-        gradient: with room for a backward pass through all of them at once.
+        Args:
+            batch: images that are scored at a time.
+            gradient: whether memory for a backward pass through all networks at once is left too.
         """
-        import comfy.model_management
-
         memory = self.combined().activation_bytes(batch, gradient)
-        patchers = [*dict.fromkeys(self.patchers), *beside]
-        comfy.model_management.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+        load_fully([*dict.fromkeys(self.patchers)], memory)
         for patcher in self.patchers:
-            patcher.model.to(patcher.load_device)  # with --novram ComfyUI leaves buffers behind; weights are there
+            patcher.model.to(patcher.load_device)  # with --novram ComfyUI moves the weights and forgets the buffers
             without_inference_tensors(patcher.model)
 
 
 def expect_reward(reward) -> None:
-    """ValueError unless something is connected."""
+    """Raises ValueError unless a reward is connected."""
     if not isinstance(reward, ManagedReward):
         raise ValueError("reward is empty; expected one from Load Reward or Combine Rewards.")

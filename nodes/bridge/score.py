@@ -1,4 +1,4 @@
-"""ComfyUI's images scored by a reward under its model management."""
+"""Scores and diversity of ComfyUI's images, with rewards under its model management."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from .rewards import ManagedReward, expect_reward
 
 
 def score(reward: ManagedReward, images: Tensor, prompts: str) -> ScoreTable:
-    """Scores of an IMAGE batch (B, H, W, C). prompts: one line for all or one for each. Errors: ValueError for another
-    number of lines, and for none where a reward reads them."""
+    """Scores images with a reward.
+
+    Args:
+        reward: a RETUNE_REWARD.
+        images: an IMAGE, (B, H, W, C) in 0..1.
+        prompts: one line for all images, or one for each.
+
+    Raises:
+        ValueError: for another number of lines, and for none where the reward reads prompts.
+    """
     import comfy.model_management
     import comfy.utils
 
@@ -32,7 +40,7 @@ def score(reward: ManagedReward, images: Tensor, prompts: str) -> ScoreTable:
 
 
 def diversity_of(reward: ManagedReward, images: Tensor) -> Diversity:
-    """Diversity of an IMAGE batch on the first reward's image tower."""
+    """Diversity of an IMAGE (B, H, W, C), measured on the image tower of the first reward."""
     expect_reward(reward)
     first = ManagedReward(reward.terms[:1], reward.patchers[:1])
     first.load(min(DIVERSITY_BATCH, len(images)))
@@ -41,12 +49,12 @@ def diversity_of(reward: ManagedReward, images: Tensor) -> Diversity:
 
 
 def channels_first(images: Tensor) -> Tensor:
-    """(B, H, W, C) to (B, 3, H, W), an ordinary tensor, without alpha."""
+    """(B, H, W, C) to (B, 3, H, W), without alpha, as an ordinary tensor instead of an inference tensor."""
     return images[..., :3].movedim(-1, 1).clone()
 
 
 def prompt_of_each(prompts: str, count: int, needed: bool) -> list[str]:
-    """A prompt for each of `count` images."""
+    """A prompt for each of `count` images; empty ones where there is no line and none is `needed`."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not lines and not needed:
         return [""] * count

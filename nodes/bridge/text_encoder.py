@@ -1,4 +1,4 @@
-"""A CLIP as a TextEncoder."""
+"""A CLIP as a `TextEncoder`, and a T5 CLIP as the core's own encoder."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from torch import Tensor, nn
 from ...training.models.concepts import Concept, Vocabulary
 from ...training.models.parameters import ParameterRef, parameter_refs
 from ...training.models.protocols import Conditioning
+from ...training.text_encoder.t5 import T5TextEncoder, t5_model
+from ...training.text_encoder.t5_file import T5Weights
 from ..clips import t5_clip
 from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
 from ..clips.fingerprint import clip_fingerprint
-from ..common.weights import is_dynamic
+from ..common.weights import patched_weight
 from .denoiser import ComfyDenoiser
+from .device import static_clip
 
-CLIP_ROOM = 75
-"""Tokens in one of a CLIP's windows of 77, its start and end token left out."""
-UNREAD = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection(\.weight)?)")
-"""What no UNet reads of a CLIP: text projections but for that of SDXL's second one (see `clip_fingerprint`)."""
+CLIP_PROMPT_TOKENS = 75
+"""Tokens of a prompt in one of a CLIP's windows of 77, which has a start and an end token."""
+UNUSED = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection(\.weight)?)")
+"""Weights of a CLIP that no UNet reads: logit scales, and text projections but for CLIP-G's (`clip_fingerprint`)."""
 
 
 class ComfyTextEncoder:
-    """TextEncoder over a CLIP. Captions are plain text: brackets in them are no prompt weights.
+    """Implements `TextEncoder` with a CLIP. Captions are plain text: brackets in them are not prompt weights.
 
-    For a T5 CLIP of this package `projection` is a copy that may train; for any other CLIP there is none.
-    denoiser: the one it trains beside; needed for `training` alone.
+    Tokens are the texts themselves, since ComfyUI tokenizes and encodes one prompt at a time.
+
+    Args:
+        clip: a CLIP. Of a T5 CLIP, `projection` is a copy that may train; other CLIPs have none.
+        denoiser: the UNet that must stay loaded together with the CLIP; only `training` requires it.
     """
 
     def __init__(self, clip, denoiser: ComfyDenoiser | None = None):
@@ -38,9 +44,9 @@ class ComfyTextEncoder:
         self._is_t5 = t5_clip.is_t5_clip(clip)
         self.projection = t5_clip.t5_parts(clip).projection if self._is_t5 else None
         self.fingerprint = fingerprint_of(clip)
-        self.width, self.pooled_width = t5_clip.widths_of(clip) if self._is_t5 else self._measured_widths()
+        self.width, self.pooled_width = t5_clip.output_widths(clip) if self._is_t5 else self._measure_widths()
 
-    def _measured_widths(self) -> tuple[int, int]:
+    def _measure_widths(self) -> tuple[int, int]:
         empty = self.encode(self.tokenize([""]))
         return empty.context.shape[-1], 0 if empty.pooled is None else empty.pooled.shape[-1]
 
@@ -51,14 +57,14 @@ class ComfyTextEncoder:
     @property
     def max_prompt_tokens(self) -> int:
         source = self.clip.cond_stage_model.retune_source if self._is_t5 else None
-        return source.padding.max_tokens - 1 if source else CLIP_ROOM
+        return source.padding.max_tokens - 1 if source else CLIP_PROMPT_TOKENS
 
     @property
     def chunks_long_prompts(self) -> bool:
         return not self._is_t5
 
     def with_concepts(self, concepts: Iterable[Concept]) -> ComfyTextEncoder:
-        """Its `training` is its own; the projection that may train is shared."""
+        """A text encoder with further concepts; it shares the projection that may train."""
         other = copy.copy(self)
         other.clip = with_concepts(self.clip, concepts)
         other.concepts = concepts_of(other.clip)
@@ -66,12 +72,11 @@ class ComfyTextEncoder:
         return other
 
     def tokenize(self, texts: list[str]) -> list[str]:
-        """The texts themselves: ComfyUI tokenizes and encodes one prompt at a time."""
         return texts
 
     def backbone(self, tokens: list[str]) -> Conditioning:
         with nullcontext() if self._trains else torch.no_grad():
-            return Conditioning.cat(self._one(text) for text in tokens)
+            return Conditioning.cat(self._encode_prompt(text) for text in tokens)
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
         return states if self.projection is None else self.projection.project(states, time)
@@ -81,23 +86,26 @@ class ComfyTextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        found = self._plain_clip().cond_stage_model.named_modules()
-        linear = {path: layer for path, layer in found if isinstance(layer, nn.Linear)}
-        return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNREAD.fullmatch(path)}
+        modules = self._static_clip().cond_stage_model.named_modules()
+        linear = {path: layer for path, layer in modules if isinstance(layer, nn.Linear)}
+        return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNUSED.fullmatch(path)}
 
     @property
     def weights(self) -> dict[str, ParameterRef]:
-        found = parameter_refs(self._plain_clip().cond_stage_model, "text_encoders.")
-        return {name: target for name, target in found.items() if not UNREAD.fullmatch(name)}
+        refs = parameter_refs(self._static_clip().cond_stage_model, "text_encoders.")
+        return {name: ref for name, ref in refs.items() if not UNUSED.fullmatch(name)}
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """ComfyUI's residuals are added in place, which would destroy what the norms before them keep for backward."""
+        """While entered, the CLIP stays loaded, and `backbone` records gradients.
+
+        ComfyUI adds residuals in place, to tensors that the norms save for backward; so the norms get copies.
+        """
         from comfy.text_encoders.t5 import T5LayerNorm
 
-        patcher, modules = self._plain_clip().patcher, self.clip.cond_stage_model.modules()
+        patcher, modules = self._static_clip().patcher, self.clip.cond_stage_model.modules()
         norms = [module for module in modules if isinstance(module, (nn.LayerNorm, T5LayerNorm))]
-        hooks = [norm.register_forward_pre_hook(_copy_first) for norm in norms]
+        hooks = [norm.register_forward_pre_hook(_copy_input) for norm in norms]
         self._denoiser.keep_loaded.append(patcher)
         self._trains = True
         try:
@@ -109,14 +117,12 @@ class ComfyTextEncoder:
             for hook in hooks:
                 hook.remove()
 
-    def _plain_clip(self):
-        """The CLIP; under dynamic VRAM a copy of its own, since there weights come and go while a module runs."""
-        if is_dynamic(self.clip.patcher):
-            self.clip = self.clip.clone(disable_dynamic=True)
-            self.clip.cond_stage_model = self.clip.patcher.model
+    def _static_clip(self):
+        """The CLIP, replaced by a clone without dynamic VRAM where it has that."""
+        self.clip = static_clip(self.clip)
         return self.clip
 
-    def _one(self, text: str) -> Conditioning:
+    def _encode_prompt(self, text: str) -> Conditioning:
         tokens = self.clip.tokenize(text, disable_weights=True)
         if self._is_t5:
             return t5_clip.encode_states(self.clip, tokens, trains=self._trains)
@@ -126,28 +132,48 @@ class ComfyTextEncoder:
         return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
 
 
-def _copy_first(_module, inputs: tuple) -> tuple:
+def _copy_input(_module, inputs: tuple) -> tuple:
     return inputs[0].clone(), *inputs[1:]
 
 
 def _encode_loaded(clip, tokens: dict) -> Conditioning:
-    """What `clip.encode_from_tokens` gives, of a CLIP that is loaded already, with gradients."""
-    model = clip.cond_stage_model
-    t5_clip.set_options(clip)
-    context, pooled = model.encode_token_weights(tokens)[:2]
+    """As `clip.encode_from_tokens`, with gradients; the CLIP must be loaded."""
+    t5_clip.set_clip_options(clip)
+    context, pooled = clip.cond_stage_model.encode_token_weights(tokens)[:2]
     return Conditioning(context.float(), None if pooled is None else pooled.float())
 
 
 def fingerprint_of(clip) -> str:
-    """Changes with whatever a CLIP makes of a prompt, but for the projection behind a T5."""
+    """Hash of all that a CLIP's encoding depends on, except the projection of a T5 CLIP."""
     return t5_clip.backbone_fingerprint(clip) if t5_clip.is_t5_clip(clip) else clip_fingerprint(clip)
 
 
 def with_projection(clip, weights: Mapping[str, Tensor]):
-    """A clone of a T5 CLIP whose projection has these weights; the CLIP itself when there are none."""
+    """A clone of a T5 CLIP in whose projection these weights are replaced; any CLIP itself when there are none."""
     if not weights:
         return clip
     parts = t5_clip.t5_parts(clip)
     state = parts.projection.state_dict()
     parts.projection.load_state_dict(state | {name: value.float() for name, value in weights.items()})
     return t5_clip.clone_with_projection(clip, parts.projection, parts.target_std)
+
+
+def core_text_encoder(clip) -> T5TextEncoder:
+    """The core's encoder (transformers, fp32, CPU) with a T5 CLIP's weights, tokenizer, projection and padding.
+
+    Raises ValueError for a T5 CLIP with a kept CLIP, which the core's encoder does not have.
+    """
+    parts = t5_clip.t5_parts(clip)
+    if parts.keeps_clip:
+        raise ValueError("the T5 stands beside a kept CLIP; expected a T5 alone. Load it without keep_clip.")
+    source = parts.source
+    model = t5_model(T5Weights(t5_state(clip), source.config, source.file_hash))
+    return T5TextEncoder(model, source.tokenizer, parts.projection, source.padding, source.file_hash)
+
+
+def t5_state(clip) -> dict[str, Tensor]:
+    """A T5 CLIP's T5 weights under `T5EncoderModel` names: fp32 copies, the clone's patches applied."""
+    t5_clip.expect_t5(clip)
+    prefix = f"{clip.cond_stage_model.retune_source.name}.transformer."
+    names = [name for name in clip.patcher.model_state_dict() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): patched_weight(clip.patcher, name) for name in names}

@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL, CLIP and VAE as the core's model view."""
+"""ComfyUI's MODEL, CLIP and VAE as the core's `TextToImage`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...training.models.protocols import TextToImage
+from ..common.demo_model import is_demo
 from ..common.inputs import expect_given
 from .autoencoder import ComfyAutoencoder, latent_format_of
 from .denoiser import ComfyDenoiser
-from .device import training_mode
+from .device import casting_weights, training_mode
 from .text_encoder import ComfyTextEncoder
 
 
 @contextmanager
 def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
-    """The model view of a MODEL, CLIP and VAE, ready to train while entered. Raises ValueError for an empty one."""
+    """While entered, a MODEL, CLIP and VAE as a `TextToImage` that can train. Raises ValueError for a missing one."""
     from ...training.demo.judge import judge_samples
-    from ..common.demo_model import is_demo
 
     expect_given(model=model, clip=clip, vae=vae)
     with training_mode():
@@ -25,6 +25,6 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
         encoder = ComfyTextEncoder(clip, denoiser)
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
-        with denoiser.casting_weights():
+        with casting_weights(denoiser.network):
             judge = judge_samples if is_demo(model) else None
             yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)), judge)

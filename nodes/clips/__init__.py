@@ -1,1 +1,1 @@
-"""ComfyUI CLIP objects of our own: T5, blended, kept, timed; words in prompts; saved text encoders."""
+"""ComfyUI CLIP objects made here: T5 with a projection, blended, timed; concept tokens; CLIPs to files and back."""

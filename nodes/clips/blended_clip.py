@@ -1,25 +1,25 @@
-"""A CLIP that encodes a prompt with several text encoders and returns the weighted sum of what they say.
+"""A CLIP that encodes a prompt with several text encoders and returns the weighted sum of their outputs.
 
-The encoders stay what they are: any architecture, each with its own patches, loaded in turn by ComfyUI. What stock
-nodes do to a CLIP (clone, LoRA, last layer, tokenizer options) is done to each; what has no meaning for a sum (saving,
-hooks, training its weights) is refused.
+The encoders may be of any architecture. Each keeps its patches, and ComfyUI loads one after the other. What stock nodes
+do to a CLIP (clone, LoRA, last layer, tokenizer options) is done to each encoder. What has no meaning for a sum
+(saving, hooks, training its weights) is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .blend_weights import expect_blendable, has_hooks, only_one, shapes_of, with_all_concepts
 from .conditioning import blend_entries
+from .mixins import add_mixin
 from .t5_clip import is_t5_clip
 
 TOKENS = "retune_blend"
-"""Key under which the tokens of encoders with a tokenizer of their own travel beside those of the first."""
+"""Key in a prompt's tokens of the `MemberTokens`, where some members cannot use the first member's tokens."""
 
 NO_WEIGHTS = (
     'a blend in space "embeddings" has no weights of its own to train, save, hook or merge ({}). Blend in space '
@@ -28,11 +28,11 @@ NO_WEIGHTS = (
 
 
 class NoWeightsError(AttributeError, ValueError):
-    """Also an AttributeError, so that `hasattr` is answered."""
+    """Raised for what needs the weights of a blend; an AttributeError too, so that `hasattr` returns False."""
 
 
 class Encoders:
-    """Stands where a CLIP has its network: names of weights, which LoRA loaders read, and nothing else."""
+    """Replaces the network (`cond_stage_model`) of a blend: only the names of its weights, which LoRA loaders read."""
 
     def __init__(self, network: nn.Module):
         self._network = network
@@ -46,27 +46,32 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Member:
-    """One text encoder of a blend. reads_first: the tokens of the first member are right for it."""
+    """A text encoder of a blend."""
 
     weight: float
     clip: Any
-    reads_first: bool
+    same_tokens: bool
+    """Whether it tokenizes every prompt as the first member does."""
 
 
 @dataclass(frozen=True)
-class OwnTokens:
-    """The first member's tokens as they were made, and every member's own; None for one that reads the first's."""
+class MemberTokens:
+    """A prompt's tokens for members that tokenize differently."""
 
     first: dict
-    own: tuple[dict | None, ...]
+    """The first member's, to detect that a node changed them."""
+    members: tuple[dict | None, ...]
+    """Each member's; None for one that uses the first member's."""
 
 
 def blend_embeddings(clips: Sequence, weights: Sequence[float]):
-    """A CLIP whose context and pooled output are sum_i w_i times those of each CLIP; weight 1 on one alone gives that.
+    """A CLIP whose context and pooled output are sum_i w_i c_i over those of several CLIPs.
 
-    Text encoders of weight 0 are left out. Each keeps its patches and layer choice. Encodings of other lengths are
-    brought to one (`lengthened`). Encodes an empty prompt to see that widths agree.
-    Raises ValueError for widths that differ and for encoders with hooks.
+    Each CLIP keeps its patches and layer choice; those of weight 0 are left out. A shorter context is lengthened
+    (`lengthened`). With weight 1 on one CLIP and 0 on the others the result is a clone of that one.
+
+    Raises:
+        ValueError: for widths that differ (an empty prompt is encoded to check) and for CLIPs with hooks.
     """
     expect_blendable(clips)
     chosen = only_one(weights)
@@ -75,9 +80,8 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
     used = [(weight, clip) for weight, clip in _flat(clips, weights) if weight]
     weights, clips = [weight for weight, _ in used], [clip for _, clip in used]
     clips = [with_all_concepts(clip, clips, weights) for clip in clips]
-    members = [Member(w, clip, _reads_alike(clips[0], clip)) for w, clip in zip(weights, clips, strict=True)]
-    result = clips[0].clone()
-    result.__class__ = _blended_class()
+    members = [Member(w, clip, _same_tokens(clips[0], clip)) for w, clip in zip(weights, clips, strict=True)]
+    result = add_mixin(clips[0].clone(), Blended)
     result.cond_stage_model = Encoders(clips[0].cond_stage_model)
     result.retune_members, result.retune_untouched = tuple(members), _state(result.patcher)
     result.encode_from_tokens(result.tokenize(""))
@@ -85,7 +89,7 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
 
 
 def is_blend(clip) -> bool:
-    """Whether a CLIP was made by `blend_embeddings` of several (or is a clone of one)."""
+    """Whether a CLIP comes from `blend_embeddings` of several, or is a clone of one."""
     return hasattr(clip, "retune_members")
 
 
@@ -94,7 +98,7 @@ def _plain(clips: Iterable) -> bool:
 
 
 def _flat(clips: Sequence, weights: Sequence[float]) -> list[tuple[float, Any]]:
-    """Weight and CLIP of each text encoder, a blend of blends taken apart."""
+    """Weight and CLIP of each text encoder, with the members of blends in place of these."""
     flat = []
     for weight, clip in zip(weights, clips, strict=True):
         members = clip.retune_members if is_blend(clip) else (Member(1.0, clip, True),)
@@ -102,8 +106,8 @@ def _flat(clips: Sequence, weights: Sequence[float]) -> list[tuple[float, Any]]:
     return flat
 
 
-def _reads_alike(first, clip) -> bool:
-    """Whether a CLIP's own tokens of any prompt would be those of the first."""
+def _same_tokens(first, clip) -> bool:
+    """Whether two CLIPs tokenize every prompt in the same way."""
     if clip is first:
         return True
     if is_t5_clip(first) != is_t5_clip(clip) or shapes_of(first) != shapes_of(clip):
@@ -118,29 +122,24 @@ def _reads_alike(first, clip) -> bool:
 
 
 def _state(patcher) -> tuple:
-    """What another node may have put on the patcher alone, where no member would see it."""
+    """What other nodes may change on a ModelPatcher alone, where it has no effect on the members of a blend."""
     objects = sorted((name, id(value)) for name, value in patcher.object_patches.items())
     return patcher.patches_uuid, objects, sorted(getattr(patcher, "injections", None) or ())
 
 
-def _spread(member: Member, clone) -> Member:
-    return Member(member.weight, clone, member.reads_first)
-
-
-class Blending:
-    """What a blend does as a CLIP; goes before comfy.sd.CLIP, see `_blended_class`."""
+class Blended:
+    """Mixin of a CLIP: what is done to it is done to each of `retune_members`, and their outputs are summed."""
 
     def clone(self, *args, **options):
-        other = super().clone(*args, **options)
-        other.__class__ = _blended_class()
-        other.retune_members = tuple(_spread(m, m.clip.clone(*args, **options)) for m in self.retune_members)
+        other = add_mixin(super().clone(*args, **options), Blended)
+        other.retune_members = tuple(replace(m, clip=m.clip.clone(*args, **options)) for m in self.retune_members)
         other.retune_untouched = self.retune_untouched
         return other
 
     def add_patches(self, patches, *args, **options):
-        """On every text encoder; those that lack a weight take no notice."""
-        keys = [member.clip.add_patches(patches, *args, **options) for member in self.retune_members]
-        return list(dict.fromkeys(key for found in keys for key in found))
+        """Adds patches to every text encoder that has the weight; the keys that any of them has."""
+        added = [member.clip.add_patches(patches, *args, **options) for member in self.retune_members]
+        return list(dict.fromkeys(key for keys in added for key in keys))
 
     def clip_layer(self, layer_idx):
         super().clip_layer(layer_idx)
@@ -153,36 +152,34 @@ class Blending:
             member.clip.set_tokenizer_option(option_name, value)
 
     def tokenize(self, text, return_word_ids=False, **options):
-        tokens, *others = (
-            None if place and member.reads_first else member.clip.tokenize(text, return_word_ids, **options)
-            for place, member in enumerate(self.retune_members)
+        first, *others = (
+            None if index and member.same_tokens else member.clip.tokenize(text, return_word_ids, **options)
+            for index, member in enumerate(self.retune_members)
         )
-        if any(others):
-            tokens = {**tokens, TOKENS: OwnTokens(dict(tokens), (None, *others))}
-        return tokens
+        return {**first, TOKENS: MemberTokens(dict(first), (None, *others))} if any(others) else first
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
-        said = [
-            member.clip.encode_from_tokens(own, return_pooled=return_pooled, return_dict=True)
-            for member, own in self._members_with(tokens)
+        encoded = [
+            member.clip.encode_from_tokens(member_tokens, return_pooled=return_pooled, return_dict=True)
+            for member, member_tokens in self._members_and_tokens(tokens)
         ]
-        entries = [[more.pop("cond"), more] for more in said]
-        context, more = blend_entries(self._shares(), entries)
+        entries = [[more.pop("cond"), more] for more in encoded]
+        context, more = blend_entries(self._weights(), entries)
         if return_dict:
             return {"cond": context, **more}
         return (context, more["pooled_output"]) if return_pooled else context
 
     def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict=None, show_pbar=True):
         schedules = [
-            member.clip.encode_from_tokens_scheduled(own, unprojected, dict(add_dict or {}), show_pbar)
-            for member, own in self._members_with(tokens)
+            member.clip.encode_from_tokens_scheduled(member_tokens, unprojected, dict(add_dict or {}), show_pbar)
+            for member, member_tokens in self._members_and_tokens(tokens)
         ]
-        if len({len(one) for one in schedules}) > 1:
+        if len({len(schedule) for schedule in schedules}) > 1:
             raise ValueError(
-                f"the text encoders give {', '.join(str(len(one)) for one in schedules)} conditionings for a "
+                f"the text encoders give {', '.join(str(len(schedule)) for schedule in schedules)} conditionings for a "
                 "prompt (a timestep resampler gives one for each range of noise levels); expected as many of each."
             )
-        return [blend_entries(self._shares(), entries) for entries in zip(*schedules, strict=True)]
+        return [blend_entries(self._weights(), entries) for entries in zip(*schedules, strict=True)]
 
     def get_sd(self):
         raise NoWeightsError(NO_WEIGHTS.format("get_sd"))
@@ -193,28 +190,23 @@ class Blending:
     def get_key_patches(self):
         raise NoWeightsError(NO_WEIGHTS.format("get_key_patches"))
 
-    def _shares(self) -> list[float]:
+    def _weights(self) -> list[float]:
         return [member.weight for member in self.retune_members]
 
-    def _members_with(self, tokens) -> list[tuple[Member, dict]]:
-        """Each member with what it reads. Raises ValueError where that would not be what was asked for."""
+    def _members_and_tokens(self, tokens: dict) -> list[tuple[Member, dict]]:
+        """Each member with its tokens. Raises ValueError where a node changed the blend's patcher or tokens alone."""
         if _state(self.patcher) != self.retune_untouched or has_hooks(self):
             raise NoWeightsError(NO_WEIGHTS.format("hooks, a bypass LoRA or another patch on its model"))
-        others = tokens.get(TOKENS)
-        plain = {key: value for key, value in tokens.items() if key != TOKENS}
-        if others is None and not all(member.reads_first for member in self.retune_members):
+        separate: MemberTokens | None = tokens.get(TOKENS)
+        first = {key: value for key, value in tokens.items() if key != TOKENS}
+        if separate is None and not all(member.same_tokens for member in self.retune_members):
             raise ValueError("the tokens are another CLIP's; expected the blend's own, for every encoder.")
-        if others is not None and any(plain.get(key) is not value for key, value in others.first.items()):
+        if separate is not None and any(first.get(key) is not value for key, value in separate.first.items()):
             raise ValueError(
                 "the prompt has a text for each encoder of a pair, and the blended CLIPs are not alike; expected "
                 'one text. Use CLIP Text Encode, or space "weights".'
             )
-        own = others.own if others is not None else [None] * len(self.retune_members)
-        return [(m, plain if o is None else o) for m, o in zip(self.retune_members, own, strict=True)]
-
-
-@cache
-def _blended_class() -> type:
-    import comfy.sd
-
-    return type("BlendedCLIP", (Blending, comfy.sd.CLIP), {})
+        if separate is None:
+            return [(member, first) for member in self.retune_members]
+        pairs = zip(self.retune_members, separate.members, strict=True)
+        return [(member, first if its_tokens is None else its_tokens) for member, its_tokens in pairs]

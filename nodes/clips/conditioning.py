@@ -26,22 +26,29 @@ WHERE = (
     "clip_end_percent",
     "attention_mask",
 )
-"""Options that say where, when and how much an entry counts: a sum of two entries has one of each."""
+"""Options for where, when and how much an entry counts; entries that differ in one cannot be summed."""
 
 BORDER = 1e-5
-"""How much before a percent a border is put. Samplers ask both sides of a border that they hit and average them; a step
-at the very percent that was asked for then lies clearly behind it, and no step is without a conditioning."""
+"""How much before a percent the border between two ranges lies. Samplers average both sides of a border that a step
+hits; a step at exactly that percent is then after the border, and no step is without a conditioning."""
 
 
 def blend_entries(weights: Sequence[float], entries: Sequence[Sequence]) -> list:
-    """[context, options], context and pooled output sum_i w_i times those of the entries (`blend_conditioning`).
+    """One entry whose context and pooled output are sum_i w_i c_i of several (`blend_conditioning`).
 
-    Other options are the first entry's. Raises ValueError when one that says where or when differs; any other
-    difference is logged.
+    Args:
+        weights: w_i, one for each entry.
+        entries: [context, options] each, as in a CONDITIONING.
+
+    Returns:
+        [context, options], with the first entry's options; any that differ are logged.
+
+    Raises:
+        ValueError: when an option of `WHERE` differs.
     """
     options = [entry[1] for entry in entries]
-    kept = dict(options[0])
-    differing = [key for key in dict.fromkeys(key for one in options for key in one) if not _agree(key, options)]
+    keys = dict.fromkeys(key for entry_options in options for key in entry_options)
+    differing = [key for key in keys if not _agree(key, options)]
     if wrong := [key for key in differing if key in WHERE]:
         raise ValueError(
             f"the conditionings differ in {', '.join(wrong)}; expected the same. Blend first, and set area, mask, "
@@ -49,12 +56,12 @@ def blend_entries(weights: Sequence[float], entries: Sequence[Sequence]) -> list
         )
     if others := [key for key in differing if key != POOLED]:
         log.warning("the conditionings differ in %s; the first one's are kept", ", ".join(others))
-    said = blend_conditioning(weights, [Conditioning(entry[0], entry[1].get(POOLED)) for entry in entries])
-    return [said.context, kept | ({POOLED: said.pooled} if any(POOLED in one for one in options) else {})]
+    blend = blend_conditioning(weights, [Conditioning(entry[0], entry[1].get(POOLED)) for entry in entries])
+    return [blend.context, options[0] | ({POOLED: blend.pooled} if POOLED in keys else {})]
 
 
 def blend_conditionings(a: Sequence, b: Sequence, amount: float) -> list:
-    """(1 - amount) a + amount b, entry by entry; beyond 0..1 it is logged. Raises ValueError for unequal counts."""
+    """(1 - amount) a + amount b, entry by entry; logs an amount outside 0..1. Raises ValueError for unequal counts."""
     if not a or len(a) != len(b):
         raise ValueError(
             f"a has {len(a)} entries and b {len(b)}; expected as many, one or more. Blend prompts before they are "
@@ -66,9 +73,9 @@ def blend_conditionings(a: Sequence, b: Sequence, amount: float) -> list:
 
 
 def step_window(original: Sequence, tuned: Sequence, start_percent: float) -> list:
-    """`original` before start_percent (0..1) of sampling and `tuned` from there on, in the ranges that entries have.
+    """`original` until start_percent (0..1) of sampling and `tuned` from there on, each within its entries' own ranges.
 
-    0 and 1 give back `tuned` and `original` themselves. Raises ValueError when nothing is left.
+    At 0 `tuned` itself is returned, at 1 `original`. Raises ValueError when no entry is left.
     """
     if not 0 <= start_percent <= 1:
         raise ValueError(f"start_percent is {start_percent}; expected 0 to 1.")
@@ -85,19 +92,21 @@ def step_window(original: Sequence, tuned: Sequence, start_percent: float) -> li
 
 
 def within(conditioning: Sequence, start: float, end: float) -> list:
-    """The entries cut to a range of percents; those with nothing in it are left out."""
-    found = []
+    """Entries limited to a range of percents of sampling (0..1); those that do not touch it are left out."""
+    limited = []
     for context, options in conditioning:
         first = max(start, options.get("start_percent", 0.0))
         last = min(end, options.get("end_percent", 1.0))
-        by_hooks = max(first, options.get("clip_start_percent", 0.0)), min(last, options.get("clip_end_percent", 1.0))
-        if by_hooks[0] < by_hooks[1]:
-            found.append([context, {**options, "start_percent": first, "end_percent": last}])
-    return found
+        hooks = options.get("clip_start_percent", 0.0), options.get("clip_end_percent", 1.0)
+        if max(first, hooks[0]) < min(last, hooks[1]):
+            limited.append([context, {**options, "start_percent": first, "end_percent": last}])
+    return limited
 
 
 def _agree(key: str, options: Sequence[dict]) -> bool:
-    return all(key in one for one in options) and all(_equal(options[0][key], one[key]) for one in options[1:])
+    """Whether all entries have an option, with equal values."""
+    values = [entry_options[key] for entry_options in options if key in entry_options]
+    return len(values) == len(options) and all(_equal(values[0], value) for value in values[1:])
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What tells one CLIP from another."""
+"""A hash of all that a CLIP's encoding depends on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .concept_tokens import concepts_of
 
 
 def clip_fingerprint(clip) -> str:
-    """Weights with their patches, layer choice, tokenizer options and concepts of a CLIP, wherever it is loaded.
+    """Hash of a CLIP's patched weights, layer choice, tokenizer options and concepts, the same after a restart.
 
-    The text projection is left out but for SDXL's second CLIP: no UNet reads another's, most files lack it, and ComfyUI
-    then leaves whatever was in that memory, so that the same file would have another fingerprint in every process.
+    Text projections are left out, except CLIP-G's: no UNet reads another. Most files lack it, and ComfyUI then leaves
+    it uninitialised, so that the same file would have a different hash in every process.
     """
     names = [name for name, _ in clip.cond_stage_model.named_parameters()]
     read = [name for name in names if name.startswith("clip_g.") or not name.endswith(".text_projection.weight")]
     weights = ((name, patched_weight(clip.patcher, name)) for name in read)
-    plain = tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
-    return with_fingerprints(plain, concepts_of(clip))
+    without_concepts = tensors_fingerprint(weights, clip.layer_idx, getattr(clip, "tokenizer_options", {}))
+    return with_fingerprints(without_concepts, concepts_of(clip))

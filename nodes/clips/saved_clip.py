@@ -1,30 +1,40 @@
-"""A CLIP as files that stock loaders read, and Save Text Encoder's files back as CLIPs."""
+"""CLIPs to files and back: a CLIP as files that stock loaders read, and the files of Save Text Encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...training.text_encoder.stock_file import CLIPS, parts_of, write_stock_files
+from ...training.demo.files import WEIGHTS
+from ...training.text_encoder.file import SavedTextEncoder
+from ...training.text_encoder.stock_file import CLIPS, encoder_names, write_stock_files
 from ..common.paths import output_path
 from ..common.weights import patched_weight
 from .blend_weights import has_hooks, is_bypassed
 from .concept_tokens import concepts_of
+from .t5_clip import load_t5_clip, t5_parts
 
 
 def save_clip(clip, prefix: str, about: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
-    """Writes each CLIP of a text encoder to output/clip, its patches (tuned weights, LoRA) applied, as
-    `<prefix>_<number>_clip_l.safetensors` and the like; the paths, and warnings of what the files lack.
+    """Writes each CLIP of a text encoder to output/clip, one file each, its patches (tuned weights, LoRA) applied.
 
-    about: for the metadata. Raises ValueError, before anything is written, for a text encoder that is no CLIP, and for
-    what weights cannot hold.
+    Args:
+        clip: a CLIP with a CLIP-L, CLIP-G or CLIP-H.
+        prefix: file name below output/clip, as in `<prefix>_<number>_clip_l.safetensors`.
+        about: goes into the metadata.
+
+    Returns:
+        The paths, and warnings of what the files lack.
+
+    Raises:
+        ValueError: before anything is written, for other text encoders, hooks, and a LoRA that is not merged.
     """
     names = [name for name, _ in clip.cond_stage_model.named_parameters()]
-    parts = [part for part in parts_of(names) if part in CLIPS]
+    parts = [part for part in encoder_names(names) if part in CLIPS]
     _expect_writable(clip, parts)
     paths = {part: output_path("clip", prefix, f"{part}.safetensors") for part in parts}
-    for part, path in paths.items():  # one at a time in memory
+    for part, path in paths.items():  # one after the other, to hold only one in memory
         weights = {name: patched_weight(clip.patcher, name) for name in names if name.startswith(f"{part}.")}
         write_stock_files({part: path}, weights, about)
     return list(paths.values()), _warnings(clip, parts)
@@ -43,29 +53,69 @@ def _expect_writable(clip, parts: list[str]) -> None:
 
 
 def _warnings(clip, parts: list[str]) -> list[str]:
-    found = []
+    warnings = []
     others = {name.split(".")[0] for name in clip.cond_stage_model.state_dict() if "." in name} - set(parts)
     if others:
-        found.append(f"The files lack {', '.join(sorted(others))}: only the CLIPs are written.")
+        warnings.append(f"The files lack {', '.join(sorted(others))}: only the CLIPs are written.")
     if clip.layer_idx is not None:
-        found.append("CLIP Set Last Layer is not in the file, which is whole: set it again after loading.")
+        warnings.append("CLIP Set Last Layer is not in the file, which is whole: set it again after loading.")
     if concepts_of(clip):
-        words = ", ".join(concept.token for concept in concepts_of(clip))
-        found.append(f"The file lacks the words of Load Embedding ({words}): load them again after loading.")
-    return found
+        tokens = ", ".join(concept.token for concept in concepts_of(clip))
+        warnings.append(f"The file lacks the words of Load Embedding ({tokens}): load them again after loading.")
+    return warnings
+
+
+def saved_text_encoder(clip) -> SavedTextEncoder:
+    """All that `save_text_encoder` writes of a T5 CLIP."""
+    parts = t5_parts(clip)
+    source = parts.source
+    return SavedTextEncoder(
+        projection=parts.projection,
+        padding=source.padding,
+        t5_file=source.path.name,
+        t5_sha256=source.file_hash,
+        t5_config=source.config,
+        tokenizer=source.tokenizer.fingerprint,
+        target_std=parts.target_std,
+        dtype=source.dtype,
+        keeps_clip=parts.keeps_clip,
+    )
+
+
+def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Path], keep_clip=None, **options):
+    """The T5 CLIP of a saved text encoder.
+
+    Args:
+        saved: what the file holds.
+        folders: where its T5 is searched, in addition to the demo's weights.
+        keep_clip: the CLIP it was made with, if any.
+        options: further arguments of `load_t5_clip`.
+
+    Raises:
+        ValueError: for another T5 or tokenizer than the recorded one, and for a missing keep_clip.
+        FileNotFoundError: when the T5 is not found.
+    """
+    saved.check_kept(keep_clip is not None)
+    path = saved.find_t5([*folders, WEIGHTS])
+    padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
+    recorded = padding | {"dtype": saved.dtype, "target_std": saved.target_std}
+    clip = load_t5_clip(path, saved.projection, keep_clip=keep_clip, **recorded, **options)
+    saved.check_tokenizer(clip.cond_stage_model.retune_source.tokenizer.fingerprint)
+    return clip
 
 
 def open_text_encoder(path: Path, keep_clip=None):
     """The CLIP of a file that Save Text Encoder wrote: a T5 with its projection, or the demo model's CLIP.
 
-    Errors: ValueError for other files, which names the stock loader of theirs; those of `load_saved_text_encoder`.
+    Raises:
+        ValueError: for another file; the message names the stock loader for it.
+        ValueError, FileNotFoundError: as `load_saved_text_encoder`.
     """
     import folder_paths
 
     from ...training.common.files import read_tensors
     from ...training.text_encoder.file import METADATA, PREFIX, read_text_encoder
     from ..common.demo_model import load_demo_clip
-    from .t5_clip import load_saved_text_encoder
 
     if METADATA in read_tensors(path, PREFIX)[1]:
         folders = folder_paths.get_folder_paths("text_encoders")

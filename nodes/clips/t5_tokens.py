@@ -1,28 +1,28 @@
-"""What a T5 CLIP reads: the file it came from, and prompts as ComfyUI's tokens."""
+"""Prompts as ComfyUI's tokens for a T5 CLIP, and the record of its T5 file."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...training.text_encoder.t5 import Padding, comfyui_name, cut
+from ...training.text_encoder.t5 import Padding, comfyui_name, truncate_tokens
 from ...training.text_encoder.tokenizers import T5Tokenizer
 
 log = logging.getLogger(__name__)
 
 SDXL_KEYS = ("g", "l")
-"""What CLIPTextEncodeSDXL asks for beside the encoder's own tokens."""
+"""Names of the tokens that CLIPTextEncodeSDXL reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Source:
-    """Where the T5 of a CLIP came from and how it is read."""
+    """The T5 file of a CLIP, and how prompts and weights are read."""
 
     path: Path
     file_hash: str
@@ -30,17 +30,23 @@ class T5Source:
     tokenizer: T5Tokenizer
     padding: Padding
     dtype: str
+    """Name of the dtype in which the weights are stored, "default" included."""
 
     @property
     def name(self) -> str:
-        """ComfyUI's name of this encoder: prefix of its weights, key of its embeddings and tokenizer options."""
+        """ComfyUI's name of this encoder: prefix of its weights, key of its embeddings, tokens and options."""
         return comfyui_name(self.config["d_model"])
 
 
 def t5_tokenizer(source: T5Source, embedding_directory, *, sdxl: bool, keep_clip=None):
-    """ComfyUI's tokenizer of a T5 CLIP; its tokens hold those of `keep_clip` too.
+    """The tokenizer of a T5 CLIP, as ComfyUI expects it.
 
-    sdxl: the T5's tokens also stand under the names that CLIPTextEncodeSDXL reads, where no kept CLIP uses them.
+    Args:
+        source: the T5's file.
+        embedding_directory: where `embedding:` is searched.
+        sdxl: whether the T5's tokens are also returned under the names that CLIPTextEncodeSDXL reads, unless
+            `keep_clip` has tokens of these names.
+        keep_clip: a CLIP whose tokens are returned too.
     """
     from comfy import sd1_clip
 
@@ -56,7 +62,7 @@ def t5_tokenizer(source: T5Source, embedding_directory, *, sdxl: bool, keep_clip
 
 
 def warn_of_second_text(tokens: dict, source: T5Source) -> None:
-    """CLIPTextEncodeSDXL has two texts and a T5 reads one: says so when the second differs."""
+    """Warns when the two texts of CLIPTextEncodeSDXL differ: a T5 reads one."""
     texts = [_ids(tokens[name]) for name in (source.name, "l") if name in tokens]
     if texts[1:] and texts[0] != texts[1]:
         log.warning("text_l differs from text_g; a T5 reads one text, text_g. Put everything there.")
@@ -67,22 +73,22 @@ def _ids(sections: list[list]) -> list[int]:
 
 
 def real_tokens(sections: list[list], source: T5Source) -> Tensor:
-    """(L,) bool over T5's states: words and end tokens, without pads and without what ComfyUI drops.
+    """(L,) bool over T5's states: True for prompt and end tokens, False for pads.
 
-    Vectors of another width (an `embedding:` of another encoder) are dropped, and as many pads come last.
+    ComfyUI drops vectors of another width (an `embedding:` of another encoder) and adds as many pads at the end.
     """
     return torch.tensor([real for section in sections for real in _real(section, source)])
 
 
 def _real(section: list, source: T5Source) -> list[bool]:
     width, end_token = source.config["d_model"], source.config["eos_token_id"]
-    kept = [entry[0] for entry in section if not (isinstance(entry[0], Tensor) and entry[0].shape[-1] != width)]
-    end = next((i for i, token in enumerate(kept) if is_token(token, end_token)), len(kept) - 1)
+    tokens = [entry[0] for entry in section if not (isinstance(entry[0], Tensor) and entry[0].shape[-1] != width)]
+    end = end_index(tokens, end_token)
     return [i <= end for i in range(len(section))]
 
 
 def _segment_tokenizer(source: T5Source, embedding_directory):
-    """Builds ComfyUI's tokenizer (prompt weights, `embedding:`) around ours, cut or padded as the encoder says."""
+    """The class of ComfyUI's tokenizer (prompt weights, `embedding:`) around the T5's, with its length and padding."""
     from comfy import sd1_clip
 
     padding = source.padding
@@ -105,8 +111,9 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
 
         def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
             (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
-            end = next(i for i, entry in enumerate(batch) if is_token(entry[0], self.end_token))
-            batch = (cut(batch[: end + 1], padding.max_tokens, text) + batch[end + 1 :])[: padding.max_tokens]
+            end = end_index([entry[0] for entry in batch], self.end_token)
+            kept = truncate_tokens(batch[: end + 1], padding.max_tokens, text)
+            batch = (kept + batch[end + 1 :])[: padding.max_tokens]
             if padding.pad == "max_tokens":
                 self.pad_tokens(batch, padding.max_tokens - len(batch))
             return [batch if return_word_ids else [entry[:2] for entry in batch]]
@@ -114,6 +121,7 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
     return Tokenizer
 
 
-def is_token(entry: Any, token: int) -> bool:
-    """Entries are ids, or the vectors of an `embedding:`."""
-    return not isinstance(entry, Tensor) and entry == token
+def end_index(tokens: Sequence[int | Tensor], end_token: int) -> int:
+    """Index of the first end token, else of the last token; tokens are ids, or the vectors of an `embedding:`."""
+    ends = (i for i, token in enumerate(tokens) if not isinstance(token, Tensor) and token == end_token)
+    return next(ends, len(tokens) - 1)

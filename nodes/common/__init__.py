@@ -1,1 +1,1 @@
-"""What all of nodes/ stands on: wire types, shared inputs, ComfyUI folders, patched weights, the demo loader."""
+"""Shared by all of nodes/: input and output types, inputs, ComfyUI's folders, patched weights, the demo model."""

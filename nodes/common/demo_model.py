@@ -1,4 +1,4 @@
-"""The demo model as ComfyUI's MODEL, CLIP and VAE. Stock detection knows only real widths, so it is built by hand."""
+"""The demo model as ComfyUI's MODEL, CLIP and VAE, built here since ComfyUI detects models by their real widths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEMO_CLASS = "RetuneDemoModel"
 
 
 class Ratio(Fraction):
-    """A level's width over the first level's. ComfyUI multiplies it by a width and wants a whole number back."""
+    """A UNet level's width over the first level's: ComfyUI multiplies a width by it and requires an int."""
 
     def __mul__(self, width: int) -> int:
         return int(super().__mul__(width))
@@ -29,21 +29,22 @@ class Ratio(Fraction):
 
 
 def read_demo(path: Path | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (fp32) and config of a demo checkpoint; parts that a trained file lacks come from the built-in one.
+    """Tensors (fp32) and config of a demo checkpoint.
 
-    A file that stock ModelSave or CheckpointSave wrote has no config of its own. Raises ValueError for a file whose
-    tensors are not the demo model's.
+    A file that stock ModelSave or CheckpointSave wrote has no config and may lack parts: both come from the built-in
+    checkpoint. Raises ValueError for a file of another model.
     """
-    own, metadata = read_tensors(weights_path(BUILT_IN))
+    tensors, metadata = read_tensors(weights_path(BUILT_IN))
     config = json.loads(metadata["retune.config"])
     if path is not None:
-        own |= _fitting(read_tensors(path)[0], own, path)
-    return {name: value.float() for name, value in own.items()}, config
+        tensors |= _fitting(read_tensors(path)[0], tensors, path)
+    return {name: value.float() for name, value in tensors.items()}, config
 
 
-def _fitting(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
-    wrong = [n for n in given if n.startswith(ldm.UNET_PREFIX) and n not in fitting]
+def _fitting(tensors: dict[str, Tensor], built_in: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that the demo model has too. Raises ValueError unless its whole UNet is the demo model's."""
+    fitting = {n: value for n, value in tensors.items() if n in built_in and value.shape == built_in[n].shape}
+    wrong = [n for n in tensors if n.startswith(ldm.UNET_PREFIX) and n not in fitting]
     if wrong or not any(name.startswith(ldm.UNET_PREFIX) for name in fitting):
         raise ValueError(
             f"file {path.name} is no demo checkpoint ({wrong[0] if wrong else 'no UNet tensors'}); expected one saved "
@@ -53,46 +54,58 @@ def _fitting(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> di
 
 
 def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynamic: bool = False):
-    """(MODEL, CLIP or None, VAE), all fp32, of the built-in demo model or a checkpoint trained from it."""
+    """The built-in demo model, or a checkpoint trained from it.
+
+    Args:
+        path: the checkpoint; None for the built-in one.
+        with_clip: whether the CLIP is loaded.
+        disable_dynamic: whether ComfyUI's dynamic VRAM is not used for MODEL and CLIP.
+
+    Returns:
+        MODEL, CLIP (None without it) and VAE, in fp32.
+    """
     tensors, config = read_demo(path)
     model = _model(tensors, config, disable_dynamic)
-    model.cached_patcher_init = (_model_again, (path,))
+    model.cached_patcher_init = (_load_model_patcher, (path,))
     vae = _vae(tensors, config)
     clip = _clip(tensors, config, disable_dynamic) if with_clip else None
     if clip is not None:
-        clip.patcher.cached_patcher_init = (_clip_again, (path,))
+        clip.patcher.cached_patcher_init = (_load_clip_patcher, (path,))
     return model, clip, vae
 
 
 def load_demo_clip(path: Path, disable_dynamic: bool = False):
-    """The demo model's CLIP, fp32, with the weights of a file of the stock layout (`text_model.*`).
+    """The demo model's CLIP in fp32, with the weights of a file in the stock layout (`text_model.*`).
 
-    Raises ValueError for a file of another CLIP, which ComfyUI's own loaders read.
+    Raises ValueError for a file of another CLIP, which ComfyUI's loaders read.
     """
-    own, config = read_demo()
-    wanted = {name: value for name, value in own.items() if name.startswith(ldm.CLIP_PREFIX)}
-    found = {ldm.CLIP_PREFIX + name: value.float() for name, value in read_stock_file(path)[0].items()}
-    shapes = [{name: value.shape for name, value in state.items()} for state in (wanted, found)]
+    built_in, config = read_demo()
+    expected = {name: value for name, value in built_in.items() if name.startswith(ldm.CLIP_PREFIX)}
+    tensors = {ldm.CLIP_PREFIX + name: value.float() for name, value in read_stock_file(path)[0].items()}
+    shapes = [{name: value.shape for name, value in state.items()} for state in (expected, tensors)]
     if shapes[0] != shapes[1]:
-        width = found[f"{ldm.CLIP_PREFIX}text_model.embeddings.token_embedding.weight"].shape[1]
+        width = tensors[f"{ldm.CLIP_PREFIX}text_model.embeddings.token_embedding.weight"].shape[1]
         raise ValueError(
             f"{path.name} is a CLIP of width {width}; expected a file that Save Text Encoder wrote from a T5 or from "
             "the demo model. ComfyUI's Load CLIP reads it; SDXL's two go into its DualCLIPLoader."
         )
-    clip = _clip(own | found, config, disable_dynamic)
-    clip.patcher.cached_patcher_init = (_saved_clip_again, (path,))
+    clip = _clip(built_in | tensors, config, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_load_saved_clip_patcher, (path,))
     return clip
 
 
-def _saved_clip_again(path: Path, disable_dynamic: bool = False):
+# What ComfyUI calls for an independent copy of a patcher (another GPU, a deep copy): `cached_patcher_init`.
+
+
+def _load_saved_clip_patcher(path: Path, disable_dynamic: bool = False):
     return load_demo_clip(path, disable_dynamic).patcher
 
 
-def _model_again(path: Path | None, disable_dynamic: bool = False):
+def _load_model_patcher(path: Path | None, disable_dynamic: bool = False):
     return load_demo(path, with_clip=False, disable_dynamic=disable_dynamic)[0]
 
 
-def _clip_again(path: Path | None, disable_dynamic: bool = False):
+def _load_clip_patcher(path: Path | None, disable_dynamic: bool = False):
     return load_demo(path, disable_dynamic=disable_dynamic)[1].patcher
 
 
@@ -105,14 +118,14 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
 
     state = {name: value for name, value in tensors.items() if name.startswith(ldm.UNET_PREFIX)}
     shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
-    about = _prediction_of(config["scheduler"], comfy.supported_models.SD15)(shape)
+    model_config = _demo_config_class(config["scheduler"], comfy.supported_models.SD15)(shape)
     widths = config["unet"]["block_out_channels"]
-    about.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
-    about.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
-    about.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
-    about.set_inference_dtype(torch.float32, None)
+    model_config.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
+    model_config.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
+    model_config.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
+    model_config.set_inference_dtype(torch.float32, None)
     offload = comfy.model_management.unet_offload_device()
-    network = about.get_model(state, ldm.UNET_PREFIX, device=offload)
+    network = model_config.get_model(state, ldm.UNET_PREFIX, device=offload)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(network, comfy.model_management.get_torch_device(), offload)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
@@ -120,8 +133,8 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
     return patcher
 
 
-def _prediction_of(scheduler: dict, base: type) -> type:
-    """The SD1.5 description, with v-prediction when the scheduler says so."""
+def _demo_config_class(scheduler: dict, base: type) -> type:
+    """A subclass of ComfyUI's model config with the scheduler's prediction type, by whose name `is_demo` works."""
     from comfy.model_base import ModelType
 
     kind = ModelType.V_PREDICTION if scheduler["prediction_type"] == "v_prediction" else ModelType.EPS
@@ -129,7 +142,7 @@ def _prediction_of(scheduler: dict, base: type) -> type:
 
 
 def is_demo(model) -> bool:
-    """Whether a MODEL is the demo model, however trained."""
+    """Whether a MODEL is the demo model, built-in or trained."""
     return type(model.model.model_config).__name__ == DEMO_CLASS
 
 
@@ -160,7 +173,7 @@ def _clip(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
 
     prefix = "cond_stage_model."
     state = {"clip_l." + n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-    # The file has none, as SD1.5's has none, and ComfyUI would leave whatever was in that memory, NaN included.
+    # The file has none, as SD1.5's has none, and ComfyUI would leave it uninitialised, NaN included.
     state["clip_l.transformer.text_projection.weight"] = torch.eye(config["clip"]["hidden_size"])
     return comfy.sd.CLIP(
         _clip_target(config["clip"]),
@@ -181,8 +194,8 @@ def _clip_target(config: dict) -> SimpleNamespace:
     class TextModel(clip_model.CLIPTextModel):
         def __init__(self, config_dict, dtype, device, operations):
             super().__init__(config_dict, dtype, device, operations)
-            words = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
-            self.text_model.embeddings.token_embedding = words
+            embedding = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
+            self.text_model.embeddings.token_embedding = embedding
 
     class Backbone(sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None):

@@ -1,48 +1,76 @@
-"""Inputs that every training node has alike."""
+"""Inputs made from the fields of configs, and groups of inputs that several nodes have."""
+
+from pathlib import Path
 
 from comfy_api.latest import io
 
+from ...training.config.fields import ConfigField, config_fields
+from ...training.config.run import RunConfig
 from . import types
+
+MAX_STEPS, MAX_BATCH, MAX_RATE, MIN_ALPHA, MAX_ALPHA = 10**7, 4096, 1.0, 0.001, 4096.0
+"""Ends of widgets, nearer than those of the configs: what lies beyond is a typing error in a node."""
+
+
+def input_of(config: type, name: str, **changes) -> io.Input:
+    """The input that sets a field of a config: type, default, range, step and tooltip are the field's.
+
+    Args:
+        config: a config dataclass.
+        name: a field of it, and the name of the input.
+        changes: arguments of the input that are not the field's: `optional`, or a usual `default` or a lower `max` than
+            the command line has.
+    """
+    field = config_fields(config)[name]
+    kind, options = _kind_and_options(field)
+    options |= {"id": name, "tooltip": field.documentation + (" One a line." if field.repeated else "")}
+    if not field.required:
+        options["default"] = "\n".join(field.default) if field.repeated else field.default
+    if field.advanced:
+        options["advanced"] = True
+    return kind.Input(**options | changes)
+
+
+def inputs_of(config: type, *names: str, **changes) -> list[io.Input]:
+    """`input_of` for each of several fields, all with the same changes."""
+    return [input_of(config, name, **changes) for name in names]
+
+
+def _kind_and_options(field: ConfigField) -> tuple[type, dict]:
+    """The type of the input that fits a field, and the options that only this type has."""
+    if field.choices:
+        return io.Combo, {"options": list(field.choices)}
+    if field.type is bool:
+        return io.Boolean, {}
+    if field.type in (str, Path):
+        return io.String, {"multiline": True} if field.repeated else {}
+    ends = {"min": field.low, "max": field.high, "step": field.step}
+    options = {name: field.type(value) for name, value in ends.items() if value is not None}
+    if field.type is int:
+        return io.Int, options
+    return io.Float, options if field.snap else options | {"round": False}
 
 
 def data_inputs() -> list:
-    """What encodes and shows the images, and for how long."""
+    """The dataset, the VAE that encodes it, and how many steps train on it."""
     return [
         io.Vae.Input("vae", tooltip="Encodes the images."),
         types.Dataset.Input("dataset", tooltip="Captioned images."),
-        io.Int.Input("steps", default=STEPS, min=1, max=10**7, tooltip="Optimiser steps in all."),
-        io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images per batch."),
+        input_of(RunConfig, "steps", max=MAX_STEPS),
+        input_of(RunConfig, "batch_size", max=MAX_BATCH),
     ]
-
-
-STEPS = 500
-"""What training nodes start with."""
-
-
-def rate_input(name: str, default: float, tooltip: str, **more) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=1e-7, round=False, tooltip=tooltip, **more)
-
-
-def rank_input(name: str, default: int, tooltip: str, low: int = 1, **more) -> io.Input:
-    return io.Int.Input(name, default=default, min=low, max=4096, tooltip=tooltip, **more)
-
-
-def alpha_input(name: str, default: float, tooltip: str, low: float = 0.001, **more) -> io.Input:
-    """Scale of adapters."""
-    return io.Float.Input(name, default=default, min=low, max=4096.0, step=0.5, round=False, tooltip=tooltip, **more)
 
 
 def name_inputs(default: str) -> list:
     """Name and seed of a run."""
-    return [
-        io.String.Input("run_name", default=default, tooltip="Folder of the run in output/retune."),
-        seed_input("Names every random draw of the run."),
-    ]
+    return [input_of(RunConfig, "run_name", default=default), seed_input("Seed of every random draw of the run.")]
 
 
-def seed_input(tooltip: str) -> io.Input:
-    """A seed that stays as it is after a run: a changed seed is a changed run."""
-    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip=tooltip)
+def seed_input(tooltip: str, **options) -> io.Input:
+    """A seed that does not change after a run: a changed seed is a changed run."""
+    return io.Int.Input(
+        "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip=tooltip, **options
+    )
 
 
 def run_inputs() -> list:
@@ -50,20 +78,12 @@ def run_inputs() -> list:
     return [
         types.Settings.Input("settings", optional=True, tooltip="From Training Settings; defaults without it."),
         types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
-        io.Combo.Input(
-            "resume",
-            options=["auto", "restart"],
-            default="auto",
-            optional=True,
-            tooltip="auto: go on with the run of this name if its settings are equal; restart: move the old "
-            "folder aside. Steps, samples, validate_every, save_every, early_stop_after, result, tensorboard and "
-            "gradient_checkpointing may change.",
-        ),
+        input_of(RunConfig, "resume", optional=True),
     ]
 
 
 def made_by(hidden: io.HiddenHolder) -> dict:
-    """What config.json keeps of the graph that made a run: the prompt, and the workflow where a browser sent it."""
+    """What config.json stores of the graph that made a run: the prompt, and the workflow where a browser sent it."""
     prompt = hidden.prompt and {name: _without_changes(node) for name, node in hidden.prompt.items()}
     return {"prompt": prompt, "workflow": (hidden.extra_pnginfo or {}).get("workflow")}
 

@@ -1,4 +1,4 @@
-"""Where files come from and go to in ComfyUI's folders."""
+"""Files in ComfyUI's folders: combo values, the paths of what a combo names, and paths of new files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ REWARDS = "retune_rewards"
 
 
 def runs_folder() -> Path:
-    """output/retune, which holds one folder per run."""
+    """output/retune, in which every run has a folder."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory()) / "retune"
 
 
 def listed_file(name: str, *categories: str) -> Path:
-    """The path of a file that a combo offered; ValueError when no category lists it (any more)."""
+    """The path of a file named in a combo. Raises ValueError when ComfyUI lists it in none of these categories."""
     import folder_paths
 
     for category in categories:
@@ -26,17 +26,29 @@ def listed_file(name: str, *categories: str) -> Path:
 
 
 def reward_files(first: str) -> list[str]:
-    """Combo values: `first`, then the files of models/retune_rewards, which is made known to ComfyUI here."""
+    """Combo values: `first`, then the files of models/retune_rewards, which is registered with ComfyUI here."""
     import folder_paths
 
     folder_paths.add_model_folder_path(REWARDS, str(Path(folder_paths.models_dir) / REWARDS))
-    known = folder_paths.folder_names_and_paths
-    known[REWARDS] = (known[REWARDS][0], set(folder_paths.supported_pt_extensions))
+    registered = folder_paths.folder_names_and_paths
+    registered[REWARDS] = (registered[REWARDS][0], set(folder_paths.supported_pt_extensions))
     return files(REWARDS, first=first)
 
 
 def output_path(category: str, prefix: str, suffix: str) -> Path:
-    """The next free `prefix_00001_suffix` below output/<category>; ValueError when prefix leaves that folder."""
+    """The path of a new file, with the next free number, in the manner of ComfyUI's savers.
+
+    Args:
+        category: folder below ComfyUI's output folder.
+        prefix: file name, which may have folders before it.
+        suffix: end of the file name, with its extension.
+
+    Returns:
+        output/<category>/<prefix>_<number>_<suffix>
+
+    Raises:
+        ValueError: for an absolute prefix, and for one with "..".
+    """
     import folder_paths
 
     if Path(prefix).is_absolute() or ".." in Path(prefix.replace("\\", "/")).parts:
@@ -47,7 +59,13 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
 
 
 def files(*categories: str, first: str | None = None, folders: bool = False) -> list[str]:
-    """Combo values: `first`, then ComfyUI's files of some categories, then (`folders`) their Hugging Face folders."""
+    """Combo values from what ComfyUI lists, without repetitions.
+
+    Args:
+        categories: ComfyUI's folder names, such as "loras".
+        first: a value before all files.
+        folders: whether Hugging Face folders in these categories come after the files.
+    """
     import folder_paths
 
     names = [] if first is None else [first]
@@ -58,20 +76,24 @@ def files(*categories: str, first: str | None = None, folders: bool = False) -> 
 
 
 def listed_model(name: str, category: str) -> Path:
-    """As `listed_file`, for combos that offer Hugging Face folders too."""
+    """As `listed_file`, for combos that have Hugging Face folders too."""
     return _model_folders(category).get(name) or listed_file(name, category)
 
 
 def _model_folders(category: str) -> dict[str, Path]:
-    """Folders with config.json beside safetensors: path below the category's folder, with forward slashes -> folder."""
+    """Hugging Face folders, with a config.json and safetensors, in a category.
+
+    Returns:
+        Path below the category's folder, with forward slashes -> the folder.
+    """
     import folder_paths
 
-    found = {}
+    model_folders = {}
     for name in folder_paths.get_filename_list(category):
         folder = PurePath(name).parent.as_posix()
-        if folder == "." or folder in found or not name.endswith(".safetensors"):
+        if folder == "." or folder in model_folders or not name.endswith(".safetensors"):
             continue
-        file = folder_paths.get_full_path(category, name)  # None when it went away after ComfyUI listed it
+        file = folder_paths.get_full_path(category, name)  # None when it was deleted after ComfyUI listed it
         if file is not None and (Path(file).parent / "config.json").is_file():
-            found[folder] = Path(file).parent
-    return found
+            model_folders[folder] = Path(file).parent
+    return model_folders

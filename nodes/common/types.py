@@ -1,4 +1,4 @@
-"""Wire types of this package, one constant each; LORA_MODEL and LOSS_MAP are ComfyUI's own."""
+"""Types of this package's inputs and outputs; LORA_MODEL and LOSS_MAP are types of ComfyUI too."""
 
 from comfy_api.latest import io
 

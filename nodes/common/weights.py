@@ -1,44 +1,38 @@
-"""Weights of a MODEL and a CLIP as their patches make them: read, told apart, and replaced by other patches."""
+"""Reading the patched weights of a MODEL or CLIP, and returning changed weights as patches on a clone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.formats.lora_names import TEXT, UNET
 
 
-def without_inference_tensors(module: nn.Module) -> None:
-    """Replaces parameters and buffers made under inference mode by ordinary copies of the same values."""
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers):
-            for name, value in store.items():
-                if value is not None and value.is_inference():
-                    copy = value.detach().clone()
-                    store[name] = nn.Parameter(copy, requires_grad=False) if store is owner._parameters else copy
-
-
 def with_unet_weights(model, weights: Mapping[str, Tensor]):
-    """A clone of a MODEL whose UNet has these weights (names without `diffusion_model.`); see `set_weights`."""
+    """A clone of a MODEL whose UNet has these weights, named without `diffusion_model.`; see `set_weights`."""
     result = model.clone()
     set_weights(result, {UNET + name: value for name, value in weights.items()})
     return result
 
 
 def with_text_weights(clip, weights: Mapping[str, Tensor]):
-    """A clone of a CLIP with these weights (names with `text_encoders.` before ComfyUI's); see `set_weights`."""
+    """A clone of a CLIP with these weights, named with the prefix `text_encoders.`; see `set_weights`."""
     result = clip.clone()
     set_weights(result.patcher, {name.removeprefix(TEXT): value for name, value in weights.items()})
     return result
 
 
 def set_weights(patcher, weights: Mapping[str, Tensor]) -> None:
-    """Gives a fresh clone of a ModelPatcher these weights.
+    """Patches a new clone of a ModelPatcher so that its patched weights have these values.
 
-    `set` patches, exact in fp32. A weight that carries other patches (a LoRA) keeps them and gets the difference as one
-    more patch, since a `set` would wipe them; earlier `set` patches (a reset) are replaced.
+    `set` patches, exact in fp32, which replace earlier `set` patches (a reset). A weight with other patches (a LoRA)
+    keeps them and gets the difference as a further patch, since a `set` would overwrite them.
+
+    Args:
+        patcher: the clone, changed in place.
+        weights: key in the model's state dict -> value.
     """
     for key, value in weights.items():
         if all(_is_set(patch) for patch in patcher.patches.get(key, [])):
@@ -51,30 +45,26 @@ def set_weights(patcher, weights: Mapping[str, Tensor]) -> None:
 
 
 def _is_set(patch: tuple) -> bool:
-    """Whether an entry of ModelPatcher.patches is a `set`: (strength, value, strength of the model, ...)."""
+    """Whether an entry of ModelPatcher.patches, (strength, value, strength of the model, ...), is a `set`."""
     value = patch[1]
     return isinstance(value, tuple) and len(value) == 2 and value[0] == "set"
 
 
-def patched_weight(model, key: str) -> Tensor:
-    """A weight of a MODEL in fp32 on the CPU, its patches applied, wherever the model is loaded."""
+def patched_weight(patcher, key: str) -> Tensor:
+    """A copy of a weight of a ModelPatcher in fp32 on the CPU, patches applied, whether the model is loaded or not."""
     import comfy.lora
     import comfy.utils
 
-    held = model.backup.get(key)
-    weight = comfy.utils.get_attr(model.model, key) if held is None else held.weight
+    unpatched = patcher.backup.get(key)
+    weight = comfy.utils.get_attr(patcher.model, key) if unpatched is None else unpatched.weight
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.detach().to("cpu", torch.float32, copy=True)
-        return comfy.lora.calculate_weight(model.patches[key], weight, key) if key in model.patches else weight
+        return comfy.lora.calculate_weight(patcher.patches[key], weight, key) if key in patcher.patches else weight
 
 
 def attention_weights(model) -> dict[str, Tensor]:
-    """Names (without `diffusion_model.`) and fp32 values of a MODEL's attention weights, patches applied."""
+    """A MODEL's attention weights, named without `diffusion_model.`, in fp32, patches applied."""
     names = [
         name for name, _ in model.model.diffusion_model.named_parameters() if ".attn1." in name or ".attn2." in name
     ]
     return {name: patched_weight(model, UNET + name) for name in names}
-
-
-def is_dynamic(patcher) -> bool:
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()

@@ -1,1 +1,1 @@
-"""A run in ComfyUI's interface: progress, signs of life, routes of the runs panel."""
+"""A run in ComfyUI's interface: progress, texts in long phases, HTTP routes of the runs panel."""

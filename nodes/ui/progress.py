@@ -1,12 +1,12 @@
 """A run in ComfyUI's interface: progress bar, text under the node, websocket events, cancel.
 
 retune.step    after a step: step, steps, every figure of its row in metrics.jsonl, seconds_per_step, memory ({"used",
-               "total"}, bytes of the device), and `validation`: rows since the step before
-retune.sample  samples were drawn: their row, with the names of the files
-retune.state   the run is preparing, running, interrupted, failed or finished, or says what it is doing: state, step,
+               "total"}, bytes of the device), and `validation`: rows since the previous step
+retune.sample  after samples were drawn: their row, with the names of the files
+retune.state   when the state (preparing, running, interrupted, failed, finished) or the message changes: state, step,
                message
 
-Each has `node` and `run` too, and goes to every client, so that a page that was reloaded goes on.
+Each has `node` and `run` too, and is sent to every client, so that a page resumes after it was reloaded.
 """
 
 from __future__ import annotations
@@ -23,34 +23,42 @@ from .heartbeat import Heartbeat
 from .running import running
 
 TEXT_INTERVAL = 0.5
-"""Seconds between two texts under the node in phases that report often."""
+"""Seconds between two texts under the node in phases that report more often."""
 
 last_steps: dict[str, dict[str, Any]] = {}
-"""The last retune.step of each run that is in progress here, for a page that asks for a run in its midst."""
+"""The last retune.step of each run in progress, for a page that opens during the run."""
 
 
 class NodeCallbacks(Callbacks):
-    """Callbacks for a training node, entered while it works. Every call looks for ComfyUI's cancel and raises its
-    interrupt; while entered, the run can be asked to finish (see `running`), and no phase is silent for long."""
+    """Callbacks of a training node: progress in the interface, cancel, finish, memory.
+
+    Every call raises ComfyUI's interrupt if the user cancelled. While entered, the run can be asked to finish (see
+    `running`), and long phases send texts.
+
+    Args:
+        node_id: of the node that shows the progress, or None.
+        run: name of the run.
+        steps: optimizer steps in all.
+    """
 
     def __init__(self, node_id: str | None, run: str, steps: int):
         import comfy.model_management
         import comfy.utils
 
         self.interrupts = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
-        self._check = comfy.model_management.throw_exception_if_processing_interrupted
+        self._raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
         self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
         self._node, self._run, self._steps, self._step = node_id, run, steps, 0
         self._denoiser: ComfyDenoiser | None = None
-        self._memory = 0
-        self._beat, self._while_entered = Heartbeat(self._say), ExitStack()
+        self._reserved = 0
+        self._heartbeat, self._while_entered = Heartbeat(self._send_text), ExitStack()
         self._state, self._validation = "preparing", []
 
     def __enter__(self) -> NodeCallbacks:
         self._finish = self._while_entered.enter_context(running(self._run))
-        self._while_entered.enter_context(self._beat)
-        self._say("loading")
-        self._send("retune.state", {"state": self._state, "step": self._step, "message": "loading"})
+        self._while_entered.enter_context(self._heartbeat)
+        self._send_text("loading")
+        self._send_event("retune.state", {"state": self._state, "step": self._step, "message": "loading"})
         return self
 
     def __exit__(self, *error) -> None:
@@ -64,90 +72,104 @@ class NodeCallbacks(Callbacks):
     def wants_finish(self) -> bool:
         return self._finish.is_set()
 
-    def keep_loaded(self, model: TextToImage, dataset: Dataset, batch_size: int, more: int = 0) -> None:
-        """The UNet to bring back before a step when samples or caches have pushed it out, with room for a batch."""
+    def reserve_for_dataset(self, model: TextToImage, dataset: Dataset, batch_size: int, extra: int = 0) -> None:
+        """As `reserve`, for the largest pictures of a dataset."""
         width, height = dataset.largest
-        self.keep_ready(model, batch_size, height, width, more)
+        self.reserve(model, batch_size, height, width, extra)
 
-    def keep_ready(self, model: TextToImage, batch_size: int, height: int, width: int, more: int = 0) -> None:
-        """The same for pictures of one size in pixels; more: bytes to keep free besides."""
-        cells = model.autoencoder.downscale
+    def reserve(self, model: TextToImage, batch_size: int, height: int, width: int, extra: int = 0) -> None:
+        """Has the UNet loaded again, and memory freed for a step, whenever samples or caches may have displaced it.
+
+        Of several calls the largest memory counts.
+
+        Args:
+            model: the model that trains.
+            batch_size: pictures in a batch.
+            height, width: of the pictures, in pixels.
+            extra: further bytes to leave free.
+        """
+        downscale = model.autoencoder.downscale
         self._denoiser = model.denoiser
-        needed = more + self._denoiser.activation_memory(batch_size, height // cells, width // cells)
-        self._memory = max(self._memory, needed)
+        memory = extra + self._denoiser.activation_memory(batch_size, height // downscale, width // downscale)
+        self._reserved = max(self._reserved, memory)
 
     def pulse(self) -> None:
-        self._check()
+        self._raise_if_cancelled()
 
     def before_step(self, step: int) -> None:
-        self._check()
-        self._beat.phase(f"step {step} of {self._steps}")
+        self._raise_if_cancelled()
+        self._heartbeat.set_phase(f"step {step} of {self._steps}")
 
     def after_load(self) -> None:
-        self._check()
+        self._raise_if_cancelled()
         if self._denoiser is not None:
-            self._denoiser.load(self._memory)
+            self._denoiser.load(self._reserved)
 
     def on_text(self, text: str) -> None:
-        self._check()
-        self._beat.phase(text)
-        if self._beat.silence > TEXT_INTERVAL:
-            self._say(text)
-            self._send("retune.state", {"state": self._state, "step": self._step, "message": text})
+        self._raise_if_cancelled()
+        self._heartbeat.set_phase(text)
+        if self._heartbeat.silence > TEXT_INTERVAL:
+            self._send_text(text)
+            self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
 
     def on_end(self, text: str) -> None:
-        self._check()
-        self._say(text)
+        self._raise_if_cancelled()
+        self._send_text(text)
 
     def on_step(self, info: StepInfo) -> None:
         self._step = info.step
         self._bar.update_absolute(info.step, info.steps)
         left = (info.steps - info.step) * info.seconds_per_step
-        self._say(f"step {info.step} of {info.steps}, loss {info.loss:.4f}, about {_duration(left)} left")
+        self._send_text(f"step {info.step} of {info.steps}, loss {info.loss:.4f}, about {_duration(left)} left")
         pace = {"steps": info.steps, "seconds_per_step": info.seconds_per_step, "memory": _memory()}
         last_steps[self._run] = {**info.row, **pace}
-        self._send("retune.step", {**last_steps[self._run], "validation": self._validation})
+        self._send_event("retune.step", {**last_steps[self._run], "validation": self._validation})
         self._validation = []
-        self._check()
+        self._raise_if_cancelled()
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         if row["event"] == "sample":
-            self._send("retune.sample", dict(row))
+            self._send_event("retune.sample", dict(row))
         elif row["event"] == "validation":
             self._validation.append(dict(row))
-        self._check()
+        self._raise_if_cancelled()
 
     def on_state(self, state: str, step: int, message: str = "") -> None:
         self._state, self._step = state, step
         if state != "running":
             last_steps.pop(self._run, None)
-        self._send("retune.state", {"state": state, "step": step, "message": message})
+        self._send_event("retune.state", {"state": state, "step": step, "message": message})
 
-    def _say(self, text: str) -> None:
+    def _send_text(self, text: str) -> None:
         server = _server()
         if server is not None and self._node is not None:
             server.send_progress_text(text, self._node)
-        self._beat.said()
+        self._heartbeat.reset()
 
-    def _send(self, event: str, values: dict) -> None:
+    def _send_event(self, event: str, values: dict) -> None:
         server = _server()
         if server is not None:
             server.send_sync(event, {"node": self._node, "run": self._run, **values})
 
 
 @contextmanager
-def telling(node: type, phase: str) -> Iterator[None]:
-    """Signs of life of a node that may take long and tells nothing else, and how long it took; node: its class."""
+def reporting(node: type, phase: str) -> Iterator[None]:
+    """While entered, sends regular texts for a node without other progress, and at the end the seconds it took.
+
+    Args:
+        node: the node's class, as `execute` gets it.
+        phase: what the node does.
+    """
     node_id, server = node.hidden.unique_id if node.hidden else None, _server()
 
-    def say(text: str) -> None:
+    def send(text: str) -> None:
         if server is not None and node_id is not None:
             server.send_progress_text(text, node_id)
 
-    with Heartbeat(say, phase=phase) as beat:
+    with Heartbeat(send, phase=phase) as heartbeat:
         yield
-    if beat.spoke:
-        say(f"{phase}: done in {beat.seconds:.0f} s")
+    if heartbeat.sent:
+        send(f"{phase}: done in {heartbeat.phase_seconds:.0f} s")
 
 
 def _server():
@@ -158,7 +180,7 @@ def _server():
 
 
 def _memory() -> dict[str, int]:
-    """Bytes in use, and of all, on the device that trains; of the machine where that is a CPU."""
+    """Bytes used and in total on the device that trains; of the machine where that is a CPU."""
     import comfy.model_management as management
 
     device = management.get_torch_device()

@@ -1,5 +1,8 @@
-"""HTTP routes of the runs panel and of the charts in nodes. Names from a client are compared with fresh listings of run
-folders (see `training.runs`); none becomes part of a path. Files are read off the event loop."""
+"""HTTP routes of the runs panel and of the charts in nodes.
+
+Names from a client are compared with fresh listings of run folders (see `training.runs`), so that none becomes part of
+a path. Files are read in threads, not on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,33 @@ from typing import Any
 
 from aiohttp import web
 
-GUARD = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
-GUARD += b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
-"""Before a report, which may come from anywhere with its run folder: no scripts, network or forms. A header would not
-do, since ComfyUI's --disable-api-nodes writes its own over it."""
+REPORT_POLICY = (
+    b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
+    b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
+)
+"""Prefix of a report, which may come with a run folder from an unknown source: forbids scripts, network and forms. A
+header does not work, since ComfyUI's --disable-api-nodes overwrites it."""
 
 
 def register() -> None:
-    """Adds the routes to ComfyUI's server; nothing in a script without one."""
+    """Adds the routes to ComfyUI's server; does nothing in a script without a server."""
     from server import PromptServer
 
     instance = getattr(PromptServer, "instance", None)
     if instance is None:
         return
     routes = instance.routes
-    routes.get("/retune/runs")(_answering(_list))
-    routes.get("/retune/runs/{id}")(_answering(_details))
-    routes.get("/retune/runs/{id}/samples/{file}")(_answering(_sample))
-    routes.get("/retune/runs/{id}/report")(_answering(_report))
-    routes.get("/retune/runs/{id}/workflow")(_answering(_workflow))
-    routes.post("/retune/runs/{id}/finish")(_answering(_finish))
-    routes.delete("/retune/runs/{id}")(_answering(_delete))
+    routes.get("/retune/runs")(_with_errors(_list))
+    routes.get("/retune/runs/{id}")(_with_errors(_details))
+    routes.get("/retune/runs/{id}/samples/{file}")(_with_errors(_sample))
+    routes.get("/retune/runs/{id}/report")(_with_errors(_report))
+    routes.get("/retune/runs/{id}/workflow")(_with_errors(_workflow))
+    routes.post("/retune/runs/{id}/finish")(_with_errors(_finish))
+    routes.delete("/retune/runs/{id}")(_with_errors(_delete))
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
-    """Strict JSON: ComfyUI's prompts, and metrics, may hold numbers that browsers refuse."""
+    """Strict JSON: ComfyUI's prompts and metrics may hold NaN or infinity, which browsers refuse."""
     from ...training.runs.index import finite
 
     return web.json_response(finite(value), status=status)
@@ -42,8 +47,8 @@ def _json(value: Any, status: int = 200) -> web.Response:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _answering(handler: Handler) -> Handler:
-    """404 for a run or file that is not there, 409 for what cannot be done, each with {"error": why}."""
+def _with_errors(handler: Handler) -> Handler:
+    """A handler that answers errors with {"error": message}: 404 for a missing run or file, 409 for other errors."""
     from ...training.runs.index import NoSuchRun
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -57,8 +62,8 @@ def _answering(handler: Handler) -> Handler:
     return answer
 
 
-async def _asked(function: Callable, request: web.Request, *names: str):
-    """What a function of `training.runs` gives for the runs folder and parts of the address, worked out in a thread."""
+async def _call(function: Callable, request: web.Request, *names: str):
+    """Calls a function of training/runs in a thread, with the runs folder and parts of the request's address."""
     from ..common.paths import runs_folder
 
     return await asyncio.to_thread(function, runs_folder(), *(request.match_info[name] for name in names))
@@ -67,16 +72,16 @@ async def _asked(function: Callable, request: web.Request, *names: str):
 async def _list(request: web.Request) -> web.Response:
     from ...training.runs.index import list_runs
 
-    return _json(await _asked(list_runs, request))
+    return _json(await _call(list_runs, request))
 
 
 async def _details(request: web.Request) -> web.Response:
-    """204 for a run that is not there (yet): a node asks before its first run, and browsers log a 404 as an error."""
+    """204 for a run that does not exist (yet): a node asks before its first run, and browsers log a 404 as an error."""
     from ...training.runs.index import NoSuchRun, run_details
     from .progress import last_steps
 
     try:
-        run = await _asked(run_details, request, "id")
+        run = await _call(run_details, request, "id")
     except NoSuchRun:
         return web.Response(status=204)
     return _json(run | {"live": last_steps.get(run["id"])})
@@ -85,30 +90,30 @@ async def _details(request: web.Request) -> web.Response:
 async def _sample(request: web.Request) -> web.FileResponse:
     from ...training.runs.index import sample_file
 
-    path = await _asked(sample_file, request, "id", "file")
+    path = await _call(sample_file, request, "id", "file")
     return web.FileResponse(path, headers={"Cache-Control": "no-cache"})
 
 
 async def _report(request: web.Request) -> web.Response:
     from ...training.runs.index import report_file
 
-    path = await _asked(report_file, request, "id")
-    page = GUARD + await asyncio.to_thread(path.read_bytes)
+    path = await _call(report_file, request, "id")
+    page = REPORT_POLICY + await asyncio.to_thread(path.read_bytes)
     return web.Response(body=page, content_type="text/html", charset="utf-8", headers={"Cache-Control": "no-cache"})
 
 
 async def _workflow(request: web.Request) -> web.Response:
     from ...training.runs.index import workflow_of
 
-    return _json(await _asked(workflow_of, request, "id"))
+    return _json(await _call(workflow_of, request, "id"))
 
 
 async def _finish(request: web.Request) -> web.Response:
-    """Asks a run in progress here to end cleanly after its next step."""
+    """Asks a run in progress to end cleanly after its next step."""
     from ...training.runs.index import run_details
     from .running import finish
 
-    name = (await _asked(run_details, request, "id"))["id"]
+    name = (await _call(run_details, request, "id"))["id"]
     if not finish(name):
         raise ValueError(f"run {name!r} is not in progress in this ComfyUI; expected one that is.")
     return _json({"finishing": name})
@@ -117,5 +122,5 @@ async def _finish(request: web.Request) -> web.Response:
 async def _delete(request: web.Request) -> web.Response:
     from ...training.runs.index import delete_run
 
-    await _asked(delete_run, request, "id")
+    await _call(delete_run, request, "id")
     return _json({"deleted": request.match_info["id"]})

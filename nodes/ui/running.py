@@ -1,4 +1,4 @@
-"""The runs that are in progress in this ComfyUI, and a way to ask one to finish."""
+"""The runs in progress in this ComfyUI, and how another thread asks one to finish."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_asked: dict[str, threading.Event] = {}
-"""Run name -> whether it was asked to finish, for as long as it is in progress."""
+_finish_events: dict[str, threading.Event] = {}
+"""Name of a run in progress -> event that is set when it is asked to finish."""
 
 
 @contextmanager
 def running(run_name: str) -> Iterator[threading.Event]:
-    """Makes a run known while entered; the event is set when somebody asks it to finish."""
-    asked = _asked[run_name] = threading.Event()
+    """While entered, the run counts as in progress; the event is set when it is asked to finish."""
+    event = _finish_events[run_name] = threading.Event()
     try:
-        yield asked
+        yield event
     finally:
-        _asked.pop(run_name, None)
+        _finish_events.pop(run_name, None)
 
 
 def finish(run_name: str) -> bool:
-    """Asks a run to end cleanly after the step in progress, from any thread. True when it is in progress here."""
-    asked = _asked.get(run_name)
-    if asked is None:
-        return False
-    asked.set()
-    return True
+    """Asks a run to end cleanly after its present step, from any thread; False when it is not in progress here."""
+    event = _finish_events.get(run_name)
+    if event is not None:
+        event.set()
+    return event is not None

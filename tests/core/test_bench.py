@@ -4,8 +4,9 @@ import json
 
 import pytest
 from retune.benchmarks.__main__ import main
-from retune.benchmarks.timing import medians
-from retune.benchmarks.variants import BENCHES, LORA, REWARD, STUDIES, BenchConfig, run_bench
+from retune.benchmarks.catalog import LORA, REWARD, STUDIES
+from retune.benchmarks.speed import TIMINGS, run_timing
+from retune.benchmarks.timing import median_seconds
 
 
 def test_medians_of_interleaved_turns_without_the_first():
@@ -16,14 +17,14 @@ def test_medians_of_interleaved_turns_without_the_first():
         order.append(name)
         now[0] += next(spent[name])
 
-    found = medians({name: lambda name=name: turn(name) for name in spent}, 3, lambda: now[0])
+    found = median_seconds({name: lambda name=name: turn(name) for name in spent}, 3, lambda: now[0])
     assert found == {"a": 2, "b": 5}
     assert order == ["a", "b"] * 4
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", TIMINGS)
 def test_every_benchmark_gives_seconds_and_ratios(name):
-    figures = run_bench(BenchConfig(name=name, rounds=1, batch_size=2))
+    figures = run_timing(name, rounds=1, batch_size=2)
     variants = [value for value in figures.values() if isinstance(value, dict)]
     assert len(variants) >= 2 and variants[0]["ratio"] == 1
     assert all(v["seconds"] > 0 and v["ratio"] > 0 for v in variants)
@@ -31,7 +32,7 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == BENCHES.keys() | STUDIES.keys() | {LORA, REWARD}
+    assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | {LORA, REWARD}
     assert main(["speed"]) == 2
     names = "training-step, drawing, text, reward, reset-study, projection-start, reward-study, lora"
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err

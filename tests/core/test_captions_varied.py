@@ -69,8 +69,8 @@ def test_a_caption_for_once_is_kept_in_memory_only_and_bounded(tmp_path):
     cache = TextCache(tmp_path, encode, "t", memory=3 * 4 * 8 * 4)
     cache.fill(["known"])
     for caption in ("one", "known", "one", "two"):
-        assert cache.once(caption).context.mean() == len(caption)
+        assert cache.get_in_memory(caption).context.mean() == len(caption)
     assert encoded == ["known", "one", "two"] and len(list(tmp_path.rglob("*.safetensors"))) == 1
-    cache.once("three"), cache.once("four")
-    assert cache.once("one").context.mean() == 3 and encoded[-1] == "one"  # it had made room
-    assert torch.equal(cache.get("one").context, cache.once("one").context)
+    cache.get_in_memory("three"), cache.get_in_memory("four")
+    assert cache.get_in_memory("one").context.mean() == 3 and encoded[-1] == "one"  # it had made room
+    assert torch.equal(cache.get("one").context, cache.get_in_memory("one").context)

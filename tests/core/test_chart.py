@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from retune.training.plots.run_chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed, ticks
+from retune.training.plots.canvas import ticks
+from retune.training.plots.run_chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed
 
 
 def painted(image, colour):

@@ -7,12 +7,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from retune.training.__main__ import main, parser, regularisation_folder
+from retune.training.__main__ import main, parser
 from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
+from retune.training.commands.train import regularisation_folder
 from retune.training.common.files import read_tensors, write_tensors
-from retune.training.config.flags import add_flags, field_docs, read_flags
+from retune.training.config.fields import config_fields, field_docs
+from retune.training.config.flags import add_flags, read_flags
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
@@ -57,6 +59,7 @@ def test_every_field_is_a_flag_with_its_default_choices_and_help(verb):
             if get_origin(hints[field.name]) is Literal:
                 assert action.choices == get_args(hints[field.name])
             assert docs.get(field.name, "") in action.help.replace("%%", "%")
+            assert config_fields(config)[field.name].range in action.help
 
 
 def test_plain_flags_give_the_default_configs():

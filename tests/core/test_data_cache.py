@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.data.cache import LatentCache, TextCache, tight
+from retune.training.data.cache import LatentCache, TextCache, trim_padding
 from retune.training.data.dataset import from_images
 from retune.training.models.protocols import Conditioning
 
@@ -237,9 +237,9 @@ def test_text_without_mask_or_pooled(tmp_path):
 
 def test_tight_keeps_holes_and_at_least_one_token():
     context = torch.arange(4.0).reshape(1, 4, 1)
-    holed = tight(Conditioning(context, None, torch.tensor([[True, False, True, False]])))
+    holed = trim_padding(Conditioning(context, None, torch.tensor([[True, False, True, False]])))
     assert holed.context.flatten().tolist() == [0, 1, 2] and holed.mask.tolist() == [[True, False, True]]
-    nothing = tight(Conditioning(context, None, torch.zeros(1, 4, dtype=torch.bool)))
+    nothing = trim_padding(Conditioning(context, None, torch.zeros(1, 4, dtype=torch.bool)))
     assert nothing.context.shape == (1, 1, 1) and nothing.mask.tolist() == [[False]]
 
 

@@ -10,10 +10,10 @@ from retune.training.data.images import (
     ImageError,
     check_image,
     contact_sheet,
-    fit,
     flatten_alpha,
     image_size,
     load_image,
+    resize_and_crop,
     save_png,
 )
 
@@ -232,9 +232,9 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
 
 def test_fit_leaves_the_right_size_alone_and_crops_the_middle():
     image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(fit(image, 16, 16), image)
-    assert torch.equal(fit(image, 16, 8), image[:, 4:12])
-    assert torch.equal(fit(image, 8, 16, flip=True), image[:, :, 4:12].flip(-1))
+    assert torch.equal(resize_and_crop(image, 16, 16), image)
+    assert torch.equal(resize_and_crop(image, 16, 8), image[:, 4:12])
+    assert torch.equal(resize_and_crop(image, 8, 16, flip=True), image[:, :, 4:12].flip(-1))
 
 
 def test_fit_is_antialiased_like_pillow():
@@ -242,14 +242,14 @@ def test_fit_is_antialiased_like_pillow():
     picture = noisy(64, 64)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
     expected = torch.from_numpy(np.array(picture.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    assert (fit(image, 16, 16) - expected).abs().max() < 2 / 255
+    assert (resize_and_crop(image, 16, 16) - expected).abs().max() < 2 / 255
     assert (image[:, ::4, ::4] - expected).abs().max() > 0.3
 
 
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (7, 9), (333, 80), (64, 64)])
 def test_fit_covers_any_size(size):
     image = torch.full((3, size[1], size[0]), 0.5)
-    fitted = fit(image, 64, 48, "random", torch.Generator().manual_seed(1))
+    fitted = resize_and_crop(image, 64, 48, "random", torch.Generator().manual_seed(1))
     assert fitted.shape == (3, 48, 64)
     torch.testing.assert_close(fitted, torch.full((3, 48, 64), 0.5))
 
@@ -258,14 +258,14 @@ def test_random_crop_follows_its_generator_and_reaches_both_ends():
     image = torch.arange(20.0).div(20).expand(3, 8, 20)
     starts = []
     for seed in range(200):
-        fitted = fit(image, 8, 8, "random", torch.Generator().manual_seed(seed))
-        assert torch.equal(fitted, fit(image, 8, 8, "random", torch.Generator().manual_seed(seed)))
+        fitted = resize_and_crop(image, 8, 8, "random", torch.Generator().manual_seed(seed))
+        assert torch.equal(fitted, resize_and_crop(image, 8, 8, "random", torch.Generator().manual_seed(seed)))
         starts.append(round(fitted[0, 0, 0].item() * 20))
     assert set(starts) == set(range(13))
     with pytest.raises(ValueError, match="generator"):
-        fit(image, 8, 8, "random")
+        resize_and_crop(image, 8, 8, "random")
     with pytest.raises(ValueError, match="crop is 'middle'"):
-        fit(image, 8, 8, "middle")
+        resize_and_crop(image, 8, 8, "middle")
 
 
 def test_flatten_alpha_of_batches():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.tools.build_demo.embeddings import PICTURES, SEED, embedding_config
-from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.training_settings import TrainingSettings
@@ -17,7 +17,7 @@ from retune.training.demo.files import weights_path
 from retune.training.demo.judge import correct, drawn_shape, parse_caption, read
 from retune.training.demo.scenes import demo_examples
 from retune.training.formats.embedding import read_embedding
-from retune.training.formats.embedding_fit import assign
+from retune.training.formats.embedding_fit import assign_to_encoders
 from retune.training.models.concepts import Concept
 from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.sampling.generate import draw
@@ -33,12 +33,12 @@ def knowing(model, concepts):
 
 def shipped(model):
     file = read_embedding(weights_path("embeddings/heart.safetensors"))
-    return Concept("<heart>", assign(file, model.text_encoder.vocabularies))
+    return Concept("<heart>", assign_to_encoders(file, model.text_encoder.vocabularies))
 
 
 def figures(model, captions):
     """Shares of pictures with hearts, and of those in which all but the shape is as the caption says."""
-    images = draw(model, captions, **LOOK, batch_size=25)
+    images = draw(model, captions, **DRAW_OPTIONS, batch_size=25)
     wanted = [{name: value for name, value in parse_caption(c).items() if name != "shape"} for c in captions]
     hearts = sum(drawn_shape(image) == "heart" for image in images)
     rest = sum(all(correct(read(image), one).values()) for image, one in zip(images, wanted, strict=True))
@@ -79,6 +79,6 @@ def test_a_word_is_learned_from_five_pictures_and_the_rest_of_the_prompt_kept(tm
     hearts, rest = figures(knowing(model, [concept]), [NOUN.sub("<heart>", caption) for caption in held_out])
     _, before = figures(model, [NOUN.sub("figure", caption) for caption in held_out])
     assert hearts >= 0.8 and rest >= before - 0.05
-    plain = draw(model, held_out[:4], **LOOK)
-    with_word = draw(knowing(model, [concept]), held_out[:4], **LOOK)
+    plain = draw(model, held_out[:4], **DRAW_OPTIONS)
+    with_word = draw(knowing(model, [concept]), held_out[:4], **DRAW_OPTIONS)
     assert all(torch.equal(*pair) for pair in zip(plain, with_word, strict=True))

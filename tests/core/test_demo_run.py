@@ -6,7 +6,7 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.commands import demo as demo_run
-from retune.training.commands.demo import edition, make_way
+from retune.training.commands.demo import assets_fingerprint, set_outdated_run_aside
 from retune.training.runs.folder import RunFolder
 
 SMALL = ["--images", "40", "--judged", "6", "--steps", "3", "--batch-size", "4"]
@@ -34,20 +34,20 @@ def test_the_demo_ends_with_figures_and_a_report(tmp_path, capsys):
 
 def test_a_run_of_another_edition_is_moved_aside(tmp_path, monkeypatch):
     run = tmp_path / "a run"
-    make_way(tmp_path, run.name)
+    set_outdated_run_aside(tmp_path, run.name)
     run.mkdir()
-    make_way(tmp_path, run.name)
+    set_outdated_run_aside(tmp_path, run.name)
     assert run.is_dir()
-    monkeypatch.setattr(demo_run, "edition", lambda: "other")
-    make_way(tmp_path, run.name)
+    monkeypatch.setattr(demo_run, "assets_fingerprint", lambda: "other")
+    set_outdated_run_aside(tmp_path, run.name)
     assert not run.exists() and (tmp_path / "a run (old 1)").is_dir()
     run.mkdir()
-    make_way(tmp_path, run.name)
+    set_outdated_run_aside(tmp_path, run.name)
     assert run.is_dir()
 
 
 def test_the_edition_is_that_of_weights_and_drawings(monkeypatch):
-    before = edition()
-    assert len(before) == 8 and edition() == before
+    before = assets_fingerprint()
+    assert len(before) == 8 and assets_fingerprint() == before
     monkeypatch.setattr(demo_run, "demo_examples", lambda count, seed: (torch.zeros(count, 3, 2, 2), [""]))
-    assert edition() != before
+    assert assets_fingerprint() != before

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 import torch
-from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.config.lora import LoraConfig
 from retune.training.config.training_settings import TrainingSettings
@@ -39,10 +39,10 @@ def test_the_workflows_settings_teach_the_style_and_keep_the_model_listening(tmp
     def drawn(strength, captions):
         values = {n: v * (strength if n.endswith("lora_up.weight") else 1) for n, v in trained.items()}
         with adapters.attach({name: values[name] for name in adapters.parameters}):
-            return draw(model, captions, **LOOK, batch_size=50)
+            return draw(model, captions, **DRAW_OPTIONS, batch_size=50)
 
     held = held_out_captions(100)
-    plain, full = draw(model, held, **LOOK, batch_size=50), drawn(1.0, held)
+    plain, full = draw(model, held, **DRAW_OPTIONS, batch_size=50), drawn(1.0, held)
     none, half = (drawn(strength, held[:50]) for strength in (0.0, 0.5))  # one batch of them: the bits depend on it
     assert all(torch.equal(*pair) for pair in zip(none, plain[:50], strict=True))
     assert with_warm_edges(full) >= 0.9 and with_warm_edges(plain) == 0

@@ -8,7 +8,7 @@ from retune.tools.build_demo.scorer import tokens_of as scorer_tokens
 from retune.tools.build_demo.t5 import probe
 from retune.tools.build_demo.unet import clip_tokenizer
 from retune.tools.build_demo.vae import pictures
-from retune.training.commands.demo import LOOK, held_out_captions
+from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.rng import generator
 from retune.training.demo.files import WEIGHTS, weights_path
@@ -39,7 +39,7 @@ def test_reconstructions_are_read_right():
 @pytest.mark.slow
 def test_the_model_with_its_clip_follows_captions():
     captions = held_out_captions(200)
-    images = draw(build_model(ModelConfig(model="demo")), captions, **LOOK, batch_size=50)
+    images = draw(build_model(ModelConfig(model="demo")), captions, **DRAW_OPTIONS, batch_size=50)
     assert alignment(images, captions)["alignment"] >= 0.90
 
 
@@ -52,7 +52,7 @@ def test_the_loras_bring_their_style_and_their_figure():
         adapters = Adapters(chosen, networks_of(model, chosen), config, seed=0)
         start_from(adapters, read_lora(weights_path(f"loras/{name}.safetensors")))
         with adapters.attach(adapters.values()):
-            return draw(model, captions, **LOOK, batch_size=40)
+            return draw(model, captions, **DRAW_OPTIONS, batch_size=40)
 
     captions = held_out_captions(40)
     images = drawn("warm edges", captions)
@@ -73,7 +73,7 @@ def test_the_scorer_finds_the_caption_and_the_head_the_polish():
 
 def test_the_aesthetic_head_leaves_headroom_above_the_model():
     captions = held_out_captions(8)
-    images = torch.stack(draw(build_model(ModelConfig(model="demo")), captions, **LOOK | {"steps": 8}))
+    images = torch.stack(draw(build_model(ModelConfig(model="demo")), captions, **DRAW_OPTIONS | {"steps": 8}))
     scenes = held_out_scenes(40, 9)
     polished = [scene for scene in scenes if scene.polish > 0.9]
     assert aesthetic(pictures(polished, 9)).mean() > aesthetic(images).mean() + 2

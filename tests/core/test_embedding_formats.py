@@ -12,10 +12,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from retune.training.formats.embedding import Embedding, read_embedding
-from retune.training.formats.embedding_fit import assign, family_of
+from retune.training.formats.embedding_fit import assign_to_encoders, family_of
 from retune.training.formats.embedding_image import _sequence
-from retune.training.formats.embedding_report import base_of_file, file_report, is_word, median_norm, nearest_words
-from retune.training.formats.embedding_save import file_name, save_embedding
+from retune.training.formats.embedding_report import (
+    base_of_embedding,
+    embedding_report,
+    is_vocabulary_word,
+    median_norm,
+    nearest_words,
+)
+from retune.training.formats.embedding_save import save_embedding, token_file_name
 from retune.training.models.concepts import Concept, Vocabulary
 from safetensors.torch import load_file, save_file
 
@@ -109,7 +115,7 @@ def test_every_layout_is_read(tmp_path, kind):
         expected = {"clip_l": ONE[:1]}
     if kind == "half precision":
         expected = {"clip_l": ONE.bfloat16().float()}
-    given = assign(found, vocabularies_of(family))
+    given = assign_to_encoders(found, vocabularies_of(family))
     assert list(given) == list(expected) and found.token == token
     assert all(torch.equal(given[n], expected[n]) and given[n].dtype == torch.float32 for n in expected)
 
@@ -124,7 +130,7 @@ def test_files_say_what_they_are(tmp_path):
     assert (toolkit.layout, toolkit.step) == ("ai-toolkit", "7")
     assert read("OneTrainer").layout == "OneTrainer (emp_params)"
     kohya = {"modelspec.architecture": "stable-diffusion-xl-v1-base/textual-inversion"}
-    assert base_of_file(read_embedding(write(tmp_path / "k.safetensors", PAIR, kohya))).family == "SDXL"
+    assert base_of_embedding(read_embedding(write(tmp_path / "k.safetensors", PAIR, kohya))).family == "SDXL"
     legacy = tmp_path / "old.pt"
     torch.save(a1111(ONE), legacy, _use_new_zipfile_serialization=False)
     assert torch.equal(read_embedding(legacy).parts[0][1], ONE)
@@ -297,14 +303,14 @@ def test_a_misfit_names_the_model_it_belongs_to(tmp_path):
         (pair, "small T5", r"is for SD1.x's CLIP.*\(clip_l, 768 wide\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            assign(file, vocabularies_of(family))
-    both = assign(one, vocabularies_of("SDXL"), second)
+            assign_to_encoders(file, vocabularies_of(family))
+    both = assign_to_encoders(one, vocabularies_of("SDXL"), second)
     assert torch.equal(both["clip_l"], ONE) and torch.equal(both["clip_g"], PAIR["clip_g"])
     with pytest.raises(ValueError, match="two.safetensors brings vectors for clip_g, which has some already"):
-        assign(pair, vocabularies_of("SDXL"), second)
+        assign_to_encoders(pair, vocabularies_of("SDXL"), second)
     with pytest.raises(ValueError, match=r"unequal numbers of vectors \(clip_l 3, clip_g 1\)"):
-        assign(one, vocabularies_of("SDXL"), short)
-    assert torch.equal(assign(one, vocabularies_of("small T5"))["t5base"], ONE)  # the width alone tells
+        assign_to_encoders(one, vocabularies_of("SDXL"), short)
+    assert torch.equal(assign_to_encoders(one, vocabularies_of("small T5"))["t5base"], ONE)  # the width alone tells
 
 
 @pytest.mark.parametrize("family", WIDTHS)
@@ -318,14 +324,14 @@ def test_saved_files_come_back(tmp_path, family, format):
         return
     (paths,) = save_embedding(tmp_path, embedding, format)
     found = [read_embedding(path) for path in paths]
-    given = assign(found[0], vocabularies_of(family), *found[1:])
+    given = assign_to_encoders(found[0], vocabularies_of(family), *found[1:])
     assert all(torch.equal(given[name], vectors) for name, vectors in concept.vectors.items())
     if not (family == "SDXL" and format == "A1111 pt"):
         assert {file.token for file in found} == {"<cat-toy>"} and found[0].step == "300"
     if format == "safetensors":
         many = {"SDXL": {"clip_g", "clip_l"}, "T5": {"t5xxl"}, "small T5": {"t5base"}}
         assert load_file(paths[0]).keys() == many.get(family, {"emp_params"})
-        assert base_of_file(found[0]).family == family_of(concept.vectors)
+        assert base_of_embedding(found[0]).family == family_of(concept.vectors)
     assert save_embedding(tmp_path, embedding, format) == [paths]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
@@ -345,7 +351,7 @@ def test_no_file_is_overwritten(tmp_path):
     for prefix in ("../x", "/x", "", "toys/"):
         with pytest.raises(ValueError, match="filename_prefix is"):
             save(1, prefix=prefix)
-    assert [file_name(token) for token in ("<cat-toy>", "[a](b):c", "S*", "猫.1", "<*>")] == [
+    assert [token_file_name(token) for token in ("<cat-toy>", "[a](b):c", "S*", "猫.1", "<*>")] == [
         "cat-toy",
         "abc",
         "S",
@@ -363,11 +369,11 @@ def test_reports_show_norms_words_and_warnings(tmp_path):
     near = nearest_words(vocabulary, torch.tensor([[3.0, 4.0, 0.0, 0.0]]), 2)
     assert [word for word, _ in near[0]] == ["circle", "red"]
     assert [cosine for _, cosine in near[0]] == pytest.approx([0.8, 0.6])
-    assert is_word(vocabulary, "Figure") and not is_word(vocabulary, "<cat>")
+    assert is_vocabulary_word(vocabulary, "Figure") and not is_vocabulary_word(vocabulary, "<cat>")
     metadata = {"base_model": "SDXL", "token": "figure", "step": "9"}
     vectors = torch.stack([torch.tensor([0.0, 0, 3, 4]), torch.zeros(4)])
     file = read_embedding(write(tmp_path / "f.safetensors", {"emp_params": vectors}, metadata))
-    text = file_report([file], Concept("figure", {"clip_l": vectors}), {"clip_l": vocabulary})
+    text = embedding_report([file], Concept("figure", {"clip_l": vectors}), {"clip_l": vocabulary})
     assert "f.safetensors: OneTrainer (emp_params), token figure" in text
     assert "1: norm 5, 2.50 x the words' median; nearest words figure 0.80, a 0.60, " in text
     for warning in ("figure is a word that clip_l knows", "was made for SDXL", "has vectors of zeros for clip_l"):

@@ -5,8 +5,8 @@ import torch
 from retune.training.commands.export_diffusers import (
     BYT5,
     ImageParts,
-    built_unet,
-    built_vae,
+    build_unet,
+    build_vae,
     export_pipeline,
     find_tokenizer_file,
     scheduler,
@@ -65,7 +65,7 @@ def on_meta(heads=8, **config):
 @pytest.mark.parametrize("heads, config", [(8, SD1), (None, SD2)])
 def test_the_true_layouts_are_rebuilt(heads, config):
     unet, parts = on_meta(heads, **config)
-    built, vae = built_unet(parts), built_vae(parts)
+    built, vae = build_unet(parts), build_vae(parts)
     assert len(built.state_dict()) == 686 and len(vae.state_dict()) == 248
     counts = [[m.heads for m in one.modules() if hasattr(m, "heads")] for one in (unet, built)]
     assert counts[0] == counts[1] and len(counts[0]) == 32
@@ -74,9 +74,9 @@ def test_the_true_layouts_are_rebuilt(heads, config):
 
 def test_other_kinds_of_unet_are_refused():
     with pytest.raises(ValueError, match="MODEL is one of SDXL; expected a plain text-to-image model"):
-        built_unet(on_meta(**SD1, **SDXL)[1])
+        build_unet(on_meta(**SD1, **SDXL)[1])
     with pytest.raises(ValueError, match="MODEL is one of 9 input channels"):
-        built_unet(on_meta(**SD1, in_channels=9)[1])
+        build_unet(on_meta(**SD1, in_channels=9)[1])
 
 
 def test_the_scheduler_has_the_training_noise_levels():

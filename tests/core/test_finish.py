@@ -13,7 +13,7 @@ from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
-from retune.training.loop.memory import OutOfMemory, hints
+from retune.training.loop.memory import OutOfMemory, memory_hints
 from retune.training.recipes.reward import tune
 from retune.training.recipes.unet import train_model
 from retune.training.rewards.combined import CombinedReward, Term
@@ -173,19 +173,19 @@ LEAN = TrainingSettings(precision="bf16", optimizer="Adafactor", gradient_checkp
 
 def test_hints_name_only_what_applies():
     base = {"run_name": "r", "learning_rate": 1e-4}
-    nothing = hints(LoraConfig(**base, rank=1, settings=LEAN), (64, 64))
+    nothing = memory_hints(LoraConfig(**base, rank=1, settings=LEAN), (64, 64))
     assert nothing == "Other programs that use the device may be closed too, and the same run queued again."
-    lora = hints(LoraConfig(**base, batch_size=6, rank=16, settings=LEAN), (1024, 768))
+    lora = memory_hints(LoraConfig(**base, batch_size=6, rank=16, settings=LEAN), (1024, 768))
     assert "batch_size 3 in place of 6, with gradient_accumulation 2 in place of 1" in lora
     assert "rank 8 in place of 16" in lora and "pictures of 768x576 in place of 1024x768" in lora
     assert lora.startswith("Under another run name: ") and "bf16" not in lora and "optimizer" not in lora
     total = dataclasses.replace(LEAN, total_batch=9, ema_decay=0.99)
-    whole = hints(TrainModelConfig(**base, batch_size=9, train="whole UNet", settings=total), (64, 64))
+    whole = memory_hints(TrainModelConfig(**base, batch_size=9, train="whole UNet", settings=total), (64, 64))
     assert "batch_size 3 in place of 9, with total_batch 9 as it is" in whole and "train = whole UNet" in whole
     assert "ema_decay 0 in place of 0.99" in whole and "pictures of" not in whole
     word = EmbeddingConfig(**base, token="<x>", lora_rank=4, settings=LEAN)
-    assert "lora_rank 2 in place of 4" in hints(word, (64, 64))
+    assert "lora_rank 2 in place of 4" in memory_hints(word, (64, 64))
     text = RewardTuneConfig(**base, stop_gradient=False, settings=LEAN)
-    assert "stop_gradient on" in hints(text, (512, 512)) and "lora_rank" not in hints(text, (512, 512))
+    assert "stop_gradient on" in memory_hints(text, (512, 512)) and "lora_rank" not in memory_hints(text, (512, 512))
     drawn = SamplePrompts(prompts=("x",), width=1024, height=1024)
-    assert "samples of 512x512 in place of 1024x1024" in hints(LoraConfig(**base, samples=drawn), (512, 512))
+    assert "samples of 512x512 in place of 1024x1024" in memory_hints(LoraConfig(**base, samples=drawn), (512, 512))

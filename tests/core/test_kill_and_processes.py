@@ -43,9 +43,10 @@ from pathlib import Path
 import torch
 from retune.training.config.run import SamplePrompts, TrainingSettings
 from retune.training.loop.loop import Loop, LoopConfig
+from retune.training.models.parameters import parameter_refs
 from retune.training.objectives.denoising import Loss
 from retune.training.runs.folder import RunFolder
-from retune.training.trainables.weights import SelectedWeights, targets
+from retune.training.trainables.weights import SelectedWeights
 
 layer = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.constant_(layer.weight, 0.5)
@@ -70,7 +71,7 @@ class Objective:
 
 settings = TrainingSettings(gradient_accumulation=2, optimizer="SGD", weight_decay=0.0)
 config = LoopConfig(steps=1, batch_size=3, learning_rate=0.1, settings=settings, samples=SamplePrompts())
-weights = SelectedWeights(targets(layer, "w."), [layer])
+weights = SelectedWeights(parameter_refs(layer, "w."), [layer])
 Loop(RunFolder(Path(sys.argv[1])), weights, Objective(), Batches(), config).run()
 """
 

@@ -8,13 +8,16 @@ import torch
 from PIL import Image
 from retune.training.common.callbacks import Callbacks
 from retune.training.common.files import read_tensors
+from retune.training.config.loop import LoopConfig, TrainingDiverged
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop.checkpoint import load_state
-from retune.training.loop.loop import Loop, LoopConfig, Sampler, TrainingDiverged, best_values
+from retune.training.loop.loop import Loop
 from retune.training.models.parameters import parameter_refs
 from retune.training.objectives.denoising import Loss
 from retune.training.runs.folder import RunFolder
+from retune.training.runs.outcome import best_values
+from retune.training.runs.samples import Sampler
 from retune.training.trainables.weights import SelectedWeights
 from torch import nn
 

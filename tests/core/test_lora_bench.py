@@ -3,18 +3,28 @@
 import pytest
 import torch
 from retune.benchmarks.__main__ import main
-from retune.benchmarks.lora import changes_of, compared, height, jobs, put_on
-from retune.benchmarks.lora_runs import COMFYUI, RETUNE, Job, LoraBenchConfig, comfyui_prompt, pace, retune_prompt
+from retune.benchmarks.lora import compare, interpolate, jobs, lora_applied, parameter_changes
+from retune.benchmarks.lora_runs import (
+    COMFYUI,
+    RETUNE,
+    Job,
+    LoraBenchConfig,
+    comfyui_prompt,
+    median_step_seconds,
+    retune_prompt,
+)
 from retune.training.commands.open_model import ModelConfig, build_model, unet_parameters
 from retune.training.formats.lora import parse_lora
 
 
 def test_the_pace_is_the_median_of_stretches_of_whole_steps():
     marks = [(0.0, 1), (0.5, 2), (1.0, 3), (1.5, 4), (4.0, 5), (4.5, 6), (5.0, 7)]
-    assert pace(marks, 2) == 1.0  # the stretches from 1 to 3, 3 to 5 and 5 to 7 took 1, 3 and 1 s
-    assert pace([(0.0, 1), (6.0, 5), (6.1, 6), (7.5, 8)], 2) == pytest.approx((6 / 4 * 2 + 1.5 / 3 * 2) / 2)
+    assert median_step_seconds(marks, 2) == 1.0  # the stretches from 1 to 3, 3 to 5 and 5 to 7 took 1, 3 and 1 s
+    assert median_step_seconds([(0.0, 1), (6.0, 5), (6.1, 6), (7.5, 8)], 2) == pytest.approx(
+        (6 / 4 * 2 + 1.5 / 3 * 2) / 2
+    )
     with pytest.raises(ValueError, match="progress is 2 marks of 4 a step; expected two steps at least"):
-        pace([(0.0, 1), (1.0, 3)], 4)
+        median_step_seconds([(0.0, 1), (1.0, 3)], 4)
 
 
 def row(trainer, steps, loss, seconds, seed=0, rate=1e-3):
@@ -29,7 +39,7 @@ def test_losses_are_compared_at_equal_steps_and_at_equal_seconds():
         row(COMFYUI, 20, 0.2, 1.0),
         row(RETUNE, 20, 0.3, 0.5),
     ]
-    found = compared(rows, untrained=1.0)
+    found = compare(rows, untrained=1.0)
     assert found["seconds_ratio"] == 2.0 and found["trainers"][RETUNE]["seconds_per_step"] == 0.5
     equal = [(r["seconds"], r[RETUNE], r[COMFYUI]) for r in found["at_equal_seconds"]]
     assert equal == [(5.0, 0.4, pytest.approx(0.75)), (10.0, 0.3, 0.5)]
@@ -37,10 +47,10 @@ def test_losses_are_compared_at_equal_steps_and_at_equal_seconds():
     assert found["findings"][0].endswith("side by side 2.00 times as many there.")
     assert "10 s: 0.3000 here, 0.5000 in ComfyUI" in found["findings"][-1]
     assert "10 steps: 0.4000 here, 0.5000 in ComfyUI." in found["findings"][1]
-    again = compared([*rows, *({**r, "seed": 1, "validation loss": r["validation loss"] + 0.01} for r in rows)], 1.0)
+    again = compare([*rows, *({**r, "seed": 1, "validation loss": r["validation loss"] + 0.01} for r in rows)], 1.0)
     assert "that it is lower here holds by validation loss (0.405 ± 0.005 against" in again["findings"][1]
     with pytest.raises(ValueError, match="expected at most 20"):
-        height([(0, 1.0), (20, 0.0)], 21)
+        interpolate([(0, 1.0), (20, 0.0)], 21)
 
 
 def test_both_trainers_are_asked_for_the_same():
@@ -70,16 +80,16 @@ def test_a_lora_put_on_the_model_changes_weights_biases_and_norms_and_goes_again
     conv = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(3.0), "diff_b": bias}
     tensors = {f"diffusion_model.input_blocks.0.0.{name}": value for name, value in conv.items()}
     lora = parse_lora("x", tensors | {"diffusion_model.out.0.diff": norm})
-    with put_on(denoiser, lora):
+    with lora_applied(denoiser, lora):
         now = {name: value.detach().clone() for name, value in unet_parameters(denoiser).items()}
     expected = {"input_blocks.0.0.weight": 1.5 * (up @ down).reshape(shape), "input_blocks.0.0.bias": bias}
     expected["out.0.weight"] = norm
-    assert changes_of(lora).keys() == expected.keys()
+    assert parameter_changes(lora).keys() == expected.keys()
     for name, value in before.items():
         torch.testing.assert_close(now[name], value + expected.get(name, 0), msg=name)
     assert all(torch.equal(value, before[name]) for name, value in unet_parameters(denoiser).items())
     with pytest.raises(ValueError, match="x changes nowhere.weight; expected layers of the demo model's UNet"):
-        put_on(denoiser, parse_lora("x", {"diffusion_model.nowhere.diff": norm})).__enter__()
+        lora_applied(denoiser, parse_lora("x", {"diffusion_model.nowhere.diff": norm})).__enter__()
 
 
 def test_without_comfyui_it_says_how_to_get_it(capsys):

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from retune.training.formats.lora import aliases, dora_axis, parse_lora, read_lora, split_key
+from retune.training.formats.lora import dora_axis, parse_lora, read_lora
 from retune.training.formats.lora_blocks import block_names, block_weights
-from retune.training.formats.lora_report import LoraUse, base_of, kinds_of, layout_of
+from retune.training.formats.lora_keys import kohya_aliases, split_key
+from retune.training.formats.lora_report import LoraReport, base_of_lora, kinds_of, layout_of
 from safetensors.torch import save_file
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -55,8 +56,8 @@ def test_keys_are_split_into_layer_and_part(key, expected):
     ],
 )
 def test_other_tools_names_are_known_by_kohyas(layer, expected):
-    assert next(aliases(layer)) == layer and expected in aliases(layer)
-    assert list(aliases("lora_unet_x")) == ["lora_unet_x"]
+    assert next(kohya_aliases(layer)) == layer and expected in kohya_aliases(layer)
+    assert list(kohya_aliases("lora_unet_x")) == ["lora_unet_x"]
 
 
 def test_layers_know_kind_rank_alpha_and_shape():
@@ -152,12 +153,12 @@ def test_block_lists_have_the_lengths_users_know(family):
     assert 1 + len(block_names(names, with_attention=True)) == short and 1 + len(block_names(names)) == full
     for length in (short, full):
         weights = block_weights(",".join(str(i) for i in range(length)), names)
-        assert weights.of("clip_l.transformer.x.weight") == weights.of(names[0]) == 0
+        assert weights.weight_for("clip_l.transformer.x.weight") == weights.weight_for(names[0]) == 0
         last = f"diffusion_model.output_blocks.{UNETS[family][2][-1]}.1.transformer_blocks.0.x.weight"
         listed = block_names(names, with_attention=length == short)
-        assert weights.of(last) == 1 + listed.index(f"OUT{UNETS[family][2][-1]:02}")
-        assert weights.of(names[1]) == 1 + listed.index("M00")
-        assert weights.of("diffusion_model.input_blocks.0.0.weight") == (0 if length == short else 1)
+        assert weights.weight_for(last) == 1 + listed.index(f"OUT{UNETS[family][2][-1]:02}")
+        assert weights.weight_for(names[1]) == 1 + listed.index("M00")
+        assert weights.weight_for("diffusion_model.input_blocks.0.0.weight") == (0 if length == short else 1)
     with pytest.raises(ValueError, match=rf"has {short + 1} numbers; expected {short} .* or {full}"):
         block_weights("1," * short + "1", names)
 
@@ -165,9 +166,9 @@ def test_block_lists_have_the_lengths_users_know(family):
 def test_expressions_count_in_order_and_the_rest_is_1():
     names = unet_names("SD1.x")
     weights = block_weights("input_blocks\\.4\\.=0.5\n\ninput_blocks=2; attn9=3", names)
-    assert weights.of("diffusion_model.input_blocks.4.0.weight") == 0.5
-    assert weights.of("diffusion_model.input_blocks.11.0.weight") == 2 and weights.of("middle") == 1
-    assert weights.idle(names) == ["attn9"] and block_weights(" ", names).of("x") == 1
+    assert weights.weight_for("diffusion_model.input_blocks.4.0.weight") == 0.5
+    assert weights.weight_for("diffusion_model.input_blocks.11.0.weight") == 2 and weights.weight_for("middle") == 1
+    assert weights.unmatched(names) == ["attn9"] and block_weights(" ", names).weight_for("x") == 1
 
 
 @pytest.mark.parametrize(
@@ -201,13 +202,13 @@ def test_block_weights_that_mean_nothing_are_refused(text, message):
     ],
 )
 def test_the_base_is_told_by_metadata(metadata, family):
-    assert base_of(parse_lora("a", pair(), metadata)).family == family
+    assert base_of_lora(parse_lora("a", pair(), metadata)).family == family
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "SD1.x"), (1024, "SD2.x"), (2048, "SDXL"), (640, "")])
 def test_or_by_the_width_of_cross_attention(width, family):
     layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-    assert base_of(parse_lora("a", pair(layer, columns=width))).family == family
+    assert base_of_lora(parse_lora("a", pair(layer, columns=width))).family == family
 
 
 def test_the_report_says_what_the_file_is_and_what_became_of_it():
@@ -215,7 +216,7 @@ def test_the_report_says_what_the_file_is_and_what_became_of_it():
     lora = parse_lora("a.safetensors", tensors, {"ss_base_model_version": "sdxl_base_v1-0"})
     assert (layout_of(lora), kinds_of(lora), lora.key_count) == ("kohya", "LoRA", 6)
     text_keys = [key for key in tensors if "te_text" in key]
-    use = LoraUse(lora, 0.5, 1.0, "SD1.x", has_clip=False, model_layers=1, unused=[*lora.other_keys, *text_keys])
+    use = LoraReport(lora, 0.5, 1.0, "SD1.x", has_clip=False, model_layers=1, unused=[*lora.other_keys, *text_keys])
     text = use.text()
     assert "a.safetensors: kohya LoRA, rank 4, alpha in part, base SDXL (ss_base_model_version sdxl_base_v1-0)" in text
     assert "strength 0.5 on the model, 1 on the text encoder" in text and "3 of 6 keys used: 1 layers" in text
@@ -223,5 +224,5 @@ def test_the_report_says_what_the_file_is_and_what_became_of_it():
         "a.safetensors was made for SDXL (ss_base_model_version sdxl_base_v1-0); the model is SD1.x.",
         "a.safetensors: 1 of 6 keys were not used: note.",
     ]
-    nothing = LoraUse(lora, 1.0, 1.0, "SDXL", unused=list(tensors))
+    nothing = LoraReport(lora, 1.0, 1.0, "SDXL", unused=list(tensors))
     assert "no key fits this model, nothing was applied" in nothing.warnings()[0]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from retune.training.common.files import read_tensors
 from retune.training.formats.lora import parse_lora, read_lora
-from retune.training.formats.lora_difference import difference
-from retune.training.formats.lora_metadata import THUMBNAIL_BYTES, LoraAbout, tag_frequency, thumbnail
-from retune.training.formats.lora_names import Naming, naming_of
+from retune.training.formats.lora_difference import delta_weight
+from retune.training.formats.lora_metadata import THUMBNAIL_BYTES, LoraDescription, tag_frequency, thumbnail_uri
+from retune.training.formats.lora_names import Naming, detect_naming
 from retune.training.formats.lora_save import save_lora
 from retune.training.models import ldm
 
@@ -47,23 +47,23 @@ def loras(*layers, **sizes):
 
 
 def test_sd15_names_are_diffusers_with_underscores_and_come_back():
-    naming = Naming.of_family("SD1.x")
+    naming = Naming.from_family("SD1.x")
     for path, name in SD15.items():
-        assert naming.kohya(UNET + path) == "lora_unet_" + name
-        assert naming.layer("lora_unet_" + name) == UNET + path
-        component, dotted = naming.diffusers(UNET + path)
+        assert naming.kohya_name(UNET + path) == "lora_unet_" + name
+        assert naming.comfyui_name("lora_unet_" + name) == UNET + path
+        component, dotted = naming.diffusers_path(UNET + path)
         assert component == "unet" and dotted.replace(".", "_") == name
-        assert naming.layer(f"unet.{dotted}") == UNET + path
+        assert naming.comfyui_name(f"unet.{dotted}") == UNET + path
 
 
 def test_sdxl_names_are_the_original_ones():
-    naming = Naming.of_family("SDXL")
+    naming = Naming.from_family("SDXL")
     for path in ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "output_blocks.2.2.conv", "label_emb.0.2"):
-        assert naming.kohya(UNET + path) == "lora_unet_" + path.replace(".", "_")
-        assert naming.layer(naming.kohya(UNET + path)) == UNET + path
+        assert naming.kohya_name(UNET + path) == "lora_unet_" + path.replace(".", "_")
+        assert naming.comfyui_name(naming.kohya_name(UNET + path)) == UNET + path
     path = "output_blocks.5.2.conv"
-    assert naming.diffusers(UNET + path) == ("unet", "up_blocks.1.upsamplers.0.conv")
-    assert naming.layer("unet.up_blocks.1.upsamplers.0.conv") == UNET + path
+    assert naming.diffusers_path(UNET + path) == ("unet", "up_blocks.1.upsamplers.0.conv")
+    assert naming.comfyui_name("unet.up_blocks.1.upsamplers.0.conv") == UNET + path
 
 
 CLIP = "text_model.encoder.layers.3.self_attn.q_proj"
@@ -82,13 +82,13 @@ T5 = "encoder.block.1.layer.1.DenseReluDense.wi_0"
     ],
 )
 def test_text_encoders(family, layer, kohya, diffusers):
-    naming = Naming.of_family(family)
+    naming = Naming.from_family(family)
     path = layer.partition(".transformer.")[2].replace(".", "_")
-    assert naming.kohya(TEXT + layer) == (kohya and kohya + path)
-    assert naming.diffusers(TEXT + layer) == (diffusers and tuple(diffusers.split(".", 1)))
+    assert naming.kohya_name(TEXT + layer) == (kohya and kohya + path)
+    assert naming.diffusers_path(TEXT + layer) == (diffusers and tuple(diffusers.split(".", 1)))
     if kohya:
         for name in {kohya + path, diffusers or f"text_encoder.{T5}"}:
-            assert naming.layer(name) == (TEXT + layer).replace("t5base", "t5")
+            assert naming.comfyui_name(name) == (TEXT + layer).replace("t5base", "t5")
 
 
 def test_the_layout_of_an_odd_unet_is_found_in_its_layers():
@@ -103,11 +103,11 @@ def test_the_layout_of_an_odd_unet_is_found_in_its_layers():
     names = ldm.unet_names(config)
     layers = [f"{UNET}{name}.proj_in" for name, path in names.items() if "attentions" in path]
     assert len(layers) == 7
-    for naming in (naming_of(loras(*layers)), naming_of(loras(*layers), unet_config=config)):
+    for naming in (detect_naming(loras(*layers)), detect_naming(loras(*layers), unet_config=config)):
         assert (naming.family, naming.layers_per_block) == ("", 1)
         for layer in layers:
             expected = names[layer.removeprefix(UNET).removesuffix(".proj_in")].replace(".", "_")
-            assert naming.kohya(layer) == f"lora_unet_{expected}_proj_in"
+            assert naming.kohya_name(layer) == f"lora_unet_{expected}_proj_in"
 
 
 @pytest.mark.parametrize(
@@ -126,21 +126,21 @@ def test_the_layout_of_an_odd_unet_is_found_in_its_layers():
     ],
 )
 def test_the_family_is_told_by_the_layers(layers, family):
-    assert naming_of(loras(*layers)).family == family
-    assert naming_of(loras(*layers), "SDXL").family == "SDXL"
+    assert detect_naming(loras(*layers)).family == family
+    assert detect_naming(loras(*layers), "SDXL").family == "SDXL"
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "SD1.x"), (1024, "SD2.x"), (2048, "SDXL")])
 def test_or_by_the_width_of_cross_attention(width, family):
     layer = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k"
-    assert naming_of(loras(layer, columns=width)).family == family
+    assert detect_naming(loras(layer, columns=width)).family == family
 
 
 def test_a_base_that_the_layers_contradict_is_refused():
     with pytest.raises(ValueError, match="a UNet of 2 layers per block .SD1.x. lacks.*Choose the base"):
-        naming_of(loras(f"{UNET}input_blocks.3.1.proj_in"), "SD1.x")
+        detect_naming(loras(f"{UNET}input_blocks.3.1.proj_in"), "SD1.x")
     with pytest.raises(ValueError, match="base is 'SD3'; expected auto, SD1.x"):
-        naming_of(loras("x"), "SD3")
+        detect_naming(loras("x"), "SD3")
 
 
 # --- diffusers and peft -----------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_a_tucker_core_is_multiplied_out(lora_kinds, tmp_path):
     save_lora(tmp_path / "x.safetensors", {f"{layer}.{role}": value for role, value in roles.items()}, "diffusers")
     module = read_lora(tmp_path / "x.safetensors").modules["unet.down_blocks.0.resnets.0.conv1"]
     assert module.kind == "LoCon" and module.alpha == lora_kinds.ALPHA
-    torch.testing.assert_close(difference(module).reshape(shape), result(torch.zeros(shape)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(delta_weight(module).reshape(shape), result(torch.zeros(shape)), atol=1e-6, rtol=1e-5)
 
 
 # --- files and metadata -----------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_hashes_are_those_that_other_programs_work_out(tmp_path, format):
     layer = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"
     random = torch.Generator().manual_seed(0)
     tensors = {key: torch.randn(v.shape, generator=random) for key, v in pair(layer, 64, 3000, 3000).items()}
-    save_lora(tmp_path / "x.safetensors", tensors, format, about=LoraAbout(title="t", trigger_words="w"))
+    save_lora(tmp_path / "x.safetensors", tensors, format, description=LoraDescription(title="t", trigger_words="w"))
     data = (tmp_path / "x.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -378,11 +378,11 @@ def test_hashes_are_those_that_other_programs_work_out(tmp_path, format):
 
 
 def test_metadata_is_a_function_of_its_arguments(tmp_path):
-    about = LoraAbout(title="A", date="2026-01-02T03:04:05+00:00", trigger_words="sks", thumbnail="data:x")
+    about = LoraDescription(title="A", date="2026-01-02T03:04:05+00:00", trigger_words="sks", thumbnail="data:x")
     layer = f"{UNET}output_blocks.0.1.transformer_blocks.0.attn2.to_k"
     found = []
     for _ in range(2):
-        save_lora(tmp_path / "x.safetensors", pair(layer, columns=2048), about=about)
+        save_lora(tmp_path / "x.safetensors", pair(layer, columns=2048), description=about)
         found.append(read_tensors(tmp_path / "x.safetensors")[1])
     assert found[0] == found[1]
     spec = {key.removeprefix("modelspec."): value for key, value in found[0].items() if key.startswith("modelspec.")}
@@ -436,5 +436,5 @@ def test_a_thumbnail_is_small_whatever_the_picture(tmp_path):
 
     noise = np.random.default_rng(0).integers(0, 256, (512, 700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    uri = thumbnail(tmp_path / "noise.png")
+    uri = thumbnail_uri(tmp_path / "noise.png")
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) <= THUMBNAIL_BYTES

@@ -17,7 +17,7 @@ from retune.training.commands.lora_files import (
 from retune.training.commands.open_model import open_unet
 from retune.training.common.files import read_tensors, write_tensors
 from retune.training.formats.lora import read_lora
-from retune.training.formats.lora_difference import difference, low_rank
+from retune.training.formats.lora_difference import delta_weight, truncated_svd
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONVOLUTION = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -37,7 +37,7 @@ def change(result, shape):
 def test_differences_are_those_worked_out_by_hand(lora_kinds, tmp_path, kind, shape):
     roles, result = lora_kinds.KINDS[kind](shape, 0)
     write_tensors(tmp_path / "x.safetensors", named(LAYER, roles))
-    found = difference(read_lora(tmp_path / "x.safetensors").modules[LAYER])
+    found = delta_weight(read_lora(tmp_path / "x.safetensors").modules[LAYER])
     torch.testing.assert_close(found.reshape(shape), change(result, shape), atol=1e-6, rtol=1e-5)
 
 
@@ -46,12 +46,12 @@ def test_a_low_rank_matrix_comes_back_and_a_cut_loses_the_smallest_values():
     u, v = (torch.linalg.qr(torch.randn(20, 4, generator=random))[0] for _ in range(2))
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
     matrix = u * values @ v.T
-    whole = low_rank(matrix, 4)
+    whole = truncated_svd(matrix, 4)
     torch.testing.assert_close(whole.up @ whole.down, matrix, atol=1e-5, rtol=1e-5)
-    cut = low_rank(matrix, 2)
+    cut = truncated_svd(matrix, 2)
     assert (matrix - cut.up @ cut.down).norm() == pytest.approx((1 + 0.25) ** 0.5, rel=1e-4)
-    assert (cut.kept, cut.energy) == pytest.approx((20.0, 21.25), rel=1e-4)
-    assert [len(low_rank(matrix, energy=e).down) for e in (0.7, 0.76, 0.94, 0.95, 0.99)] == [1, 2, 2, 3, 4]
+    assert (cut.kept_energy, cut.energy) == pytest.approx((20.0, 21.25), rel=1e-4)
+    assert [len(truncated_svd(matrix, energy=e).down) for e in (0.7, 0.76, 0.94, 0.95, 0.99)] == [1, 2, 2, 3, 4]
     assert (cut.up.gather(0, cut.up.abs().argmax(0, keepdim=True)) > 0).all()
 
 
@@ -70,7 +70,7 @@ def test_at_full_rank_a_resized_file_is_plain_lora_with_the_same_weights(lora_ki
     for layer, value in expected.items():
         module = modules[layer]
         assert module.kind in ("LoRA", "LoCon") and module.alpha == module.rank
-        assert (difference(module).reshape(value.shape) - value).norm() <= 1e-5 * value.norm()
+        assert (delta_weight(module).reshape(value.shape) - value).norm() <= 1e-5 * value.norm()
 
 
 def test_resizing_keeps_the_largest_singular_values_and_says_how_much(lora_kinds, tmp_path):
@@ -83,7 +83,7 @@ def test_resizing_keeps_the_largest_singular_values_and_says_how_much(lora_kinds
     assert main(["resize-lora", *options, "--rank", "2"]) == 0
     module = read_lora(tmp_path / "y.safetensors").modules[LAYER]
     assert (module.rank, module.alpha) == (2, 2)
-    assert torch.linalg.svdvals(difference(module))[:2] == pytest.approx(values[:2].tolist(), rel=1e-4)
+    assert torch.linalg.svdvals(delta_weight(module))[:2] == pytest.approx(values[:2].tolist(), rel=1e-4)
     done = resize_lora(
         ResizeLoraConfig(lora=tmp_path / "x.safetensors", output=tmp_path / "z.safetensors", energy=share - 1e-3)
     )
@@ -188,11 +188,11 @@ def test_what_was_added_to_a_model_comes_out_as_a_lora(two_models, tmp_path):
         "lora_te_text_model_encoder_layers_1_mlp_fc1",
     }
     assert modules.keys() == expected
-    found = sorted(difference(module).norm().item() for module in modules.values())
+    found = sorted(delta_weight(module).norm().item() for module in modules.values())
     assert found == pytest.approx(sorted(e**0.5 for name, e in energy.items() if "out.0" not in name), rel=1e-4)
     module = modules["lora_unet_up_blocks_1_resnets_0_conv1"]
     wanted = changes["model.diffusion_model.output_blocks.2.0.in_layers.2.weight"]
-    torch.testing.assert_close(difference(module).reshape(wanted.shape), wanted, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(delta_weight(module).reshape(wanted.shape), wanted, atol=1e-5, rtol=1e-3)
     assert module.tensors["lora_down.weight"].shape == (2, *wanted.shape[1:])
 
 

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.commands.evaluate import EvaluateConfig, evaluate, pictures_of
+from retune.training.commands.evaluate import EvaluateConfig, draw_prompts, evaluate
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.callbacks import Callbacks
 from retune.training.common.files import write_tensors
 from retune.training.data.prompts import Prompt
-from retune.training.evaluation.prompt_sets import choose, read_prompt_set, shares
-from retune.training.evaluation.statistics import comparison, diversity_summary, summary
+from retune.training.evaluation.prompt_sets import choose, read_prompt_set, share_out
+from retune.training.evaluation.statistics import compare_scores, summarize_diversity, summarize_scores
 
 SIZES = {"sampling_steps": 2, "cfg": 2.0, "width": 64, "height": 64, "seeds": 2, "batch_size": 2}
 WORDS = ("two small red circles", "a large blue square", "a large yellow star")
@@ -22,22 +22,22 @@ WORDS = ("two small red circles", "a large blue square", "a large yellow star")
 def test_figures_have_their_closed_forms():
     base = torch.tensor([[1.0, 3.0], [4.0, 4.0], [6.0, 0.0]])
     tuned = torch.tensor([[2.0, 3.0], [5.0, 6.0], [3.0, 2.0]])
-    found = summary(base)
+    found = summarize_scores(base)
     assert found["mean"] == pytest.approx(3) and found["prompt_std"] == pytest.approx(1)  # of 2, 4, 3
     assert found["seed_std"] == pytest.approx(math.sqrt(2) * 2 / 3)  # of 11/3 and 7/3
-    assert summary(base[:1, :1]) == {"mean": 1.0, "prompt_std": None, "seed_std": None}
-    found = comparison(tuned, base)
+    assert summarize_scores(base[:1, :1]) == {"mean": 1.0, "prompt_std": None, "seed_std": None}
+    found = compare_scores(tuned, base)
     assert found["gain"] == pytest.approx(0.5)  # of 0.5, 1.5, -0.5
     assert found["gain_error"] == pytest.approx(1 / math.sqrt(3))
     assert found["win_rate"] == pytest.approx(4.5 / 6)  # 1 and a tie; 2; 1
     assert found["win_rate_error"] == pytest.approx(0.25 / math.sqrt(3))  # of 0.75, 1, 0.5
-    assert comparison(base, base) == {"gain": 0.0, "gain_error": 0.0, "win_rate": 0.5, "win_rate_error": 0.0}
-    one_seed = comparison(torch.tensor([[1.0]] * 7 + [[-1.0]] * 3), torch.zeros(10, 1))
+    assert compare_scores(base, base) == {"gain": 0.0, "gain_error": 0.0, "win_rate": 0.5, "win_rate_error": 0.0}
+    one_seed = compare_scores(torch.tensor([[1.0]] * 7 + [[-1.0]] * 3), torch.zeros(10, 1))
     assert one_seed["win_rate_error"] == pytest.approx(math.sqrt(0.7 * 0.3 / 9))  # the binomial's
-    assert comparison(base[:1], tuned[:1])["win_rate_error"] is None
+    assert compare_scores(base[:1], tuned[:1])["win_rate_error"] is None
     with pytest.raises(ValueError, match=r"scores are \(3, 2\) and \(2, 2\)"):
-        comparison(base, base[:2])
-    several = diversity_summary(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.5]), 3)
+        compare_scores(base, base[:2])
+    several = summarize_diversity(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.5]), 3)
     assert several == {"vendi": 2.0, "distance": 0.25, "spread": 0.5}
 
 
@@ -85,7 +85,7 @@ def test_a_limit_takes_the_same_of_every_category():
     chosen = [choose(prompts, 40, seed) for seed in range(200)]
     share = sum(prompts[0] in one for one in chosen) / 200
     assert share == pytest.approx(12 / 50, abs=0.1)
-    assert shares({"a": 1, "b": 1}, 1) == {"a": 0, "b": 1}
+    assert share_out({"a": 1, "b": 1}, 1) == {"a": 0, "b": 1}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def prompt_file(tmp_path):
 
 def test_noise_is_the_prompts_own(demo, prompt_file):
     config = EvaluateConfig(run_name="e", prompts=prompt_file, rewards=("demo CLIP",), **SIZES)
-    both, alone = pictures_of(demo, WORDS[:2], config), pictures_of(demo, WORDS[1:2], config)
+    both, alone = draw_prompts(demo, WORDS[:2], config), draw_prompts(demo, WORDS[1:2], config)
     assert both.shape == (2, 2, 3, 64, 64)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
     assert (both[0, 0] - both[0, 1]).abs().mean() > 0.01

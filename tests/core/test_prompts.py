@@ -12,10 +12,10 @@ from retune.training.data.prompts import (
     Prompt,
     PromptFile,
     PromptOrder,
-    fingerprint_of,
+    prompt_weights,
+    prompts_fingerprint,
     read_prompts,
     split_held_out,
-    weights_of,
 )
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
@@ -57,7 +57,9 @@ def test_the_order_is_that_of_the_listed_prompts(tmp_path, count):
     rows = "\n".join(json.dumps({"prompt": one.text, "weight": one.weight}) for one in listed)
     (tmp_path / "p.jsonl").write_text(rows, encoding="utf-8")
     file = read_prompts(tmp_path / "p.jsonl")
-    assert fingerprint_of(file) == fingerprint_of(listed) != fingerprint_of([*listed, Prompt("one more")])
+    assert (
+        prompts_fingerprint(file) == prompts_fingerprint(listed) != prompts_fingerprint([*listed, Prompt("one more")])
+    )
     assert shown(file, 20) == shown(listed, 20) and (count == 1 or shown(file, 20) != shown(file, 20, seed=1))
 
 
@@ -77,7 +79,7 @@ def test_held_out_prompts_are_in_no_batch():
     training, held_out = split_held_out(many, 0.2, 4)
     assert [one.text for one in held_out] == ["4", "9", "14", "19"] and len(training) == 36
     assert list(training) == [one for one in many if one not in held_out] and training[-1] == many[-1]
-    assert list(weights_of(training)) == [one.weight for one in training]
+    assert list(prompt_weights(training)) == [one.weight for one in training]
     assert not {one.text for one in held_out} & set(shown(training, 200, 4))
     assert split_held_out(many, 0.0, 4) == (many, [])
     training, held_out = split_held_out(many[:2], 0.1, 4)

@@ -17,10 +17,11 @@ from retune.training.models.protocols import Conditioning
 from retune.training.objectives.regularizers import drift
 from retune.training.objectives.reward import RewardObjective
 from retune.training.objectives.reward_on_images import DirectObjective
-from retune.training.recipes.reward import trainable_of, tune
+from retune.training.recipes.reward import build_trainable, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
-from retune.training.sampling.rollout import Guidance, guided_output
+from retune.training.sampling.guidance import Guidance
+from retune.training.sampling.rollout import guided_output
 
 PROMPTS = ["a red circle", "two small blue squares"]
 
@@ -61,7 +62,7 @@ def gradients(total, trainable):
 def test_constraints_add_their_own_gradient(tiny_model, train, stop_gradient):
     """At K = 1, where nothing comes between a parameter and the output: weight times autograd of the formula."""
     chosen = config(train=train, gradient_steps=1, lora_rank=2, stop_gradient=stop_gradient)
-    trainable = trainable_of(tiny_model, chosen)
+    trainable = build_trainable(tiny_model, chosen)
     trainable.load(moved(trainable))
     slots = [PromptSlot(text, 1, i) for i, text in enumerate(PROMPTS)]
 
@@ -100,7 +101,7 @@ def test_released_is_the_base_model_and_no_more(tiny_model):
     spoken = Conditioning(torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)))
     x, sigma = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([2.0])
     for train in ("UNet", "UNet LoRA"):
-        trainable = trainable_of(tiny_model, config(train=train, lora_rank=2))
+        trainable = build_trainable(tiny_model, config(train=train, lora_rank=2))
         trainable.load(moved(trainable))
         with torch.no_grad():
             base = tiny_model.denoiser.predict(x, sigma, spoken)
@@ -128,7 +129,7 @@ def test_drift_in_closed_form():
 @pytest.mark.parametrize("train", ["text encoder", "UNet"])
 def test_direct_tuning_is_autograd_of_equations_4_and_5(tiny_model, train):
     chosen, dataset = config(train=train, method="direct"), pictures()
-    trainable = trainable_of(tiny_model, chosen)
+    trainable = build_trainable(tiny_model, chosen)
     with torch.no_grad():
         latents = {e.key: tiny_model.autoencoder.encode(e.load()[None])[0] for e in dataset.examples}
     objective = DirectObjective(

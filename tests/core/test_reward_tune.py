@@ -12,7 +12,7 @@ from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt, PromptSlot
 from retune.training.objectives.reward import RewardObjective
-from retune.training.recipes.reward import trainable_of, tune
+from retune.training.recipes.reward import build_trainable, tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.sampling.rollout import first_latent, joint_end, rollout
@@ -56,7 +56,7 @@ def loaded(objective, count=2):
 
 def gradients(model, chosen, **options):
     """Of everything that trains, by the objective's own loss."""
-    trainable = trainable_of(model, chosen)
+    trainable = build_trainable(model, chosen)
     objective = RewardObjective(model, reward(), chosen, trainable, text_trains=chosen.text_trains)
     with trainable.attach(rng_key=(1, 0)):
         loss = objective(loaded(objective), 1)

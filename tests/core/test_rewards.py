@@ -8,7 +8,7 @@ from retune.training.models.clip import clip_config
 from retune.training.rewards.clip_towers import vision_config
 from retune.training.rewards.heads import folded, read_head
 from retune.training.rewards.load import KINDS, RewardConfig, load_reward
-from retune.training.rewards.preprocess import View, centre_crop, resize_shorter
+from retune.training.rewards.preprocess import Preprocess, centre_crop, resize_shorter
 from retune.training.rewards.tokens import ClipTokens
 from safetensors.torch import save_file
 from torch import nn
@@ -131,7 +131,7 @@ def test_pickscore_is_transformers_clip_times_its_temperature(clip, clip_file, w
     reward = load_reward(RewardConfig(kind="PickScore", file=clip_file, tokenizer=words[0]))
     images, tokens = noise(), ClipTokens(*words)(PROMPTS)
     with torch.no_grad():
-        output = clip(pixel_values=View(224)(images), input_ids=tokens)
+        output = clip(pixel_values=Preprocess(224)(images), input_ids=tokens)
     torch.testing.assert_close(reward.scores(images, PROMPTS), output.logits_per_image.diagonal(), rtol=0, atol=1e-4)
     assert reward.scores(images, PROMPTS).std() > 1e-3
     embeddings = reward.image_embeddings(images)
@@ -149,14 +149,14 @@ def test_hpsv2_is_open_clips_cosine_from_its_own_file(clip, words, tmp_path, act
     tokens = ClipTokens(*words, pad=0)(PROMPTS)
     assert (tokens == 0).sum() > 100
     act = functional.gelu if activation == "gelu" else (lambda x: x * torch.sigmoid(1.702 * x))
-    wanted = open_clip_cosine(state, View(224)(images), tokens, act)
+    wanted = open_clip_cosine(state, Preprocess(224)(images), tokens, act)
     torch.testing.assert_close(reward.scores(images, PROMPTS), wanted, rtol=0, atol=1e-5)
 
 
 def test_clip_is_transformers_cosine(clip, clip_file, words):
     reward = load_reward(RewardConfig(kind="CLIP", file=clip_file, tokenizer=words[0]))
     with torch.no_grad():
-        output = clip(pixel_values=View(224)(noise()), input_ids=ClipTokens(*words)(PROMPTS))
+        output = clip(pixel_values=Preprocess(224)(noise()), input_ids=ClipTokens(*words)(PROMPTS))
     wanted = (output.image_embeds * output.text_embeds).sum(-1)
     torch.testing.assert_close(reward.scores(noise(), PROMPTS), wanted, rtol=0, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_the_view_is_that_of_transformers_image_processor():
     picture = (noise(1, 224, 224)[0] * 255).round().byte()
     shown = Image.fromarray(picture.permute(1, 2, 0).numpy())
     wanted = CLIPImageProcessor()(images=shown, return_tensors="pt").pixel_values
-    torch.testing.assert_close(View(224)(picture[None] / 255), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Preprocess(224)(picture[None] / 255), wanted, rtol=0, atol=1e-5)
 
 
 def test_clip_of_two_files_and_wrapped_names(clip, clip_file, words, tmp_path):
@@ -202,7 +202,7 @@ def test_aesthetic_is_the_published_network_on_the_embedding(clip, clip_file, tm
     torch.save({f"layers.{name}": tensor for name, tensor in mlp.state_dict().items()}, tmp_path / "head.pth")
     reward = load_reward(RewardConfig(kind="aesthetic", file=tmp_path / "head.pth", image_tower=clip_file))
     with torch.no_grad():
-        embeds = clip.visual_projection(clip.vision_model(View(224)(noise())).pooler_output)
+        embeds = clip.visual_projection(clip.vision_model(Preprocess(224)(noise())).pooler_output)
         wanted = mlp(functional.normalize(embeds, dim=-1))[:, 0]
     torch.testing.assert_close(reward.scores(noise(), PROMPTS), wanted, rtol=0, atol=1e-4)
 

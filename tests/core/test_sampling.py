@@ -4,8 +4,9 @@ import pytest
 import torch
 from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser
 from retune.training.models.protocols import Conditioning
-from retune.training.sampling.ddim import ddim_steps, guided, initial_noise, sample, timesteps
+from retune.training.sampling.ddim import ddim_steps, initial_noise, sample, timesteps
 from retune.training.sampling.generate import draw
+from retune.training.sampling.guidance import Guidance, guided_latent
 
 
 def reference(prediction, count):
@@ -49,11 +50,11 @@ def test_ddim_equals_diffusers_step_by_step(tiny_model, prediction):
     for t in scheduler.timesteps:
         x = scheduler.step(unet(x, t, encoder_hidden_states=context()).sample, t, x, eta=0.0).prev_sample
         latents.append(x)
-    ours = [x for _, x in ddim_steps(denoiser, noise, Conditioning(context()), None, steps=5, cfg=1.0)]
-    kept = [scheduler.alphas_cumprod[t - 200].item() for t in scheduler.timesteps[:-1]] + [1.0]
-    for mine, theirs, alpha in zip(ours, latents, kept, strict=True):  # their space is ours times sqrt(alpha)
+    ours = [x for _, x in ddim_steps(denoiser, noise, Guidance(Conditioning(context())), 5)]
+    alphas_cumprod = [scheduler.alphas_cumprod[t - 200].item() for t in scheduler.timesteps[:-1]] + [1.0]
+    for mine, theirs, alpha in zip(ours, latents, alphas_cumprod, strict=True):  # their space is ours times sqrt(alpha)
         torch.testing.assert_close(mine * alpha**0.5, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-    assert torch.equal(sample(denoiser, noise, Conditioning(context()), None, steps=5, cfg=1.0), ours[-1])
+    assert torch.equal(sample(denoiser, noise, Guidance(Conditioning(context())), 5), ours[-1])
 
 
 @torch.no_grad()
@@ -61,16 +62,16 @@ def test_guidance_is_the_formula_and_one_means_without(tiny_model):
     denoiser, x = tiny_model.denoiser, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     sigma, cond, uncond = torch.tensor([2.0, 2.0]), Conditioning(context()), Conditioning(context(1, 3))
     parts = [denoiser.denoised(x, sigma, denoiser.predict(x, sigma, c)) for c in (cond, uncond)]
-    mixed = guided(denoiser, x, sigma, cond, uncond, 4.0)
+    mixed = guided_latent(denoiser, x, sigma, Guidance(cond, uncond, 4.0))
     torch.testing.assert_close(mixed, parts[1] + 4.0 * (parts[0] - parts[1]), rtol=1e-4, atol=1e-4)
-    assert torch.equal(guided(denoiser, x, sigma, cond, uncond, 1.0), parts[0])
+    assert torch.equal(guided_latent(denoiser, x, sigma, Guidance(cond, uncond, 1.0)), parts[0])
 
 
 def test_sampling_is_differentiable_through_every_step(tiny_model):
-    words = context().requires_grad_()
+    states = context().requires_grad_()
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    sample(tiny_model.denoiser, noise, Conditioning(words), None, steps=2, cfg=1.0).square().mean().backward()
-    assert words.grad.abs().sum() > 0
+    sample(tiny_model.denoiser, noise, Guidance(Conditioning(states)), 2).square().mean().backward()
+    assert states.grad.abs().sum() > 0
 
 
 def test_a_picture_depends_on_its_place_and_not_on_the_batch(tiny_model):

@@ -17,7 +17,7 @@ from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.runs.provenance import about_folder
 from retune.training.text_encoder.projection import Projection
-from retune.training.text_encoder.stock_file import read_stock_file, stock_parts, write_stock_files
+from retune.training.text_encoder.stock_file import read_stock_file, split_by_encoder, write_stock_files
 from retune.training.text_encoder.t5 import load_t5
 from safetensors.torch import load_file
 
@@ -69,7 +69,7 @@ def test_sdxls_pair_makes_two_files(tiny_model, tmp_path):
     first = ClipTextEncoder(tiny_model.text_encoder.network, folder, penultimate=True)
     encoder = SdxlTextEncoder(first, ClipTextEncoder(network, folder, penultimate=True, pad=0))
     weights = {name: target.tensor for name, target in encoder.weights.items()}
-    assert [*stock_parts(weights)] == ["clip_l", "clip_g"]
+    assert [*split_by_encoder(weights)] == ["clip_l", "clip_g"]
     paths = {part: tmp_path / f"{part}.safetensors" for part in ("clip_l", "clip_g")}
     write_stock_files(paths, weights, {})
     assert "text_projection.weight" in load_file(paths["clip_g"])
@@ -103,7 +103,7 @@ def test_names_of_every_encoder():
     names = ("clip_l.transformer.text_model.x", "clip_l.transformer.text_projection.weight", "clip_l.logit_scale")
     names += ("clip_h.transformer.text_model.x", "t5xxl.transformer.shared.weight", "projection.linear.weight")
     for prefix in ("", "text_encoders."):
-        parts = stock_parts({prefix + name: one for name in names})
+        parts = split_by_encoder({prefix + name: one for name in names})
         assert {part: [*tensors] for part, tensors in parts.items()} == {
             "clip_l": ["text_model.x"],
             "clip_h": ["text_model.x"],
@@ -124,7 +124,7 @@ def test_what_is_refused(tmp_path):
 def test_a_tuned_lora_is_read_by_diffusers(tiny_model, tmp_path):
     """In kohya's layout, as the run's folder has it, and in diffusers': the encodings are the tuned ones."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from retune.training.formats.lora_metadata import LoraAbout
+    from retune.training.formats.lora_metadata import LoraDescription
     from retune.training.formats.lora_save import save_lora
     from retune.training.runs.folder import RunFolder
 
@@ -134,8 +134,8 @@ def test_a_tuned_lora_is_read_by_diffusers(tiny_model, tmp_path):
     config = RewardTuneConfig(run_name="r", settings=TrainingSettings(warmup_steps=0), **sizes)
     reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")), weight=3.0)])
     tuned = tune(tiny_model, reward, [Prompt("a red circle")], config, tmp_path)
-    about = LoraAbout(run=RunFolder(tmp_path / "r").config())
-    save_lora(tmp_path / "peft" / "r.safetensors", tuned.lora, "diffusers", about=about)
+    about = LoraDescription(run=RunFolder(tmp_path / "r").config())
+    save_lora(tmp_path / "peft" / "r.safetensors", tuned.lora, "diffusers", description=about)
     own, start = tiny_model.text_encoder.network, "text_encoders.clip_l.transformer.text_model."
     values = {}
     for name, value in own.named_parameters():

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from retune.benchmarks import projection_study, reset_study, reward_study
 from retune.benchmarks.__main__ import main
+from retune.benchmarks.catalog import STUDIES
 from retune.benchmarks.projection_study import crossing
-from retune.benchmarks.study import Study, StudyConfig, run_study, summary, table, verdict
-from retune.benchmarks.variants import STUDIES
-from retune.training.commands.demo import LOOK
+from retune.benchmarks.study import Study, StudyConfig, markdown_table, run_study, summarize, verdict
+from retune.training.commands.demo import DRAW_OPTIONS
 from retune.training.common.callbacks import Callbacks
 
 SMALL = {"steps": 2, "batch_size": 2, "images": 100, "judged": 2}
@@ -22,13 +22,13 @@ def row(**figures):
 
 def test_rows_are_means_with_standard_errors():
     found = [{"reset": "QK", "seed": seed, "loss": loss, "when": when} for seed, (loss, when) in enumerate(FIGURES)]
-    (found_row, alone) = summary([*found, {"reset": "none", "seed": 0, "loss": 1.0, "when": None}], ["reset"])
+    (found_row, alone) = summarize([*found, {"reset": "none", "seed": 0, "loss": 1.0, "when": None}], ["reset"])
     losses = [loss for loss, _ in FIGURES]
     assert found_row["n"] == 3 and found_row["loss"] == pytest.approx(statistics.fmean(losses))
     assert found_row["loss_se"] == pytest.approx(statistics.stdev(losses) / 3**0.5)
     assert found_row["when"] == 150 and found_row["when_se"] == pytest.approx(50)
     assert alone["loss_se"] is None and alone["when"] is None
-    lines = table([found_row, alone]).splitlines()
+    lines = markdown_table([found_row, alone]).splitlines()
     assert lines[0] == "| reset | n | loss | when |"
     assert lines[2:] == ["| QK | 3 | 0.400 ± 0.058 | 150 ± 50 |", "| none | 1 | 1.000 | never |"]
 
@@ -72,7 +72,7 @@ def test_a_trial_killed_while_training_ends_with_the_same_figures(tmp_path):
             if info.step == 1:
                 raise KeyboardInterrupt
 
-    study = Study("", reset_study.STUDY.cells[1:2], reset_study.figures, reset_study.findings)
+    study = Study("", reset_study.STUDY.cells[1:2], reset_study.run_trial, reset_study.findings)
     with pytest.raises(KeyboardInterrupt):
         run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL), Stop())
     rows = run_study("r", study, StudyConfig(output=tmp_path / "a", seeds=1, **SMALL))["rows"]
@@ -132,7 +132,7 @@ def test_a_projection_trial_killed_after_a_judgement_goes_on(tmp_path, monkeypat
 def test_every_study_runs_from_the_command_line(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(projection_study, "STRETCH", 1)
     monkeypatch.setattr(reward_study, "IMAGES", 2)
-    monkeypatch.setitem(LOOK, "steps", 2)
+    monkeypatch.setitem(DRAW_OPTIONS, "steps", 2)
     small = SMALL | {"steps": 1, "images": 12}
     sizes = [word for key, value in small.items() for word in ("--" + key.replace("_", "-"), str(value))]
     command = [name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]

@@ -9,11 +9,11 @@ from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.blend import (
     blend_conditioning,
     blend_projections,
-    expect_alike,
-    lengthened,
-    mix,
-    read_weights,
-    shares,
+    expect_same_shapes,
+    extend_context,
+    parse_weights,
+    renormalised_weights,
+    weighted_sum,
 )
 from retune.training.text_encoder.projection import Projection
 
@@ -23,10 +23,10 @@ def drawn(*shape, seed=0):
 
 
 def test_weights_are_read_and_a_sum_other_than_one_is_said(caplog):
-    assert read_weights("0.4, 0.6", 2) == [0.4, 0.6] and read_weights(" .1;.2\n 0.7 ", 3) == [0.1, 0.2, 0.7]
+    assert parse_weights("0.4, 0.6", 2) == [0.4, 0.6] and parse_weights(" .1;.2\n 0.7 ", 3) == [0.1, 0.2, 0.7]
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert read_weights("-0.5 1", 2) == [-0.5, 1.0]
+        assert parse_weights("-0.5 1", 2) == [-0.5, 1.0]
     assert "sum to 0.5" in caplog.text
 
 
@@ -41,34 +41,34 @@ def test_weights_are_read_and_a_sum_other_than_one_is_said(caplog):
 )
 def test_weights_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
-        read_weights(text, 2)
+        parse_weights(text, 2)
 
 
 def test_a_mix_is_the_weighted_sum_and_exact_where_there_is_nothing_to_mix():
     tensors = [drawn(3, 4, seed=seed) for seed in range(3)]
     expected = sum(w * t.double() for w, t in zip((0.2, 0.5, -0.1), tensors, strict=True))
-    torch.testing.assert_close(mix([0.2, 0.5, -0.1], tensors), expected.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weighted_sum([0.2, 0.5, -0.1], tensors), expected.float(), atol=1e-6, rtol=0)
     hollow = torch.full((3, 4), float("nan"))
-    assert torch.equal(mix([0.0, 1.0], [hollow, tensors[1]]), tensors[1])
+    assert torch.equal(weighted_sum([0.0, 1.0], [hollow, tensors[1]]), tensors[1])
     thirds = [0.1, 0.7, 0.2]  # their products with one number do not sum to it bit for bit
-    assert torch.equal(mix(thirds, [tensors[0]] * 3), tensors[0])
-    assert mix([0.5, 0.5], [tensors[0].half(), tensors[1].half()]).dtype == torch.float32
+    assert torch.equal(weighted_sum(thirds, [tensors[0]] * 3), tensors[0])
+    assert weighted_sum([0.5, 0.5], [tensors[0].half(), tensors[1].half()]).dtype == torch.float32
 
 
 def test_holders_of_a_part_share_it():
-    assert shares([0.4, 0.6], [True, True]) == [0.4, 0.6]
-    assert shares([0.4, 0.6], [True, False]) == [1.0, 0.0]
-    assert shares([0.3, 0.3, 0.4], [True, True, False]) == [0.5, 0.5, 0.0]
-    assert shares([0.0, 1.0], [True, False]) is None
+    assert renormalised_weights([0.4, 0.6], [True, True]) == [0.4, 0.6]
+    assert renormalised_weights([0.4, 0.6], [True, False]) == [1.0, 0.0]
+    assert renormalised_weights([0.3, 0.3, 0.4], [True, True, False]) == [0.5, 0.5, 0.0]
+    assert renormalised_weights([0.0, 1.0], [True, False]) is None
 
 
 def test_the_first_difference_is_named():
     one = {"a": (2, 3), "b": (4,)}
-    expect_alike(one, dict(one), 2)
+    expect_same_shapes(one, dict(one), 2)
     with pytest.raises(ValueError, match="text encoder 3 has 5 for b, text encoder 1 has 4"):
-        expect_alike(one, one | {"b": (5,)}, 3)
+        expect_same_shapes(one, one | {"b": (5,)}, 3)
     with pytest.raises(ValueError, match="nothing for a"):
-        expect_alike(one, {"b": (4,)}, 2)
+        expect_same_shapes(one, {"b": (4,)}, 2)
 
 
 def test_encodings_blend_in_context_and_pooled():
@@ -89,9 +89,9 @@ def test_encodings_blend_in_context_and_pooled():
 def test_a_repeated_context_is_heard_as_itself_and_others_end_with_their_last_token():
     context, queries = drawn(1, 7, 8), drawn(1, 5, 8, seed=1)
     attend = torch.nn.functional.scaled_dot_product_attention
-    longer = lengthened(context, 21)
+    longer = extend_context(context, 21)
     torch.testing.assert_close(attend(queries, longer, longer), attend(queries, context, context))
-    found = lengthened(context, 9)
+    found = extend_context(context, 9)
     assert torch.equal(found[:, :7], context) and torch.equal(found[0, 7:], context[0, -1].expand(2, 8))
     short, long = Conditioning(context), Conditioning(drawn(1, 21, 8, seed=2))
     assert torch.equal(blend_conditioning([1, 0], [short, long]).context, context)  # and not lengthened

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from retune.training.commands.open_model import ModelConfig, build_model
-from retune.training.text_encoder.fit import aligned, fit_projection, match_covariance, ridge_regression
+from retune.training.text_encoder.fit import align_states, fit_projection, match_covariance, ridge_regression
 from retune.training.text_encoder.scale import token_std
 
 METHODS = ("ridge", "mean-covariance")
@@ -154,7 +154,7 @@ def test_words_are_matched_by_their_share_of_the_prompt():
     states = torch.arange(5.0)[:, None]
     target = torch.tensor([[99.0], [10.0], [20.0], [50.0], [0.0], [0.0]])
     real = torch.tensor([False, True, True, True, False, False])
-    x, y = aligned(states, torch.ones(5, dtype=torch.bool), target, real)
+    x, y = align_states(states, torch.ones(5, dtype=torch.bool), target, real)
     assert x.flatten().tolist() == [0, 1, 2, 3, 4]
     assert y.flatten().tolist() == pytest.approx([10.0, 12.5, 17.5, 20.0, 50.0])
 

@@ -115,11 +115,11 @@ def test_a_saved_encoder_is_asked_for_what_the_model_reads(tmp_path, t5_folder):
     saved = read_text_encoder(tmp_path / "te.safetensors")
     saved.check_pooled(20)
     saved.check_pooled(0)
-    saved.check_kept(True)
+    saved.check_keep_clip(True)
     with pytest.raises(ValueError, match="te.safetensors gives a pooled output of 20; expected 1280"):
         saved.check_pooled(1280)
     with pytest.raises(ValueError, match="te.safetensors was made beside a CLIP, which is not part of its file"):
-        saved.check_kept(False)
+        saved.check_keep_clip(False)
     plain = SavedTextEncoder(projection=Projection(48, 32), name="old", **fields)
     with pytest.raises(ValueError, match="old gives no pooled output; expected 1280"):
         plain.check_pooled(1280)

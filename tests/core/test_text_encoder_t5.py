@@ -11,7 +11,14 @@ from retune.training.common.rng import generator
 from retune.training.models.protocols import Conditioning
 from retune.training.text_encoder.file import SavedTextEncoder, read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection, detached_copy, read_projection, save_projection
-from retune.training.text_encoder.scale import PROMPTS, clip_real_tokens, match_reference, measure, scale_to, token_std
+from retune.training.text_encoder.scale import (
+    PROMPTS,
+    clip_real_tokens,
+    scale_to,
+    scale_to_reference,
+    token_statistics,
+    token_std,
+)
 from retune.training.text_encoder.t5 import Padding, load_t5
 from retune.training.text_encoder.tokenizers import byte_tokenizer, find_tokenizer, load_tokenizer
 from safetensors.torch import save_file
@@ -151,7 +158,7 @@ class FixedStates:
 
 def test_std_against_the_closed_form():
     prompts = ["a bb ccc", "dddd"]  # states +-1, +-2, +-3, +-4: mean 0, std sqrt((1 + 4 + 9 + 16) / 4)
-    statistics = measure(FixedStates(), prompts)
+    statistics = token_statistics(FixedStates(), prompts)
     assert statistics.std == pytest.approx(7.5**0.5)
     assert statistics.token_rms == pytest.approx((1, 2, 3, 4))
     assert statistics.prompt_std == pytest.approx(((14 / 3) ** 0.5, 4.0))
@@ -159,7 +166,7 @@ def test_std_against_the_closed_form():
     assert token_std(scaled, prompts) == pytest.approx(0.2)
     assert report.factor == pytest.approx(0.2 / 7.5**0.5) and report.after.std == pytest.approx(0.2)
     assert "0.2000" in report.text()
-    without_first = measure(FixedStates(), ["a bb ccc"], lambda tokens: torch.tensor([[False, True, True]]))
+    without_first = token_statistics(FixedStates(), ["a bb ccc"], lambda tokens: torch.tensor([[False, True, True]]))
     assert without_first.std == pytest.approx(6.5**0.5)
 
 
@@ -177,15 +184,15 @@ def test_t5_is_scaled_over_real_tokens_only(t5_folder, padding):
 
 def test_matching_a_reference(t5_folder):
     t5, prompts = encoder(t5_folder), ["a bb ccc", "dddd"]
-    matched, report = match_reference(t5, FixedStates(), prompts)
+    matched, report = scale_to_reference(t5, FixedStates(), prompts)
     assert token_std(matched, prompts) == pytest.approx(7.5**0.5, rel=1e-5) == report.target
 
 
 def test_measuring_refuses_what_cannot_be_scaled():
     with pytest.raises(ValueError, match="prompts is empty"):
-        measure(FixedStates(), [])
+        token_statistics(FixedStates(), [])
     with pytest.raises(ValueError, match="infinite or NaN"):
-        measure(FixedStates(float("inf")), ["a"])
+        token_statistics(FixedStates(float("inf")), ["a"])
     for target in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="target_std is"):
             scale_to(FixedStates(), target, ["a"])

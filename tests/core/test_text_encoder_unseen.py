@@ -6,9 +6,9 @@ from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.rng import generator
 from retune.training.demo.files import weights_path
 from retune.training.demo.scenes import caption, training_scenes
-from retune.training.text_encoder.fit import CoreStates, fit_projection
+from retune.training.text_encoder.fit import EncoderStates, fit_projection
 from retune.training.text_encoder.projection import Projection
-from retune.training.text_encoder.scale import PROMPTS, measure, scale_to
+from retune.training.text_encoder.scale import PROMPTS, scale_to, token_statistics
 from retune.training.text_encoder.t5 import load_t5
 from retune.training.text_encoder.t5_file import read_t5_config
 
@@ -34,7 +34,7 @@ def t5(kind="orthogonal"):
 
 def prompt_std(encoder, prompts):
     """std of each prompt as a share of the target."""
-    return torch.tensor(measure(encoder, prompts).prompt_std) / TARGET
+    return torch.tensor(token_statistics(encoder, prompts).prompt_std) / TARGET
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "truncate", "mlp", "resampler"])
@@ -49,7 +49,7 @@ def test_within_one_percent_of_the_target_over_200_unseen_captions(kind, unseen)
 
 @pytest.fixture(scope="module")
 def clip():
-    return CoreStates(build_model(ModelConfig(model="demo")).text_encoder, before_projection=False)
+    return EncoderStates(build_model(ModelConfig(model="demo")).text_encoder, before_projection=False)
 
 
 @pytest.mark.parametrize("method", ["ridge", "mean-covariance"])
@@ -57,7 +57,7 @@ def test_a_fitted_projection_keeps_to_it_when_measured_on_captions_of_the_same_k
     """It makes some tokens louder than others, so that single captions differ, and other kinds of prompts do too."""
     seen = [text for text in captions(0, 100) if text not in unseen]
     plain = t5()
-    fit = fit_projection(CoreStates(plain, before_projection=True), clip, seen, method=method)[0]
+    fit = fit_projection(EncoderStates(plain, before_projection=True), clip, seen, method=method)[0]
     shares = prompt_std(scale_to(plain.with_projection(fit), TARGET, seen)[0], unseen)
     assert shares.mean().item() == pytest.approx(1, abs=0.03)
     assert shares.std().item() > 0.01

@@ -12,11 +12,11 @@ from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
-from retune.training.data.templates import OBJECT, STYLE, Captions
+from retune.training.data.templates import OBJECT, STYLE, CaptionTemplates
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.embedding_report import median_norm
 from retune.training.models.concepts import Concept
-from retune.training.recipes.textual_inversion import captioned, known_concepts, train_embedding
+from retune.training.recipes.textual_inversion import choose_captions, read_concepts, train_embedding
 from retune.training.trainables.token_embeddings import TokenEmbeddings, first_vectors, start_concept
 
 
@@ -69,7 +69,7 @@ def test_only_the_new_vectors_learn(tiny_model, shown, tmp_path):
     assert ((concept.vectors["clip_l"] - start.vectors["clip_l"]).norm(dim=1) > 1e-2).all()
     knowing = encoder.with_concepts(trained.embedding.concepts)
     assert torch.equal(encoded(knowing, "two small blue squares"), encoded(encoder, "two small blue squares"))
-    assert trained.lora == {} and trained.embedding.about["steps"] == 6
+    assert trained.lora == {} and trained.embedding.metadata["steps"] == 6
     saved = read_embedding(tmp_path / "r" / "embeddings" / "it.safetensors")
     assert torch.equal(saved.parts[0][1], concept.vectors["clip_l"]) and saved.token == "<it>"
 
@@ -169,33 +169,33 @@ def test_the_length_of_vectors_is_kept_where_they_are_read():
 def test_captions_and_sentences(caplog):
     named, plain = pictures_of(["a <it>", "a dog", "a Cat and cats"]), pictures_of(["a dog", "a cat"])
     with caplog.at_level(logging.WARNING):
-        data, captions = captioned(named, config())
+        data, captions = choose_captions(named, config())
         assert [e.caption for e in data.examples] == ["a <it>"] and captions("x", 1, 0) == "x"
         assert "2 images without a token" in caplog.text
         caplog.clear()
-        data, captions = captioned(plain, config())
+        data, captions = choose_captions(plain, config())
         assert len(data.examples) == 2 and "no caption holds <it>" in caplog.text
     drawn = {captions("a dog", number, index) for number in range(1, 30) for index in range(2)}
     assert len(drawn) > 10 and drawn <= {line.replace("{}", "<it>") for line in OBJECT}
     assert captions("a dog", 4, 1) == captions("a cat", 4, 1) and captions("a dog", 0, 5) == "a photo of a <it>"
-    assert captioned(named, config(template="style"))[1].lines == STYLE
+    assert choose_captions(named, config(template="style"))[1].lines == STYLE
     own = config(template="own", lines=("a {}: {caption}",))
-    assert captioned(named, own)[1]("a dog", 7, 0) == "a <it>: a dog"
-    data, _ = captioned(named, config(caption_word="cat, cats"))
+    assert choose_captions(named, own)[1]("a dog", 7, 0) == "a <it>: a dog"
+    data, _ = choose_captions(named, config(caption_word="cat, cats"))
     assert [e.caption for e in data.examples] == ["a <it>", "a <it> and <it>"]
-    assert len(captioned(named, config(lora_rank=2))[0].examples) == 3
+    assert len(choose_captions(named, config(lora_rank=2))[0].examples) == 3
     with pytest.raises(ValueError, match="token <it> is in none of 2 captions"):
-        captioned(plain, config(template="captions"))
+        choose_captions(plain, config(template="captions"))
 
 
 def test_known_embeddings_of_the_command_line(tiny_model, tmp_path):
     from retune.training.common.files import write_tensors
 
     write_tensors(tmp_path / "old.safetensors", {"emp_params": torch.ones(1, 32)})
-    (known,) = known_concepts([f"<old>={tmp_path / 'old.safetensors'}"], tiny_model.text_encoder)
+    (known,) = read_concepts([f"<old>={tmp_path / 'old.safetensors'}"], tiny_model.text_encoder)
     assert known.token == "<old>" and torch.equal(known.vectors["clip_l"], torch.ones(1, 32))
     with pytest.raises(ValueError, match="expected token=file"):
-        known_concepts(["old.safetensors"], tiny_model.text_encoder)
+        read_concepts(["old.safetensors"], tiny_model.text_encoder)
 
 
 @pytest.mark.parametrize(
@@ -225,5 +225,5 @@ def test_a_word_of_the_vocabulary_is_warned_of(tiny_model, tmp_path, caplog):
 
 
 def test_captions_are_drawn_by_seed():
-    one, other = (Captions(OBJECT, "<it>", seed) for seed in (0, 1))
+    one, other = (CaptionTemplates(OBJECT, "<it>", seed) for seed in (0, 1))
     assert [one("", n, 0) for n in range(1, 20)] != [other("", n, 0) for n in range(1, 20)]

@@ -258,16 +258,27 @@ def test_a_run_that_stopped_early_is_finished(tiny_model, pictures, tmp_path):
     assert json.loads((tmp_path / "r" / "status.json").read_text())["result"] == "last"
 
 
+def run_whose_last_weights_are_not_the_best(tiny_model, pictures, root):
+    """A finished run and its seed; at this learning rate it depends on the processor's last bits which seed it is."""
+    for seed in range(8):
+        trained = train_model(tiny_model, pictures, dataclasses.replace(stopping(0), seed=seed, resume="restart"), root)
+        losses = [row["loss"] for row in RunFolder(root / "r").rows() if row.get("event") == "validation"]
+        if losses[-1] > min(losses):
+            return trained, seed
+    raise AssertionError("no seed's validation loss rose at the end")
+
+
 def test_the_best_weights_of_a_finished_run_may_be_asked_for(tiny_model, pictures, tmp_path):
-    last = train_model(tiny_model, pictures, stopping(0), tmp_path)
+    last, seed = run_whose_last_weights_are_not_the_best(tiny_model, pictures, tmp_path)
     rows = (tmp_path / "r" / "metrics.jsonl").read_bytes()
-    best = train_model(tiny_model, pictures, stopping(0, result="best"), tmp_path, Dies(13))
+    asked = dataclasses.replace(stopping(0, result="best"), seed=seed)
+    best = train_model(tiny_model, pictures, asked, tmp_path, Dies(13))
     kept = weights_at(tmp_path / "r" / "state" / "best.safetensors")
     found = weights_at(best.path)
     assert all(torch.equal(found[key], kept[key]) for key in kept)
     assert not all(torch.equal(last.unet[key], value) for key, value in best.unet.items())
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == rows
-    again = train_model(tiny_model, pictures, stopping(0), tmp_path)
+    again = train_model(tiny_model, pictures, dataclasses.replace(stopping(0), seed=seed), tmp_path)
     assert all(torch.equal(last.unet[key], value) for key, value in again.unet.items())
 
 

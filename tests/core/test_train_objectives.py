@@ -9,7 +9,7 @@ import torch
 from retune.training.common.callbacks import Callbacks
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import TrainingSettings
-from retune.training.data.dataset import from_images, join
+from retune.training.data.dataset import from_images, join_datasets
 from retune.training.data.examples import Mask
 from retune.training.recipes.unet import train_model
 
@@ -52,7 +52,7 @@ def dataset():
     ]
     kept = from_images(images[6:], ["blue, square"], 24, buckets=False, **options)
     kept = dataclasses.replace(kept, examples=tuple(dataclasses.replace(e, weight=0.5) for e in kept.examples))
-    return join(dataclasses.replace(own, examples=tuple(masked)), kept, regularisation=True)
+    return join_datasets(dataclasses.replace(own, examples=tuple(masked)), kept, regularisation=True)
 
 
 def digest(root):

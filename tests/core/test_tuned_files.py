@@ -8,7 +8,7 @@ from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.files import read_tensors, write_tensors
 from retune.training.config.lora import ALGORITHMS, LoraConfig
-from retune.training.formats.lora_metadata import LoraAbout
+from retune.training.formats.lora_metadata import LoraDescription
 from retune.training.formats.lora_save import save_lora
 from retune.training.models import ldm
 from retune.training.recipes.apply_results import TunedFile, model_weights, tuned_file, tuned_identity, with_tuned
@@ -77,9 +77,9 @@ def test_a_lora_adds_what_its_adapters_do(tiny, tmp_path, algorithm):
     random = torch.Generator().manual_seed(0)
     values = {n: v + 0.2 * torch.randn(v.shape, generator=random) for n, v in adapters.values().items()}
     write_tensors(tmp_path / "lora.safetensors", adapters.lora_model(values))
-    about = LoraAbout(run={"unet": dict(base.denoiser.network.config)})
+    about = LoraDescription(run={"unet": dict(base.denoiser.network.config)})
     if algorithm != "DoRA":
-        save_lora(tmp_path / "kohya.safetensors", adapters.lora_model(values), about=about)
+        save_lora(tmp_path / "kohya.safetensors", adapters.lora_model(values), description=about)
     tokens, random = base.text_encoder.tokenize(["a red circle"]), torch.Generator().manual_seed(1)
     noisy, sigma = torch.randn(1, 4, 16, 16, generator=random), torch.tensor([2.0])
 

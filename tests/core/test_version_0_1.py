@@ -13,7 +13,7 @@ from retune.training.common.files import read_tensors
 from retune.training.data.images import load_image
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.lora import read_lora
-from retune.training.formats.lora_difference import LINEAR_KINDS, difference
+from retune.training.formats.lora_difference import LINEAR_KINDS, delta_weight
 from retune.training.models.clip import ClipTextEncoder
 from retune.training.text_encoder.file import read_text_encoder
 from retune.training.text_encoder.stock_file import read_stock_file
@@ -113,7 +113,7 @@ def test_a_lora(file):
     for module in read_lora(FILES / f"{file}.safetensors").modules.values():
         found |= {f"{module.name}|{role}": value for role, value in module.tensors.items()}
         if module.kind in LINEAR_KINDS:
-            found[f"{module.name}|difference"] = difference(module)
+            found[f"{module.name}|difference"] = delta_weight(module)
     check_tensors(found, expected_of(file))
 
 

@@ -1,5 +1,6 @@
 """The demo model as ComfyUI loads it, and small captioned pictures."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 from retune.training.models import ldm
 
 SMALL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64, "hidden_size": 32, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="session")
+def schemas(comfyui):
+    """What ComfyUI tells its frontend about our nodes, by node id."""
+    import retune
+
+    nodes = asyncio.run(asyncio.run(retune.comfy_entrypoint()).get_node_list())
+    return {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in nodes}
 
 
 @pytest.fixture

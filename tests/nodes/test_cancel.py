@@ -194,16 +194,16 @@ def test_a_node_that_took_long_says_how_long(progress, monkeypatch):
 
     monkeypatch.setattr(module, "Heartbeat", lambda say, phase: heartbeat.Heartbeat(say, 0.1, phase))
     node, (said, _) = SimpleNamespace(hidden=SimpleNamespace(unique_id="3")), progress
-    with module.telling(node, "drawing"):
+    with module.reporting(node, "drawing"):
         pass
     assert said == []
-    with module.telling(node, "drawing"):
+    with module.reporting(node, "drawing"):
         time.sleep(1.2)
     *texts, last = [text for _, text in said]
     assert len(texts) > 2 and all(text.startswith("drawing …") for text in texts)
     assert last == "drawing: done in 1 s"
     said.clear()
-    with pytest.raises(ValueError), module.telling(node, "drawing"):
+    with pytest.raises(ValueError), module.reporting(node, "drawing"):
         time.sleep(0.3)
         raise ValueError
     assert not [text for _, text in said if "done" in text]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.nodes.clips.concept_tokens import concepts_of, vocabularies_of, widths_of, with_concepts
+from retune.nodes.clips.concept_tokens import concepts_of, embedding_widths, vocabularies_of, with_concepts
 from retune.training.models.concepts import Concept
 from safetensors.torch import save_file
 
@@ -18,7 +18,7 @@ def equal(left, right):
 
 def random_concept(clip, token, count=3):
     random = torch.Generator().manual_seed(len(token))
-    widths = widths_of(clip)
+    widths = embedding_widths(clip)
     return Concept(token, {name: 0.05 * torch.randn(count, width, generator=random) for name, width in widths.items()})
 
 
@@ -71,7 +71,7 @@ def test_the_core_reads_the_same(demo, core_demo):
 
 
 def test_the_core_reads_the_same_with_a_t5(t5):
-    from retune.nodes.clips.t5_clip import core_text_encoder
+    from retune.nodes.bridge.text_encoder import core_text_encoder
 
     concept = random_concept(t5, "<it>", 2)
     knowing, core = with_concepts(t5, [concept]), core_text_encoder(t5).with_concepts([concept])

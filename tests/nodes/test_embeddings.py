@@ -6,7 +6,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from retune.nodes.clips.concept_tokens import widths_of, with_concepts
+from retune.nodes.clips.concept_tokens import embedding_widths, with_concepts
 from retune.nodes.embedding import RetuneLoadEmbedding, RetuneSaveEmbedding, embedding_files
 from retune.training.formats.embedding import Embedding
 from retune.training.models.concepts import Concept
@@ -44,7 +44,7 @@ def clip_of(request, folder, monkeypatch):
     def find(family):
         one = {"SDXL": "small_sdxl_clip", "T5": "t5"}.get(family)
         clip = request.getfixturevalue(one) if one else request.getfixturevalue("clips")[family]
-        for name, width in widths_of(clip).items():
+        for name, width in embedding_widths(clip).items():
             monkeypatch.setattr(getattr(clip.tokenizer, name), "embedding_directory", [str(folder)])
             monkeypatch.setattr(getattr(clip.tokenizer, name), "embedding_size", width)
         return clip
@@ -54,7 +54,7 @@ def clip_of(request, folder, monkeypatch):
 
 def vectors_of(clip, count=3):
     random = torch.Generator().manual_seed(5)
-    return {name: 0.2 * torch.randn(count, width, generator=random) for name, width in widths_of(clip).items()}
+    return {name: 0.2 * torch.randn(count, width, generator=random) for name, width in embedding_widths(clip).items()}
 
 
 def a1111(vectors):

@@ -6,7 +6,6 @@ with its English text. Tell translated inputs apart as users see them: a text th
 input's translated name, while values of combos stay as they are, since workflows hold them.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -22,15 +21,6 @@ KEPT = set("CLIP Huber LoRA SNR UNet VAE alpha c cfg dropout gamma".split())
 ROWS = 8
 """Translated inputs of one that grows with its connections."""
 COMFYUI_TRANSLATES = {"model", "training"}
-
-
-@pytest.fixture(scope="module")
-def schemas(comfyui):
-    """What ComfyUI tells its frontend about our nodes, by node id."""
-    import retune
-
-    nodes = asyncio.run(asyncio.run(retune.comfy_entrypoint()).get_node_list())
-    return {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in nodes}
 
 
 def groups(inputs: dict) -> list[tuple[str, list]]:

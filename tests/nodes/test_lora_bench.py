@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from retune.benchmarks.lora import put_on, run_lora_bench
+from retune.benchmarks.lora import lora_applied, run_lora_bench
 from retune.benchmarks.lora_runs import COMFYUI, RETUNE, LoraBenchConfig
 from retune.training.commands.open_model import unet_parameters
 from retune.training.formats.lora import parse_lora
@@ -25,7 +25,7 @@ def test_a_lora_is_judged_with_the_weights_that_comfyui_loads(demo, core_demo):
         patched.patch_model(torch.device("cpu"))
         theirs = {name: value.clone() for name, value in patched.model.diffusion_model.state_dict().items()}
         patched.unpatch_model(torch.device("cpu"))
-    with put_on(core_demo.denoiser, parse_lora("x", tensors)):
+    with lora_applied(core_demo.denoiser, parse_lora("x", tensors)):
         for name, value in unet_parameters(core_demo.denoiser).items():
             torch.testing.assert_close(value.detach(), theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 

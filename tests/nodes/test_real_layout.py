@@ -212,7 +212,7 @@ def test_sdxl_trains_with_t5_and_comes_back_in_both_implementations(
         assert len(trained.unet) == 2 * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2)
         for name in ("linear.weight", "pooled.weight"):
             assert not torch.equal(trained.projection[name], projection.state_dict()[name])
-        assert t5_clip.widths_of(with_projection(clip, trained.projection)) == (2048, 1280)
+        assert t5_clip.output_widths(with_projection(clip, trained.projection)) == (2048, 1280)
         shutil.rmtree(tmp_path / "runs")  # pytest keeps the folders of three runs
         model = with_unet_weights(model, trained.unet)
         comfy.sd.save_checkpoint(

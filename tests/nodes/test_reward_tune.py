@@ -48,7 +48,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("train", ["text encoder", "UNet LoRA"])
 def test_both_implementations_tune_alike(demo, core_demo, judge, tmp_path, train):
-    from retune.nodes.bridge.tuned import tuning
+    from retune.nodes.bridge.reward_tuning import ready_to_tune
     from retune.training.recipes.reward import tune
     from retune.training.rewards.combined import CombinedReward
 
@@ -57,7 +57,7 @@ def test_both_implementations_tune_alike(demo, core_demo, judge, tmp_path, train
     core = tune(core_demo, CombinedReward(judge.terms), PROMPTS, chosen, tmp_path / "core")
     patchers = (model, clip.patcher, vae.patcher)
     before = state_of(*patchers)
-    with torch.inference_mode(), tuning(model, clip, vae, judge) as (view, rewards):
+    with torch.inference_mode(), ready_to_tune(model, clip, vae, judge) as (view, rewards):
         ours = tune(view, rewards, PROMPTS, chosen, tmp_path / "comfyui")
     assert losses(tmp_path / "comfyui") == pytest.approx(losses(tmp_path / "core"), rel=1e-3)
     for name in ("text", "lora"):
@@ -98,7 +98,7 @@ def test_the_node_hands_out_what_was_tuned(demo, judge, sampled, train):
 
 @pytest.mark.parametrize("train", ["text encoder LoRA", "UNet"])
 def test_direct_tuning_and_constraints_are_the_cores(demo, core_demo, judge, pictures, tmp_path, train):
-    from retune.nodes.bridge.tuned import tuning
+    from retune.nodes.bridge.reward_tuning import ready_to_tune
     from retune.training.recipes.reward import tune
     from retune.training.rewards.combined import CombinedReward
 
@@ -106,7 +106,7 @@ def test_direct_tuning_and_constraints_are_the_cores(demo, core_demo, judge, pic
     settings = TrainingSettings(warmup_steps=1, optimizer="SGD")
     chosen = config(train=train, method="direct", eps_constraint=3.0, drift_constraint=drift, settings=settings)
     tune(core_demo, CombinedReward(judge.terms), [], chosen, tmp_path / "core", dataset=pictures)
-    with torch.inference_mode(), tuning(*demo, judge) as (view, rewards):
+    with torch.inference_mode(), ready_to_tune(*demo, judge) as (view, rewards):
         before = state_of(demo[0], demo[1].patcher)
         tune(view, rewards, [], chosen, tmp_path / "comfyui", dataset=pictures)
     assert losses(tmp_path / "comfyui") == pytest.approx(losses(tmp_path / "core"), rel=1e-3)
@@ -120,7 +120,7 @@ def test_a_guard_chooses_the_result_and_the_node_says_so(demo, judge, sampled, m
     from retune.nodes.ui.progress import NodeCallbacks
 
     said = []
-    monkeypatch.setattr(NodeCallbacks, "_say", lambda self, text: said.append(text))
+    monkeypatch.setattr(NodeCallbacks, "_send_text", lambda self, text: said.append(text))
     model, clip, vae = demo
     names = ("batch_size", "gradient_steps", "sampling_steps", "cfg", "width", "height", "lora_rank")
     values = {name: getattr(config(), name) for name in names} | {"method": "last K", "seed": 0, "steps": 1}
@@ -163,11 +163,11 @@ def test_the_projection_of_a_t5_is_tuned(demo, judge):
 
 
 def test_what_is_refused(judge):
-    from retune.nodes.bridge.tuned import prompt_list, tuned_by
+    from retune.nodes.bridge.reward_tuning import prompt_list, reward_with_constraint
 
     with pytest.raises(ValueError, match="clip_constraint is 0.5 and constraint is no reward of kind CLIP"):
-        tuned_by(judge, 0.5, judge, None)
+        reward_with_constraint(judge, 0.5, judge, None)
     with pytest.raises(ValueError, match="reward is empty"):
-        tuned_by(None, 0.0, None, None)
+        reward_with_constraint(None, 0.0, None, None)
     assert prompt_list(" \n", "") == []
-    assert [term.weight for term in tuned_by(judge, 0.0, None, judge).terms] == [1.0, 0.0]
+    assert [term.weight for term in reward_with_constraint(judge, 0.0, None, judge).terms] == [1.0, 0.0]

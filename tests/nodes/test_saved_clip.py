@@ -203,8 +203,8 @@ def test_what_is_refused(clips, pair, demo):
 
 def tune_demo(demo, folder, **changes):
     """(MODEL, CLIP, LORA_MODEL, run folder) of a reward tuning of one step."""
+    from retune.nodes.bridge.reward_tuning import apply_result, ready_to_tune, reward_with_constraint
     from retune.nodes.bridge.rewards import ManagedReward
-    from retune.nodes.bridge.tuned import applied, tuned_by, tuning
     from retune.training.config.reward import RewardTuneConfig
     from retune.training.config.training_settings import TrainingSettings
     from retune.training.data.prompts import Prompt
@@ -216,10 +216,10 @@ def tune_demo(demo, folder, **changes):
     config = RewardTuneConfig(run_name="told", settings=settings, learning_rate=1e-2, **sizes, **changes)
     with torch.inference_mode():
         aesthetic, clip_reward = (ManagedReward.open(RewardConfig(kind=f"demo {k}")) for k in ("aesthetic", "CLIP"))
-        judge = tuned_by(aesthetic, 0.5, clip_reward, None)
-        with tuning(*demo, judge) as (view, rewards):
+        judge = reward_with_constraint(aesthetic, 0.5, clip_reward, None)
+        with ready_to_tune(*demo, judge) as (view, rewards):
             found = tune(view, rewards, [Prompt("a red circle")], config, folder)
-        return *applied(demo[0], demo[1], found, "told"), found.lora, folder / "told"
+        return *apply_result(demo[0], demo[1], found, "told"), found.lora, folder / "told"
 
 
 def test_the_run_is_told_in_the_file(demo, tmp_path):

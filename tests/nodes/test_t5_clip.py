@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from retune.nodes.bridge import measure
-from retune.nodes.clips import t5_clip
+from retune.nodes.bridge import measure, text_encoder
+from retune.nodes.clips import saved_clip, t5_clip
 from retune.training.common.rng import generator
 from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
 from retune.training.text_encoder.projection import Projection
@@ -231,14 +231,14 @@ def test_lora_on_t5_is_kept_by_a_new_projection(clip, t5_folder):
     both = t5_clip.clone_with_projection(patched, other_projection())
     assert t5_clip.t5_parts(both).patched and not t5_clip.t5_parts(clip).patched
     for one in (patched, both):  # the core's encoder takes the patched weights, whoever is loaded
-        core = t5_clip.core_text_encoder(one)
+        core = text_encoder.core_text_encoder(one)
         for text in TEXTS[:3]:
             (ids,) = core.tokenize([text])
             assert (encode(one, text) - core.encode([ids]).context).abs().max() < 1e-4
     assert not same(encode_all(patched), before)
     encode_all(both)
     stored = load_file(t5_folder / "model.safetensors")
-    state = t5_clip.t5_state(clip)
+    state = text_encoder.t5_state(clip)
     assert all(torch.equal(stored[name], weight) for name, weight in state.items()) and len(state) == len(stored)
     assert same(encode_all(clip), before)
 
@@ -323,19 +323,19 @@ def test_std_of_a_stock_clip_leaves_out_start_token_and_pads(comfyui):
     expected = context[0, 1:5].std(unbiased=False).item()
     assert measure.clip_std(stock, ["a red apple"]) == pytest.approx(expected, rel=1e-5)
     assert not t5_clip.is_t5_clip(stock)
-    for function in (t5_clip.t5_parts, t5_clip.t5_state, lambda clip: measure.scale_clip(clip, 0.9)):
+    for function in (t5_clip.t5_parts, text_encoder.t5_state, lambda clip: measure.scale_clip(clip, 0.9)):
         with pytest.raises(ValueError, match="expected a T5 from Load T5"):
             function(stock)
 
 
 def test_saved_and_loaded_again_is_bit_equal(clip, t5_folder, tmp_path):
     scaled, _ = measure.scale_clip(t5_clip.clone_with_projection(clip, other_projection()), 0.7)
-    save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled))
+    save_text_encoder(tmp_path / "te.safetensors", saved_clip.saved_text_encoder(scaled))
     saved = read_text_encoder(tmp_path / "te.safetensors")
     saved.check_width(WIDTH)
-    loaded = t5_clip.load_saved_text_encoder(saved, [tmp_path, t5_folder.parent])
+    loaded = saved_clip.load_saved_text_encoder(saved, [tmp_path, t5_folder.parent])
     assert same(encode_all(loaded), encode_all(scaled))
-    assert saved.target_std == 0.7 == t5_clip.saved_text_encoder(loaded).target_std
+    assert saved.target_std == 0.7 == saved_clip.saved_text_encoder(loaded).target_std
 
 
 def test_target_std_goes_with_a_scaled_clip(clip):
@@ -343,7 +343,7 @@ def test_target_std_goes_with_a_scaled_clip(clip):
     from retune.nodes.scale import RetuneScaleTextEncoder
 
     def known(one):
-        return t5_clip.saved_text_encoder(one).target_std
+        return saved_clip.saved_text_encoder(one).target_std
 
     def node(*args, **kwargs):
         with torch.inference_mode():

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.nodes.bridge import measure
-from retune.nodes.clips import t5_clip
+from retune.nodes.bridge import measure, text_encoder
+from retune.nodes.clips import saved_clip, t5_clip
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
@@ -123,8 +123,8 @@ def test_saved_scaled_and_loaded_again_is_bit_equal(comfyui, t5_folder, tmp_path
     scaled, report = measure.scale_clip(clip, 0.7, TEXTS)
     assert report.after.std == pytest.approx(0.7, rel=1e-4)
     assert equal(encode(scaled, TEXTS[0])[1:], encode(clip, TEXTS[0])[1:])  # the pooled output is not scaled
-    save_text_encoder(tmp_path / "te.safetensors", t5_clip.saved_text_encoder(scaled))
-    loaded = t5_clip.load_saved_text_encoder(read_text_encoder(tmp_path / "te.safetensors"), [t5_folder.parent])
+    save_text_encoder(tmp_path / "te.safetensors", saved_clip.saved_text_encoder(scaled))
+    loaded = saved_clip.load_saved_text_encoder(read_text_encoder(tmp_path / "te.safetensors"), [t5_folder.parent])
     for text in TEXTS:
         assert equal(encode(loaded, text), encode(scaled, text))
     known = {t5_clip.backbone_fingerprint(one) for one in (clip, scaled, loaded)}
@@ -313,11 +313,11 @@ def test_fingerprint_and_file_know_of_the_kept_clip(comfyui, t5_folder, demo, tm
     assert "lacks the kept CLIP" in warning and warning in caplog.text
     saved = read_text_encoder(path)
     with pytest.raises(ValueError, match="was made beside a CLIP, which is not part of its file"):
-        t5_clip.load_saved_text_encoder(saved, [t5_folder.parent])
-    loaded = t5_clip.load_saved_text_encoder(saved, [t5_folder.parent], demo[1])
+        saved_clip.load_saved_text_encoder(saved, [t5_folder.parent])
+    loaded = saved_clip.load_saved_text_encoder(saved, [t5_folder.parent], demo[1])
     assert equal(encode(loaded, TEXTS[0]), encode(both, TEXTS[0]))
     with pytest.raises(ValueError, match="the T5 stands beside a kept CLIP"):
-        t5_clip.core_text_encoder(both)
+        text_encoder.core_text_encoder(both)
 
 
 def test_a_kept_clip_must_fit(comfyui, t5_folder, demo, small_sdxl_clip):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from retune.nodes.clips import t5_clip
+from retune.nodes.bridge import text_encoder
+from retune.nodes.clips import saved_clip, t5_clip
 from retune.nodes.clips.timed_clip import spans
 from retune.training.common.rng import generator
 from retune.training.text_encoder.projection import BANDS, Projection
@@ -31,7 +32,7 @@ def scheduled(clip, text=PROMPT, **more):
 
 
 def expected(clip, text, time):
-    encoder = t5_clip.core_text_encoder(clip)
+    encoder = text_encoder.core_text_encoder(clip)
     with torch.no_grad():
         return encoder.project(encoder.backbone(encoder.tokenize([text])), torch.tensor([time])).context
 
@@ -102,7 +103,7 @@ def test_every_sampler_step_hears_its_own_range(demo, clip):
 def test_saved_and_loaded_by_the_nodes(clip, tmp_path):
     from retune.training.text_encoder.file import read_text_encoder, save_text_encoder
 
-    save_text_encoder(tmp_path / "t.safetensors", t5_clip.saved_text_encoder(clip))
+    save_text_encoder(tmp_path / "t.safetensors", saved_clip.saved_text_encoder(clip))
     with torch.inference_mode():
-        again = t5_clip.load_saved_text_encoder(read_text_encoder(tmp_path / "t.safetensors"), [])
+        again = saved_clip.load_saved_text_encoder(read_text_encoder(tmp_path / "t.safetensors"), [])
     assert all(torch.equal(a[0], b[0]) for a, b in zip(scheduled(again), scheduled(clip), strict=True))

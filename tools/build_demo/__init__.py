@@ -1,1 +1,1 @@
-"""Building the demo model: `python -m retune.tools.build_demo`. Not part of the installed package."""
+"""Trains the demo model and writes its weights: `python -m retune.tools.build_demo`. Not installed with the package."""

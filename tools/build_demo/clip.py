@@ -1,4 +1,7 @@
-"""Teaches the demo's CLIP text encoder what captions say before it meets the UNet, as SD1.5's was trained before."""
+"""Pre-trains the demo's CLIP text encoder on the attributes in captions, before it trains together with the UNet.
+
+SD1.5's text encoder was pre-trained too.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,14 @@ STEPS, BATCH, LEARNING_RATE = 400, 48, 2e-3
 
 
 def pretrain_clip(clip: nn.Module, tokens_of) -> None:
-    """Trains `clip` so that linear maps of the mean of its 77 states name every attribute of the caption.
+    """Trains `clip` so that linear maps of the mean of its 77 states classify every attribute of the caption.
 
-    The mean is what a cross-attention that has learned nothing yet reads. Left to the denoising loss alone the encoder
-    takes up colours and sizes, and then forgets words of place and shape.
+    An untrained cross-attention reads this mean. With the denoising loss alone the encoder learned colours and sizes
+    and then lost the words for position and shape.
+
+    Args:
+        clip: A CLIPTextModel, trained in place.
+        tokens_of: Texts -> token ids (B, 77).
     """
     scenes = training_scenes(4000, SEED)
     values = {name: sorted({str(getattr(scene, name)) for scene in scenes} | {"figure"}) for name in ATTRIBUTES}
@@ -33,14 +40,14 @@ def pretrain_clip(clip: nn.Module, tokens_of) -> None:
     for number in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(number, STEPS, LEARNING_RATE, 50)
-        draws = generator(SEED, "clip step", number)
-        texts = [varied_caption(scenes[i], draws) for i in torch.randint(len(scenes), (BATCH,), generator=draws)]
-        named = [parse_caption(text) for text in texts]
+        rng = generator(SEED, "clip step", number)
+        texts = [varied_caption(scenes[i], rng) for i in torch.randint(len(scenes), (BATCH,), generator=rng)]
+        attributes = [parse_caption(text) for text in texts]
         pooled = clip(tokens_of(texts)).last_hidden_state.mean(1)
         loss = torch.zeros(())
         for name in ATTRIBUTES:
-            wanted = torch.tensor([values[name].index(str(n[name])) if name in n else -100 for n in named])
-            loss = loss + functional.cross_entropy(heads[name](pooled), wanted)
+            targets = torch.tensor([values[name].index(str(a[name])) if name in a else -100 for a in attributes])
+            loss = loss + functional.cross_entropy(heads[name](pooled), targets)
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()

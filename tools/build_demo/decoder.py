@@ -1,4 +1,4 @@
-"""Sharpens the demo autoencoder's decoder while its encoder, and so every latent, stays as it is."""
+"""Trains the demo autoencoder's decoder to draw sharper, with the encoder, and so every latent, unchanged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FULL_STEPS, FULL_BATCH = 100, 6
 LEARNING_RATE = 1e-3
 SHAPE_WEIGHT = 3.0
 LATENT_NOISE = 0.05
-"""Deviation, in units of the latents' own: sampled latents are not exact either."""
+"""Standard deviation of the noise added to latents, relative to theirs: sampled latents are not exact either."""
 
 
-def _crops(images: Tensor, latents: Tensor, index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """64-pixel crops, the busiest of three, with the latent cells that belong to them."""
+def _crops(images: Tensor, latents: Tensor, index: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One 64-pixel crop per image, the one of three with the highest variance, and its latent cells."""
     pixels, cells = [], []
     for i in index.tolist():
-        corners = torch.randint(SIDE // 8 - CELLS + 1, (3, 2), generator=draws).tolist()
+        corners = torch.randint(SIDE // 8 - CELLS + 1, (3, 2), generator=rng).tolist()
         crops = [images[i, :, 8 * y : 8 * (y + CELLS), 8 * x : 8 * (x + CELLS)].float() / 255 for y, x in corners]
         busiest = max(range(3), key=lambda k: float(crops[k].std((1, 2)).sum()))
         y, x = corners[busiest]
@@ -36,7 +36,7 @@ def _crops(images: Tensor, latents: Tensor, index: Tensor, draws: torch.Generato
 
 
 def _loss(vae: nn.Module, images: Tensor, latents: Tensor, border: int) -> tuple[Tensor, float]:
-    """Absolute error of pixels and of their gradients, shapes weighted up, the crop's own border left out."""
+    """Absolute error of pixels and of their gradients, with shapes weighted up and without the crop's border."""
     with torch.autocast("cpu", torch.bfloat16):
         output = vae.decode(latents).sample
     unusual = (images - images.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True) > 0.12
@@ -48,7 +48,7 @@ def _loss(vae: nn.Module, images: Tensor, latents: Tensor, border: int) -> tuple
 
 
 def train_decoder(work: Path) -> None:
-    """Trains decoder and `post_quant_conv` on fixed latents; rewrites `vae.safetensors` as it goes; resumable."""
+    """Trains decoder and `post_quant_conv` on fixed latents; rewrites `vae.safetensors` every 150 steps; resumes."""
     file = work / "vae.safetensors"
     vae, config = load_vae(work)
     if not (work / "decoder.state.pt").exists() and "sharpened" in read_tensors(file)[1]:
@@ -60,14 +60,14 @@ def train_decoder(work: Path) -> None:
     optimizer = torch.optim.AdamW(trained.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-3)
 
     def step(number: int) -> float:
-        draws = generator(SEED, "decoder step", number)
+        rng = generator(SEED, "decoder step", number)
         full = number >= CROP_STEPS
-        index = torch.randint(len(images), (FULL_BATCH if full else CROP_BATCH,), generator=draws)
+        index = torch.randint(len(images), (FULL_BATCH if full else CROP_BATCH,), generator=rng)
         if full:
             batch, cells = images[index].float() / 255, latents[index]
         else:
-            batch, cells = _crops(images, latents, index, draws)
-        cells = cells + LATENT_NOISE * deviation * torch.randn(cells.shape, generator=draws)
+            batch, cells = _crops(images, latents, index, rng)
+        cells = cells + LATENT_NOISE * deviation * torch.randn(cells.shape, generator=rng)
         loss, absolute = _loss(vae, batch, cells, border=0 if full else 8)
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

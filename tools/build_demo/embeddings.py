@@ -1,10 +1,10 @@
-"""The demo model's embedding: a word for hearts, which the model draws and has no name for, from five pictures."""
+"""Trains the demo model's embedding from five pictures: a word for hearts, which the model draws but cannot name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...training.commands.open_model import ModelConfig, build_model
+from ...training.commands.open_model import build_demo_model
 from ...training.config.embedding import EmbeddingConfig
 from ...training.config.training_settings import TrainingSettings
 from ...training.data.dataset import from_images
@@ -33,10 +33,10 @@ def embedding_config(name: str) -> EmbeddingConfig:
 
 
 def train_embeddings(work: Path) -> None:
-    """Trains it, about two minutes, and writes it in the layout that every program reads."""
+    """Trains the embedding in about two minutes and writes it in the layout that every program reads."""
     for name in EMBEDDINGS:
         images, captions = demo_examples(PICTURES, SEED, name)
         dataset = from_images(list(images), captions)
-        trained = train_embedding(build_model(ModelConfig(model="demo")), dataset, embedding_config(name), work)
+        trained = train_embedding(build_demo_model(), dataset, embedding_config(name), work)
         (WEIGHTS / "embeddings" / f"{name}.safetensors").unlink(missing_ok=True)
         save_embedding(WEIGHTS / "embeddings", trained.embedding, "safetensors")

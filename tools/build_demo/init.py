@@ -1,8 +1,8 @@
-"""Initial weights that let a narrow network live with group normalisation.
+"""Initial weights with which group normalisation works in a narrow network.
 
-With two or three channels a group (32 groups on 64 or 96 channels) normalisation erases the level of a flat image: of a
-plain background only a sign would be left. A constant of opposite sign inside each group, large against the features,
-keeps the group's variance nearly fixed, so that the norm acts as a fixed scale: `(K + a, -K + b) -> +-(a - b) / 2`.
+With two or three channels a group (32 groups on 64 or 96 channels) normalisation removes the level of a flat image: of
+a plain background only a sign would remain. Constants of opposite sign inside each group, large against the features,
+keep the group's variance nearly fixed, so that the norm acts as a fixed scale: `(K + a, -K + b) -> +-(a - b) / 2`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ def _offsets(channels: int, groups: int) -> Tensor:
 
 @torch.no_grad()
 def level_keeping_init(network: nn.Module, forward: Callable[[], object], groups: int = 32) -> None:
-    """Gives every convolution that feeds a norm the constants, by one calibrating call of `forward`.
+    """Sets the constants in every convolution before a norm, calibrated by one call of `forward`.
 
-    Convolutions whose output is added to such a stream (`conv2`, shortcuts apart) and the last one are left alone.
+    Convolutions whose output is added to such a stream (`conv2`, but not shortcuts) and the last one do not change.
+
+    Args:
+        forward: Runs `network` on a calibration batch.
+        groups: Of the norms.
     """
     handles = []
     for name, module in network.named_modules():
@@ -42,7 +46,7 @@ def level_keeping_init(network: nn.Module, forward: Callable[[], object], groups
 
 
 def _calibrate(groups: int):
-    """Unit deviation over the calibration batch, and the constants as means."""
+    """A forward hook that rescales a convolution to unit deviation over the batch, with the constants as means."""
 
     def hook(module: nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
         mean = output.mean((0, 2, 3), keepdim=True)
@@ -57,23 +61,24 @@ def _calibrate(groups: int):
 
 @torch.no_grad()
 def add_border_markers(unet: nn.Module) -> None:
-    """Writes "not the first row" and "not the first column" into the residual streams of levels two and three.
+    """Writes channels for "not the first row" and "not the first column" into the residual streams of levels 2 and 3.
 
-    Only zero padding tells a convolution where it is, and faintly: without these +-2 channels words of position had no
-    effect after 2000 steps. A constant channel meets the padding of each downsampling convolution and yields them.
+    A convolution can sense its position only from zero padding, and weakly: without these channels of -2 and 2, words
+    of position had no effect after 2000 steps. They come from a constant channel at the padding of each downsampling
+    convolution.
     """
     first, second, third = unet.down_blocks
     constant = 62
     _silence(unet.conv_in, constant, bias=1.0)
-    _leave_alone(first, [constant])
+    _silence_residuals(first, [constant])
     _mark(first.downsamplers[0].conv, constant, [60, 61, 62])
-    _leave_alone(second, [93, 94, 95])
+    _silence_residuals(second, [93, 94, 95])
     shortcut = second.resnets[0].conv_shortcut
     for source, target in zip([60, 61, 62], [93, 94, 95], strict=True):
         _silence(shortcut, target)
         shortcut.weight[target, source] = 1
     _mark(second.downsamplers[0].conv, 95, [93, 94, 95])
-    _leave_alone(third, [93, 94, 95])
+    _silence_residuals(third, [93, 94, 95])
 
 
 def _silence(module: nn.Module, channel: int, bias: float = 0.0) -> None:
@@ -81,7 +86,7 @@ def _silence(module: nn.Module, channel: int, bias: float = 0.0) -> None:
     module.bias[channel] = bias
 
 
-def _leave_alone(block: nn.Module, channels: list[int]) -> None:
+def _silence_residuals(block: nn.Module, channels: list[int]) -> None:
     for channel in channels:
         _silence(block.resnets[0].conv2, channel)
         for attention in getattr(block, "attentions", []):
@@ -89,10 +94,10 @@ def _leave_alone(block: nn.Module, channels: list[int]) -> None:
 
 
 def _mark(conv: nn.Conv2d, constant: int, channels: list[int]) -> None:
-    """From a constant input: -2 in the first row and 2 below, the same for columns, and one everywhere."""
-    row, column, again = channels
+    """Sets three output channels from a constant input: -2 in the first row and 2 below, the same by column, and 1."""
+    row, column, one = channels
     _silence(conv, row, bias=-2.0)
     conv.weight[row, constant, 0, 1] = 4
     _silence(conv, column, bias=-2.0)
     conv.weight[column, constant, 1, 0] = 4
-    _silence(conv, again, bias=1.0)
+    _silence(conv, one, bias=1.0)

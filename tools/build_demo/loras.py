@@ -1,23 +1,23 @@
-"""The demo model's two LoRAs: a style, and what "figure" means, each from twenty pictures."""
+"""Trains the demo model's two LoRAs, each from twenty pictures: a style, and crescents for the word "figure"."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...training.commands.open_model import ModelConfig, build_model
+from ...training.commands.open_model import build_demo_model
 from ...training.config.lora import LoraConfig
 from ...training.config.training_settings import TrainingSettings
 from ...training.data.dataset import from_images
 from ...training.demo.files import LORAS, WEIGHTS
 from ...training.demo.scenes import demo_examples
-from ...training.formats.lora_metadata import LoraAbout
+from ...training.formats.lora_metadata import LoraDescription
 from ...training.formats.lora_save import save_lora
 from ...training.recipes.lora import train_lora
 from ...training.runs.folder import RunFolder
 
 PICTURES: Mapping[str, dict] = {"warm edges": {"look": "warm edges"}, "crescents": {"subset": "crescent"}}
-"""What each learns from, as `demo_examples` takes it."""
+"""Options of `demo_examples` for the pictures of each."""
 
 
 def lora_config(name: str) -> LoraConfig:
@@ -36,10 +36,10 @@ def lora_config(name: str) -> LoraConfig:
 
 
 def train_loras(work: Path) -> None:
-    """Trains both, about two minutes each, and writes them in half precision."""
+    """Trains both, in about two minutes each, and writes them in half precision."""
     for name in LORAS:
         images, captions = demo_examples(20, 0, **PICTURES[name])
         dataset = from_images(list(images), captions)
-        trained = train_lora(build_model(ModelConfig(model="demo")), dataset, lora_config(name), work)
-        about = LoraAbout(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
+        trained = train_lora(build_demo_model(), dataset, lora_config(name), work)
+        about = LoraDescription(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
         save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", about=about)

@@ -32,7 +32,7 @@ SEED = 24
 SCENES = 8000
 STEPS, BATCH, LEARNING_RATE = 2000, 64, 1e-3
 POLISH_WEIGHT = 5.0
-"""Weight of a linear read-out of the polish, so that the aesthetic head finds it in the embedding."""
+"""Weight of a linear regression of the polish, so that the embedding contains it for the aesthetic head."""
 TEXT_LENGTH = 24
 
 
@@ -46,7 +46,7 @@ def scorer_config(tokenizer) -> dict:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 or 0..1 images to the -1..1 the scorer reads (mean 0.5, std 0.5)."""
+    """uint8 or 0..1 images in -1..1 (mean 0.5, std 0.5), as the scorer reads them."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
 
 
@@ -80,15 +80,15 @@ def train_scorer(work: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
 
     def step(number: int) -> float:
-        draws = generator(SEED, "scorer step", number)
-        index = torch.randint(len(scenes), (BATCH,), generator=draws)
-        texts = [caption(scenes[i], draws) for i in index]
+        rng = generator(SEED, "scorer step", number)
+        index = torch.randint(len(scenes), (BATCH,), generator=rng)
+        texts = [caption(scenes[i], rng) for i in index]
         with torch.autocast("cpu", torch.bfloat16):
             image, text = embeddings(model["clip"], normalised(images[index]), tokens_of(tokenizer, texts))
         image, text = image.float(), text.float()
         logits = model["clip"].logit_scale.exp().clamp(max=50) * image @ text.T
-        wanted = torch.arange(BATCH)
-        loss = (functional.cross_entropy(logits, wanted) + functional.cross_entropy(logits.T, wanted)) / 2
+        targets = torch.arange(BATCH)
+        loss = (functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)) / 2
         error = functional.mse_loss(model["polish"](image)[:, 0], polish[index] * 2 - 1)
         (loss + POLISH_WEIGHT * error).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,7 +130,7 @@ def aesthetic(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scorer_figures(count: int = 300) -> dict[str, float]:
-    """On held-out scenes: caption found among `count` (top 1, top 5), and R^2 of the aesthetic head."""
+    """On held-out scenes: accuracy of picking the caption among `count` (top 1, top 5), R^2 of the aesthetic head."""
     scenes = list(
         {(s.shape, s.colour, s.size, s.count, s.position, s.background): s for s in held_out_scenes(1500, 9)}.values()
     )

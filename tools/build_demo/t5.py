@@ -1,4 +1,4 @@
-"""Pre-trains the demo T5 on captions by span corruption (Raffel et al. 2020, arXiv 1910.10683); ships the encoder."""
+"""Pre-trains the demo T5 on captions by span corruption (Raffel et al. 2020, arXiv 1910.10683); writes its encoder."""
 
 from __future__ import annotations
 
@@ -49,16 +49,24 @@ def padded(rows: list[list[int]], value: int = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def corrupted(ids: list[int], first_sentinel: int, draws: torch.Generator) -> tuple[list[int], list[int]]:
-    """Replaces spans of about three tokens by sentinels; the target lists what was removed. `ids` ends with </s>."""
+def corrupted(ids: list[int], first_sentinel: int, rng: torch.Generator) -> tuple[list[int], list[int]]:
+    """Replaces spans of about three tokens by sentinels.
+
+    Args:
+        ids: A caption's token ids, the last one </s>.
+        first_sentinel: Id of the first sentinel token.
+
+    Returns:
+        The corrupted ids, and the target: each sentinel followed by the tokens it replaced.
+    """
     body = ids[:-1]
     spans = max(1, min(SENTINELS, round(len(body) * CORRUPTED / SPAN)))
-    starts = sorted((torch.randperm(max(1, len(body) - 1), generator=draws)[:spans]).tolist())
+    starts = sorted((torch.randperm(max(1, len(body) - 1), generator=rng)[:spans]).tolist())
     source, target, place = [], [], 0
     for number, start in enumerate(starts):
         if start < place:
             continue
-        length = 1 + int(torch.randint(2 * SPAN - 1, (), generator=draws))
+        length = 1 + int(torch.randint(2 * SPAN - 1, (), generator=rng))
         source += [*body[place:start], first_sentinel + number]
         target += [first_sentinel + number, *body[start : start + length]]
         place = start + length
@@ -79,9 +87,9 @@ def train_t5(work: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
     def step(number: int) -> float:
-        draws = generator(SEED, "t5 step", number)
-        index = torch.randint(len(texts), (BATCH,), generator=draws)
-        pairs = [corrupted(texts[i], first_sentinel, draws) for i in index]
+        rng = generator(SEED, "t5 step", number)
+        index = torch.randint(len(texts), (BATCH,), generator=rng)
+        pairs = [corrupted(texts[i], first_sentinel, rng) for i in index]
         source = padded([pair[0] for pair in pairs])
         labels = padded([pair[1] for pair in pairs], -100)
         loss = model(input_ids=source, attention_mask=(source != 0).long(), labels=labels).loss
@@ -100,7 +108,7 @@ def train_t5(work: Path) -> None:
 
 @torch.no_grad()
 def probe(train: int = 2000, test: int = 500) -> dict[str, float]:
-    """Share of held-out captions whose attribute a linear map of the mean token state predicts."""
+    """For each attribute, the share of held-out captions for which a linear map of the mean token state predicts it."""
     from .text import SEED as TEXT_SEED
 
     scenes = [scene for scene in training_scenes(2 * train, SEED) if not scene.style][:train]
@@ -112,10 +120,10 @@ def probe(train: int = 2000, test: int = 500) -> dict[str, float]:
     for name in ATTRIBUTES:
         values = sorted({str(getattr(scene, name)) for scene in scenes})
         classes = torch.tensor([values.index(str(getattr(scene, name))) for scene in scenes])
-        wanted = nn.functional.one_hot(classes, len(values)).float()
-        left = states[: len(scenes) - test]
-        gram = left.T @ left + 1e-3 * torch.eye(states.shape[1])
-        weight = torch.linalg.solve(gram, left.T @ wanted[: len(left)])
+        targets = nn.functional.one_hot(classes, len(values)).float()
+        inputs = states[: len(scenes) - test]
+        gram = inputs.T @ inputs + 1e-3 * torch.eye(states.shape[1])
+        weight = torch.linalg.solve(gram, inputs.T @ targets[: len(inputs)])
         shares[name] = (states[-test:] @ weight).argmax(1).eq(classes[-test:]).float().mean().item()
     return shares
 

@@ -20,19 +20,19 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
 
 
-def varied_caption(scene: Scene, draws: Generator) -> str:
-    """A training caption: every fourth leaves attributes out, so that short prompts work too."""
+def varied_caption(scene: Scene, rng: Generator) -> str:
+    """A training caption; one in four lacks some attributes, so that short prompts work too."""
     from torch import rand
 
-    return caption(scene, draws, drop=0.3 if rand((), generator=draws).item() < 0.25 else 0.0)
+    return caption(scene, rng, drop=0.3 if rand((), generator=rng).item() < 0.25 else 0.0)
 
 
 def corpus(count: int, seed: int) -> list[str]:
     """Captions of random training scenes."""
     texts = []
     for index in range(count):
-        draws = generator(seed, "corpus", index)
-        texts.append(varied_caption(random_scene(draws), draws))
+        rng = generator(seed, "corpus", index)
+        texts.append(varied_caption(random_scene(rng), rng))
     return texts
 
 
@@ -43,7 +43,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def build_clip_tokenizer(folder: Path) -> None:
-    """Writes a CLIPTokenizer folder; ids: bytes, bytes that end a word, merges, start, end (also the pad)."""
+    """Writes a CLIPTokenizer folder; ids: bytes, bytes at a word's end, merges, start, and end (also the pad)."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

@@ -23,9 +23,10 @@ from .text import CLIP_LENGTH, build_tokenizers, varied_caption
 from .vae import decoded, latents_of, load_vae, pictures, run_steps
 
 LOG = logging.getLogger(__name__)
-# Three levels: on the 4 x 4 grid every cell sees the border, the only thing that tells left from right. With two, words
-# of position had no effect at all after 2000 steps. The first has no attention, as in SDXL: it cost half of every step
-# and gave little (validation loss after 300 steps 0.23 to 0.34 over the noise levels instead of 0.22 to 0.29).
+# Three levels: on the 4 x 4 grid every cell reaches the border, which alone distinguishes left from right. With two
+# levels, words of position had no effect at all after 2000 steps. The first has no attention, as in SDXL: attention
+# there doubled the time of a step for little gain (validation loss after 300 steps 0.22 to 0.29 over the noise levels
+# instead of 0.23 to 0.34).
 UNET = {
     "sample_size": 16,
     "in_channels": 4,
@@ -58,12 +59,12 @@ SEED = 22
 SCENES = 14_000
 STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 8000, 32, 1.5e-3, 0.1
 PLACES_FIRST = 2000
-"""Steps in which half of the draws have high noise, where places are decided; then all levels alike, for the shapes."""
+"""First steps, in which half of the samples have high noise, where positions form; then noise levels are uniform."""
 CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 2.5
 
 
 def alphas_cumprod() -> Tensor:
-    """(1000,) cumulative signal levels of the scaled-linear schedule."""
+    """(1000,) alphas_cumprod of the scaled-linear schedule."""
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000, dtype=torch.float64)
     return torch.cumprod(1 - betas**2, 0).float()
 
@@ -107,23 +108,29 @@ def update_average(networks: nn.ModuleDict, done: int) -> None:
 
 
 def denoising_loss(
-    networks: nn.ModuleDict, latents: Tensor, tokens: Tensor, draws: torch.Generator, noisiest: float = 0.5
+    networks: nn.ModuleDict, latents: Tensor, tokens: Tensor, rng: torch.Generator, noisiest: float = 0.5
 ) -> Tensor:
     """Mean square error of v = sqrt(a) noise - sqrt(1 - a) latent (Salimans & Ho 2022, arXiv 2202.00512).
 
-    Unweighted: at high noise, where the text decides colours and places, noise prediction by a network this small is
-    less exact than the signal is large, and learns them far later. noisiest: share of draws from timesteps of 850 on.
+    The network predicts v, and the loss has no weights: at high noise, where the text decides colours and positions,
+    the error of a noise prediction by so small a network exceeds the signal, and it learns them far later.
+
+    Args:
+        networks: "unet" and "clip".
+        latents: (B, 4, 16, 16), scaled.
+        tokens: (B, 77) ids.
+        noisiest: Share of the batch with timesteps of 850 and more; the others are uniform.
     """
-    time = torch.randint(1000, (len(latents),), generator=draws)
+    time = torch.randint(1000, (len(latents),), generator=rng)
     count = int(noisiest * len(latents))
-    time[:count] = torch.randint(850, 1000, (count,), generator=draws)
-    noise = torch.randn(latents.shape, generator=draws)
-    signal = alphas_cumprod()[time][:, None, None, None]
-    noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+    time[:count] = torch.randint(850, 1000, (count,), generator=rng)
+    noise = torch.randn(latents.shape, generator=rng)
+    alpha = alphas_cumprod()[time][:, None, None, None]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     with torch.autocast("cpu", torch.bfloat16):
         context = networks["clip"](tokens).last_hidden_state
         output = networks["unet"](noisy, time, context).sample
-    target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+    target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     return functional.mse_loss(output.float(), target)
 
 
@@ -133,7 +140,7 @@ def sample(
 ):
     """Latents (N, 4, 16, 16) of the averaged networks by DDIM (Song et al. 2021, arXiv 2010.02502, eta 0)."""
     unet, clip = networks["unet_ema"].eval(), networks["clip_ema"].eval()
-    levels = alphas_cumprod()
+    alphas = alphas_cumprod()
     times = torch.linspace(999, 0, steps + 1).round().long()
     batches = []
     for start in range(0, len(texts), 25):
@@ -142,23 +149,23 @@ def sample(
         noises = [torch.randn((4, 16, 16), generator=generator(seed, "noise", start + i)) for i in range(len(prompts))]
         latents = torch.stack(noises)
         for time, following in zip(times[:-1], times[1:], strict=True):
-            empty, named = unet(latents.repeat(2, 1, 1, 1), time, context).sample.chunk(2)
-            velocity = empty + cfg * (named - empty)
-            signal, noisiness = levels[time].sqrt(), (1 - levels[time]).sqrt()
-            clean, noise = signal * latents - noisiness * velocity, noisiness * latents + signal * velocity
-            latents = levels[following].sqrt() * clean + (1 - levels[following]).sqrt() * noise
+            negative, positive = unet(latents.repeat(2, 1, 1, 1), time, context).sample.chunk(2)
+            v = negative + cfg * (positive - negative)
+            sqrt_alpha, sigma = alphas[time].sqrt(), (1 - alphas[time]).sqrt()
+            clean, noise = sqrt_alpha * latents - sigma * v, sigma * latents + sqrt_alpha * v
+            latents = alphas[following].sqrt() * clean + (1 - alphas[following]).sqrt() * noise
         batches.append(clean)
     return torch.cat(batches)
 
 
 def held_out_prompts(count: int, seed: int) -> tuple[list[Scene], list[str]]:
-    """Scenes that training never draws, and a full caption of each."""
+    """Held-out scenes and a full caption of each."""
     scenes = held_out_scenes(count, seed)
     return scenes, [caption(scene, generator(seed, "held-out caption", i)) for i, scene in enumerate(scenes)]
 
 
 def measure(networks: nn.ModuleDict, tokenizer, work: Path, count: int, seed: int = 1, **options):
-    """Alignment figures on held-out captions, and the images."""
+    """Draws `count` held-out captions; returns the figures of `alignment`, and the images. options: of `sample`."""
     vae, config = load_vae(work)
     scenes, prompts = held_out_prompts(count, seed)
     images = decoded(vae, sample(networks, tokenizer, prompts, seed, **options), config["scaling_factor"])
@@ -179,7 +186,7 @@ def _prepared(work: Path) -> tuple[list[Scene], Tensor]:
 
 
 def _prepare_start(networks: nn.ModuleDict, tokenizer) -> None:
-    """The text encoder taught the attributes, the UNet told where its border is; running averages alike."""
+    """Pre-trains the text encoder, adds the UNet's border markers, and copies both into the running averages."""
     pretrain_clip(networks["clip"], partial(tokens_of, tokenizer))
     add_border_markers(networks["unet"])
     for name in ("unet", "clip"):
@@ -201,12 +208,12 @@ def train_unet(work: Path) -> None:
     optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
     def step(number: int) -> float:
-        draws = generator(SEED, "unet step", number)
-        index = torch.randint(len(scenes), (BATCH,), generator=draws)
-        empty = torch.rand(BATCH, generator=draws) < EMPTY_CAPTIONS
-        texts = ["" if none else varied_caption(scenes[i], draws) for i, none in zip(index, empty, strict=True)]
+        rng = generator(SEED, "unet step", number)
+        index = torch.randint(len(scenes), (BATCH,), generator=rng)
+        empty = torch.rand(BATCH, generator=rng) < EMPTY_CAPTIONS
+        texts = ["" if none else varied_caption(scenes[i], rng) for i, none in zip(index, empty, strict=True)]
         noisiest = 0.5 if number < PLACES_FIRST else 0.0
-        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), draws, noisiest)
+        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), rng, noisiest)
         loss.backward()
         nn.utils.clip_grad_norm_([*networks["unet"].parameters(), *networks["clip"].parameters()], 1.0)
         return float(loss.detach())

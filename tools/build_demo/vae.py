@@ -37,11 +37,11 @@ CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 64
 FULL_STEPS, FULL_BATCH = 100, 8
 LEARNING_RATE = 2e-3
 SHAPE_WEIGHT = 2.0
-"""Extra weight of pixels unlike the median colour: the shapes, which cover little."""
+"""Extra weight of pixels that differ from the median colour: the shapes, which cover a small area."""
 SQUARE_WEIGHT = 4.0
-"""Absolute error alone fills in the hole of a small ring: few pixels, however wrong."""
+"""Weight of the squared error: the absolute error alone fills the hole of a small ring, as its pixels are few."""
 KL_WEIGHT = 1e-4
-"""On the mean over latent elements: enough to keep the latents smooth, too little to blur."""
+"""Weight of the KL term, a mean over latent elements: high enough for smooth latents, too low to blur."""
 
 
 def pictures(scenes: list[Scene], seed: int) -> Tensor:
@@ -56,22 +56,22 @@ def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _crops(images: Tensor, index: Tensor, draws: torch.Generator) -> Tensor:
-    """One 64-pixel crop per image, the busiest of three random ones."""
+def _crops(images: Tensor, index: Tensor, rng: torch.Generator) -> Tensor:
+    """One 64-pixel crop per image, the one of three random ones with the highest variance."""
     chosen = []
     for image in images[index]:
-        corners = torch.randint(SIDE - CROP + 1, (3, 2), generator=draws).tolist()
+        corners = torch.randint(SIDE - CROP + 1, (3, 2), generator=rng).tolist()
         crops = [image[:, y : y + CROP, x : x + CROP].float() / 255 for y, x in corners]
         chosen.append(max(crops, key=lambda crop: float(crop.std((1, 2)).sum())))
     return torch.stack(chosen)
 
 
-def _loss(vae: nn.Module, images: Tensor, draws: torch.Generator) -> tuple[Tensor, float]:
+def _loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> tuple[Tensor, float]:
     """Mean absolute error, the same of the pixel gradients (crisp edges), and a small KL term."""
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(images * 2 - 1).latent_dist
         mean, variance = posterior.mean.float(), posterior.logvar.float().exp()
-        noise = torch.randn(mean.shape, generator=draws)
+        noise = torch.randn(mean.shape, generator=rng)
         output = vae.decode(mean + variance.sqrt() * noise).sample
     error = (output.float() + 1) / 2 - images
     unusual = (images - images.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True) > 0.12
@@ -83,7 +83,7 @@ def _loss(vae: nn.Module, images: Tensor, draws: torch.Generator) -> tuple[Tenso
 
 
 def train_vae(work: Path) -> None:
-    """Trains and writes `vae.safetensors` (diffusers names, fp32) into the work folder; resumable."""
+    """Trains the autoencoder; writes `vae.safetensors` (diffusers names, fp32) into the work folder; resumes."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(SEED)
@@ -93,24 +93,24 @@ def train_vae(work: Path) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-3)
 
     def step(number: int) -> float:
-        draws = generator(SEED, "vae step", number)
+        rng = generator(SEED, "vae step", number)
         full = number >= CROP_STEPS
-        index = torch.randint(len(images), (FULL_BATCH if full else CROP_BATCH,), generator=draws)
-        batch = images[index].float() / 255 if full else _crops(images, index, draws)
-        loss, absolute = _loss(vae, batch, draws)
+        index = torch.randint(len(images), (FULL_BATCH if full else CROP_BATCH,), generator=rng)
+        batch = images[index].float() / 255 if full else _crops(images, index, rng)
+        loss, absolute = _loss(vae, batch, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         return absolute
 
     run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
     scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
-    about = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
-    write_tensors(work / "vae.safetensors", vae.state_dict(), about)
+    metadata = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
+    write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
 
 
 @torch.no_grad()
 def _initialise(vae: nn.Module, images: Tensor) -> None:
-    """Level-keeping norms, latents of unit deviation, and little posterior noise to start with."""
+    """Initial norms of `level_keeping_init`, latents of unit deviation, and little posterior noise."""
     level_keeping_init(vae.encoder, lambda: vae.encoder(images))
     moments = vae.encoder(images)
     vae.quant_conv.weight[:4] /= vae.quant_conv(moments)[:, :4].std()
@@ -130,19 +130,27 @@ def run_steps(
     work: Path,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """The loop of every part: cosine rate, a state file about every two minutes, a log line every 50 steps."""
+    """The training loop of every part: cosine rate, a state file about every two minutes, a log line every 50 steps.
+
+    Args:
+        name: Of the part, for its state file and its log lines.
+        step: Runs forward and backward of a step by its number; returns the loss to log.
+        rate: Peak learning rate, multiplied by a parameter group's "scale".
+        work: Folder of the state file, from which an unfinished training resumes.
+        after: Called with the number of finished steps, after each.
+    """
     state_file = work / f"{name}.state.pt"
     first = _load_state(state_file, network, optimizer)
-    shown, since, saved = 0.0, time.monotonic(), time.monotonic()
+    mean, since, saved = 0.0, time.monotonic(), time.monotonic()
     for number in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(number, steps, rate * group.get("scale", 1.0), 100)
-        shown += step(number) / 50
+        mean += step(number) / 50
         optimizer.step()
         optimizer.zero_grad()
         if (number + 1) % 50 == 0:
-            LOG.info("%s %d/%d: %.4f, %.3f s a step", name, number + 1, steps, shown, (time.monotonic() - since) / 50)
-            shown, since = 0.0, time.monotonic()
+            LOG.info("%s %d/%d: %.4f, %.3f s a step", name, number + 1, steps, mean, (time.monotonic() - since) / 50)
+            mean, since = 0.0, time.monotonic()
         after(number + 1)
         if time.monotonic() - saved > 120 or number + 1 == steps:
             _save_state(state_file, network, optimizer, number + 1)

@@ -82,14 +82,15 @@ class Server:
         return self.wait(self.queue(prompt), timeout)["outputs"]
 
     def object_info(self, node_id: str = "") -> dict:
-        """What ComfyUI tells its frontend about every node, or about one."""
+        """ComfyUI's description of every node, or of one, as its frontend reads it."""
         return json.loads(self.request(f"/object_info/{node_id}" if node_id else "/object_info"))
 
     def interrupt(self) -> None:
-        """Stop the prompt that is running."""
+        """Interrupt the running prompt."""
         self.request("/interrupt", {})
 
     def check_alive(self) -> None:
+        """Raises WorkflowFailed when ComfyUI has ended."""
         if self.process.poll() is not None:
             raise WorkflowFailed(f"ComfyUI ended with code {self.process.returncode}; its log ends:\n{tail(self.log)}")
 
@@ -107,11 +108,13 @@ class Server:
             self.kill()
 
     def record(self, event: dict) -> None:
+        """Append an event and call `on_event`."""
         self.events.append(event)
         if self.on_event:
             self.on_event(event)
 
     async def listen(self, connected: threading.Event) -> None:
+        """Record ComfyUI's events until it ends; sets `connected` once the stream is open."""
         import aiohttp
 
         address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
@@ -134,15 +137,16 @@ def read_event(message: str | bytes) -> dict:
 
 
 def refusal(answer: dict) -> str:
-    """ComfyUI's answer to a prompt it refused, one line per reason."""
+    """ComfyUI's reasons for refusing a prompt, a line each, from its answer."""
     lines = [f"ComfyUI refused the prompt: {answer['error']['message']} {answer['error'].get('details', '')}".rstrip()]
-    for node, found in (answer.get("node_errors") or {}).items():
-        for error in found["errors"]:
-            lines.append(f"node {node} ({found['class_type']}): {error['message']}: {error.get('details', '')}")
+    for node, refused in (answer.get("node_errors") or {}).items():
+        for error in refused["errors"]:
+            lines.append(f"node {node} ({refused['class_type']}): {error['message']}: {error.get('details', '')}")
     return "\n".join(lines)
 
 
 def raise_if_failed(status: dict) -> None:
+    """Raises WorkflowFailed when the status of a history entry holds an error or an interruption."""
     for kind, data in status["messages"]:
         if kind == "execution_error":
             where = f"node {data['node_id']} ({data['node_type']})"
@@ -152,6 +156,7 @@ def raise_if_failed(status: dict) -> None:
 
 
 def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a file."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
@@ -168,7 +173,7 @@ def prepare(base_directory: Path) -> None:
 def link_package(link: Path) -> None:
     """Put this package at `link`: a symbolic link, or a fresh copy where the system does not permit one (Windows).
 
-    Raises ValueError when a folder is there that no earlier call copied: it may be somebody's own clone.
+    Raises ValueError when `link` is a folder that no earlier call made: it may be a clone of the user's.
     """
     if link.is_symlink():
         link.unlink()
@@ -186,13 +191,14 @@ def link_package(link: Path) -> None:
 
 
 def free_port() -> int:
+    """A local port that no program listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(comfyui: Path, base_directory: Path, extra_args: tuple[str, ...] = ("--cpu",)) -> Server:
-    """Start ComfyUI on a free local port; raises WorkflowFailed with its log when it does not come up."""
+    """Start ComfyUI's process on a free local port; it may not answer yet (`wait_until_up`)."""
     base_directory = Path(base_directory).resolve()
     prepare(base_directory)
     port, log = free_port(), base_directory / "comfyui.log"
@@ -207,6 +213,7 @@ def start(comfyui: Path, base_directory: Path, extra_args: tuple[str, ...] = ("-
 
 
 def wait_until_up(server: Server, timeout: float) -> None:
+    """Returns once ComfyUI answers; raises WorkflowFailed with the end of its log when it ends or times out."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         server.check_alive()
@@ -222,7 +229,17 @@ def wait_until_up(server: Server, timeout: float) -> None:
 def server(
     comfyui: Path, base_directory: Path, extra_args: tuple[str, ...] = ("--cpu",), timeout: float = 300
 ) -> Iterator[Server]:
-    """A ComfyUI with this package in it and everything it reads and writes in `base_directory`; stopped on leaving."""
+    """A running ComfyUI whose only custom node is this package; stopped on leaving.
+
+    Args:
+        comfyui: The ComfyUI checkout.
+        base_directory: Folder of everything it reads and writes.
+        extra_args: Further arguments of ComfyUI's main.py.
+        timeout: Seconds until it must answer.
+
+    Raises:
+        WorkflowFailed: When it does not start.
+    """
     running = start(comfyui, base_directory, extra_args)
     try:
         wait_until_up(running, timeout)
@@ -237,6 +254,7 @@ def server(
 
 
 def listen_until_closed(running: Server, connected: threading.Event) -> None:
+    """`Server.listen` for a thread; a broken connection is an error only while ComfyUI still runs."""
     import aiohttp
 
     try:
@@ -247,6 +265,7 @@ def listen_until_closed(running: Server, connected: threading.Event) -> None:
 
 
 def show_progress(event: dict) -> None:
+    """Write an event's progress text to standard error."""
     if event["type"] == "progress_text":
         sys.stderr.write(event["data"]["text"] + "\n")
 

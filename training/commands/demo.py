@@ -1,12 +1,13 @@
-"""The demo: the T5 swap from end to end on the demo model, with a judge reading every picture.
+"""The demo: the T5 swap from end to end on the demo model, with a judge that reads every picture.
 
-The model's CLIP is replaced by a T5 it has never heard: its projection is fitted to the CLIP in closed form (or the
-attention that reads text is reset), the cross-attention is retrained on image files with captions, and held-out
-captions are drawn and judged before and after.
+The model's CLIP is replaced by a T5 that it was not trained with. T5's projection is fitted to the CLIP in closed form
+(or the cross-attention is reset), the cross-attention is retrained on image files with captions, and held-out captions
+are drawn and judged before and after.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,22 +19,28 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.files import read_json, write_json, write_text
+from ..config.flags import add_flags, read_flags
+from ..config.folder import FolderConfig
+from ..config.model import ModelConfig
 from ..config.run import TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import TrainingSettings
-from ..data.folder import FolderConfig, load_folder
+from ..data.folder import load_folder
 from ..data.images import save_png
 from ..demo.files import weights_path
 from ..demo.judge import alignment
 from ..demo.scenes import caption, demo_examples, held_out_scenes
 from ..models.protocols import TextToImage
-from ..recipes.unet import ARTIFACT, TrainedModel, read_trained, train_model
+from ..recipes.unet import TrainedModel, read_trained_model, train_model
 from ..runs.folder import RunFolder, move_aside
 from ..runs.report import write_report
 from ..sampling.generate import draw
-from .open_model import ModelConfig, apply_weights, build_model, with_t5
+from .open_model import apply_weights, build_demo_model, with_t5
+from .terminal import Terminal
+from .verb import Verb
 
-LOOK = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
+DRAW_OPTIONS = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
+"""How pictures to be judged are drawn: arguments of `draw`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ class DemoConfig:
     """Begin again instead of going on with an unfinished run."""
 
     def training(self) -> TrainModelConfig:
-        """The retraining as the train node would be set."""
+        """The retraining's config, as the train node would make it."""
         prompts = tuple(held_out_captions(8))
         return TrainModelConfig(
             run_name=self.run_name,
@@ -72,7 +79,7 @@ class DemoConfig:
             learning_rate=self.learning_rate,
             seed=self.seed,
             settings=TrainingSettings(warmup_steps=20, save_every=50, loss_weighting="none"),
-            samples=SamplePrompts(prompts=prompts, every=0, **LOOK),
+            samples=SamplePrompts(prompts=prompts, every=0, **DRAW_OPTIONS),
             resume="restart" if self.restart else "auto",
         )
 
@@ -98,80 +105,112 @@ def write_pictures(folder: Path, count: int, seed: int, on_text: Callable[[str],
     write_json(done, {"count": count, "seed": seed})
 
 
-def judge(model: TextToImage, count: int, on_text: Callable[[str], None], what: str) -> tuple[dict, list[Tensor]]:
-    """Shares of held-out captions that the judge reads back, and the pictures."""
+def judge_model(model: TextToImage, count: int, on_text: Callable[[str], None], name: str) -> tuple[dict, list[Tensor]]:
+    """Draws held-out captions and judges the pictures.
+
+    Args:
+        count: How many captions.
+        name: What to call the model in the progress texts.
+
+    Returns:
+        `alignment` of the pictures, and the pictures, (3, 128, 128) in 0..1 each.
+    """
     captions = held_out_captions(count)
 
-    def said(done, total):
-        on_text(f"{what}: drawing {done} of {total}")
+    def progress(done: int, total: int) -> None:
+        on_text(f"{name}: drawing {done} of {total}")
 
-    images = draw(model, captions, **LOOK, batch_size=50, on_batch=said)
+    images = draw(model, captions, **DRAW_OPTIONS, batch_size=50, on_batch=progress)
     return alignment(images, captions), images
 
 
 def run_demo(config: DemoConfig, callbacks: Callbacks) -> dict:
-    """Runs the whole demo and returns its figures; `report` is the path of the page to open."""
+    """Runs the whole demo; returns the figures of `judge_run`."""
     began = time.monotonic()
-    make_way(config.output, config.run_name)
-    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {edition()}"
+    set_outdated_run_aside(config.output, config.run_name)
+    pictures = config.output / ".demo" / f"pictures {config.images} {config.seed} {assets_fingerprint()}"
     write_pictures(pictures, config.images, config.seed, callbacks.on_text)
     folder = FolderConfig(folder=pictures, resolution=128)
     dataset = load_folder(folder, lambda done, total, text: callbacks.on_text(text))
-    model = swapped_model(config, dataset.captions)
+    model = swap_text_encoder(config, dataset.captions)
     trained = train_model(model, dataset, config.training(), config.output, callbacks)
-    return run_judged(trained.path.parent, config, callbacks, began)
+    return judge_run(trained.path.parent, config, callbacks, began)
 
 
-def edition() -> str:
-    """Changes with the demo's weights and with how its pictures are drawn."""
+def assets_fingerprint() -> str:
+    """A hash of the demo's weights and of how its pictures are drawn."""
     drawn = demo_examples(1, 0)[0].numpy().tobytes()
     files = (weights_path(name).read_bytes() for name in ("demo.safetensors", "t5.safetensors"))
     return sha256(b"".join([drawn, *files])).hexdigest()[:8]
 
 
-def make_way(runs: Path, name: str) -> None:
-    """Moves a run in the folder of all runs aside when it was made with another edition of the demo."""
-    note, now = runs / ".demo" / f"{name}.json", {"edition": edition()}
-    if note.exists() and read_json(note) != now:
+def set_outdated_run_aside(runs: Path, name: str) -> None:
+    """Moves a run aside that other demo weights or drawings made: the demo could not resume it."""
+    record, current = runs / ".demo" / f"{name}.json", {"edition": assets_fingerprint()}
+    if record.exists() and read_json(record) != current:
         move_aside(runs / name)
-    write_json(note, now)
+    write_json(record, current)
 
 
-def swapped_model(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
-    """The demo model with T5 in place of CLIP, as training starts on it."""
+def swap_text_encoder(config: DemoConfig, captions: Sequence[str]) -> TextToImage:
+    """The demo model with T5 in place of CLIP, before training; captions: what the projection is fitted on."""
     if config.start == "reset":
-        return build_model(ModelConfig(model="demo", t5="demo", reset="cross-attention"))
-    model = build_model(ModelConfig(model="demo"))
-    return with_t5(model, ModelConfig(model="demo", t5="demo"), captions)
+        return build_demo_model(t5="demo", reset="cross-attention")
+    return with_t5(build_demo_model(), ModelConfig(model="demo", t5="demo"), captions)
 
 
-def run_judged(run: Path, config: DemoConfig, callbacks: Callbacks, began: float) -> dict:
-    """Judges a finished run of the T5 swap, wherever it was trained, beside CLIP and the untrained T5.
+def judge_run(run: Path, config: DemoConfig, callbacks: Callbacks, began: float) -> dict:
+    """Judges a finished run of the T5 swap, wherever it was trained, against CLIP and against the untrained T5.
 
-    began: `time.monotonic()` at the start. Returns the figures, then `seconds`, and `report` last.
+    Args:
+        run: Folder of the run.
+        began: `time.monotonic()` at the start of the demo.
+
+    Returns:
+        The alignment of all three, "seconds", and "report", the path of the page to open.
     """
-    original = build_model(ModelConfig(model="demo"))
-    trained = read_trained(run / ARTIFACT)
-    rows, shown = {}, {}
-    for name in ("CLIP", "T5, untrained", "T5, trained"):
-        model = original if name == "CLIP" else build_model(ModelConfig(model="demo", t5="demo"))
-        if name == "T5, trained":
-            model = apply_weights(model, trained)
-        rows[name], shown[name] = judge(model, config.judged, callbacks.on_text, name)
-    report = _report(config, trained, rows, shown)
+    trained = read_trained_model(run)
+    models: dict[str, Callable[[], TextToImage]] = {
+        "CLIP": build_demo_model,
+        "T5, untrained": lambda: build_demo_model(t5="demo"),
+        "T5, trained": lambda: apply_weights(build_demo_model(t5="demo"), trained),
+    }
+    figures, images = {}, {}
+    for name, build in models.items():
+        figures[name], images[name] = judge_model(build(), config.judged, callbacks.on_text, name)
+    report = _write_report(config, trained, figures, images)
     return {
-        "alignment_clip": rows["CLIP"]["alignment"],
-        "alignment_t5_untrained": rows["T5, untrained"]["alignment"],
-        "alignment_t5_trained": rows["T5, trained"]["alignment"],
+        "alignment_clip": figures["CLIP"]["alignment"],
+        "alignment_t5_untrained": figures["T5, untrained"]["alignment"],
+        "alignment_t5_trained": figures["T5, trained"]["alignment"],
         "seconds": round(time.monotonic() - began, 1),
         "report": str(report.resolve()),
     }
 
 
-def _report(config: DemoConfig, trained: TrainedModel, rows: dict[str, dict], shown: dict[str, list[Tensor]]) -> Path:
+def _write_report(
+    config: DemoConfig, trained: TrainedModel, figures: dict[str, dict], images: dict[str, list[Tensor]]
+) -> Path:
     captions = held_out_captions(16)
-    table = [{"text encoder": name, **figures} for name, figures in rows.items()]
-    pictures = {name: list(zip(captions, images, strict=False)) for name, images in shown.items()}
-    folder = RunFolder(trained.path.parent)
+    table = [{"text encoder": name, **row} for name, row in figures.items()]
+    pictures = {name: list(zip(captions, drawn, strict=False)) for name, drawn in images.items()}
     title = f"Held-out captions read back right by the judge (of {config.judged})"
-    return write_report(folder, {title: table}, pictures)
+    return write_report(RunFolder(trained.path.parent), {title: table}, pictures)
+
+
+def run_demo_verb(arguments: argparse.Namespace) -> dict:
+    """The verb: the demo here, or as a workflow in a ComfyUI."""
+    config = read_flags(arguments, DemoConfig)
+    if arguments.comfyui:
+        from .demo_in_comfyui import run_demo_in_comfyui
+
+        return run_demo_in_comfyui(config, arguments.comfyui, Terminal())
+    return run_demo(config, Terminal())
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, DemoConfig)
+    parser.add_argument("--comfyui", type=Path, help="run it as a workflow in this ComfyUI, without a browser")
+
+
+VERBS = {"demo": Verb("the T5 swap on the demo model, judged before and after", add_demo_flags, run_demo_verb)}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..common.callbacks import Callbacks
 from .comfyui_server import PACKAGE, server
-from .demo import DemoConfig, make_way, run_judged
+from .demo import DemoConfig, judge_run, set_outdated_run_aside
 
 WORKFLOW = PACKAGE / "tests" / "workflows" / "swap_text_encoder.json"
 TIMEOUT = 3600
 
 
 def demo_prompt(config: DemoConfig) -> dict:
-    """The example workflow in API format, at the demo's size. Raises ValueError for a start that it does not have."""
+    """The example workflow in API format, at the demo's size; ValueError for a start that the workflow lacks."""
     if config.start != "fit":
         raise ValueError(f"start is {config.start!r}; the example workflow has 'fit'. Use --no-comfyui for others.")
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
@@ -28,11 +28,22 @@ def demo_prompt(config: DemoConfig) -> dict:
 
 
 def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks) -> dict:
-    """Runs the workflow, then judges its run; figures as `run_demo`. Raises WorkflowFailed when a node fails."""
+    """Runs the workflow in a ComfyUI of its own, then judges its run.
+
+    Args:
+        comfyui: The ComfyUI checkout.
+
+    Returns:
+        The figures of `judge_run`.
+
+    Raises:
+        ValueError: For a start that the workflow lacks.
+        WorkflowFailed: When a node fails.
+    """
     began = time.monotonic()
     base = config.output.resolve()
     runs = base / "output" / "retune"
-    make_way(runs, config.run_name)
+    set_outdated_run_aside(runs, config.run_name)
     callbacks.on_text("starting ComfyUI")
 
     def show(event: dict) -> None:
@@ -42,4 +53,4 @@ def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks)
     with server(comfyui, base) as running:
         running.on_event = show
         running.run(demo_prompt(config), TIMEOUT)
-    return run_judged(runs / config.run_name, config, callbacks, began)
+    return judge_run(runs / config.run_name, config, callbacks, began)

@@ -1,7 +1,7 @@
-"""A model as a diffusers folder that runs without this package.
+"""Exports a model as a diffusers folder that runs without this package.
 
-With its own CLIP it is a StableDiffusionPipeline. With a T5, which diffusers has no Stable Diffusion pipeline for, the
-parts lie side by side and README.md holds the few lines of plain code that put them together.
+A model with a CLIP becomes a StableDiffusionPipeline. For a model with a T5 diffusers has no Stable
+Diffusion pipeline: it becomes a folder of its parts, with a README.md of the few lines of code that load and run them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,18 @@ class ImageParts:
     """eps or v."""
     vae: Mapping[str, Tensor]
     scaling_factor: float
-    """What latents of the VAE are multiplied by for the UNet."""
+    """Factor from the VAE's latents to the UNet's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPart:
-    """Stable Diffusion's CLIP to export: `text_model.*` tensors, CLIPTextConfig values, folder of its tokenizer."""
+    """Stable Diffusion's CLIP to export.
+
+    Attributes:
+        state: `text_model.*` tensors.
+        config: Values of its CLIPTextConfig.
+        tokenizer: Folder with vocab.json and merges.txt.
+    """
 
     state: Mapping[str, Tensor]
     config: Mapping
@@ -61,7 +67,7 @@ class ClipPart:
 
     @property
     def size(self) -> int:
-        """Bytes that the tensors take."""
+        """Bytes of the tensors in fp32."""
         return sum(4 * value.numel() for value in self.state.values())
 
     def write(self, folder: Path) -> None:
@@ -77,7 +83,11 @@ class ClipPart:
 
 @dataclass(frozen=True, kw_only=True)
 class T5Part:
-    """A T5 with its projection to export, and its tokenizer as (file name, content); ("byt5", b"") for bytes."""
+    """A T5 with its projection to export.
+
+    Attributes:
+        tokenizer: (file name, content); ("byt5", b"") where bytes are the tokens.
+    """
 
     encoder: T5TextEncoder
     tokenizer: tuple[str, bytes]
@@ -88,7 +98,7 @@ class T5Part:
 
     @property
     def size(self) -> int:
-        """Bytes that the tensors take."""
+        """Bytes of the tensors in fp32."""
         return sum(4 * value.numel() for value in self.encoder.model.parameters())
 
     def write(self, folder: Path) -> None:
@@ -103,13 +113,22 @@ class T5Part:
 
 
 def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | T5Part) -> Path:
-    """Writes root/<name> (the first free `name 2`, ... when it exists) whole or not at all, and returns it.
+    """Writes a folder with the model's parts, complete or not at all.
 
-    Raises ValueError for a name that is no plain folder name, a text encoder that does not fit the UNet, parts of an
-    unknown layout, or too little disk.
+    Args:
+        root: Where to make the folder.
+        name: Its name; if it exists, the first free one of `name 2`, `name 3`, ...
+        text: Must have the width that the UNet reads.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        ValueError: For a name that is no plain folder name, a text encoder that does not fit the UNet, parts of an
+            unknown layout, or too little disk.
     """
     check_run_name(name, "folder_name")
-    unet, vae = built_unet(images), built_vae(images)
+    unet, vae = build_unet(images), build_vae(images)
     if text.width != unet.config.cross_attention_dim:
         raise ValueError(
             f"text encoder's width is {text.width}; the UNet reads {unet.config.cross_attention_dim}. Connect the text "
@@ -117,7 +136,7 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
         )
     size = text.size + sum(4 * p.numel() for module in (unet, vae) for p in module.parameters())
     check_free_disk(root, size + 2**26)
-    target = root / name if not (root / name).exists() else next_name_path(root / name)
+    target = root / name if not (root / name).exists() else (root / name).with_name(next_name(root / name))
     temporary = root / f".{target.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -131,13 +150,8 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
     return target
 
 
-def next_name_path(path: Path) -> Path:
-    """The first free `name 2`, `name 3`, ... beside a folder."""
-    return path.with_name(next_name(path))
-
-
 def scheduler(prediction_type: str):
-    """Stable Diffusion's DDIM scheduler for a kind of prediction."""
+    """Stable Diffusion's DDIMScheduler; prediction_type: eps or v."""
     from diffusers import DDIMScheduler
 
     kind = PREDICTIONS.get(prediction_type)
@@ -147,8 +161,8 @@ def scheduler(prediction_type: str):
     return DDIMScheduler(**SD1_SCHEDULER, **fixed, prediction_type=kind)
 
 
-def built_unet(images: ImageParts) -> nn.Module:
-    """The UNet2DConditionModel of some parts. ValueError for SDXL, inpainting and other layouts."""
+def build_unet(images: ImageParts) -> nn.Module:
+    """The UNet2DConditionModel with these weights; ValueError for SDXL, inpainting and other layouts."""
     from diffusers import UNet2DConditionModel
 
     shapes = {name: value.shape for name, value in images.unet.items()}
@@ -159,24 +173,24 @@ def built_unet(images: ImageParts) -> nn.Module:
     config["sample_size"] = 64 if config["cross_attention_dim"] >= 768 else 16  # the demo model draws 128 pixels
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    return _filled(unet, ldm.to_diffusers(images.unet, ldm.unet_names(config)), "UNet")
+    return _load_weights(unet, ldm.to_diffusers(images.unet, ldm.unet_names(config)), "UNet")
 
 
-def built_vae(images: ImageParts) -> nn.Module:
-    """The AutoencoderKL of some parts, with their scaling factor. ValueError for other layouts."""
+def build_vae(images: ImageParts) -> nn.Module:
+    """The AutoencoderKL with these weights and scaling factor; ValueError for other layouts."""
     from diffusers import AutoencoderKL
 
     config = ldm.vae_config({name: value.shape for name, value in images.vae.items()})
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config | {"scaling_factor": images.scaling_factor})
-    return _filled(vae, ldm.to_diffusers(images.vae, ldm.vae_names(config)), "VAE")
+    return _load_weights(vae, ldm.to_diffusers(images.vae, ldm.vae_names(config)), "VAE")
 
 
-def _filled(module: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+def _load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
     try:
         module.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{what} is of another layout than SD1.x or SD2: {error}") from error
+        raise ValueError(f"{name} is of another layout than SD1.x or SD2: {error}") from error
     return module.eval()
 
 
@@ -196,8 +210,8 @@ def _write_clip_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     special = {"bos_token": "<|startoftext|>"}
     special |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, "do_lower_case": True}
-    write_json(folder / "tokenizer_config.json", about | special)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", config | special)
 
 
 def _model_index() -> dict:
@@ -211,12 +225,12 @@ def _model_index() -> dict:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     absent = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
-    about = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
-    return about | libraries | absent | {"requires_safety_checker": False}
+    header = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
+    return header | libraries | absent | {"requires_safety_checker": False}
 
 
 def _check_projection(state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a projection that the code in README.md could not compute."""
+    """Raises ValueError for a projection that the code in README.md cannot compute."""
     unknown = sorted(state.keys() - PROJECTION_TENSORS)
     if unknown:
         raise ValueError(
@@ -226,9 +240,18 @@ def _check_projection(state: Mapping[str, Tensor]) -> None:
 
 
 def find_tokenizer_file(t5: Path, fingerprint: str, comfyui: Path | None = None) -> tuple[str, bytes]:
-    """(file name, content) of the tokenizer with this fingerprint: inside the T5 file, beside it, or in ComfyUI.
+    """Finds the tokenizer that a T5 was loaded with: inside its file, in the same folder, or in ComfyUI.
 
-    ("byt5", b"") where bytes are the tokens. Raises ValueError when it is not there (any more).
+    Args:
+        t5: File or folder of the T5.
+        fingerprint: Of the tokenizer; "byt5" where bytes are the tokens.
+        comfyui: An installed ComfyUI.
+
+    Returns:
+        (file name, content); ("byt5", b"") where bytes are the tokens.
+
+    Raises:
+        ValueError: When no tokenizer there has this fingerprint (any more).
     """
     if fingerprint == BYT5:
         return BYT5, b""
@@ -247,7 +270,7 @@ def find_tokenizer_file(t5: Path, fingerprint: str, comfyui: Path | None = None)
 
 
 def _write_t5_tokenizer(name: str, content: bytes, folder: Path) -> None:
-    """tokenizer.json loses truncation and padding, so that it gives the ids that this package encodes."""
+    """Writes the tokenizer's file; tokenizer.json without truncation and padding, to encode as this package does."""
     if name == BYT5:
         return
     folder.mkdir()
@@ -280,7 +303,7 @@ t5, p = {t5}.from_pretrained("text_encoder"), load_file("projection/projection.s
 
 @torch.no_grad()
 def encode(prompt):
-    ids = [i for i in {ids} if i not in ({pad}, {end})][:{room}] + [{end}]
+    ids = [i for i in {ids} if i not in ({pad}, {end})][:{max_prompt_tokens}] + [{end}]
     pads = [{pad}] * {pads}
     mask = torch.tensor([[1] * len(ids) + [0] * len(pads)])
     x = t5(input_ids=torch.tensor([ids + pads]), attention_mask=mask).last_hidden_state
@@ -288,7 +311,7 @@ def encode(prompt):
 
 
 prompt, negative = encode("a red circle"), encode("")
-length = math.lcm(prompt.shape[1], negative.shape[1])  # a context that is repeated says the same
+length = math.lcm(prompt.shape[1], negative.shape[1])  # attention to a repeated context is the same
 prompt, negative = (c.repeat(1, length // c.shape[1], 1) for c in (prompt, negative))
 unet, vae = UNet2DConditionModel.from_pretrained("unet"), AutoencoderKL.from_pretrained("vae")
 parts = (vae, None, None, unet, DDIMScheduler.from_pretrained("scheduler"), None, None)
@@ -300,6 +323,7 @@ image.save("image.png")
 An empty negative prompt costs nothing; with a long one the repeated contexts can become long.
 """
 
+# File name of the tokenizer -> code that loads it, code that encodes `prompt`, the package to install.
 _TOKENIZERS = {
     "tokenizer.json": (
         "from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file('tokenizer/tokenizer.json')",
@@ -316,7 +340,11 @@ _TOKENIZERS = {
 
 
 def readme(encoder: T5TextEncoder, tokenizer: str) -> str:
-    """README.md of an exported folder with a T5: plain diffusers and torch code that loads and runs it."""
+    """README.md of an exported folder with a T5: diffusers and torch code that loads and runs it.
+
+    Args:
+        tokenizer: A key of `_TOKENIZERS`.
+    """
     loading, ids, package = _TOKENIZERS[tokenizer]
     state, padding = encoder.projection.state_dict(), encoder.padding
     bias = 'p["linear.bias"]' if "linear.bias" in state else "None"
@@ -331,7 +359,7 @@ def readme(encoder: T5TextEncoder, tokenizer: str) -> str:
         ids=ids,
         pad=encoder.tokenizer.pad_token,
         end=encoder.tokenizer.end_token,
-        room=padding.max_tokens - 1,
+        max_prompt_tokens=padding.max_tokens - 1,
         pads=f"({padding.max_tokens} - len(ids))" if padding.pad == "max_tokens" else "0",
         projected=projected + ' * p["scale"]',
     )

@@ -1,4 +1,4 @@
-"""LoRA files made from others or from two models: resize, extract, convert. What the command line's verbs run."""
+"""The verbs that write LoRA files from other LoRA files or from two models: resize, extract, convert."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Literal
 from torch import Tensor
 
 from ..common.files import read_tensors
-from ..config.checks import check_choices, check_range
-from ..formats.lora import BIAS, Lora, LoraModule, parse_lora, read_lora
-from ..formats.lora_difference import LowRank, as_lora, kernel_of, low_rank, low_rank_of
-from ..formats.lora_metadata import LoraAbout
-from ..formats.lora_names import TEXT, UNET, Naming, naming_of
+from ..config.checks import check_fields
+from ..config.fields import setting
+from ..formats.lora import Lora, LoraModule, parse_lora, read_lora
+from ..formats.lora_difference import LowRankFactors, kernel_of, lora_tensors, low_rank_delta, truncated_svd
+from ..formats.lora_keys import BIAS
+from ..formats.lora_metadata import LoraDescription
+from ..formats.lora_names import TEXT, UNET, Naming, detect_naming
 from ..formats.lora_report import layout_of
 from ..formats.lora_save import save_lora
 from ..models import ldm
@@ -39,14 +41,13 @@ class ResizeLoraConfig:
     """The .safetensors file to write; kohya or diffusers like the one that is read."""
     rank: int | None = None
     """Highest rank of a layer; a layer of a lower one keeps it."""
-    energy: float = 1.0
+    energy: float = setting(1.0, low=1e-6, high=1)
     """Share of each layer's squared Frobenius norm to keep, with as low a rank as that takes; 1 leaves it to rank."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_range(self, energy=(1e-6, 1))
+        check_fields(self)
         _check_rank("rank", self.rank if self.rank is not None else 1, least=1)
         if self.rank is None and self.energy == 1:
             raise ValueError("neither rank nor energy is given; expected --rank 8, --energy 0.95, or both.")
@@ -72,7 +73,7 @@ class ExtractLoraConfig:
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         _check_rank("rank", self.rank, least=1)
         _check_rank("conv_rank", self.conv_rank, least=0)
 
@@ -93,37 +94,46 @@ class ConvertLoraConfig:
     """Numbers in the file."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
 
 def resize_lora(config: ResizeLoraConfig) -> dict:
-    """Writes the resized file; {"file", "layers", "rank": [least, most], "energy_kept", "least_kept", "least_layer"}.
+    """Writes a LoRA of a smaller rank.
 
-    energy_kept is over all layers together. Biases and one-dimensional differences stay as they are. Raises ValueError
-    for DoRA, OFT and other kinds whose difference depends on the weight.
+    Biases and one-dimensional differences stay as they are.
+
+    Returns:
+        {"file", "layers", "rank": [lowest, highest], "energy_kept", "least_kept", "least_layer"}: the shares of the
+        squared Frobenius norm that the new file keeps, of all layers together and of the layer that keeps least.
+
+    Raises:
+        ValueError: For DoRA, OFT and other kinds whose difference depends on the weight.
     """
     lora = read_lora(config.lora)
-    naming = naming_of(lora)
-    modules, kept = {}, {}
+    naming = detect_naming(lora)
+    modules, factors = {}, {}
     for name, module in lora.modules.items():
         rest = {role: value for role, value in module.tensors.items() if role in BIAS}
         if _is_vector(module):
             modules[name] = module
             continue
-        kept[name] = low_rank_of(module, config.rank, config.energy)
-        modules[name] = LoraModule(name, as_lora(kept[name], _kernel(module, naming)) | rest, module.keys)
+        factors[name] = low_rank_delta(module, config.rank, config.energy)
+        modules[name] = LoraModule(name, lora_tensors(factors[name], _kernel(module, naming)) | rest, module.keys)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
-    save_lora(config.output, new, format, config.dtype, LoraAbout(kept=lora.metadata))
-    return {"file": str(config.output), **_figures(lora.name, kept)}
+    save_lora(config.output, new, format, config.dtype, LoraDescription(kept=lora.metadata))
+    return {"file": str(config.output), **_figures(lora.name, factors)}
 
 
 def extract_lora(config: ExtractLoraConfig) -> dict:
-    """Writes the difference of two models as a LoRA; the figures of `resize_lora` and "left_out", an energy share.
+    """Writes the difference of two models as a LoRA; layers without a difference are not in the file.
 
-    left_out is the part of all changes that is in no layer the LoRA covers (norms, biases, embeddings, convolutions
-    without conv_rank). Layers that did not change are not in the file. Raises ValueError for models of different
-    layouts, or without any difference.
+    Returns:
+        The figures of `resize_lora`, and "left_out": the share of the difference's squared Frobenius norm in parameters
+        that the LoRA does not cover (norms, biases, embeddings, convolutions without conv_rank).
+
+    Raises:
+        ValueError: For models of different layouts, or without any difference.
     """
     unet_config, base = _open(config.base)
     _, tuned = _open(config.tuned)
@@ -132,7 +142,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
             f"base and tuned have different parts: {len(differing)} tensors such as {min(differing)!r} are in one "
             "alone. Expected two models of one kind."
         )
-    tensors, kept, outside = {}, {}, 0.0
+    tensors, factors, outside = {}, {}, 0.0
     for name in sorted(base):
         change = _change(name, base[name], tuned[name])
         rank = _rank_for(name, change, config)
@@ -140,23 +150,25 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
             outside += change.double().square().sum().item()
         elif rank:
             layer = name.removesuffix(".weight")
-            kept[layer] = low_rank(change.flatten(1), rank)
-            tensors |= {f"{layer}.{role}": v for role, v in as_lora(kept[layer], tuple(change.shape[2:])).items()}
+            factors[layer] = truncated_svd(change.flatten(1), rank)
+            tensors |= {
+                f"{layer}.{role}": v for role, v in lora_tensors(factors[layer], tuple(change.shape[2:])).items()
+            }
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraAbout(run={"unet": unet_config}))
-    covered = sum(factors.energy for factors in kept.values())
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run={"unet": unet_config}))
+    covered = sum(each.energy for each in factors.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
         log.warning("%.1f %% of the difference is in layers outside of the LoRA", 100 * figures["left_out"])
-    return {"file": str(config.output), **_figures("the difference", kept), **figures}
+    return {"file": str(config.output), **_figures("the difference", factors), **figures}
 
 
 def convert_lora(config: ConvertLoraConfig) -> dict:
-    """Writes the file in the other layout; {"file", "layers", "warnings"}. Errors: ValueError as `save_lora`."""
+    """Writes the LoRA in the other layout; returns {"file", "layers", "warnings"}. Errors: those of `save_lora`."""
     lora = read_lora(config.lora)
-    about = LoraAbout(kept=lora.metadata)
+    about = LoraDescription(file_metadata=lora.metadata)
     warnings = save_lora(config.output, lora, config.format, config.dtype, about, base=config.base)
     return {"file": str(config.output), "layers": len(lora.modules), "warnings": warnings}
 
@@ -166,26 +178,26 @@ VERBS = {
     "extract-lora": (ExtractLoraConfig, extract_lora),
     "convert-lora": (ConvertLoraConfig, convert_lora),
 }
-"""The command line's verbs: their flags and what they run."""
+"""Verb -> its config and its function."""
 
 
 def open_text_encoders(model: str) -> dict[str, Tensor]:
-    """ComfyUI's name -> weight of a model's text encoders, fp32; empty for a UNet alone. model: as for `open_unet`."""
+    """ComfyUI's name -> fp32 weight of a model's text encoders; empty where it has none. model: as in ModelConfig."""
     from ..demo.files import weights_path
 
     path = weights_path("demo.safetensors") if model == "demo" else Path(model)
-    parts = _folder_texts(path) if path.is_dir() else _file_texts(path)
+    parts = _folder_text_encoders(path) if path.is_dir() else _file_text_encoders(path)
     return {f"{TEXT}{encoder}.transformer.{name}": value.float() for encoder, name, value in parts}
 
 
-def _folder_texts(path: Path) -> Iterator[tuple[str, str, Tensor]]:
+def _folder_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     for folder, encoder in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         for file in sorted((path / folder).glob("model*.safetensors")):
             for name, value in read_tensors(file)[0].items():
                 yield "t5" if name.startswith("encoder.block.") else encoder, _hugging_face(name), value
 
 
-def _file_texts(path: Path) -> Iterator[tuple[str, str, Tensor]]:
+def _file_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     first, second = ldm.SDXL_CLIP_PREFIXES
     for prefix, encoder in ((ldm.CLIP_PREFIX, "clip_l"), (first, "clip_l")):
         for name, value in read_tensors(path, prefix)[0].items():
@@ -197,7 +209,7 @@ def _file_texts(path: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _hugging_face(name: str) -> str:
-    """With the `text_model.` that transformers 5 dropped."""
+    """The name with the `text_model.` prefix that transformers 5 dropped."""
     return f"text_model.{name}" if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name) else name
 
 
@@ -211,7 +223,7 @@ def _open(model: str) -> tuple[Mapping, dict[str, Tensor]]:
 
 
 def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:
-    """tuned - base in fp32; None where they are equal. Raises ValueError for two shapes."""
+    """tuned - base in fp32; None where they are equal. Raises ValueError for different shapes."""
     if base.shape != tuned.shape:
         raise ValueError(f"{name} is {tuple(base.shape)} and {tuple(tuned.shape)}; expected two models of one kind.")
     change = tuned.float() - base.float() if tuned.is_floating_point() else None
@@ -219,7 +231,7 @@ def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:
 
 
 def _rank_for(name: str, change: Tensor | None, config: ExtractLoraConfig) -> int:
-    """0 for a parameter that the LoRA leaves out."""
+    """The rank of a parameter's difference; 0 for one that the LoRA does not cover."""
     layer = name.removesuffix(".weight")
     if change is None or change.ndim < 2 or layer == name:
         return 0
@@ -231,39 +243,40 @@ def _rank_for(name: str, change: Tensor | None, config: ExtractLoraConfig) -> in
 
 
 def _is_vector(module: LoraModule) -> bool:
-    """A bias or a norm's scale, which has no rank to speak of."""
+    """Whether the module changes a vector, a bias or a norm's scale, which has no rank to reduce."""
     main = [value for role, value in module.tensors.items() if role in ("diff", "w_norm", "set_weight")]
     return module.rank is None and all(value.ndim < 2 for value in main) and "lokr_w1" not in module.tensors
 
 
 def _kernel(module: LoraModule, naming: Naming) -> tuple[int, ...]:
-    shown = kernel_of(module)
-    if shown is not None:
-        return shown
+    kernel = kernel_of(module)
+    if kernel is not None:
+        return kernel
     layer = naming.layer(module.name)
     return (layer and naming.kernel(layer)) or ()
 
 
-def _figures(name: str, kept: Mapping[str, LowRank]) -> dict:
-    """What became of the layers' energies, for people to judge the rank by."""
-    if not kept:
+def _figures(name: str, factors: Mapping[str, LowRankFactors]) -> dict:
+    """Ranks and kept energies of the layers, for people to judge the rank by."""
+    if not factors:
         raise ValueError(f"{name} has no layer with a rank; expected LoRA, LoCon, LoHa, LoKr or a full difference.")
-    ranks = [len(factors.down) for factors in kept.values()]
-    shares = {layer: factors.kept / factors.energy if factors.energy else 1.0 for layer, factors in kept.items()}
+    ranks = [len(each.down) for each in factors.values()]
+    shares = {layer: each.kept / each.energy if each.energy else 1.0 for layer, each in factors.items()}
     worst = min(shares, key=shares.get)
     return {
-        "layers": len(kept),
+        "layers": len(factors),
         "rank": [min(ranks), max(ranks)],
-        "energy_kept": _share(kept.values()),
+        "energy_kept": _energy_kept(factors.values()),
         "least_kept": shares[worst],
         "least_layer": worst,
     }
 
 
-def _share(parts: Iterable[LowRank]) -> float:
-    parts = list(parts)
-    energy = sum(part.energy for part in parts)
-    return sum(part.kept for part in parts) / energy if energy else 1.0
+def _energy_kept(factors: Iterable[LowRankFactors]) -> float:
+    """The share of the squared Frobenius norm of all layers together that the factors keep."""
+    factors = list(factors)
+    energy = sum(each.energy for each in factors)
+    return sum(each.kept for each in factors) / energy if energy else 1.0
 
 
 def _check_rank(name: str, rank: int, least: int) -> None:

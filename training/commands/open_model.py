@@ -1,27 +1,28 @@
-"""From a description to a model: load, swap the text encoder, reset layers, put results in. What a command opens."""
+"""A model from its config: load it, replace the text encoder, reset layers, apply the results of earlier runs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..common.files import write_tensors
+from ..config.model import ModelConfig
+from ..config.reset import ResetConfig
 from ..demo.files import weights_path
 from ..models import ldm
 from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
-from ..models.layers import ResetConfig, reset_weights
+from ..models.layers import reset_weights
 from ..models.protocols import Denoiser, TextToImage
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
-from ..text_encoder.fit import CoreStates, fit_projection
+from ..text_encoder.fit import EncoderStates, fit_projection
 from ..text_encoder.projection import Projection
-from ..text_encoder.scale import match_reference, scale_to
+from ..text_encoder.scale import scale_to, scale_to_reference
 from ..text_encoder.t5 import Padding, load_t5
 from ..text_encoder.t5_file import read_t5_config
 
@@ -30,47 +31,13 @@ log = logging.getLogger(__name__)
 DEMO = "demo"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A text-to-image model and what is done to it before training."""
-
-    model: str
-    """diffusers folder, .safetensors checkpoint, or "demo"."""
-    tokenizer: Path | None = None
-    """CLIP tokenizer folder, for a single-file checkpoint."""
-    t5: str | None = None
-    """T5 file or folder that replaces CLIP, or "demo"; None keeps CLIP."""
-    t5_tokenizer: Path | None = None
-    """tokenizer.json or spiece.model of the T5, when it does not lie beside it."""
-    comfyui: Path | None = None
-    """An installed ComfyUI, to take tokenizers from."""
-    projection: Literal["orthogonal", "truncate", "mlp", "resampler", "timestep resampler"] = "orthogonal"
-    """Start of the map from T5's width to the UNet's."""
-    projection_seed: int = 0
-    """Names the random projection."""
-    target_std: float | None = None
-    """Scale the T5's output to this std; None matches the CLIP that it replaces."""
-    max_tokens: int = 256
-    """Longer prompts are cut."""
-    pad: Literal["none", "max_tokens"] = "none"
-    """Contexts as long as their prompts, or always padded."""
-    fit: Path | None = None
-    """Text file of prompts, one a line: the projection is fitted on them to the text encoder that the T5 replaces."""
-    fit_method: Literal["ridge", "mean-covariance"] = "ridge"
-    """Fit nearest to that encoder, or nearest with its mean and covariance."""
-    reset: str | None = None
-    """Layers to reset; None keeps all."""
-    reset_seed: int = 0
-    """Names the random weights of the reset."""
-    tuned: tuple[str, ...] = ()
-    """Results of earlier runs that are put into the model, in this order and after all else: folders of `reward`,
-    `train` or `lora` runs, or their files (a LoRA of any trainer too). FILE:0.5 goes half the way."""
-    device: str = ""
-    """Such as cuda or cpu; empty takes what accelerate finds on the command line, and the CPU elsewhere."""
-
-
 def build_model(config: ModelConfig) -> TextToImage:
-    """The model as configured, in fp32. Errors: those of the loaders, before anything slow."""
+    """The model that a config describes, in fp32.
+
+    Raises:
+        ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
+            the loaders.
+    """
     path, tokenizer = _checkpoint(config)
     for text in config.tuned:
         result_files(tuned_file(text).path)
@@ -86,19 +53,24 @@ def build_model(config: ModelConfig) -> TextToImage:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
     encoder = model.text_encoder
-    text = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
-    for part in (model.denoiser.network, model.autoencoder.network, *text):
-        part.to(config.device or "cpu")
+    text_modules = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
+    for module in (model.denoiser.network, model.autoencoder.network, *text_modules):
+        module.to(config.device or "cpu")
     return model
 
 
+def build_demo_model(**options) -> TextToImage:
+    """The demo model; options: further fields of `ModelConfig`, such as t5="demo"."""
+    return build_model(ModelConfig(model=DEMO, **options))
+
+
 def open_unet(model: str) -> dict[str, nn.Parameter]:
-    """Canonical name -> fp32 weight of a UNet alone, `model` as in ModelConfig; nothing else of it has to be there."""
+    """Canonical name -> fp32 weight of the UNet alone; model: as in ModelConfig, its other parts may be missing."""
     return unet_parameters(open_denoiser(model))
 
 
 def open_denoiser(model: str) -> DiffusersDenoiser:
-    """A UNet alone, `model` as in ModelConfig, in fp32."""
+    """The UNet alone, in fp32; model: as in ModelConfig."""
     path, _ = _checkpoint(ModelConfig(model=model))
     return load_denoiser(path)
 
@@ -117,24 +89,28 @@ def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
 
 
 def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ()) -> TextToImage:
-    """The model with its text encoder replaced by a T5 that speaks as loudly as the old one (or at target_std).
+    """The model with its text encoder replaced by a T5, scaled to the same output std (or to config.target_std).
 
-    fit_on: prompts on which the projection is fitted to the old one; without them it stays as `config.projection` says.
+    Args:
+        model: Its denoiser and autoencoder are shared with the result.
+        config: The T5, its tokenizer, projection and padding; its other fields are not used.
+        fit_on: Prompts on which the projection is fitted to the replaced text encoder, which fits its scale too.
+            Without them the projection starts as `config.projection` names and only its scale is matched.
     """
     path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
     width, pooled_width = model.denoiser.context_width, model.denoiser.pooled_width
-    more = {"seed": config.projection_seed, "pooled_width": pooled_width}
-    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **more)
+    options = {"seed": config.projection_seed, "pooled_width": pooled_width}
+    projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **options)
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
     encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
     if fit_on:
-        old = CoreStates(model.text_encoder, before_projection=False)
-        own = CoreStates(encoder, before_projection=True)
-        fitted, report = fit_projection(own, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
+        old = EncoderStates(model.text_encoder, before_projection=False)
+        new = EncoderStates(encoder, before_projection=True)
+        fitted, report = fit_projection(new, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:
-        encoder, _ = match_reference(encoder, model.text_encoder)
+        encoder, _ = scale_to_reference(encoder, model.text_encoder)
     else:
         encoder, _ = scale_to(encoder, config.target_std)
     return replace(model, text_encoder=encoder)
@@ -142,7 +118,7 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
 
 @torch.no_grad()
 def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
-    """Resets attention weights of a model that this process loaded for itself."""
+    """Resets attention weights of the model's UNet, which nothing else may be using."""
     parameters = unet_parameters(model.denoiser)
     for name, value in reset_weights(parameters, config)[0].items():
         parameters[name].copy_(value)
@@ -150,7 +126,7 @@ def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
 
 @torch.no_grad()
 def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
-    """A model that this process loaded for itself with a run's result in it."""
+    """Copies a run's result into the model, which nothing else may be using, and returns it."""
     parameters = unet_parameters(model.denoiser)
     for name, value in trained.unet.items():
         parameters[name].copy_(value)
@@ -161,5 +137,5 @@ def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
 
 
 def save_unet(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes canonical UNet weights as ComfyUI's Load Diffusion Model reads them."""
+    """Writes canonical UNet weights in the layout that ComfyUI's Load Diffusion Model reads."""
     write_tensors(Path(path), {ldm.UNET_PREFIX + name: value for name, value in weights.items()})

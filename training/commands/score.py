@@ -1,4 +1,4 @@
-"""Image files scored by rewards: the command line's `score`."""
+"""Scores of image files by rewards: the command line's `score`."""
 
 from __future__ import annotations
 
@@ -46,39 +46,54 @@ class ScoreConfig:
 
 
 def score_files(config: ScoreConfig) -> dict[str, Any]:
-    """Scores of each file, mean and std; see `ScoreTable.as_dict`. Errors: ValueError and OSError for missing files."""
+    """Scores the files by every reward.
+
+    Returns:
+        {"images": names}, the scores of each file with mean and std (`ScoreTable.as_dict`), and "diversity" if asked.
+
+    Raises:
+        ValueError, OSError: For missing or unreadable files.
+    """
     reward = read_rewards(config.rewards, config.tokenizer, config.comfyui)
     folder = config.images if config.images.is_dir() else config.images.parent
     names = find_images(folder) if config.images.is_dir() else [config.images.name]
-    prompts = read_prompts(config.prompts, [folder / name for name in names], reward.reads_prompts)
+    prompts = prompts_for(config.prompts, [folder / name for name in names], reward.reads_prompts)
     reward.network.to(config.device)
     images = (load_image(folder / name) for name in names)
     table = score_images(reward, images, prompts, lambda done, total: log.info("%d of %d images", done, total))
     result = {"images": names} | table.as_dict()
     if config.diversity:
-        found = diversity(of_one_size([folder / name for name in names]), reward)
-        result["diversity"] = {"vendi": found.vendi, "distance": found.distance, "lpips": found.lpips}
+        spread = diversity(load_equal_sized([folder / name for name in names]), reward)
+        result["diversity"] = {"vendi": spread.vendi, "distance": spread.distance, "lpips": spread.lpips}
     if config.output is not None:
         write_text(config.output, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def read_prompts(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
-    """A prompt for each image, from a file or the .txt beside it; ValueError for another number, or none."""
+def prompts_for(file: Path | None, images: Sequence[Path], needed: bool) -> list[str]:
+    """One prompt for each image.
+
+    Args:
+        file: Text file with a prompt a line, one for all images or one for each. None: each image has its .txt file.
+        needed: Whether a missing .txt is an error; otherwise its prompt is empty.
+
+    Raises:
+        ValueError: For another number of prompts than images, or a missing .txt.
+    """
     if file is not None:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if len(lines) not in (1, len(images)):
             raise ValueError(f"{file.name} has {len(lines)} prompts; expected 1 or {len(images)}, one for each image.")
         return lines * len(images) if len(lines) == 1 else lines
-    beside = [image.with_suffix(".txt") for image in images]
-    missing = [path.name for path in beside if not path.is_file()]
+    captions = [image.with_suffix(".txt") for image in images]
+    missing = [path.name for path in captions if not path.is_file()]
     if missing and needed:
         raise ValueError(f"{missing[0]} does not exist; expected a prompt for each image. Use --prompts with a file.")
-    return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in beside]
+    return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in captions]
 
 
-def of_one_size(files: Sequence[Path]) -> Tensor:
-    """(N, 3, H, W) images; ValueError where sizes differ."""
+def load_equal_sized(files: Sequence[Path]) -> Tensor:
+    """Images of one size as (N, 3, H, W); ValueError where sizes differ."""
     images = [load_image(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
@@ -88,4 +103,4 @@ def of_one_size(files: Sequence[Path]) -> Tensor:
 
 
 VERBS = {"score": (ScoreConfig, score_files)}
-"""The command line's verb: its flags and what it runs."""
+"""Verb -> its config and its function."""

@@ -1,4 +1,4 @@
-"""The command line's side of a verb: progress as lines, the result as text or JSON, errors as one line."""
+"""How a verb talks to a terminal: progress as lines, the result as text or JSON, errors as one line."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Terminal(Callbacks):
 
 
 def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], arguments: argparse.Namespace) -> int:
-    """Runs a verb and writes what it returns: a line a value or, with `arguments.json`, one JSON object.
+    """Runs a verb and writes its result: a line for each value or, with `arguments.json`, one JSON object.
 
     Returns:
-        The exit status: 0, 2 after an error that a user can mend (said in one line), 130 after Ctrl-C.
+        The exit status: 0; 2 after an error that the user can fix, which is written as one line; 130 after Ctrl-C.
     """
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"

@@ -1,3 +1,3 @@
-"""What every folder stands on: files, random draws by name, fingerprints, several processes, callbacks. Nothing of
+"""Files, random generators by name, fingerprints, several processes, callbacks: for every folder above. Nothing about
 models or runs.
 """

@@ -1,4 +1,4 @@
-"""How a run talks to its surroundings: a terminal, a node, a test."""
+"""The interface between a run and its caller: a terminal, a node, a test."""
 
 from __future__ import annotations
 
@@ -11,53 +11,59 @@ import torch
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a progress display needs after an optimiser step."""
+    """Progress after an optimiser step."""
 
     run: str
+    """Name of the run."""
     step: int
+    """Steps done."""
     steps: int
+    """Steps of the whole run."""
     loss: float
     learning_rate: float
     seconds_per_step: float
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The step's row of metrics.jsonl: loss, learning rate and whatever else was measured."""
+    """The step's row of metrics.jsonl: loss, learning rate and further measurements."""
 
 
 class Callbacks:
-    """How a run talks to its surroundings. Any method may raise to cancel; the state is saved, then it goes on up."""
+    """Reports of a run to its caller; by default they do nothing.
+
+    Any method may raise to cancel the run: its state is saved, then the exception propagates.
+    """
 
     interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
     """Exceptions that mean "cancelled by the user" rather than "failed"."""
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether this means that the device's memory did not suffice."""
+        """Whether the device ran out of memory."""
         return isinstance(error, torch.cuda.OutOfMemoryError)
 
     def wants_finish(self) -> bool:
-        """Whether the run shall end with the step just done, as if that were its last; asked after every step."""
+        """Whether the run ends now as if the step just done were its last; called after every step."""
         return False
 
     def on_text(self, text: str) -> None:
-        """A phase in words: loading, caching, sampling."""
+        """A phase begins: text for people, such as loading, caching or sampling."""
 
     def pulse(self) -> None:
-        """Long work has come a piece further, a sampler step or a picture: a moment to look for a cancel."""
+        """A part of long work is done, such as a sampler step or a picture; called to allow a cancel."""
 
     def on_end(self, text: str) -> None:
-        """How the run ended, in words: the last that is said of it."""
+        """The run has ended: text for people. Called last."""
         self.on_text(text)
 
     def before_step(self, step: int) -> None:
-        """A step, or the first drawing, comes next: a moment to look for a cancel."""
+        """A step, or the drawing of the first samples, is next; called to allow a cancel."""
 
     def after_load(self) -> None:
-        """Pictures or texts were read and maybe encoded: bring the network back, weights are swapped into it next."""
+        """Pictures or texts were loaded and perhaps encoded; the network is needed on its device next."""
 
     def on_step(self, info: StepInfo) -> None:
         """An optimiser step is done."""
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        """A row with `event` (validation, sample, watch) was written to metrics.jsonl; a sample's files are there."""
+        """A row with `event` (validation, sample, watch) was written to metrics.jsonl, after the files of a sample."""
 
     def on_state(self, state: str, step: int, message: str = "") -> None:
-        """The run is running, interrupted, failed or finished from here on, as its status.json says."""
+        """The run's state, as in its status.json, became running, interrupted, failed or finished."""

@@ -1,8 +1,8 @@
-"""Several processes, one run: each takes its share of every batch, gradients are summed.
+"""One run on several processes: each computes its share of every batch, and gradients are summed.
 
 Noise and timesteps belong to the sample's number in the step, not to the process, so a run on n GPUs equals a run on
-one up to the order of additions; adapters' dropout aside, which each process draws for its own share. Started by
-`accelerate launch`; a plain start is a world of one.
+one up to the order of additions, except for adapters' dropout, which each process draws for its share. Started by
+`accelerate launch`; a plain start has one process.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
+"""The others wait while the main process fills caches, draws and validates: torch's ten minutes are too short."""
 
 
 @dataclass(frozen=True)
 class World:
+    """This process among all processes of a run, and their collective operations; no-ops in a world of one."""
+
     rank: int = 0
     size: int = 1
 
@@ -29,25 +32,25 @@ class World:
         return self.rank == 0
 
     def shard(self, items: list) -> list:
-        """This process's part of a list, round robin."""
+        """This process's part of a list, round robin: items rank, rank + size, ..."""
         return items[self.rank :: self.size]
 
     def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
-        """Adds tensors up over all processes, in place."""
+        """Sums each tensor over all processes, in place."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def all_gather(self, value: Any) -> list:
-        """What each process has, in their order; small things that pickle."""
+        """The values of all processes, in order of rank; for small objects that pickle."""
         if self.size == 1:
             return [value]
-        found = [None] * self.size
-        torch.distributed.all_gather_object(found, value)
-        return found
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def broadcast(self, number: int, device: torch.device) -> int:
-        """The main process's number on every process; all wait for it here."""
+        """The number of the main process, on every process."""
         if self.size == 1:
             return number
         shared = torch.tensor([number if self.is_main else 0], device=device)
@@ -55,14 +58,15 @@ class World:
         return int(shared)
 
     def barrier(self) -> None:
+        """Waits until every process has called this."""
         if self.size > 1:
             torch.distributed.barrier()
 
 
 def world() -> World:
-    """The world that accelerate's launcher describes in the environment; joins it on the first call.
+    """The processes of this run, from the environment that accelerate's launcher sets; joins them on the first call.
 
-    Raises ValueError when accelerate does not join the processes: each would train on its own.
+    Raises ValueError when accelerate does not join the processes: each would train alone.
     """
     size = _size()
     if size == 1:
@@ -77,7 +81,7 @@ def world() -> World:
 
 
 def local_device() -> torch.device:
-    """The device that accelerate gives this process."""
+    """The device that accelerate assigns to this process."""
     return _state().device
 
 
@@ -86,10 +90,7 @@ def _size() -> int:
 
 
 def _state():
-    """accelerate's view of this process; without an accelerator it joins several processes only when told "cpu".
-
-    The others wait for the main process while it fills caches, draws and validates: torch's ten minutes are too short.
-    """
+    """accelerate's state of this process; without an accelerator it joins several processes only with cpu=True."""
     from accelerate import PartialState
 
     return PartialState(cpu=_size() > 1 and not torch.accelerator.is_available(), timeout=COLLECTIVE_TIMEOUT)

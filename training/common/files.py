@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary name beside the target, then renamed."""
+"""Reads and writes files. A file is written to a temporary name in its folder, then renamed: it is whole or absent."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from typing import Any
 
 from torch import Tensor
 
-_PATIENCE = 2.0
-"""Seconds that a rename waits for another program's hand on the target: Windows refuses to replace an open file."""
+_RENAME_TIMEOUT = 2.0
+"""Seconds that a rename is tried while the target is open in another program, which Windows refuses to replace."""
 
 
-def _usual_mode() -> int:
-    """What `open` gives new files in this process."""
+def _default_mode() -> int:
+    """Permissions of files that `open` creates in this process."""
     umask = os.umask(0o077)
     os.umask(umask)
     return 0o666 & ~umask
 
 
-_MODE = _usual_mode()
+_MODE = _default_mode()
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """`os.replace` that tries again for two seconds where a virus scanner or a reader holds the file open (Windows)."""
-    deadline = time.monotonic() + _PATIENCE
+    """`os.replace` that tries again for two seconds while the target is open in another program (Windows)."""
+    deadline = time.monotonic() + _RENAME_TIMEOUT
     while True:
         try:
             return os.replace(temporary, path)
@@ -52,9 +52,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; renames it to `path` on success, removes it when anything is raised.
+    """Yields a temporary path in the same folder; renames it to `path` on success, removes it when anything is raised.
 
-    durable: the data is on the disk itself before the rename, so that a power cut leaves the old file or the new one.
+    durable: the data is on the disk before the rename, so that a power cut leaves the old file or the new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,24 +69,24 @@ def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes bytes whole or not at all."""
+    """Writes bytes, wholly or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str, durable: bool = False) -> None:
-    """Writes UTF-8 text, lines ended by a newline on every system, whole or not at all; durable as `atomic_path`."""
+    """Writes UTF-8 text, wholly or not at all, with the same line ends on every system; durable: see `atomic_path`."""
     with atomic_path(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all; it is on the disk when this returns."""
+    """Writes a value as indented JSON, wholly or not at all; it is on the disk when this returns."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False), durable=True)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all. Raises ValueError when the disk is full."""
+    """Writes a safetensors file, wholly or not at all. Raises ValueError when the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -95,7 +95,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         with atomic_path(path, durable=True) as temporary:
             ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(ready, temporary, dict(metadata or {}))
-            temporary.chmod(_MODE)  # safetensors makes files that their owner alone may read
+            temporary.chmod(_MODE)  # safetensors creates files that only their owner may read
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not full:
@@ -107,17 +107,23 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         ) from error
 
 
-def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata, copied out: a file that stays mapped cannot be replaced on Windows.
-
-    prefix: only tensors whose names begin with it are read. Errors: ValueError for a damaged file or one of another
-    kind, FileNotFoundError where there is none.
-    """
-    from safetensors import SafetensorError, safe_open
-
+def existing_file(path: str | Path) -> Path:
+    """The path of a file; raises FileNotFoundError where there is none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
+def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors, copied, and metadata. (Windows cannot replace a file that stays mapped.)
+
+    prefix: reads only tensors whose names begin with it. Raises ValueError for a damaged file or one of another kind,
+    FileNotFoundError where there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
@@ -130,19 +136,17 @@ def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
 
 _DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
 _DAMAGED += (AssertionError, struct.error)
-"""What torch.load raises for bytes that are no pickle of it, or cut, or changed."""
+"""Raised by torch.load for truncated or changed files and for those that torch.save did not write."""
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What torch.save wrote, on the CPU; nothing but tensors, numbers, texts, lists and dicts is made of it.
+    """The content of a file that torch.save wrote, on the CPU: tensors, numbers, texts, lists and dicts.
 
-    Errors: ValueError for a damaged file or one with code, FileNotFoundError where there is none.
+    Raises ValueError for a damaged file or one with code, FileNotFoundError where there is none.
     """
     import torch
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = existing_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
@@ -150,7 +154,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value. Raises ValueError that names the file when it is damaged."""
+    """A JSON file's value. Raises ValueError with the file's name when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

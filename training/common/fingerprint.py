@@ -1,4 +1,4 @@
-"""Short names for the content of big things, to key caches and to tell one base model from another."""
+"""Short fingerprints of large tensors, to key caches and to identify base models."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +11,9 @@ SKETCHED = 8
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) -> str:
-    """32 hex digits over names, shapes and up to 1024 evenly spaced values of each tensor, in fp32.
+    """32 hex digits over names, shapes and up to 1024 evenly spaced values of each tensor in fp32, and `more`.
 
-    A sample, not every byte: fast for any model, and training or a merge changes nearly every value it touches.
+    Values are sampled to be fast for any model; training or a merge changes nearly all values of a tensor.
     """
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
@@ -25,8 +25,8 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) ->
 def tensors_sketch(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list]:
     """Name -> [shape, up to 8 evenly spaced values] of each tensor, to compare with `sketches_match`.
 
-    For what is computed rather than loaded: a fit or a measured scale has other last bits on another machine, or with
-    another number of threads.
+    For computed weights, such as a fit or a measured scale, whose last bits differ between machines and numbers of
+    threads.
     """
     return {
         name: [list(t.shape), _spaced(t, SKETCHED).tolist()] for name, t in sorted(tensors, key=lambda item: item[0])

@@ -1,7 +1,7 @@
-"""Random number generators that depend on nothing but their name.
+"""Random number generators by seed and name.
 
-Every draw of a run (noise, sigma, crop, dropout, order, ...) comes from `generator(seed, purpose, ...)`. Nothing
-random depends on how the process got where it is, so a resumed run repeats an uninterrupted one bit for bit.
+Every draw of a run (noise, sigma, crop, dropout, order, ...) comes from `generator(seed, purpose, ...)`. No draw
+depends on earlier ones, so a resumed run repeats an uninterrupted one bit for bit.
 """
 
 import hashlib

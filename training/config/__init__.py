@@ -1,4 +1,4 @@
-"""What a run can be asked for: frozen dataclasses that nodes, command line and config.json share, and their checks.
+"""Settings of runs and commands: frozen dataclasses that nodes, command line and config.json share, and their checks.
 
-No tensors and no work: a config says what is wanted, recipes do it.
+No tensors and no work: recipes and commands read a config and do what it describes.
 """

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
+
+from .fields import config_fields
 
 RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
 RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
 
 
-def check_choices(config: Any) -> None:
-    """Raises ValueError when a field typed `Literal[...]` holds something else."""
-    for name, hint in get_type_hints(type(config)).items():
-        choices = get_args(hint)
-        if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in choices:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(str, choices))}.")
+def check_fields(config: Any) -> None:
+    """Raises ValueError where a field holds none of its choices or lies outside its range; None is in every range."""
+    fields = config_fields(type(config))
+    for name, field in fields.items():
+        if field.choices and getattr(config, name) not in field.choices:
+            choices = ", ".join(map(str, field.choices))
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {choices}.")
+    for name, field in fields.items():
+        if not field.allows(getattr(config, name)):
+            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range}.")
 
 
 def check_range(config: Any, **limits: tuple[float, float]) -> None:
-    """Raises ValueError when a named field lies outside its (lowest, highest) limits."""
+    """Raises ValueError when a named field lies outside its (lowest, highest) limits, where these are not the field's.
+
+    A limit that always holds belongs to the field itself, see `fields.setting`.
+    """
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}; expected {low} to {high}.")
+
+
+def check_multiple(name: str, value: int, of: int = 8) -> None:
+    """Raises ValueError unless `value` is a positive multiple of `of`, the step of an f8 autoencoder."""
+    if value < of or value % of:
+        below = max(of, value // of * of)
+        raise ValueError(f"{name} is {value}; expected a positive multiple of {of}. Use {below} or {below + of}.")
 
 
 def check_size(config: Any, what: str) -> None:

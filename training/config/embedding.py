@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check_choices, check_range
+from .fields import alpha_setting, rate_setting, setting
 from .lora import LoraConfig
 from .run import RunConfig
 from .tokens import check_token
@@ -18,34 +18,35 @@ class EmbeddingConfig(RunConfig):
     """Train new tokens of a text encoder on images (textual inversion, arXiv 2208.01618)."""
 
     token: str
-    """The new word, such as <cat-toy>; several with commas between them, told apart by the captions."""
-    vectors: int = 1
-    """Token embeddings that stand for each word; each takes a place of the prompt's 77."""
-    initial_text: str = ""
-    """Words whose embeddings training starts from, cut or repeated to `vectors`; with several tokens one text each,
-    commas between them; empty starts from random vectors of the vocabulary's size."""
-    template: Literal["auto", "captions", "object", "style", "own"] = "auto"
-    """Captions of the images: their own where they hold the token, or sentences about an object or a style, or `lines`.
-    auto: their own if any holds the token, else object."""
-    lines: tuple[str, ...] = ()
-    """Sentences for template "own": {} stands for the token and {caption} for the image's caption."""
-    caption_word: str = ""
-    """Word of the captions whose place the token takes, such as cat; several with commas between them."""
-    norm: Literal["vocabulary", "free"] = "vocabulary"
-    """vocabulary: every vector stays as long as the vocabulary's median, so that it mixes with other words."""
-    lora_rank: int = 0
-    """Rank of a LoRA on the UNet that trains in the same run (pivotal tuning); 0 trains the tokens alone."""
-    lora_alpha: float = 16.0
-    """Scale of that LoRA, fixed: dW = alpha / rank * up * down."""
-    lora_targets: Literal[LORA_TARGETS] = "attention"  # type: ignore[valid-type]
+    """The new token for prompts, such as <my-cat>. Several with commas between them, told apart by the captions."""
+    learning_rate: float = rate_setting(1e-5)
+    """Peak learning rate of the vectors."""
+    vectors: int = setting(1, low=1, high=75)
+    """Vectors of each token; more can describe more and use more of a prompt's 77 positions."""
+    initial_text: str = setting("")
+    """Text whose embeddings training starts from: a word or two for the thing, or a token of another embedding. Several
+    tokens take a text each, with commas between them. Empty starts from random vectors."""
+    template: Literal["auto", "captions", "object", "style", "own"] = setting("auto")
+    """captions: those of the images, which contain the token. object, style: sentences such as a photo of a ... own:
+    those of lines. auto: captions if any contains the token, else object."""
+    lines: tuple[str, ...] = setting((), advanced=True)
+    """Sentences for template own: {} stands for the token, {caption} for the image's caption."""
+    caption_word: str = setting("", advanced=True)
+    """A word of the captions, such as cat, that the token replaces; several with commas."""
+    norm: Literal["vocabulary", "free"] = setting("vocabulary", advanced=True)
+    """vocabulary: vectors stay as long as the vocabulary's median, so that they mix with other words. free: they may
+    grow."""
+    lora_rank: int = setting(0, low=0, high=4096, advanced=True)
+    """Rank of a LoRA on the UNet that trains in the same run (pivotal tuning); 0: none."""
+    lora_alpha: float = alpha_setting(16.0, advanced=True)
+    """Scale of that LoRA: alpha / rank multiplies it."""
+    lora_targets: Literal[LORA_TARGETS] = setting("attention", advanced=True)  # type: ignore[valid-type]
     """Layers of the UNet that get an adapter of that LoRA."""
-    lora_learning_rate: float = 1e-4
+    lora_learning_rate: float = rate_setting(1e-4, advanced=True)
     """Peak learning rate of that LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        check_range(self, vectors=(1, 75), lora_rank=(0, 4096), lora_alpha=(1e-6, 1e6), lora_learning_rate=(0, 10))
         lowered = [token.lower() for token in self.tokens]
         if len(set(lowered)) < len(lowered):
             raise ValueError(f"token is {self.token!r}; expected different words. Upper and lower case are alike.")
@@ -80,7 +81,7 @@ class EmbeddingConfig(RunConfig):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The LoRA that trains beside the tokens."""
+        """The LoRA that trains together with the tokens."""
         if not self.lora_rank:
             return None
         return LoraConfig(

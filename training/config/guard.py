@@ -10,10 +10,13 @@ ACTIONS = ("stop", "keep best")
 
 @dataclass(frozen=True)
 class GuardRule:
-    """floor: the lowest diversity allowed, as a share of the start's, above 0 to 1.
+    """The diversity that a reward tuning must not lose, and what happens below it.
 
-    action: "stop" ends a run at the first check below the floor, with the best weights before it; "keep best" lets it
-    go on, and the best weights of all checks at or above the floor are the result, also where none was below.
+    Attributes:
+        floor: the lowest diversity allowed, as a share of the start's, above 0 to 1.
+        action: "stop" ends a run at the first check below the floor, with the best weights until then; "keep best"
+            continues it, and the best weights of all checks at or above the floor are the result, also where no check
+            was below.
     """
 
     floor: float
@@ -23,9 +26,9 @@ class GuardRule:
         return share >= self.floor
 
     def should_stop(self, share: float) -> bool:
-        """Whether a check that found this share ends the run."""
+        """Whether a check with this diversity ends the run."""
         return self.action == "stop" and not self.allows(share)
 
     def chooses(self, stopped: bool) -> bool:
-        """Whether the result is the guard's choice; stopped: whether the guard ended the run."""
+        """Whether the result is the guard's choice, where the guard ended the run (`stopped`) or did not."""
         return stopped or self.action == "keep best"

@@ -1,4 +1,4 @@
-"""What the loop is given beside a trainable and an objective: how far and how fast, and the order of its data."""
+"""What the training loop needs besides a trainable and an objective: steps, rates, and the order of its data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ class Batches(Protocol):
 
 
 class TrainingDiverged(ValueError):
-    """The loss or its gradient is not finite any more."""
+    """The loss or its gradient has become infinite or NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
+    """How far and how fast a loop trains, and what it samples meanwhile."""
+
     steps: int
     batch_size: int
     learning_rate: float
     settings: TrainingSettings
     samples: SamplePrompts
     steps_per_epoch: float = math.inf
-    """Optimiser steps in which every image is shown once (or `repeats` times)."""
-    when_full: str = ""
-    """What to change when memory does not suffice, in words."""
+    """Optimiser steps in which every image is drawn once (or `repeats` times)."""
+    memory_hints: str = ""
+    """Text of the error when memory runs out: which settings to change."""
 
     @property
     def sample_every(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .checks import check_choices, check_range
+from .fields import alpha_setting, rate_setting, setting
 from .run import RunConfig
 
 ALGORITHMS = ("LoRA", "LoCon", "LoHa", "LoKr", "DoRA")
@@ -16,52 +16,40 @@ TARGET_CHOICES = ("attention", "cross-attention", "attention + feed-forward", "a
 class LoraConfig(RunConfig):
     """Train low-rank adapters of a UNet, and of its text encoder, on captioned images."""
 
-    rank: int = 16
-    """Rank r of the adapters; LoKr uses full factors where r is as large as they are."""
-    alpha: float = 16.0
-    """Scale of the adapters, fixed: dW = alpha / rank * up * down."""
-    algorithm: Literal[ALGORITHMS] = "LoRA"  # type: ignore[valid-type]
-    """LoRA (arXiv 2106.09685), LoCon (convolutions too), LoHa and LoKr (arXiv 2309.14859), DoRA (arXiv 2402.09353)."""
-    targets: Literal[TARGET_CHOICES] = "attention + feed-forward"  # type: ignore[valid-type]
-    """Which layers get an adapter; "all" adds the residual blocks, whose 3x3 convolutions LoRA and DoRA leave out."""
-    target_regex: str = ""
-    """For targets "regex": the layers whose name (`diffusion_model.input_blocks.1.1...`, `text_encoders.clip_l...`)
-    it is found in."""
-    text_encoder_learning_rate: float = 0.0
-    """Peak learning rate of the text encoder's adapters; 0 trains the UNet alone."""
-    text_encoder_2_learning_rate: float = -1.0
-    """Peak learning rate of the second text encoder's adapters, where there are two (SDXL's CLIP-G); -1: as of the
-    first, 0: it gets none."""
-    conv_rank: int = 0
-    """Rank of the adapters of 3x3 convolutions; 0 = as `rank`."""
-    conv_alpha: float = 0.0
-    """Scale of the adapters of 3x3 convolutions; 0 = as `alpha`."""
-    lokr_factor: int = -1
-    """LoKr: the size of the smaller factor; -1 = as near to the square root as it goes."""
-    dropout: float = 0.0
+    learning_rate: float = rate_setting(1e-5)
+    """Peak learning rate of the UNet's adapters."""
+    rank: int = setting(16, low=1, high=4096)
+    """Rank of the adapters."""
+    alpha: float = alpha_setting(16.0)
+    """Scale of the adapters: alpha / rank multiplies them. It does not train."""
+    algorithm: Literal[ALGORITHMS] = setting("LoRA")  # type: ignore[valid-type]
+    """LoRA (arXiv 2106.09685); LoCon adapts 3x3 convolutions too; LoHa and LoKr (LyCORIS, arXiv 2309.14859); DoRA
+    learns magnitudes (arXiv 2402.09353)."""
+    targets: Literal[TARGET_CHOICES] = setting("attention + feed-forward")  # type: ignore[valid-type]
+    """Layers that get an adapter; all adds the residual blocks. regex: see target_regex."""
+    target_regex: str = setting("", advanced=True)
+    """For targets regex: searched in layer names such as diffusion_model.input_blocks.1.1.proj_in."""
+    text_encoder_learning_rate: float = rate_setting(0.0)
+    """Peak learning rate of the text encoder's adapters; 0 does not train the text encoder."""
+    text_encoder_2_learning_rate: float = setting(-1.0, step=1e-7, advanced=True)
+    """Peak learning rate of SDXL's second text encoder; -1: as of the first, 0 does not train it."""
+    conv_rank: int = setting(0, low=0, high=4096, advanced=True)
+    """Rank for 3x3 convolutions; 0: rank."""
+    conv_alpha: float = alpha_setting(0.0, low=0, advanced=True)
+    """Scale for 3x3 convolutions; 0: alpha."""
+    lokr_factor: int = setting(-1, advanced=True)
+    """LoKr: size of the smaller factor; -1: near the square root."""
+    dropout: float = setting(0.0, low=0, high=0.99, step=0.01, snap=True, advanced=True)
     """Share of each adapter's inputs set to zero while training."""
-    rank_dropout: float = 0.0
+    rank_dropout: float = setting(0.0, low=0, high=0.99, step=0.01, snap=True, advanced=True)
     """Share of the ranks (LoHa, LoKr: of the outputs) left out while training."""
-    module_dropout: float = 0.0
+    module_dropout: float = setting(0.0, low=0, high=0.99, step=0.01, snap=True, advanced=True)
     """Share of the adapters left out while training."""
-    lora_plus_ratio: float = 1.0
-    """LoRA+ (arXiv 2402.12354): how many times faster the matrix that starts at zero learns; 16 is the paper's."""
+    lora_plus_ratio: float = setting(1.0, low=1e-3, high=1000, step=0.5, advanced=True)
+    """LoRA+ (arXiv 2402.12354): how many times faster the matrix that starts at zero learns; 16 in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        check_range(
-            self,
-            rank=(1, 4096),
-            alpha=(1e-6, 1e6),
-            conv_rank=(0, 4096),
-            conv_alpha=(0, 1e6),
-            text_encoder_learning_rate=(0, 10),
-            lora_plus_ratio=(1e-3, 1000),
-            dropout=(0, 0.99),
-            rank_dropout=(0, 0.99),
-            module_dropout=(0, 0.99),
-        )
         self._check_rates()
         if self.targets == "regex" and not self.target_regex:
             raise ValueError("target_regex is empty; expected one for targets 'regex', for example 'attn2'.")
@@ -108,4 +96,4 @@ LORA_PRESETS: dict[str, dict[str, Any]] = {
     "style": {"rank": 32, "alpha": 32.0, "algorithm": "LoCon", "targets": "all", "conv_rank": 16, "conv_alpha": 16.0},
     "character": {"rank": 16, "alpha": 8.0, "algorithm": "LoRA", "targets": "attention + feed-forward"},
 }
-"""Named groups of values; a preset other than "custom" wins over the values it names."""
+"""Named groups of values; those of a preset other than "custom" replace the user's."""

@@ -1,4 +1,4 @@
-"""What a saved file says of the run it comes from."""
+"""The metadata that a saved file has of the run it comes from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ _NO_SETTINGS = ("run_name", "samples", "resume")
 
 
 def about_run(run: Mapping[str, Any], ending: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of the run it comes from.
+    """The metadata of a run, for a file made by it.
 
-    run: what its config.json holds. ending: how it ended. The result has the run's name, its kind, `rewards` (kind,
-    weight, files), `settings` (what trained, method, gradient_steps K, sampling_steps T, cfg, steps, learning_rate,
-    seed, ...) and `base`, the fingerprints of what it began with.
+    Args:
+        run: the content of its config.json.
+        ending: how it ended; copied into the result.
+
+    Returns:
+        The run's name and kind, `rewards` (kind, weight, files), `settings` (what trained, method, gradient_steps K,
+        sampling_steps T, cfg, steps, learning_rate, seed, ...), `base` (fingerprints of the model it started from) and
+        `prompts`.
     """
     identity, config = run.get("identity", {}), run.get("config", {})
     return {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check_choices, check_range, check_size
+from .checks import check_size
+from .fields import alpha_setting, rate_setting, setting, side_setting
 from .guard import ACTIONS, GuardRule
 from .lora import LoraConfig
 from .run import RunConfig
@@ -18,60 +19,56 @@ METHODS = ("last K", "random K", "one step", "direct")
 class RewardTuneConfig(RunConfig):
     """Tune a model so that its pictures score higher (TextCraftor, arXiv 2403.18978, algorithm 1)."""
 
-    learning_rate: float = 1e-6
-    """Peak learning rate; LoRA wants about a hundred times as much."""
-    train: Literal[TUNE_TARGETS] = "text encoder"  # type: ignore[valid-type]
+    batch_size: int = setting(1, low=1, high=10**5)
+    """Pictures per batch."""
+    learning_rate: float = rate_setting(1e-6)
+    """Peak learning rate; a LoRA needs about 100 times more."""
+    train: Literal[TUNE_TARGETS] = setting("text encoder")  # type: ignore[valid-type]
     """What is tuned."""
-    method: Literal[METHODS] = "last K"  # type: ignore[valid-type]
-    """Sampler steps that gradients go through: the last K; as many of the last as a draw from 1 to K says (AlignProp,
-    arXiv 2310.03739); the clean picture seen from one step among the last K (ReFL, arXiv 2304.05977); or direct: no
-    sampler, the clean picture seen from a noised image of a data set, without guidance (TextCraftor, equation 4)."""
-    gradient_steps: int = 5
-    """K, the steps counted from the end."""
-    sampling_steps: int = 25
+    method: Literal[METHODS] = setting("last K")  # type: ignore[valid-type]
+    """last K: gradients through the last gradient_steps. random K: through a random number of the last, up to it
+    (AlignProp, arXiv 2310.03739). one step: through the clean picture predicted at one of them, the cheapest (ReFL,
+    arXiv 2304.05977). direct: no sampler, the clean picture predicted from noised images of a dataset (TextCraftor)."""
+    gradient_steps: int = setting(5, low=1, high=1000)
+    """K: sampler steps, counted from the end, that gradients go through."""
+    sampling_steps: int = setting(25, low=1, high=1000)
     """Steps of the sampler (DDIM)."""
-    cfg: float = 7.5
-    """Classifier-free guidance while training."""
-    stop_gradient: bool = True
-    """Let no gradient through what the UNet reads of the picture (DRTune, arXiv 2405.00760): each step is then gone
-    through on its own, and memory does not grow with K."""
-    width: int = 512
-    """Picture width in pixels, a multiple of 8."""
-    height: int = 512
-    """Picture height in pixels, a multiple of 8."""
-    lora_rank: int = 16
-    """Rank of the adapters, where a LoRA is tuned."""
-    lora_alpha: float = 16.0
-    """Scale of the adapters, fixed: dW = alpha / rank * up * down."""
-    eps_constraint: float = 0.0
-    """Weight of the mean squared difference between the tuned and the frozen model's outputs at the steps that
-    gradients go through (the KL term of DRaFT+); 0 = off. It costs a frozen pass for each."""
-    drift_constraint: float = 0.0
-    """Weight of how far the prompts' encodings move, as a share of their squared length; 0 = off."""
-    guard_diversity: float = 0.0
-    """Lowest diversity of a prompt's pictures, as a share of the untuned model's, that the guard allows; 0.8 is a good
-    start, and 0.01 only logs. 0: no guard. It draws guard_prompts x guard_images pictures at step 0, every
-    validate_every steps and at the end."""
-    guard_action: Literal[ACTIONS] = "stop"  # type: ignore[valid-type]
-    """Below guard_diversity, end the run with the best weights before; or let it go on, and make the best weights of
-    all that are not below it the result. Best: the highest reward of the guard's pictures."""
-    guard_prompts: int = 4
-    """Prompts that the guard draws: the first held-out ones, and then the first of the others."""
-    guard_images: int = 4
-    """Pictures of each of them."""
+    cfg: float = setting(7.5, low=0, high=100, step=0.1, snap=True)
+    """Scale of classifier-free guidance while tuning; the one that pictures are later sampled with."""
+    stop_gradient: bool = setting(True, advanced=True)
+    """Let no gradient through the UNet's noisy input (DRTune, arXiv 2405.00760): the backward pass goes step by step,
+    and memory does not grow with gradient_steps."""
+    width: int = side_setting(512)
+    """Picture width in pixels while tuning, a multiple of 8."""
+    height: int = side_setting(512)
+    """Picture height in pixels while tuning, a multiple of 8."""
+    lora_rank: int = setting(16, low=1, high=4096, advanced=True)
+    """Rank of a tuned LoRA."""
+    lora_alpha: float = alpha_setting(16.0, advanced=True)
+    """Scale of a tuned LoRA: alpha / rank multiplies it."""
+    eps_constraint: float = setting(0.0, low=0, high=1e6, step=0.05, advanced=True)
+    """Weight of the squared difference between the tuned and the original model's outputs (the KL term of DRaFT+);
+    0: none."""
+    drift_constraint: float = setting(0.0, low=0, high=1e6, step=0.05, advanced=True)
+    """Weight of how far the prompts' encodings move, as a share of their squared length; 0: none."""
+    guard_diversity: float = setting(0.0, low=0, high=1, step=0.05, snap=True, advanced=True)
+    """Lowest diversity of a prompt's pictures, as a share of the untuned model's; 0.8 is a good start, 0.01 only logs.
+    Measured every validate_every steps, on pictures drawn for it. 0: no guard."""
+    guard_action: Literal[ACTIONS] = setting("stop", advanced=True)  # type: ignore[valid-type]
+    """stop: below guard_diversity the run ends, with the best weights until then. keep best: the run continues, and the
+    best weights not below it are the result. Best by the reward of the guard's pictures."""
+    guard_prompts: int = setting(4, low=1, high=1000, advanced=True)
+    """Prompts that the guard draws, the held-out ones first."""
+    guard_images: int = setting(4, low=2, high=1000, advanced=True)
+    """Pictures of each of the guard's prompts, always from the same noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        check_range(self, gradient_steps=(1, 1000), sampling_steps=(1, 1000), cfg=(0, 100))
-        check_range(self, width=(8, 8192), height=(8, 8192), lora_rank=(1, 4096), lora_alpha=(1e-6, 1e6))
-        check_range(self, eps_constraint=(0, 1e6), drift_constraint=(0, 1e6))
         if self.drift_constraint and not self.text_trains:
             raise ValueError(
                 f"drift_constraint is {self.drift_constraint:g} and train {self.train!r}; expected 0, since no "
                 "encoding of a prompt moves. Use eps_constraint instead."
             )
-        check_range(self, guard_diversity=(0, 1), guard_prompts=(1, 1000), guard_images=(2, 1000))
         if self.guard_rule and self.guard_rule.chooses(stopped=False) and self.settings.result == "best":
             raise ValueError(
                 "result is 'best' and guard_action is 'keep best'; expected one of the two. The one goes by the loss "
@@ -102,6 +99,6 @@ class RewardTuneConfig(RunConfig):
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets="regex" if text else "attention",
-            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # what every loader knows
+            target_regex=r"^text_encoders\..*\.encoder\.(layers|block)\." if text else "",  # every loader reads these
             text_encoder_learning_rate=self.learning_rate if text else 0.0,
         )

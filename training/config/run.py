@@ -1,11 +1,12 @@
-"""Settings of a run: frozen dataclasses that nodes, the command line and `config.json` share."""
+"""Settings that every run has, and those of a UNet's retraining."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
-from .checks import check_choices, check_range, check_run_name
+from .checks import check_fields, check_run_name
+from .fields import rate_setting, setting
 from .guard import GuardRule
 from .sample_prompts import SamplePrompts
 from .training_settings import TrainingSettings
@@ -15,34 +16,34 @@ LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training on captioned images is asked for."""
+    """The settings that every training has."""
 
     run_name: str
-    """Folder name of the run."""
-    steps: int = 500
+    """Name of the run's folder, in output/retune."""
+    steps: int = setting(500, low=1, high=10**8)
     """Optimiser steps in all."""
-    batch_size: int = 1
+    batch_size: int = setting(1, low=1, high=10**5)
     """Images per batch."""
-    learning_rate: float = 1e-5
+    learning_rate: float = rate_setting(1e-5)
     """Peak learning rate."""
-    seed: int = 0
-    """Names every random draw of the run."""
+    seed: int = setting(0, low=0, high=2**64 - 1)
+    """Seed of every random draw of the run."""
     settings: TrainingSettings = TrainingSettings()
     samples: SamplePrompts = SamplePrompts()
-    resume: Literal["auto", "restart"] = "auto"
-    """auto: go on with the run of this name if its settings are equal; restart: move the old folder aside."""
+    resume: Literal["auto", "restart"] = setting("auto")
+    """auto: resume the run of this name if its settings are equal; restart: move the old folder aside. Steps, samples,
+    validate_every, save_every, early_stop_after, result, tensorboard and gradient_checkpointing may change."""
 
     def __post_init__(self) -> None:
         check_run_name(self.run_name)
-        check_choices(self)
-        check_range(self, steps=(1, 10**8), batch_size=(1, 10**5), learning_rate=(0, 10), seed=(0, 2**64 - 1))
+        check_fields(self)
         if self.settings.total_batch % self.batch_size:
             raise ValueError(
                 f"total_batch is {self.settings.total_batch}; expected a multiple of batch_size, {self.batch_size}. "
                 "Choose a batch_size that divides it, or total_batch 0."
             )
-        wants_validation = self.settings.early_stop_after or self.settings.result == "best"
-        if wants_validation and not self.settings.validation_fraction:
+        needs_validation = self.settings.early_stop_after or self.settings.result == "best"
+        if needs_validation and not self.settings.validation_fraction:
             raise ValueError(
                 "validation_fraction is 0; expected more with early_stop_after or result 'best', which go by the loss "
                 "of held-out images. 0.05 to 0.1 is usual."
@@ -61,22 +62,22 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainModelConfig(RunConfig):
-    """Retrain parts of a UNet (and the projection behind a text encoder) on captioned images."""
+    """Retrain parts of a UNet (and the projection after a text encoder) on captioned images."""
 
-    train: Literal[LAYERS] = "cross-attention"  # type: ignore[valid-type]
+    train: Literal[LAYERS] = setting("cross-attention")  # type: ignore[valid-type]
     """Which layers of the UNet train."""
-    train_projection: bool = True
-    """Whether the text encoder's projection trains too (it has one after RetuneLoadT5)."""
+    train_projection: bool = setting(True)
+    """Train the projection of a T5 text encoder as well."""
 
 
 RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}
-"""Fields that may differ when a run goes on."""
+"""Fields that may differ when a run resumes."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
-RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # it gives the same bits, and a run that ran out of memory may need it
+RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # same bits, and a run that ran out of memory may need it
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The part of a config that must be equal for a run to go on, as plain JSON values."""
+    """The part of a config that must be equal for a run to resume, as plain JSON values."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in RESUMABLE}
     if "settings" in values:
         values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
@@ -84,7 +85,7 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def former_identity(config: Any) -> dict[str, Any]:
-    """What `identity` takes for settings that an earlier version of the program did not have: their defaults."""
+    """`identity` of the defaults, for settings that did not exist when a run began."""
     values = {f.name: f.default for f in fields(config) if f.name not in RESUMABLE and f.default is not MISSING}
     if "settings" in values:
         values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}

@@ -1,28 +1,40 @@
-"""Aspect-ratio buckets: batches need one size, photographs come in many.
+"""Aspect-ratio buckets: image sizes for batches, since all images of a batch need the same size.
 
-After NovelAI's bucketing as kohya's sd-scripts implement it: all sizes on a grid of `step` pixels whose area is at most
-resolution squared; an image goes to the bucket of the nearest aspect ratio and is cut as little as possible.
+NovelAI's bucketing as in kohya's sd-scripts: the buckets are all sizes on a grid of `step` pixels whose area is at most
+resolution squared. An image goes to the bucket with the nearest aspect ratio, so that as little as possible is cropped.
 """
 
 from __future__ import annotations
 
 import math
 
+from ..config.checks import check_multiple
+
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
 
 def default_step(resolution: int) -> int:
-    """Grid of the buckets in pixels: 64 from resolution 256 on, a quarter of the resolution (multiple of 8) below."""
+    """Default grid in pixels: 64 for a resolution of 256 or more, below that a quarter of it (a multiple of 8)."""
     return max(8, min(64, resolution // 4 // 8 * 8))
 
 
 def make_buckets(
     resolution: int, step: int | None = None, min_side: int | None = None, max_side: int | None = None
 ) -> tuple[Size, ...]:
-    """All (width, height) with sides in min_side..max_side, multiples of `step`, and area <= resolution^2; sorted.
+    """All bucket sizes of a resolution: each width with its largest height, and each mirrored.
 
-    Defaults: `default_step(resolution)`, half and twice the resolution. Each width gets its tallest height.
+    Args:
+        resolution: Square root of the largest area, in pixels.
+        step: Sides are multiples of it; a multiple of 8. Default: `default_step(resolution)`.
+        min_side: Smallest side; default half the resolution.
+        max_side: Largest side; default twice the resolution.
+
+    Returns:
+        (width, height) pairs, sorted.
+
+    Raises:
+        ValueError: `step` is no multiple of 8, or the resolution is not within these limits.
     """
     step = default_step(resolution) if step is None else step
     min_side = resolution // 2 if min_side is None else min_side
@@ -42,14 +54,12 @@ def make_buckets(
     return tuple(sorted(sizes))
 
 
+def target_sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
+    """All buckets of a resolution, or without `buckets` only the square one."""
+    return make_buckets(resolution) if buckets else ((resolution, resolution),)
+
+
 def bucket_for(width: int, height: int, buckets: tuple[Size, ...]) -> Size:
-    """The bucket whose log aspect ratio is nearest to width / height; of equally near ones the largest."""
+    """The bucket whose log aspect ratio is nearest to that of width x height; of equally near ones the largest."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), -size[0] * size[1], size))
-
-
-def check_multiple(name: str, value: int, of: int = 8) -> None:
-    """Raises ValueError unless `value` is a positive multiple of `of`, the step of an f8 autoencoder."""
-    if value < of or value % of:
-        below = max(of, value // of * of)
-        raise ValueError(f"{name} is {value}; expected a positive multiple of {of}. Use {below} or {below + of}.")

@@ -1,7 +1,7 @@
-"""Latents and text embeddings on disk, keyed by content and encoder.
+"""Caches latents, masks and text embeddings on disk, keyed by content and encoder.
 
-Every value is encoded alone (never as part of a batch) and read back from disk even the first time, so a run that finds
-a full cache sees the same bits as the run that filled it.
+Each value is encoded on its own (never as part of a batch) and read back from disk even the first time, so that a run
+with a full cache uses the same bits as the run that filled it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -28,24 +29,40 @@ from .folder import Progress
 
 log = logging.getLogger(__name__)
 
+PREFIX = "before."
+"""Prefix of the names under which a conditioning's own prefix is stored."""
 Tensors = dict[str, Tensor]
-Job = tuple[str, float, str, Callable[[], Tensors]]
-"""(key, relative size, what it is, how to make it)."""
 
 MEMORY = 512 << 20
-"""Default bytes kept in memory."""
+"""Default size of the part in memory, in bytes."""
 SPARE_DISK = 64 << 20
+"""Disk space to leave free, in bytes."""
 VERSION = 1
-"""Raise it whenever the same image or caption would be prepared differently."""
+"""Increase it whenever the same image or caption would be prepared differently."""
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-class LatentCache:
-    """Latents of whole data sets, and their masks. `encode` maps (1, 3, H, W) images in 0..1 to (1, C, h, w) latents.
+class Entry(NamedTuple):
+    """A value of the cache: its `key`, its `size` relative to other entries, its `name` for messages, and `encode`."""
 
-    The key is the image's content, target size, crop and mirroring, and `encoder_fingerprint`; for masks the mask's
-    content and `downscale`, pixels per latent cell. Random crops are never cached: they are encoded on the spot. Values
-    are float32.
+    key: str
+    size: float
+    name: str
+    encode: Callable[[], Tensors]
+
+
+class LatentCache:
+    """Caches a data set's latents and masks, in float32.
+
+    Latents are keyed by the image's content, target size and mirroring, and by the encoder; masks by the mask's
+    content, the same sizes and `downscale`. Random crops are not cached but encoded whenever they are needed.
+
+    Args:
+        folder: Where the cache is.
+        encode: (1, 3, H, W) image in 0..1 -> (1, C, h, w) latent.
+        encoder_fingerprint: Changes with the encoder's weights.
+        memory: Size of the part in memory, in bytes.
+        downscale: Pixels per latent cell along each side.
     """
 
     def __init__(
@@ -69,10 +86,17 @@ class LatentCache:
         crop: str = "center",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The latent (C, h, w) of one image, encoded now if it is not on disk. crop "random" needs the generator."""
+        """The latent (C, h, w) of an image, encoded first if it is not on disk.
+
+        Args:
+            example: The image.
+            flip: Mirror it.
+            crop: "center" or "random".
+            generator: Required for "random".
+        """
         if crop == "random":
-            return self._tensors(example, flip, crop, generator)["latent"][0]
-        return self._store.get(self._job(example, flip))["latent"][0].clone()
+            return self._encode_latent(example, flip, crop, generator)["latent"][0]
+        return self._store.get(self._latent_entry(example, flip))["latent"][0].clone()
 
     def mask(
         self,
@@ -82,56 +106,66 @@ class LatentCache:
         crop: str = "center",
         generator: torch.Generator | None = None,
     ) -> Tensor | None:
-        """The mask (1, h, w) of one image in latent cells, each the mean of its pixels; None for one without a mask.
+        """The mask (1, h, w) of an image, averaged over each latent cell; None for an image without a mask.
 
-        A random crop is the latent's where the generator is in the same state.
+        Arguments as `get`. A random crop equals the latent's if the generator is in the same state.
         """
         if example.mask is None:
             return None
         if crop == "random":
-            return self._mask_tensors(example, flip, crop, generator)["mask"][0]
-        return self._store.get(self._mask_job(example, flip))["mask"][0].clone()
+            return self._downscale_mask(example, flip, crop, generator)["mask"][0]
+        return self._store.get(self._mask_entry(example, flip))["mask"][0].clone()
 
     def fill(self, dataset: Dataset, on_progress: Progress | None = None) -> int:
-        """Encodes what is missing, image by image, mirrored ones too if the data set mirrors, then their masks; returns
-        how many.
+        """Encodes missing latents, mirrored ones too if the data set mirrors, then missing masks.
 
-        Does nothing for random crops. Raises OSError (ENOSPC) before encoding when the disk is too small.
+        Does nothing for random crops.
+
+        Returns:
+            The number of encoded values.
+
+        Raises:
+            OSError: (ENOSPC) The disk is too small, estimated from the first value.
         """
         if dataset.crop == "random":
             return 0
         flips = (False, True) if dataset.flip else (False,)
-        jobs = [self._job(example, flip) for example in dataset.examples for flip in flips]
-        masks = [self._mask_job(example, flip) for example in dataset.examples if example.mask for flip in flips]
-        filled = self._store.fill(jobs, "latents", on_progress)
+        latents = [self._latent_entry(example, flip) for example in dataset.examples for flip in flips]
+        masks = [self._mask_entry(example, flip) for example in dataset.examples if example.mask for flip in flips]
+        filled = self._store.fill(latents, "latents", on_progress)
         return filled + self._store.fill(masks, "masks", on_progress)
 
-    def _job(self, example: Example, flip: bool) -> Job:
+    def _latent_entry(self, example: Example, flip: bool) -> Entry:
         key = _key("latent", VERSION, self._fingerprint, example.key, example.width, example.height, "center", flip)
-        return key, example.width * example.height, example.name, lambda: self._tensors(example, flip, "center", None)
+        size = example.width * example.height
+        return Entry(key, size, example.name, lambda: self._encode_latent(example, flip, "center", None))
 
-    def _tensors(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
+    def _encode_latent(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
         image = example.load(flip=flip, crop=crop, generator=generator)
         with torch.no_grad():
-            return _checked({"latent": self._encode(image[None])}, f"the latent of {example.name}")
+            return _to_stored({"latent": self._encode(image[None])}, f"the latent of {example.name}")
 
-    def _mask_job(self, example: Example, flip: bool) -> Job:
+    def _mask_entry(self, example: Example, flip: bool) -> Entry:
         size, mask = (example.width, example.height), example.mask
         key = _key("mask", VERSION, mask.key, mask.alpha, *size, self._downscale, "center", flip)
         name = f"mask of {example.name}"
-        return key, size[0] * size[1], name, lambda: self._mask_tensors(example, flip, "center", None)
+        return Entry(key, size[0] * size[1], name, lambda: self._downscale_mask(example, flip, "center", None))
 
-    def _mask_tensors(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
+    def _downscale_mask(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
         pixels = example.load_mask(flip=flip, crop=crop, generator=generator)
         cells = example.height // self._downscale, example.width // self._downscale
         mask = torch.nn.functional.interpolate(pixels[None], cells, mode="area")
-        return _checked({"mask": mask}, f"the mask of {example.name}")
+        return _to_stored({"mask": mask}, f"the mask of {example.name}")
 
 
 class TextCache:
-    """Text embeddings. `encode` maps a list of one caption to a Conditioning of batch 1.
+    """Caches text embeddings, in float32 and without padding that their mask hides (see `trim_padding`).
 
-    Contexts are stored without the pads that their mask hides (a mask that then hides nothing is None), as float32.
+    Args:
+        folder: Where the cache is.
+        encode: List of one caption -> Conditioning of batch size 1.
+        encoder_fingerprint: Changes with the text encoder.
+        memory: Size of the part in memory, in bytes.
     """
 
     def __init__(
@@ -146,39 +180,40 @@ class TextCache:
         self._store = _Store(Path(folder), memory)
 
     def get(self, caption: str) -> Conditioning:
-        """The conditioning (batch 1) of a caption, encoded now if it is not on disk."""
-        return self._conditioning(self._store.get(self._job(caption)))
+        """The conditioning (batch size 1) of a caption, encoded first if it is not on disk."""
+        return self._conditioning(self._store.get(self._entry(caption)))
 
-    def once(self, caption: str) -> Conditioning:
-        """As `get` for a caption that may never come again: if it has to be encoded, only memory keeps it."""
-        return self._conditioning(self._store.get(self._job(caption), on_disk=False))
+    def get_in_memory(self, caption: str) -> Conditioning:
+        """As `get`, for a caption that may not recur: if it is encoded now, it is cached in memory but not on disk."""
+        return self._conditioning(self._store.get(self._entry(caption), write=False))
 
     @staticmethod
     def _conditioning(stored: Tensors) -> Conditioning:
         tensors = {name: tensor.clone() for name, tensor in stored.items()}
-        prefix = _from_tensors(tensors, "before.") if "before.context" in tensors else None
+        prefix = _from_tensors(tensors, PREFIX) if f"{PREFIX}context" in tensors else None
         return replace(_from_tensors(tensors), prefix=prefix)
 
     def fill(self, captions: Iterable[str], on_progress: Progress | None = None) -> int:
-        """Encodes the missing ones of `captions`, one at a time; returns how many."""
-        return self._store.fill([self._job(caption) for caption in captions], "captions", on_progress)
+        """Encodes missing captions, one at a time; returns their number."""
+        return self._store.fill([self._entry(caption) for caption in captions], "captions", on_progress)
 
-    def _job(self, caption: str) -> Job:
-        return _key("text", VERSION, self._fingerprint, caption), 1.0, caption, lambda: self._tensors(caption)
+    def _entry(self, caption: str) -> Entry:
+        key = _key("text", VERSION, self._fingerprint, caption)
+        return Entry(key, 1.0, caption, lambda: self._encode_caption(caption))
 
-    def _tensors(self, caption: str) -> Tensors:
+    def _encode_caption(self, caption: str) -> Tensors:
         with torch.no_grad():
-            found = tight(self._encode([caption]))
-        if len(found) != 1:
-            raise ValueError(f"the text encoder returned a batch of {len(found)} for one caption; expected 1.")
-        tensors = _to_tensors(found)
-        if found.prefix is not None:
-            tensors |= _to_tensors(tight(found.prefix), "before.")
-        return _checked(tensors, f"the embedding of {caption!r}")
+            conditioning = trim_padding(self._encode([caption]))
+        if len(conditioning) != 1:
+            raise ValueError(f"the text encoder returned a batch of {len(conditioning)} for one caption; expected 1.")
+        tensors = _to_tensors(conditioning)
+        if conditioning.prefix is not None:
+            tensors |= _to_tensors(trim_padding(conditioning.prefix), PREFIX)
+        return _to_stored(tensors, f"the embedding of {caption!r}")
 
 
-def tight(conditioning: Conditioning) -> Conditioning:
-    """Cuts the tokens behind the last attended one; a mask that hides nothing any more becomes None."""
+def trim_padding(conditioning: Conditioning) -> Conditioning:
+    """Cuts the tokens after the last attended one; if the mask hides no other token, it becomes None."""
     mask = conditioning.mask
     if mask is None:
         return conditioning
@@ -189,7 +224,7 @@ def tight(conditioning: Conditioning) -> Conditioning:
 
 
 def _to_tensors(conditioning: Conditioning, prefix: str = "") -> Tensors:
-    """Without what stands before it."""
+    """Context, pooled and mask by name (with `prefix`), without the conditioning's own prefix."""
     parts = {name: getattr(conditioning, name) for name in ("context", "pooled", "mask")}
     return {prefix + name: tensor for name, tensor in parts.items() if tensor is not None}
 
@@ -199,47 +234,49 @@ def _from_tensors(tensors: Tensors, prefix: str = "") -> Conditioning:
 
 
 class _Store:
-    """Dictionaries of tensors in `folder/ab/abcd....safetensors`, the most recent ones also in memory."""
+    """Stores dictionaries of tensors in `folder/ab/abcd....safetensors`, and the most recently used ones in memory."""
 
     def __init__(self, folder: Path, memory: int):
         self.folder = folder
         self._memory = memory
-        self._held: OrderedDict[str, Tensors] = OrderedDict()
-        self._held_bytes = 0
+        self._recent: OrderedDict[str, Tensors] = OrderedDict()
+        self._recent_bytes = 0
 
-    def get(self, job: Job, on_disk: bool = True) -> Tensors:
-        """The entry, made now if it is neither in memory nor on disk; without on_disk only memory then keeps it."""
-        key, _, _, make = job
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        tensors = self._read(key)
-        if tensors is None and not on_disk:
-            tensors = make()
+    def get(self, entry: Entry, write: bool = True) -> Tensors:
+        """The entry's tensors, encoded first if they are neither in memory nor on disk; written to disk if `write`."""
+        if entry.key in self._recent:
+            self._recent.move_to_end(entry.key)
+            return self._recent[entry.key]
+        tensors = self._read(entry.key)
+        if tensors is None and not write:
+            tensors = entry.encode()
         elif tensors is None:
-            data = _pack(make())
-            self._write(key, data, len(data))
-            tensors = self._read(key)
+            data = _pack(entry.encode())
+            self._write(entry.key, data, len(data))
+            tensors = self._read(entry.key)
             assert tensors is not None, "a cache entry cannot be read right after it was written"
-        self._hold(key, tensors)
+        self._remember(entry.key, tensors)
         return tensors
 
-    def fill(self, jobs: Iterable[Job], what: str, on_progress: Progress | None) -> int:
-        """Makes the missing entries; the first one made tells what the rest will need on disk."""
-        jobs = {job[0]: job for job in jobs}
-        missing = [job for key, job in jobs.items() if self._read(key) is None]
-        if on_progress and jobs:
-            on_progress(len(jobs) - len(missing), len(jobs), f"caching {what}")
-        left, rate = sum(job[1] for job in missing), 0.0
-        for done, (key, weight, name, make) in enumerate(missing, start=1 + len(jobs) - len(missing)):
-            data = _pack(make())
-            if not rate:
-                rate = len(data) / weight
-                self._check_space(rate * left)
-            self._write(key, data, rate * left)
-            left -= weight
+    def fill(self, entries: Iterable[Entry], kind: str, on_progress: Progress | None) -> int:
+        """Encodes and writes missing entries; `kind` is for messages.
+
+        The size of the first written entry gives the estimate of the disk space for the rest.
+        """
+        entries = {entry.key: entry for entry in entries}
+        missing = [entry for key, entry in entries.items() if self._read(key) is None]
+        if on_progress and entries:
+            on_progress(len(entries) - len(missing), len(entries), f"caching {kind}")
+        remaining, bytes_per_size = sum(entry.size for entry in missing), 0.0
+        for done, entry in enumerate(missing, start=1 + len(entries) - len(missing)):
+            data = _pack(entry.encode())
+            if not bytes_per_size:
+                bytes_per_size = len(data) / entry.size
+                self._check_space(bytes_per_size * remaining)
+            self._write(entry.key, data, bytes_per_size * remaining)
+            remaining -= entry.size
             if on_progress:
-                on_progress(done, len(jobs), f"caching {what}: {name}")
+                on_progress(done, len(entries), f"caching {kind}: {entry.name}")
         return len(missing)
 
     def _path(self, key: str) -> Path:
@@ -256,19 +293,20 @@ class _Store:
             return None
 
     def _write(self, key: str, data: bytes, needed: float) -> None:
+        """Writes an entry; `needed` is the disk space in bytes for it and the rest, for the message of a full disk."""
         try:
             write_bytes(self._path(key), data)
         except OSError as error:
             if error.errno in DISK_FULL:
-                raise self._full(needed) from error
+                raise self._disk_full(needed) from error
             raise
 
     def _check_space(self, needed: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < needed + SPARE_DISK:
-            raise self._full(needed)
+            raise self._disk_full(needed)
 
-    def _full(self, needed: float) -> OSError:
+    def _disk_full(self, needed: float) -> OSError:
         free = shutil.disk_usage(self.folder).free / 2**20
         return OSError(
             errno.ENOSPC,
@@ -277,23 +315,25 @@ class _Store:
             str(self.folder),
         )
 
-    def _hold(self, key: str, tensors: Tensors) -> None:
-        self._held[key] = tensors
-        self._held_bytes += _bytes(tensors)
-        while self._held_bytes > self._memory and len(self._held) > 1:
-            self._held_bytes -= _bytes(self._held.popitem(last=False)[1])
+    def _remember(self, key: str, tensors: Tensors) -> None:
+        """Puts an entry into memory, and drops the least recently used ones beyond the limit."""
+        self._recent[key] = tensors
+        self._recent_bytes += _nbytes(tensors)
+        while self._recent_bytes > self._memory and len(self._recent) > 1:
+            self._recent_bytes -= _nbytes(self._recent.popitem(last=False)[1])
 
 
 def _key(*parts: str | int | bool) -> str:
+    """The SHA-256 of everything that determines an entry's value."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _bytes(tensors: Tensors) -> int:
+def _nbytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _checked(tensors: Tensors, what: str) -> Tensors:
-    """As they go to disk: float32 on the CPU. Raises ValueError for values that are not finite."""
+def _to_stored(tensors: Tensors, what: str) -> Tensors:
+    """Copies tensors to the CPU as float32 (masks as bool). Raises ValueError if `what` is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{what} is not finite; expected finite values. Run the encoder in fp32 or bf16.")
     with torch.inference_mode(False):
@@ -304,11 +344,15 @@ def _checked(tensors: Tensors, what: str) -> Tensors:
 
 
 def _pack(tensors: Tensors) -> bytes:
+    """The content of an entry's file, with a checksum in its metadata."""
     return save(tensors, metadata={"sha256": _digest(tensors)})
 
 
 def _unpack(data: bytes) -> Tensors:
-    """Reads from memory, not from a mapping: a mapped file cannot be replaced on Windows."""
+    """The tensors in an entry's file; ValueError if the checksum does not match.
+
+    The file is read into memory, not mapped: a mapped file cannot be replaced on Windows.
+    """
     with torch.inference_mode(False):
         tensors = {name: tensor.clone() for name, tensor in load(data).items()}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -1,4 +1,4 @@
-"""Where the captions of a folder come from (text files, metadata.jsonl, file names, one for all); varied tags."""
+"""Captions of image files: from text files, metadata.jsonl or file names; random changes of their tags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAILING_NUMBER = re.compile(r"(?:^|[\s_-]+)\d+$|\s*\(\d+\)$")
 
 
 def caption_from_text_file(image: Path) -> str | None:
-    """The caption in the .txt (else .caption) file of the same stem, line breaks as spaces; None if there is none."""
+    """The text of the .txt or .caption file with the image's stem, line breaks as spaces; None without such a file."""
     for suffix in CAPTION_SUFFIXES:
         path = image.with_suffix(suffix)
         if path.is_file():
@@ -23,15 +23,20 @@ def caption_from_text_file(image: Path) -> str | None:
 
 
 def caption_from_name(image: Path) -> str:
-    """The file's stem as words: underscores become spaces, trailing numbering ("_012", " (3)") is dropped."""
+    """The file's stem as a caption: underscores become spaces, trailing numbers ("_012", " (3)") are dropped."""
     return " ".join(TRAILING_NUMBER.sub("", image.stem).replace("_", " ").split())
 
 
 def read_metadata(folder: Path) -> list[tuple[str, str]]:
-    """(relative posix path, caption) pairs of a Hugging Face image folder's metadata.jsonl, in the order of the paths.
+    """Reads the metadata.jsonl of a Hugging Face image folder.
 
-    Each line is an object with `file_name` and `text` (or `caption`); several lines may caption one file. A missing
-    caption is "". Raises ValueError with the line number for anything else, and for paths that leave the folder.
+    Each line is an object with `file_name` and `text` (or `caption`). Several lines may name the same file.
+
+    Returns:
+        (relative posix path, caption) pairs, sorted by path; a missing caption is "".
+
+    Raises:
+        ValueError: A line is something else, or its path leaves the folder; the message has the line number.
     """
     path = folder / METADATA
     if not path.is_file():
@@ -42,7 +47,7 @@ def read_metadata(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises ValueError naming the file otherwise."""
+    """Reads a UTF-8 file, with or without a byte order mark. Raises ValueError for another encoding."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,6 +55,7 @@ def read_text(path: Path) -> str:
 
 
 def _metadata_row(line: str, where: str) -> tuple[str, str]:
+    """Parses a line into (relative path, caption); `where` is its position, for messages."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -59,11 +65,11 @@ def _metadata_row(line: str, where: str) -> tuple[str, str]:
     caption = row.get("text", row.get("caption"))
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{where}: the caption is {caption!r}; expected a string.")
-    return _inside(row["file_name"], where), " ".join((caption or "").split())
+    return _relative_path(row["file_name"], where), " ".join((caption or "").split())
 
 
-def _inside(name: str, where: str) -> str:
-    """The file name as a plain relative path; the check is on the words alone, so it is the same on every system."""
+def _relative_path(name: str, where: str) -> str:
+    """A file name as a relative posix path; ValueError if it leaves the folder, judged without the file system."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
         raise ValueError(f"{where}: file_name {name!r} points outside the folder; expected a path inside it.")
@@ -73,10 +79,19 @@ def _inside(name: str, where: str) -> str:
 def vary_tags(
     caption: str, *, keep: int, shuffle: torch.Generator | None, dropout: float, random: torch.Generator
 ) -> str:
-    """A caption's comma-separated tags in a new order (drawn from `shuffle`, if given), a share of them left out.
+    """Shuffles and drops a caption's comma-separated tags.
 
-    The first `keep` tags stay as they are. Each of the others is left out with probability `dropout`, drawn from
-    `random`. As shuffle_caption, keep_tokens and caption_tag_dropout_rate in sd-scripts. May return "".
+    Like shuffle_caption, keep_tokens and caption_tag_dropout_rate in sd-scripts.
+
+    Args:
+        caption: The caption.
+        keep: Number of tags at the start that stay as they are.
+        shuffle: Generator for the order of the others; None keeps their order.
+        dropout: Probability of dropping each of the others, 0 to 1.
+        random: Generator for the dropout.
+
+    Returns:
+        The new caption, which may be "".
     """
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     fixed, others = tags[:keep], tags[keep:]

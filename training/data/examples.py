@@ -1,4 +1,4 @@
-"""What a data set is: captioned images with a target size each. Pixels are read only when asked for."""
+"""Data sets: captioned images, each with the size it is trained at. Pixels are read on demand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import ImageError, content_key, decode_image, fit
+from .images import content_key, decode_image, read_unchanged, resize_and_crop
 from .masks import Mask
 
 __all__ = ["Dataset", "Example", "Mask", "content_key", "tensor_key"]
 
 
 def tensor_key(image: Tensor) -> str:
-    """`content_key` of a tensor's shape and float32 bytes."""
+    """Content key (32 hex digits) of a tensor's shape and float32 values."""
     pixels = image.detach().to("cpu", torch.float32).contiguous()
     return content_key(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes())
 
@@ -35,68 +35,63 @@ class Example:
     source: Path | Tensor = field(compare=False, repr=False)
     """The image file, or float (3, H, W) pixels in 0..1."""
     name: str
-    """Path relative to the folder, for people to read."""
+    """Path relative to the folder, for reports."""
     repeats: int = 1
-    """How often an epoch shows this image, on top of the data set's own repeats."""
+    """How often this image appears in an epoch, multiplied by the data set's repeats."""
     weight: float = 1.0
     """Factor of this image's loss."""
     mask: Mask | None = None
-    """Where the image counts; None: everywhere."""
+    """Weights of the loss per pixel; None: 1 everywhere."""
     is_regularisation: bool = False
-    """Whether it keeps the model what it was rather than teaches: never held out for validation."""
+    """Whether it is a regularisation image, which is never held out for validation."""
 
     def load(self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (3, height, width) in 0..1, resized to cover the target size and cropped, see `images.fit`.
+        """The image at its target size, (3, height, width) in 0..1; arguments as `resize_and_crop`.
 
-        Raises ImageError when the file is gone, broken, or is not the one the data set was made from.
+        Raises:
+            ImageError: The file is missing, damaged, or has changed since the data set was made.
         """
-        return fit(self.pixels(), self.width, self.height, crop, generator, flip)
+        return resize_and_crop(self.pixels(), self.width, self.height, crop, generator, flip)
 
     def load_mask(
         self, *, flip: bool = False, crop: str = "center", generator: torch.Generator | None = None
     ) -> Tensor | None:
-        """The mask (1, height, width) in 0..1, resized, cropped and mirrored as `load` does; None without one."""
+        """The mask (1, height, width) in 0..1, resized, cropped and mirrored like the image in `load`, or None."""
         if self.mask is None:
             return None
-        return fit(self.mask.pixels(), self.width, self.height, crop, generator, flip)
+        return resize_and_crop(self.mask.pixels(), self.width, self.height, crop, generator, flip)
 
     def pixels(self) -> Tensor:
-        """The whole image (3, H, W) in 0..1 at its own size."""
+        """The image (3, H, W) in 0..1 at its original size."""
         if isinstance(self.source, Tensor):
             return self.source
-        try:
-            data = self.source.read_bytes()
-        except OSError as error:
-            raise ImageError(self.source, f"it could be read before but not now ({error.strerror})") from error
-        if content_key(data) != self.key:
-            raise ImageError(self.source, "it changed since the data set was loaded; load the data set again")
-        return decode_image(data, self.source)
+        return decode_image(read_unchanged(self.source, self.key), self.source)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples and how they are shown. `len` counts what one epoch shows, repeats included."""
+    """Examples, and how to crop, mirror and repeat them. `len` is the number of images in an epoch, with repeats."""
 
     examples: tuple[Example, ...]
     crop: str = "center"
     flip: bool = False
-    """Mirror a random half of what is shown."""
+    """Mirror each image with probability 1/2."""
     repeats: int = 1
     report: str = field(default="", compare=False)
-    """For people: counts, sizes, captions, what was left out."""
+    """Text about counts, sizes, captions and skipped files."""
 
     def __len__(self) -> int:
         return self.repeats * sum(example.repeats for example in self.examples)
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over everything that training sees: content, captions, sizes, order and options."""
-        rows = [[e.key, e.caption, e.width, e.height, e.repeats, *_rarely(e)] for e in self.examples]
+        """32 hex digits over everything that training uses: content, captions, sizes, order and options."""
+        rows = [[e.key, e.caption, e.width, e.height, e.repeats, *_non_default_fields(e)] for e in self.examples]
         return content_key(json.dumps([rows, self.crop, self.flip, self.repeats]).encode())
 
     @property
     def captions(self) -> list[str]:
-        """Every different caption once, in order of appearance."""
+        """Every distinct caption, in order of first appearance."""
         return list(dict.fromkeys(example.caption for example in self.examples))
 
     @property
@@ -105,8 +100,8 @@ class Dataset:
         return max(((example.width, example.height) for example in self.examples), key=math.prod)
 
 
-def _rarely(example: Example) -> list:
-    """What most images do not have, so that the fingerprint of those is not longer for it."""
+def _non_default_fields(example: Example) -> list:
+    """Weight, mask and regularisation; empty for their defaults, so that fingerprints from before them stay valid."""
     mask = [example.mask.key, example.mask.alpha] if example.mask else None
-    rare = [example.weight, mask, example.is_regularisation]
-    return [] if rare == [1.0, None, False] else rare
+    fields = [example.weight, mask, example.is_regularisation]
+    return [] if fields == [1.0, None, False] else fields

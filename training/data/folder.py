@@ -7,86 +7,47 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from .buckets import Size, bucket_for, check_multiple, make_buckets
+from ..common.text import first_few
+from ..config.folder import FolderConfig
+from .buckets import Size, bucket_for, target_sizes
 from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
 from .examples import Dataset, Example, content_key
-from .images import CROPS, EXTENSIONS, ImageError, check_image, has_alpha
-from .masks import MASKS, Mask, is_mask_file, mask_file
-from .report import Skipped, format_report, listed
+from .images import EXTENSIONS, ImageError, check_image, has_alpha
+from .masks import Mask, is_mask_file, mask_file
+from .report import LISTED, Skipped, format_report
 
 log = logging.getLogger(__name__)
 
-CAPTIONS = ("txt", "metadata.jsonl", "file name", "one caption")
-ON_PROBLEM = ("skip", "stop")
 FOLDER_REPEATS = re.compile(r"([1-9]\d{0,2})_")
 IGNORED_FOLDERS = ("__MACOSX",)
 
 Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what); may raise to cancel."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """How a folder becomes a data set."""
-
-    folder: Path | str
-    """Searched with all sub-folders; hidden ones are left out. A sub-folder called `10_name` (1 to 3 digits) shows its
-    images 10 times per epoch, as in kohya's layout."""
-    resolution: int = 512
-    """Images get an area of about resolution squared; a multiple of 8."""
-    captions: str = "txt"
-    """"txt" (same stem, .txt or .caption), "metadata.jsonl" (Hugging Face), "file name" or "one caption"."""
-    caption: str = ""
-    """The caption of every image for "one caption"."""
-    repeats: int = 1
-    """How often an epoch shows every image, on top of the folder names' repeats."""
-    buckets: bool = True
-    """Keep aspect ratios in buckets; otherwise cut all images to squares."""
-    crop: str = "center"
-    """"center", or "random": a new offset each time, without the latent cache."""
-    flip: bool = False
-    """Mirror a random half of what is shown."""
-    on_bad_image: str = "skip"
-    """"skip" leaves unreadable images out and counts them in the report, "stop" raises ImageError."""
-    on_missing_caption: str = "stop"
-    """"skip" leaves images without a caption out and counts them, "stop" raises ValueError naming them."""
-    masks: str = "none"
-    """Which part of an image counts: "none" (all), "alpha" (where it is opaque), or "files" (where a picture called
-    `<name>-masklabel.png`, or of the same name in a sub-folder `masks`, is white). Images without one count whole."""
-    weight: float = 1.0
-    """Factor of these images' loss; below 1 for regularisation images that should count less."""
-
-    def __post_init__(self):
-        check_multiple("resolution", self.resolution)
-        _check_choice("captions", self.captions, CAPTIONS)
-        _check_choice("crop", self.crop, CROPS)
-        _check_choice("on_bad_image", self.on_bad_image, ON_PROBLEM)
-        _check_choice("on_missing_caption", self.on_missing_caption, ON_PROBLEM)
-        _check_choice("masks", self.masks, MASKS)
-        if not 0 <= self.weight <= 1000:
-            raise ValueError(f"weight is {self.weight}; expected 0 to 1000.")
-        if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; expected at least 1.")
-        if self.captions == "one caption" and not self.caption.strip():
-            raise ValueError('caption is empty; expected a text. "one caption" gives it to every image.')
+"""Called with (done, total, description); may raise an exception to cancel."""
 
 
 def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Dataset:
-    """Reads every image of a folder once: proves that it decodes, hashes it, gives it a caption and a size.
+    """Builds a data set from a folder: decodes every image once to check it, and assigns its caption and bucket.
 
-    The order is that of the relative posix paths, whatever the file system. Raises ValueError for a missing folder, no
-    images, missing captions; ImageError (a ValueError) for an unreadable image when it should stop.
+    Images are in the order of their relative posix paths on every file system.
+
+    Args:
+        config: The folder, and how to read it.
+        on_progress: Called after each image.
+
+    Raises:
+        ValueError: The folder is missing or has no images, or an image has no caption and the config says "stop".
+        ImageError: (a ValueError) An image is unreadable and the config says "stop".
     """
     folder = Path(config.folder).expanduser()
-    rows, skipped, notes = _captioned(folder, config)
-    buckets = _sizes(config.resolution, config.buckets)
+    rows, skipped, notes = _find_captions(folder, config)
+    buckets = target_sizes(config.resolution, config.buckets)
     examples, sizes = [], []
     for done, (name, caption) in enumerate(rows, start=1):
         try:
-            key, size, mask = _inspect(folder / name, config.masks)
+            key, size, mask = _read_image(folder / name, config.masks)
         except ImageError as error:
             if config.on_bad_image == "stop":
                 raise
@@ -94,88 +55,102 @@ def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Da
             skipped.append((name, error.reason))
         else:
             width, height = bucket_for(*size, buckets)
-            times = folder_repeats(name)
-            examples.append(Example(key, caption, width, height, folder / name, name, times, config.weight, mask))
+            repeats = folder_repeats(name)
+            examples.append(Example(key, caption, width, height, folder / name, name, repeats, config.weight, mask))
             sizes.append(size)
         if on_progress:
             on_progress(done, len(rows), f"reading images: {name}")
     if not examples:
-        raise ValueError(f"{folder} has no usable image; all were skipped: {_reasons(skipped)}.")
+        raise ValueError(f"{folder} has no usable image; all were skipped: {_list_reasons(skipped)}.")
     dataset = Dataset(tuple(examples), config.crop, config.flip, config.repeats)
     notes += _mask_notes(dataset, folder, config.masks)
     return replace(dataset, report=format_report(dataset, folder.name or str(folder), sizes, skipped, notes))
 
 
 def _mask_notes(dataset: Dataset, folder: Path, masks: str) -> list[str]:
+    """A line for the report on how many images have a mask; empty if masks are off."""
     if masks == "none":
         return []
-    found = sum(example.mask is not None for example in dataset.examples)
-    if not found:
+    count = sum(example.mask is not None for example in dataset.examples)
+    if not count:
         log.warning("%s: masks is %r, but no image has one; all count whole.", folder, masks)
-    return [f"masks: {found} of {len(dataset.examples)} images"]
+    return [f"masks: {count} of {len(dataset.examples)} images"]
 
 
 def find_images(folder: Path, mask_files: bool = False) -> list[str]:
-    """Relative posix paths of all image files below a folder, sorted; ValueError, saying what is there, if none.
+    """Relative posix paths of all image files below a folder, sorted.
 
-    mask_files: pictures that are named as masks are not images.
+    Args:
+        folder: Searched with its sub-folders; hidden files and folders are left out.
+        mask_files: Leave out files that are named as masks.
+
+    Raises:
+        ValueError: The folder does not exist or has no images; the message lists what it has.
     """
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"folder {folder} {state}; expected a folder of images.")
-    files = _files(folder)
+    files = _visible_files(folder)
     files = [name for name in files if not (mask_files and is_mask_file(name))]
     images = [name for name in files if name.lower().endswith(EXTENSIONS)]
     if not images:
         kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
-        found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
-        raise ValueError(f"folder {folder} holds no images; found {found}. Expected {', '.join(EXTENSIONS)} files.")
+        content = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
+        raise ValueError(f"folder {folder} holds no images; found {content}. Expected {', '.join(EXTENSIONS)} files.")
     return images
 
 
 def folder_repeats(name: str) -> int:
-    """The number in front of the nearest sub-folder called `10_name`; 1 if there is none.
+    """Repeats of an image by its relative path: the number of its innermost folder called `10_name`, else 1.
 
-    At most three digits, so that "2024_holiday" is a year.
+    The number has at most three digits, so that the year in "2024_holiday" does not count.
     """
     matches = [FOLDER_REPEATS.match(part) for part in PurePosixPath(name).parent.parts]
     return next((int(match[1]) for match in reversed(matches) if match), 1)
 
 
-def _files(folder: Path) -> list[str]:
-    found = []
-    for place, folders, names in os.walk(folder):
+def _visible_files(folder: Path) -> list[str]:
+    """Relative posix paths of all files below a folder that are not hidden, sorted."""
+    files = []
+    for directory, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS]
-        found += [(Path(place) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
-    return sorted(found)
+        files += [(Path(directory) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
-def _captioned(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:
-    """(name, caption) rows, those skipped for want of a caption, and notes for the report."""
+def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:
+    """(name, caption) rows, images skipped because they have no caption, and notes for the report."""
     images = find_images(folder, config.masks == "files")
     notes = []
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
         unlisted = sorted(set(images) - {name for name, _ in rows})
-        notes = [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({listed(unlisted)})"] if unlisted else []
+        notes = (
+            [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
+            if unlisted
+            else []
+        )
     else:
         rows = [(name, _caption(folder / name, config)) for name in images]
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({listed(missing)}); expected one each "
-            f"({_expected_caption(config.captions)}). Add them, or choose to skip images without a caption."
+            f"{len(missing)} of {len(rows)} images in {folder} have no caption ({first_few(missing, LISTED)}); "
+            f"expected one each ({_expected_caption(config.captions)}). Add them, or choose to skip images without "
+            "a caption."
         )
     return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
 
 
 def _caption(image: Path, config: FolderConfig) -> str:
+    """An image's caption by the config's source of captions, or ""."""
     if config.captions == "one caption":
         return config.caption.strip()
     return caption_from_name(image) if config.captions == "file name" else caption_from_text_file(image) or ""
 
 
 def _expected_caption(captions: str) -> str:
+    """Where a source of captions expects the caption, for messages."""
     return {
         "txt": "text in a .txt or .caption file of the same name",
         METADATA: f'"text" in its line of {METADATA}',
@@ -183,36 +158,28 @@ def _expected_caption(captions: str) -> str:
     }[captions]
 
 
-def _inspect(path: Path, masks: str) -> tuple[str, Size, Mask | None]:
-    """An image's content key, size and mask. Raises ImageError for an unreadable one or a mask that does not fit."""
-    data = _bytes_of(path)
+def _read_image(path: Path, masks: str) -> tuple[str, Size, Mask | None]:
+    """An image's content key, size and mask; ImageError if it is unreadable or its mask has another size."""
+    data = _read_bytes(path)
     size = check_image(data, path)
     mask = None
     if masks == "alpha" and has_alpha(data, path):
         mask = Mask(content_key(data), alpha=True, source=path)
-    elif masks == "files" and (place := mask_file(path)):
-        mask = Mask(content_key(_bytes_of(place)), source=place)
+    elif masks == "files" and (label := mask_file(path)):
+        mask = Mask(content_key(_read_bytes(label)), source=label)
         _, height, width = mask.pixels().shape
         if (width, height) != size:
-            raise ImageError(place, f"this mask is {width} x {height}, its image {size[0]} x {size[1]}")
+            raise ImageError(label, f"this mask is {width} x {height}, its image {size[0]} x {size[1]}")
     return content_key(data), size, mask
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(path, (error.strerror or str(error)).lower()) from error
 
 
-def _sizes(resolution: int, buckets: bool) -> tuple[Size, ...]:
-    return make_buckets(resolution) if buckets else ((resolution, resolution),)
-
-
-def _reasons(skipped: list[Skipped]) -> str:
-    return listed([f"{name}: {reason}" for name, reason in skipped])
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+def _list_reasons(skipped: list[Skipped]) -> str:
+    """The first few skipped files with their reasons."""
+    return first_few([f"{name}: {reason}" for name, reason in skipped], LISTED)

@@ -1,4 +1,4 @@
-"""Image files in and out: every common mode becomes float (3, H, W) sRGB in 0..1."""
+"""Reads image files of all common modes as float (3, H, W) sRGB in 0..1; resizes, crops and writes images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..common.files import atomic_path
+from ..config.folder import CROPS
 
 log = logging.getLogger(__name__)
 
-CROPS = ("center", "random")
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class ImageError(ValueError):
-    """A file that cannot be used as an image. `path` names it, `reason` says why."""
+    """Raised for a file that cannot be used as an image, with its `path` and the `reason`."""
 
     def __init__(self, path: str | Path, reason: str):
         super().__init__(f"{path}: {reason}. Replace or remove this file.")
@@ -37,52 +37,66 @@ class ImageError(ValueError):
 
 
 def content_key(data: bytes) -> str:
-    """32 hex digits (128 bits) of sha256: equal exactly when the content is."""
+    """First 32 hex digits (128 bits) of the SHA-256 of a file's content."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def load_image(path: str | Path) -> Tensor:
-    """Reads an image file as float32 (3, H, W) in 0..1, turned upright.
+def read_unchanged(path: Path, key: str) -> bytes:
+    """The content of a data set's file; ImageError if the file is missing or its `content_key` is no longer `key`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(path, f"it could be read before but not now ({error.strerror})") from error
+    if content_key(data) != key:
+        raise ImageError(path, "it changed since the data set was loaded; load the data set again")
+    return data
 
-    EXIF orientation is applied; transparency is laid on white; grey becomes three equal channels, 16-bit grey is
-    divided by 65535; embedded RGB and CMYK colour profiles are converted to sRGB (CMYK without one by Pillow's plain
-    formula); of an animation the first frame is taken. Raises ImageError for a missing, broken or truncated file.
+
+def load_image(path: str | Path) -> Tensor:
+    """Reads an image file as float32 (3, H, W) in 0..1.
+
+    EXIF orientation is applied. Transparent pixels are composited on white. Grey becomes three equal channels; 16-bit
+    grey is divided by 65535. Embedded RGB and CMYK colour profiles are converted to sRGB; CMYK without a profile is
+    converted by Pillow's formula. Of an animation the first frame is read.
+
+    Raises:
+        ImageError: The file is missing, damaged or truncated.
     """
     return decode_image(_read(path), path)
 
 
 def decode_image(data: bytes, name: str | Path) -> Tensor:
-    """`load_image` for the bytes of a file; `name` appears in errors."""
+    """`load_image` for a file's content; `name` is for messages."""
     with _readable(data, name) as image:
         return _to_tensor(ImageOps.exif_transpose(image), name)
 
 
 def has_alpha(data: bytes, name: str | Path) -> bool:
-    """Whether a file's bytes are an image with transparency; reads its header only."""
+    """Whether a file's content is an image with transparency; decodes only its header."""
     with _readable(data, name) as image:
         return _has_alpha(image)
 
 
 def decode_alpha(data: bytes, name: str | Path) -> Tensor:
-    """The alpha channel (1, H, W) in 0..1 of a file's bytes, upright; ones for an image without transparency."""
+    """The alpha channel (1, H, W) in 0..1 of an image's file content, upright; ones without transparency."""
     with _readable(data, name) as image:
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
         return torch.from_numpy(np.array(alpha))[None].float().div_(255)
 
 
 def check_image(data: bytes, name: str | Path) -> tuple[int, int]:
-    """Decodes all of an image to prove that it can be; returns its upright (width, height). Raises ImageError."""
+    """Decodes an image completely to check it; returns its upright (width, height). Raises ImageError."""
     with _readable(data, name) as image:
         size = _upright_size(image)
         if _is_deep(image):
             _to_tensor(image, name)
-        image.draft("RGB", (1, 1))  # a JPEG is then read to its end, but at an eighth of its size
+        image.draft("RGB", (1, 1))  # makes a JPEG decode at an eighth of its size, still to its end
         image.load()
         return size
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Upright (width, height) of an image file; reads its header only. Raises ImageError."""
+    """Upright (width, height) of an image file; decodes only its header. Raises ImageError."""
     try:
         with Image.open(path) as image:
             return _upright_size(image)
@@ -91,13 +105,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A float (3, H, W) image in 0..1, clipped, as an 8-bit picture."""
+    """Converts a float (3, H, W) image to an 8-bit Pillow image; values are clipped to 0..1."""
     pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Writes a float (3, H, W) image in 0..1 as an 8-bit PNG; the file appears only when it is complete."""
+    """Writes a float (3, H, W) image in 0..1 as an 8-bit PNG, atomically."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image shape is {tuple(image.shape)}; expected (3, H, W).")
     with atomic_path(path) as temporary:
@@ -105,7 +119,7 @@ def save_png(image: Tensor, path: str | Path) -> None:
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
-    """Pictures (3, h, w) of one size side by side in up to `columns` columns, (3, H, W); what is left over is black."""
+    """Arranges (3, h, w) images of one size in a (3, H, W) grid of up to `columns` columns; empty cells are black."""
     columns = min(columns, len(images))
     height, width = images[0].shape[-2:]
     sheet = torch.zeros(3, -(-len(images) // columns) * height, columns * width)
@@ -115,7 +129,7 @@ def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
     return sheet
 
 
-def fit(
+def resize_and_crop(
     image: Tensor,
     width: int,
     height: int,
@@ -123,16 +137,29 @@ def fit(
     generator: torch.Generator | None = None,
     flip: bool = False,
 ) -> Tensor:
-    """Covers width x height with a (3, H, W) image: antialiased bicubic resize at its own aspect ratio, then a crop.
+    """Resizes an image, at its aspect ratio, to cover a size, and crops the rest.
 
-    crop "center" cuts both sides alike, "random" draws the offset from `generator` (required then). `flip` mirrors the
-    result left to right. Returns (3, height, width) in 0..1.
+    The resize is bicubic with antialiasing.
+
+    Args:
+        image: (C, H, W) in 0..1.
+        width: Target width in pixels.
+        height: Target height in pixels.
+        crop: "center" crops both sides equally, "random" draws the offset from `generator`.
+        generator: Required for "random".
+        flip: Mirror the result left to right.
+
+    Returns:
+        (C, height, width) in 0..1.
+
+    Raises:
+        ValueError: `crop` is unknown, or the generator is missing.
     """
     if crop not in CROPS:
         raise ValueError(f"crop is {crop!r}; expected one of {', '.join(CROPS)}.")
     if crop == "random" and generator is None:
         raise ValueError('generator is None; expected a torch.Generator. crop "random" draws from it.')
-    image = _cover(image, width, height)
+    image = _resize_to_cover(image, width, height)
     spare_x, spare_y = image.shape[2] - width, image.shape[1] - height
     left, top = spare_x // 2, spare_y // 2
     if crop == "random":
@@ -142,7 +169,7 @@ def fit(
 
 
 def flatten_alpha(image: Tensor) -> Tensor:
-    """(1, 3 or 4, H, W) channels to three: grey is repeated, transparency laid on white. Channels come first."""
+    """Converts (..., C, H, W) with 1, 3 or 4 channels to 3: grey is repeated, transparency composited on white."""
     channels = image.shape[-3]
     if channels == 4:
         color, alpha = image[..., :3, :, :], image[..., 3:, :, :]
@@ -150,7 +177,8 @@ def flatten_alpha(image: Tensor) -> Tensor:
     return image.expand(*image.shape[:-3], 3, *image.shape[-2:]) if channels == 1 else image
 
 
-def _cover(image: Tensor, width: int, height: int) -> Tensor:
+def _resize_to_cover(image: Tensor, width: int, height: int) -> Tensor:
+    """Resizes at the image's aspect ratio to the smallest size that covers width x height."""
     _, h, w = image.shape
     scale = max(width / w, height / h)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
@@ -169,7 +197,10 @@ def _read(path: str | Path) -> bytes:
 
 @contextmanager
 def _readable(data: bytes, name: str | Path) -> Iterator[Image.Image]:
-    """Opens an image strictly: other packages set Pillow's global switch that fills truncated images with grey."""
+    """Opens an image, with ImageError for a truncated one.
+
+    Other packages set Pillow's global LOAD_TRUNCATED_IMAGES, which fills the missing part with grey instead.
+    """
     tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -183,6 +214,7 @@ def _readable(data: bytes, name: str | Path) -> Iterator[Image.Image]:
 
 
 def _reason(error: Exception) -> str:
+    """The `reason` of an ImageError for an error of Pillow's."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or its start is damaged"
     return f"it cannot be decoded ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
@@ -190,8 +222,8 @@ def _reason(error: Exception) -> str:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+    rotated = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width) if rotated else (width, height)
 
 
 def _to_tensor(image: Image.Image, name: str | Path) -> Tensor:
@@ -202,11 +234,12 @@ def _to_tensor(image: Image.Image, name: str | Path) -> Tensor:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """More than 8 bits per pixel; Pillow has such modes for grey only (deep colour arrives as 8 bits)."""
+    """Whether it has more than 8 bits per channel; in Pillow only grey modes do (it reads deep colour as 8 bits)."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _deep_grey(image: Image.Image, white: int, name: str | Path) -> Tensor:
+    """A 16-bit or float grey image as (3, H, W) in 0..1; `white` is the value of white."""
     grey = torch.from_numpy(np.array(image).astype(np.float32))
     if not (grey.isfinite().all() and 0 <= grey.min() and grey.max() <= white):
         raise ImageError(name, f"its {image.mode} grey values are not all within 0..{white}")
@@ -218,6 +251,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """Converts any 8-bit mode to RGB in sRGB, transparency composited on white."""
     profile = image.info.get("icc_profile")
     if _has_alpha(image):
         image = image.convert("RGBA")
@@ -229,7 +263,7 @@ def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
 
 
 def _profile_to_srgb(image: Image.Image, profile: bytes, name: str | Path) -> Image.Image:
-    """The colours an RGB or CMYK profile means, in sRGB. A profile of another kind (grey, say) is left aside."""
+    """Converts an RGB or CMYK image from its colour profile to sRGB; profiles of other kinds are ignored."""
     from PIL import ImageCms
 
     try:

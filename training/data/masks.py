@@ -1,4 +1,4 @@
-"""Which part of a training image counts: its transparency, or a picture that is white there."""
+"""Masks: weights of the loss per pixel, from an image's transparency or from a separate picture."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from .images import EXTENSIONS, ImageError, content_key, decode_alpha, decode_image
+from .images import EXTENSIONS, decode_alpha, decode_image, read_unchanged
 
-MASKS = ("none", "alpha", "files")
 LABEL = "-masklabel.png"
-"""OneTrainer's name of a mask: the image's stem, then this, beside the image."""
+"""Ending of OneTrainer's mask files: they are next to the image and begin with its stem."""
 MASK_FOLDER = "masks"
-"""Sub-folder beside the images that holds masks of the same stem; in sd-scripts too they have a folder of their own."""
+"""Sub-folder with masks of the images' stems; sd-scripts too reads masks from a separate folder."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Where an image counts: white or opaque is 1, black or transparent 0, in between in proportion."""
+    """Weights of an image's loss per pixel: white or opaque is 1, black or transparent is 0."""
 
     key: str
     """Content hash of the file."""
     alpha: bool = False
-    """Whether it is the transparency of `source` rather than its first channel (red, or grey), as in sd-scripts."""
+    """Whether the weights are the alpha channel of `source`; otherwise its first channel, as in sd-scripts."""
     source: Path | Tensor = field(compare=False, repr=False, kw_only=True)
     """A picture file, or float (1, H, W) values in 0..1."""
 
     def pixels(self) -> Tensor:
-        """(1, H, W) in 0..1 at its own size. Raises ImageError when the file is gone, broken or changed."""
+        """The mask (1, H, W) in 0..1 at its original size.
+
+        Raises:
+            ImageError: The file is missing, damaged, or has changed since the data set was made.
+        """
         if isinstance(self.source, Tensor):
             return self.source
-        try:
-            data = self.source.read_bytes()
-        except OSError as error:
-            raise ImageError(self.source, f"it could be read before but not now ({error.strerror})") from error
-        if content_key(data) != self.key:
-            raise ImageError(self.source, "it changed since the data set was loaded; load the data set again")
+        data = read_unchanged(self.source, self.key)
         return decode_alpha(data, self.source) if self.alpha else decode_image(data, self.source)[:1]
 
 
@@ -46,10 +44,10 @@ def is_mask_file(name: str) -> bool:
 
 
 def mask_file(image: Path) -> Path | None:
-    """The mask of an image file: `<stem>-masklabel.png` beside it, else `masks/<stem>` with any picture's ending."""
+    """The mask file of an image: `<stem>-masklabel.png` next to it, else `masks/<stem>.<any image suffix>`."""
     label = image.with_name(image.stem + LABEL)
     if label.is_file():
         return label
     folder = image.parent / MASK_FOLDER
-    found = (folder / (image.stem + ending) for ending in (image.suffix, *EXTENSIONS))
-    return next((path for path in found if path.is_file()), None)
+    candidates = (folder / (image.stem + ending) for ending in (image.suffix, *EXTENSIONS))
+    return next((path for path in candidates if path.is_file()), None)

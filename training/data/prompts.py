@@ -1,6 +1,6 @@
-"""Prompts to train on: a text file, one a line, or JSON lines with weights; their order, batch by batch.
+"""Prompts to train on: files of prompts, a held-out part of them, and their order in batches.
 
-Files are read a line at a time: of a million prompts, where each begins and its weight are in memory, not their texts.
+A file is read line by line. Only the offset and the weight of each prompt are in memory, which suits a million prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and how often it is shown beside others; weight: above 0. category: what a report groups it by."""
+    """A prompt, its relative frequency in training (`weight`, above 0) and its group in reports (`category`)."""
 
     text: str
     weight: float = 1.0
@@ -32,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSlot:
-    """One place in a batch: `index` in batch `number`, both of which name its draws."""
+    """A prompt at position `index` of batch `number`; (number, index) keys the random draws for it."""
 
     prompt: str
     number: int
@@ -40,74 +40,82 @@ class PromptSlot:
 
 
 class PromptFile(Sequence[Prompt]):
-    """The prompts of a .txt file, one a line, or of a .jsonl file of objects with `prompt` (or `text`) and, if you
-    like, `weight` and `category`. Blank lines and, in text files, lines that begin with # are left out.
+    """The prompts of a text or JSON lines file, read from it on demand.
 
-    The file is checked once, then read where a prompt is asked for. weights: theirs, in order. Errors: ValueError
-    naming the line, for a file without prompts, and for one that has changed since.
+    A .txt file has one prompt per line. A .jsonl file has one object per line with `prompt` (or `text`) and optionally
+    `weight` and `category`. Blank lines are skipped, in text files also lines that begin with #.
+
+    Attributes:
+        weights: The prompts' weights, in order.
+
+    Raises:
+        ValueError: A line is invalid (the message has its number), there are no prompts, or the file has changed since
+            it was opened.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self._json = self.path.suffix.lower() == ".jsonl"
-        self._starts, self.weights = array("Q"), array("d")
-        self._stamp = self._stat()
-        for start, prompt in self._prompts():
-            self._starts.append(start)
+        self._offsets, self.weights = array("Q"), array("d")
+        self._opened_as = self._size_and_time()
+        for offset, prompt in self._prompts():
+            self._offsets.append(offset)
             self.weights.append(prompt.weight)
-        expect_prompts(self._starts, str(self.path))
+        expect_prompts(self._offsets, str(self.path))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._offsets)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start = self._starts[index]
+        offset = self._offsets[index]
         self._expect_unchanged()
         with open(self.path, "rb") as file:
-            file.seek(start)
-            return self._prompt(file.readline(), 0)
+            file.seek(offset)
+            return self._parse_line(file.readline(), 0)
 
     def __iter__(self) -> Iterator[Prompt]:
         self._expect_unchanged()
         return (prompt for _, prompt in self._prompts())
 
     def _prompts(self) -> Iterator[tuple[int, Prompt]]:
-        """The byte at which each prompt's line begins, and the prompt."""
+        """(byte offset of its line, prompt) of each prompt."""
         with open(self.path, "rb") as file:
-            start = 0
+            offset = 0
             for number, line in enumerate(file, start=1):
-                found = self._prompt(line, number)
-                if found is not None:
-                    yield start, found
-                start += len(line)
+                prompt = self._parse_line(line, number)
+                if prompt is not None:
+                    yield offset, prompt
+                offset += len(line)
 
-    def _prompt(self, line: bytes, number: int) -> Prompt | None:
+    def _parse_line(self, line: bytes, number: int) -> Prompt | None:
+        """The prompt in a line; None for a blank line or a comment. number: of the line, for messages."""
         where = f"{self.path}, line {number}"
         try:
             text = line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 text; expected UTF-8. Save the file as UTF-8.") from error
         if self._json:
-            return _from_json(text, where) if text else None
+            return _parse_json(text, where) if text else None
         return Prompt(text) if text and not text.startswith("#") else None
 
-    def _stat(self) -> tuple[int, int]:
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
+    def _size_and_time(self) -> tuple[int, int]:
+        stat = self.path.stat()
+        return stat.st_size, stat.st_mtime_ns
 
     def _expect_unchanged(self) -> None:
-        if self._stat() != self._stamp:
+        if self._size_and_time() != self._opened_as:
             raise ValueError(f"{self.path} has changed since its prompts were read. Put it back, or begin again.")
 
 
 def read_prompts(path: Path) -> Sequence[Prompt]:
-    """The prompts of a file, see `PromptFile`."""
+    """Opens a file of prompts, see `PromptFile`."""
     return PromptFile(path)
 
 
-def _from_json(line: str, where: str) -> Prompt:
+def _parse_json(line: str, where: str) -> Prompt:
+    """The prompt in a line of JSON; `where` is its position, for messages."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -125,13 +133,13 @@ def _from_json(line: str, where: str) -> Prompt:
 
 
 def expect_prompts(prompts: Sequence, where: str) -> None:
-    """Raises ValueError when there are none."""
+    """Raises ValueError for an empty list of prompts; `where` is its source, for the message."""
     if not len(prompts):
         raise ValueError(f"{where} hold no prompts; expected at least one, one a line.")
 
 
-def fingerprint_of(prompts: Sequence[Prompt]) -> str:
-    """Changes with texts, weights and order."""
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """32 hex digits over texts, weights and order."""
     digest = hashlib.sha256(b"[")
     for number, prompt in enumerate(prompts):
         digest.update((", " * (number > 0) + json.dumps([prompt.text, prompt.weight])).encode())
@@ -139,69 +147,79 @@ def fingerprint_of(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:32]
 
 
-class _Rest(Sequence[Prompt]):
-    """Prompts without those at some places, which are in order."""
+class _PromptsExcept(Sequence[Prompt]):
+    """A view of prompts without those at some indices, given in ascending order."""
 
-    def __init__(self, prompts: Sequence[Prompt], without: Sequence[int]):
-        self._prompts, self._without = prompts, without
-        left_out = set(without)
-        self.weights = array("d", (w for i, w in enumerate(weights_of(prompts)) if i not in left_out))
+    def __init__(self, prompts: Sequence[Prompt], excluded: Sequence[int]):
+        self._prompts, self._excluded = prompts, excluded
+        lookup = set(excluded)
+        self.weights = array("d", (w for i, w in enumerate(prompt_weights(prompts)) if i not in lookup))
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def __getitem__(self, index: int) -> Prompt:
-        place = range(len(self))[index]
-        for other in self._without:
-            place += other <= place
-        return self._prompts[place]
+        position = range(len(self))[index]
+        for excluded in self._excluded:
+            position += excluded <= position
+        return self._prompts[position]
 
 
 def split_held_out(prompts: Sequence[Prompt], fraction: float, most: int) -> tuple[Sequence[Prompt], list[Prompt]]:
-    """Prompts to train on, and every n-th held out so that it is that fraction, at most `most` of them; with a
-    fraction above 0 at least one of two or more."""
+    """Holds out every n-th prompt.
+
+    Args:
+        prompts: All prompts.
+        fraction: Share to hold out, 0 to 0.5; above 0, at least one of two or more prompts is held out.
+        most: Largest number to hold out.
+
+    Returns:
+        (prompts to train on, held-out prompts).
+    """
     if not fraction or len(prompts) < 2:
         return prompts, []
     stride = max(2, round(1 / fraction))
-    places = list(range(stride - 1, len(prompts), stride)[:most]) or [len(prompts) - 1]
-    return _Rest(prompts, places), [prompts[i] for i in places]
+    held_out = list(range(stride - 1, len(prompts), stride)[:most]) or [len(prompts) - 1]
+    return _PromptsExcept(prompts, held_out), [prompts[i] for i in held_out]
 
 
-def weights_of(prompts: Sequence[Prompt]) -> Sequence[float]:
-    """The prompts' weights; a file's are at hand."""
-    if isinstance(prompts, PromptFile | _Rest):
+def prompt_weights(prompts: Sequence[Prompt]) -> Sequence[float]:
+    """The weights of prompts, in order; for a file without reading it again."""
+    if isinstance(prompts, PromptFile | _PromptsExcept):
         return prompts.weights
     return [prompt.weight for prompt in prompts]
 
 
 class PromptOrder:
-    """Endless batches of prompts, drawn by weight; what a batch shows follows from its number alone.
+    """An endless sequence of batches of prompts; a batch depends on its number and the seed alone.
 
-    Equal weights: every epoch shows each prompt once, in an order of its own. Else each place is a draw by weight.
+    If all weights are equal, every epoch has each prompt once, in random order. Otherwise each prompt is drawn
+    independently, with a probability in proportion to its weight.
     """
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int):
         expect_prompts(prompts, "prompts")
         self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
-        weights = torch.tensor(weights_of(prompts), dtype=torch.float64)
-        self._sums = None if (weights == weights[0]).all() else weights.cumsum(0)
+        weights = torch.tensor(prompt_weights(prompts), dtype=torch.float64)
+        self._cumulative = None if (weights == weights[0]).all() else weights.cumsum(0)
         self._epoch: tuple[int, Tensor] | None = None
 
     def batch(self, number: int) -> list[PromptSlot]:
-        """The slots of a batch, counted from 1."""
-        places = range((number - 1) * self.batch_size, number * self.batch_size)
-        return [PromptSlot(self._at(place), number, index) for index, place in enumerate(places)]
+        """The prompts of a batch; batches count from 1."""
+        positions = range((number - 1) * self.batch_size, number * self.batch_size)
+        return [PromptSlot(self._text_at(position), number, index) for index, position in enumerate(positions)]
 
-    def _at(self, place: int) -> str:
-        if self._sums is None:
-            epoch, rest = divmod(place, len(self.prompts))
-            return self.prompts[int(self._order(epoch)[rest])].text
-        draw = torch.rand((), generator=generator(self.seed, "prompt", place), dtype=torch.float64)
-        chosen = int(torch.searchsorted(self._sums, draw * self._sums[-1], right=True))
-        return self.prompts[min(chosen, len(self.prompts) - 1)].text
+    def _text_at(self, position: int) -> str:
+        """The prompt at a position of the endless sequence."""
+        if self._cumulative is None:
+            epoch, offset = divmod(position, len(self.prompts))
+            return self.prompts[int(self._permutation(epoch)[offset])].text
+        draw = torch.rand((), generator=generator(self.seed, "prompt", position), dtype=torch.float64)
+        index = int(torch.searchsorted(self._cumulative, draw * self._cumulative[-1], right=True))
+        return self.prompts[min(index, len(self.prompts) - 1)].text
 
-    def _order(self, epoch: int) -> Tensor:
+    def _permutation(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
-            order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", epoch))
-            self._epoch = (epoch, order)
+            permutation = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", epoch))
+            self._epoch = (epoch, permutation)
         return self._epoch[1]

@@ -1,4 +1,4 @@
-"""A data set in words: what is in it, at which sizes, and what was left out."""
+"""A text report on a data set: images, sizes, captions, duplicates and skipped files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from ..common.text import count_noun, first_few
 from .buckets import Size
 from .examples import Dataset, Example
 
 LISTED = 5
+"""Number of names that a line of the report lists."""
 BAR = 24
+"""Length of the longest bar, in characters."""
 
 Skipped = tuple[str, str]
 """(file name, reason)."""
@@ -19,7 +22,15 @@ Skipped = tuple[str, str]
 def format_report(
     dataset: Dataset, title: str, sizes: Sequence[Size], skipped: Sequence[Skipped] = (), notes: Sequence[str] = ()
 ) -> str:
-    """Plain text for a console or a text node. `sizes` are the images' own sizes, in the examples' order."""
+    """The report, as plain text for a console or a text node.
+
+    Args:
+        dataset: The data set.
+        title: Its name.
+        sizes: The images' original sizes, in the order of the examples.
+        skipped: Files that were left out.
+        notes: Further lines.
+    """
     parts = [
         _headline(dataset, title),
         _bucket_table(dataset.examples),
@@ -33,60 +44,58 @@ def format_report(
     return "\n".join(part for part in parts if part)
 
 
-def listed(items: Sequence[str]) -> str:
-    """The first few of `items`, and how many more there are."""
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def _headline(dataset: Dataset, title: str) -> str:
-    images = counted(len(dataset.examples), "image")
+    images = count_noun(len(dataset.examples), "image")
     options = [f"{dataset.crop} crop"] + ["mirrored at random"] * dataset.flip
-    shown = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
-    return f"{title}: {images}{shown} ({', '.join(options)})"
+    per_epoch = "" if len(dataset) == len(dataset.examples) else f", {len(dataset)} shown per epoch"
+    return f"{title}: {images}{per_epoch} ({', '.join(options)})"
 
 
 def _bucket_table(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
     counts = Counter((e.width, e.height) for e in examples)
-    most = max(counts.values())
+    largest = max(counts.values())
     rows = [f"  {'size':>11}  {'images':>6}"]
     for (width, height), count in sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0])):
-        rows.append(f"  {f'{width} x {height}':>11}  {count:>6}  {'#' * max(1, round(BAR * count / most))}")
+        rows.append(f"  {f'{width} x {height}':>11}  {count:>6}  {'#' * max(1, round(BAR * count / largest))}")
     return "\n".join(rows)
 
 
 def _captions(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
-    words = [len(e.caption.split()) for e in examples]
-    different = len({e.caption for e in examples})
-    return f"captions: {different} different; {min(words)} to {max(words)} words, median {median(words):g}"
+    lengths = [len(e.caption.split()) for e in examples]
+    distinct = len({e.caption for e in examples})
+    return f"captions: {distinct} different; {min(lengths)} to {max(lengths)} words, median {median(lengths):g}"
 
 
 def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
     pairs = zip(examples, sizes, strict=True)
     small = [f"{e.name} ({w} x {h})" for e, (w, h) in pairs if w < e.width or h < e.height]
-    return f"enlarged: {counted(len(small), 'image')} smaller than the target size: {listed(small)}" if small else ""
+    return (
+        f"enlarged: {count_noun(len(small), 'image')} smaller than the target size: {first_few(small, LISTED)}"
+        if small
+        else ""
+    )
 
 
 def _folder_repeats(examples: Sequence[Example]) -> str:
     counts = Counter((e.name.rpartition("/")[0], e.repeats) for e in examples if e.repeats > 1)
     rows = [f"{folder} {images} x {repeats}" for (folder, repeats), images in sorted(counts.items())]
-    return f"repeats by folder name: {listed(rows)}" if rows else ""
+    return f"repeats by folder name: {first_few(rows, LISTED)}" if rows else ""
 
 
 def _duplicates(examples: Sequence[Example]) -> str:
     names: dict[str, dict[str, None]] = {}
     for example in examples:
         names.setdefault(example.key, {})[example.name] = None
-    groups = [" = ".join(same) for same in names.values() if len(same) > 1]
-    return f"duplicates: {counted(len(groups), 'image')} present more than once: {listed(groups)}" if groups else ""
+    groups = [" = ".join(equal) for equal in names.values() if len(equal) > 1]
+    return (
+        f"duplicates: {count_noun(len(groups), 'image')} present more than once: {first_few(groups, LISTED)}"
+        if groups
+        else ""
+    )
 
 
 def _skipped(skipped: Sequence[Skipped]) -> str:
@@ -94,4 +103,4 @@ def _skipped(skipped: Sequence[Skipped]) -> str:
         return ""
     rows = [f"  {name}: {reason}" for name, reason in skipped[: 4 * LISTED]]
     more = [f"  and {len(skipped) - len(rows)} more"] if len(skipped) > len(rows) else []
-    return "\n".join([f"skipped: {counted(len(skipped), 'file')}", *rows, *more])
+    return "\n".join([f"skipped: {count_noun(len(skipped), 'file')}", *rows, *more])

@@ -1,7 +1,7 @@
-"""Captions for textual inversion: an image's own with the token in them, or sentences around it.
+"""Captions for textual inversion: the images' own captions with the token in them, or templates.
 
-The sentences are those of the textual inversion paper (arXiv 2208.01618, appendix), which took them from CLIP's
-ImageNet templates; {} stands for the token.
+The templates are those of the textual inversion paper (arXiv 2208.01618, appendix), which took them from CLIP's
+ImageNet templates; {} is replaced by the token.
 """
 
 from __future__ import annotations
@@ -73,10 +73,13 @@ TEMPLATES = {"object": OBJECT, "style": STYLE}
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Which sentence an image is shown with: drawn from (seed, batch, place); always the first where nothing varies.
+class CaptionTemplates:
+    """Replaces captions by templates, drawn at random for each image of a batch.
 
-    lines: with {} for the token and {caption} for the image's own caption; empty keeps the captions.
+    Args:
+        lines: Templates, with {} for the token and {caption} for the image's caption; empty keeps the captions.
+        token: The token.
+        seed: Seed of the draw.
     """
 
     lines: Sequence[str]
@@ -84,7 +87,13 @@ class Captions:
     seed: int
 
     def __call__(self, caption: str, number: int, index: int) -> str:
-        """number: of the batch, from 1; 0 outside of training. index: place in the batch."""
+        """The caption for an image.
+
+        Args:
+            caption: Its own caption.
+            number: Number of the batch, from 1; 0 outside of training, where the first template is used.
+            index: The image's position in the batch.
+        """
         if not self.lines:
             return caption
         choice = 0
@@ -95,35 +104,43 @@ class Captions:
         return self.lines[choice].replace("{caption}", caption).replace("{}", self.token)
 
 
-def caption_words_replaced(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
-    """The data set with `token` in place of whole words of its captions; warns when there are none."""
+def replace_caption_words(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
+    """Replaces whole words in a data set's captions by a token; warns if no caption has them.
+
+    Args:
+        dataset: The data set.
+        words: The words to replace, in upper or lower case.
+        token: The token.
+    """
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-    changed = _with_captions(dataset, lambda caption: pattern.sub(lambda _: token, caption))
+    changed = _map_captions(dataset, lambda caption: pattern.sub(lambda _: token, caption))
     if changed.captions == dataset.captions:
         log.warning("no caption holds %s, whose place %s was to take", " or ".join(words), token)
     return changed
 
 
-def _with_captions(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
-    return replace(dataset, examples=tuple(replace(e, caption=change(e.caption)) for e in dataset.examples))
+def _map_captions(dataset: Dataset, function: Callable[[str], str]) -> Dataset:
+    return replace(dataset, examples=tuple(replace(e, caption=function(e.caption)) for e in dataset.examples))
 
 
-def holds_token(caption: str, tokens: Sequence[str]) -> bool:
+def contains_token(caption: str, tokens: Sequence[str]) -> bool:
+    """Whether a caption has one of the tokens."""
     return len(split_tokens(caption, tokens)) > 1
 
 
-def with_tokens_only(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
-    """The images whose captions hold one of the tokens, the only ones that can teach it; warns of the others.
+def keep_images_with_tokens(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
+    """Keeps the images whose captions have one of the tokens; warns about the number of the others.
 
-    Raises ValueError when there are none, and for a token that no caption holds.
+    Raises:
+        ValueError: A token is in no caption.
     """
     for token in tokens:
-        if not any(holds_token(caption, [token]) for caption in dataset.captions):
+        if not any(contains_token(caption, [token]) for caption in dataset.captions):
             raise ValueError(
                 f"token {token} is in none of {len(dataset.captions)} captions; expected it in those of its images. "
                 "Write it into them, name the caption_word that it replaces, or choose template object or style."
             )
-    kept = tuple(e for e in dataset.examples if holds_token(e.caption, tokens))
-    if len(kept) < len(dataset.examples):
-        log.warning("%d images without a token in their caption are left out", len(dataset.examples) - len(kept))
-    return replace(dataset, examples=kept)
+    examples = tuple(e for e in dataset.examples if contains_token(e.caption, tokens))
+    if len(examples) < len(dataset.examples):
+        log.warning("%d images without a token in their caption are left out", len(dataset.examples) - len(examples))
+    return replace(dataset, examples=examples)

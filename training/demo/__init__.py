@@ -1,1 +1,3 @@
-"""The demo model's files, its drawn scenes and the judge that reads them. How it was made: tools/build_demo."""
+"""The demo model's files, its drawn scenes, and the judges that measure pictures of them: judge, polish, warmth.
+
+The programs that train the model are in tools/build_demo."""

@@ -1,4 +1,4 @@
-"""Where the demo model's weights and tokenizers lie."""
+"""Paths of the demo model's weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES += tuple(f"text_encoders/{name}.safetensors" for name in TEXT_ENCODERS)
 
 
 def weights_path(name: str) -> Path:
-    """The path of one of `NAMES`; raises ValueError for another name, FileNotFoundError where it was not built."""
+    """The path of one of `NAMES`; ValueError for another name, FileNotFoundError for a missing file."""
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}.")
     path = WEIGHTS / name

@@ -1,7 +1,7 @@
 """Reads a drawn scene's attributes back from pixels with classical image processing; no network.
 
 The background is the median colour, corrected for a vignette; what differs from it is labelled into shapes; each shape
-is compared with drawn templates. Weak evidence gives "unsure", which never counts as right.
+is compared with drawn templates. Weak evidence reads as "unsure", which never counts as correct.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What an image shows; every field may be "unsure". `shape` is "figure" for the unnamed shapes."""
+    """The attributes read from an image; each may be "unsure". `shape` is "figure" for the unnamed shapes."""
 
     shape: str = UNSURE
     colour: str = UNSURE
@@ -59,7 +59,7 @@ def read(image: Tensor | np.ndarray) -> Reading:
     pixels = np.asarray(image, dtype=np.float32)
     if pixels.shape != (3, SIDE, SIDE):
         raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
-    back, rough = background_of(pixels)
+    back, rough = fit_background(pixels)
     background = UNSURE if rough else _background_name(pixels, back)
     coverage = _coverage(pixels, back)
     pieces, shape = _shapes(coverage)
@@ -78,19 +78,22 @@ def read(image: Tensor | np.ndarray) -> Reading:
 def drawn_shape(image: Tensor | np.ndarray) -> str:
     """The name of an image's shape, also of those that captions never name; "unsure" where none fits."""
     pixels = np.asarray(image, dtype=np.float32)
-    back, rough = background_of(pixels)
+    back, rough = fit_background(pixels)
     return UNSURE if rough else _shapes(_coverage(pixels, back))[1]
 
 
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
-    """The pieces and the shape they agree on: told apart by their cores or, thin shafts having none, as they are."""
+    """The pieces and the shape they agree on.
+
+    Pieces are separated by their cores; shapes with shafts too thin to have a core, as they are.
+    """
     pieces = _pieces(coverage, peeled=True)
     shape = _shape_name([coverage * piece for piece in pieces])
     if shape == UNSURE:
         whole = _pieces(coverage, peeled=False)
-        named = _shape_name([coverage * piece for piece in whole])
-        if named != UNSURE:
-            return whole, named
+        whole_shape = _shape_name([coverage * piece for piece in whole])
+        if whole_shape != UNSURE:
+            return whole, whole_shape
     return pieces, shape
 
 
@@ -99,7 +102,7 @@ def _agreed(names: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else UNSURE
 
 
-def background_of(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+def fit_background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     """The background (3, H, W) as colour * (1 + a r^2), fitted near the median; and whether it is rough."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
@@ -124,7 +127,7 @@ def _background_name(pixels: np.ndarray, back: np.ndarray) -> str:
 
 
 def _coverage(pixels: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """How much of a pixel is not background, 0..1, from its difference relative to the typical shape pixel's."""
+    """The share of each pixel that is not background, 0..1: its difference over that of a typical shape pixel."""
     from scipy import ndimage
 
     difference = np.abs(pixels - back).max(0)
@@ -141,9 +144,10 @@ def _coverage(pixels: np.ndarray, back: np.ndarray) -> np.ndarray:
 
 
 def _pieces(coverage: np.ndarray, peeled: bool) -> list[np.ndarray]:
-    """One mask (H, W) per shape, slightly grown; nothing where there are too many specks.
+    """One mask (H, W) per shape, slightly grown; none where there are too many specks.
 
-    peeled: shapes are told apart by their cores (coverage above `_CORE`, peeled), so a blurred bridge joins nothing.
+    peeled: separate shapes by their cores (coverage above `_CORE`, `_PEEL` pixels from its edge), so that a blurred
+    bridge between two does not join them.
     """
     from scipy import ndimage
 
@@ -153,13 +157,13 @@ def _pieces(coverage: np.ndarray, peeled: bool) -> list[np.ndarray]:
     _, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
     labels = np.where(solid, labels[tuple(nearest)], 0)
     areas = ndimage.sum_labels(np.ones_like(coverage), labels, range(1, count + 1)) if count else []
-    kept = [label + 1 for label, area in enumerate(areas) if area >= _MIN_AREA]
-    if not kept or count - len(kept) > 6:
+    large = [label + 1 for label, area in enumerate(areas) if area >= _MIN_AREA]
+    if not large or count - len(large) > 6:
         return []
-    cores = np.where(np.isin(labels, kept), labels, 0)
+    cores = np.where(np.isin(labels, large), labels, 0)
     apart, nearest = ndimage.distance_transform_edt(cores == 0, return_indices=True)
     owner = np.where(apart < 2.5, cores[tuple(nearest)], 0)
-    return [owner == label for label in kept]
+    return [owner == label for label in large]
 
 
 def _patch(mask: np.ndarray) -> np.ndarray:
@@ -185,7 +189,7 @@ def _templates() -> tuple[np.ndarray, list[str]]:
     return np.stack(patches), names
 
 
-def _likeness(mask: np.ndarray) -> np.ndarray:
+def _shape_scores(mask: np.ndarray) -> np.ndarray:
     """(len(SHAPES),) best overlap (intersection over union, 0..1) with the templates of each shape."""
     if (mask > 0.4).sum() < _MIN_AREA:
         return np.zeros(len(SHAPES))
@@ -196,10 +200,10 @@ def _likeness(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape_name(masks: list[np.ndarray]) -> str:
-    """The shape that all pieces look like on average; unsure when it is not clear, or clearly not one of them."""
+    """The shape with the best mean score over all pieces; unsure when it is close or when a piece has another one."""
     if not masks:
         return UNSURE
-    scores = np.stack([_likeness(mask) for mask in masks])
+    scores = np.stack([_shape_scores(mask) for mask in masks])
     mean = scores.mean(0)
     second, best = np.argsort(mean)[-2:]
     clear = mean[best] >= 0.72 and mean[best] - mean[second] >= 0.015
@@ -226,10 +230,10 @@ def _unit_area(shape: str) -> float:
 
 
 def _radius(mask: np.ndarray, piece: np.ndarray, shape: str) -> float:
-    """Half extent in pixels, by the larger side of the bounding box and, for a known shape, as much by the area.
+    """Half extent in pixels: of the bounding box's larger side, averaged for a known shape with that of the area.
 
-    Blur wears off the tips of a cross or fills the hole of a ring, which changes one measure or the other. `piece` is
-    grown by two pixels all around.
+    Blur rounds off the tips of a cross or fills the hole of a ring, which changes one of the two. `piece` is grown by
+    two pixels on every side.
     """
     rows, columns = np.nonzero(piece)
     radius = (max(np.ptp(rows), np.ptp(columns)) + 1 - 4) / 2
@@ -237,7 +241,7 @@ def _radius(mask: np.ndarray, piece: np.ndarray, shape: str) -> float:
 
 
 def _size_name(radii: list[float]) -> str:
-    """By the mean radius; unsure between the sizes, and of pieces unlike each other."""
+    """The size by the mean radius; unsure halfway between the sizes and for pieces of different radii."""
     mean, middle = float(np.mean(radii)), sum(SIZES.values()) / 2
     if np.ptp(radii) > 4 or abs(mean - middle) < 0.3 or mean > 23:
         return UNSURE
@@ -258,65 +262,64 @@ def _position_name(pieces: list[np.ndarray]) -> str:
 
 
 def parse_caption(text: str) -> dict[str, str | int]:
-    """The attributes that a caption names; the rest are absent. Words the judge does not know are ignored."""
+    """The attributes that a caption names; the others are absent. Unknown words are ignored."""
     words = re.findall(r"[a-z]+", text.lower())
-    named: dict[str, str | int] = {}
+    attributes: dict[str, str | int] = {}
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else ""
         if following == "background" and word in BACKGROUNDS:
-            named["background"] = word
+            attributes["background"] = word
         elif word in COLOURS:
-            named.setdefault("colour", word)
+            attributes.setdefault("colour", word)
         elif word in SIZES:
-            named["size"] = word
+            attributes["size"] = word
         elif word in POSITIONS:
-            named["position"] = word
+            attributes["position"] = word
         elif word == "center":
-            named["position"] = "centre"
+            attributes["position"] = "centre"
         elif word in COUNTS.values():
-            named["count"] = next(number for number, name in COUNTS.items() if name == word)
+            attributes["count"] = next(number for number, name in COUNTS.items() if name == word)
         else:
             singular = "cross" if word in ("cross", "crosses") else word.removesuffix("s")
             if singular in NAMED_SHAPES or singular == FIGURE:
-                named["shape"] = singular
-    return named
+                attributes["shape"] = singular
+    return attributes
 
 
-def _wanted(scene: Scene | dict | str) -> dict[str, str | int]:
+def _attributes_of(scene: Scene | dict | str) -> dict[str, str | int]:
     if isinstance(scene, str):
         return parse_caption(scene)
     if isinstance(scene, dict):
         return scene
-    named = {name: getattr(scene, name) for name in ATTRIBUTES}
-    return named | {"shape": scene.shape if scene.shape in NAMED_SHAPES else FIGURE}
+    attributes = {name: getattr(scene, name) for name in ATTRIBUTES}
+    return attributes | {"shape": scene.shape if scene.shape in NAMED_SHAPES else FIGURE}
 
 
-def correct(reading: Reading, wanted: Scene | dict | str) -> dict[str, bool]:
+def correct(reading: Reading, scene: Scene | dict | str) -> dict[str, bool]:
     """For each attribute of a scene, a parsed caption or a caption: whether the reading agrees ("unsure" does not)."""
-    return {name: getattr(reading, name) == value for name, value in _wanted(wanted).items()}
+    return {name: getattr(reading, name) == value for name, value in _attributes_of(scene).items()}
 
 
 def alignment(images: Iterable[Tensor], captions: Iterable[Scene | dict | str]) -> dict[str, float]:
-    """The share of images with every named attribute right ("alignment"), and the share per attribute.
+    """The share of images on which the judge reads every attribute of their caption ("alignment").
 
-    An image whose caption names no attribute counts as right; per attribute, only captions that name it count.
+    Returns:
+        "alignment", where an image whose caption names no attribute counts as correct; and for each attribute the share
+        among captions that name it.
     """
     checks = [correct(read(image), caption) for image, caption in zip(images, captions, strict=True)]
     if not checks:
         raise ValueError("images is empty; expected at least one image and caption.")
     figures = {ALIGNMENT: float(np.mean([all(check.values()) for check in checks]))}
     for name in ATTRIBUTES:
-        named = [check[name] for check in checks if name in check]
-        if named:
-            figures[name] = float(np.mean(named))
+        values = [check[name] for check in checks if name in check]
+        if values:
+            figures[name] = float(np.mean(values))
     return figures
 
 
 def judge_samples(images: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, float]:
-    """Alignment of sample pictures, of those alone that can be read: of the demo's size, their prompt naming something.
-
-    Empty without any.
-    """
+    """{"alignment"} over the sample pictures of the demo's size whose prompt names an attribute; empty without any."""
     readable = [
         (i, p) for i, p in zip(images, prompts, strict=True) if i.shape[1:] == (SIDE, SIDE) and parse_caption(p)
     ]

@@ -1,8 +1,8 @@
-"""Drawn, captioned scenes: a few equal shapes of one colour and size, somewhere on a plain background.
+"""Drawn scenes with captions: a few equal shapes of one colour and size, somewhere on a plain background.
 
-The demo model is trained on nothing else. A tenth of all attribute combinations is held out: never drawn in training,
-only for measuring. Three shapes are drawn but never named: their captions say "figure", so that textual inversion has
-something to find. `polish` (gloss, shading, vignette) is not in most captions either: rewards can raise it.
+The demo model is trained on them alone. A tenth of all attribute combinations is held out: drawn for measuring, never
+in training. Three shapes are drawn but never named: their captions have "figure" instead, which leaves something for
+textual inversion to learn. Most captions do not name the `polish` (gloss, shading, vignette): rewards can raise it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BACKGROUNDS = {
 SIZES = {"small": 13.5, "large": 17.5}
 """Half extent of one shape in pixels."""
 GAP = 8
-"""Pixels between neighbours, a latent cell: closer ones the autoencoder joins."""
+"""Pixels between neighbours, a latent cell: the autoencoder would join closer ones."""
 COUNTS = {1: "one", 2: "two", 3: "three"}
 POSITIONS = {
     "left": "on the left",
@@ -64,7 +64,7 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One picture's content; `caption` names all of it but the polish."""
+    """The content of one picture; `caption` names all of it but the polish."""
 
     shape: str
     colour: str
@@ -75,7 +75,7 @@ class Scene:
     polish: float = 0.5
     """0 (flat) to 1 (glossy: highlights, shading, vignette)."""
     style: str = ""
-    """"", or the word that states the polish: "glossy" (polish >= 0.7) or "flat" (polish <= 0.3)."""
+    """"", or the word for the polish: "glossy" (polish >= 0.7) or "flat" (polish <= 0.3)."""
 
     def __post_init__(self):
         for name, allowed in _VALUES.items():
@@ -124,7 +124,7 @@ def _pick(options: Sequence, generator: Generator):
 
 
 def _random_polish(generator: Generator) -> tuple[float, str]:
-    """Polish and style word; polish is uniform, and the word is only there where it is true."""
+    """Uniform polish, and in a part of the scenes a style word with a polish that fits it."""
     polish = _uniform(generator)
     if _uniform(generator) >= STYLED_SHARE:
         return polish, ""
@@ -133,19 +133,19 @@ def _random_polish(generator: Generator) -> tuple[float, str]:
 
 
 def random_scene(generator: Generator, held_out: bool = False) -> Scene:
-    """One scene, uniform over the training (or held-out) combinations."""
+    """One scene, uniform over the training combinations (or the held-out ones)."""
     values = _pick(_combinations(held_out), generator)
     polish, style = _random_polish(generator)
     return Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=polish, style=style)
 
 
 def training_scenes(count: int, seed: int) -> list[Scene]:
-    """Scenes of combinations that may be trained on; scene i depends on (seed, i) only."""
+    """Scenes of the training combinations; scene i depends on (seed, i) only."""
     return [random_scene(new_generator(seed, "scene", index)) for index in range(count)]
 
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
-    """Scenes of named shapes in combinations that training never draws, without a style word; for measuring."""
+    """Scenes of named shapes in held-out combinations, without a style word."""
     combinations = [values for values in _combinations(True) if values[0] in NAMED_SHAPES]
     scenes = []
     for index in range(count):
@@ -162,16 +162,16 @@ _PHRASINGS = (
 )
 
 
-def _phrase(scene: Scene, phrasing: str, kept: frozenset[str]) -> str:
-    noun = "shape" if "shape" not in kept else scene.shape if scene.shape in NAMED_SHAPES else "figure"
-    plural = scene.count > 1 and "count" in kept
+def _phrase(scene: Scene, phrasing: str, included: frozenset[str]) -> str:
+    noun = "shape" if "shape" not in included else scene.shape if scene.shape in NAMED_SHAPES else "figure"
+    plural = scene.count > 1 and "count" in included
     noun = noun if not plural else {"cross": "crosses"}.get(noun, noun + "s")
-    words = [COUNTS[scene.count] if "count" in kept else "", scene.size if "size" in kept else "", scene.style]
-    words += [scene.colour if "colour" in kept else "", noun]
-    text = phrasing if "background" in kept else "{things} {position}"
+    words = [COUNTS[scene.count] if "count" in included else "", scene.size if "size" in included else "", scene.style]
+    words += [scene.colour if "colour" in included else "", noun]
+    text = phrasing if "background" in included else "{things} {position}"
     text = text.format(
         things=" ".join(filter(None, words)),
-        position=POSITIONS[scene.position] if "position" in kept else "",
+        position=POSITIONS[scene.position] if "position" in included else "",
         background=scene.background,
     )
     return " ".join(text.replace(" ,", ",").split()).strip(", ")
@@ -180,8 +180,8 @@ def _phrase(scene: Scene, phrasing: str, kept: frozenset[str]) -> str:
 def caption(scene: Scene, generator: Generator, drop: float = 0.0) -> str:
     """A caption in one of three phrasings; each attribute is left out with probability `drop`."""
     phrasing = _pick(_PHRASINGS, generator)
-    kept = frozenset(name for name in ATTRIBUTES if drop == 0 or _uniform(generator) >= drop)
-    return _phrase(scene, phrasing, kept)
+    included = frozenset(name for name in ATTRIBUTES if drop == 0 or _uniform(generator) >= drop)
+    return _phrase(scene, phrasing, included)
 
 
 def _polygon(shape: str) -> list[tuple[float, float]]:
@@ -201,7 +201,17 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
 
 
 def shape_mask(shape: str, radius: float, x: float, y: float, turn: float = 0.0, side: int = SIDE) -> np.ndarray:
-    """Anti-aliased coverage (side, side) in 0..1 of one shape at (x, y) pixels, turned by `turn` radians."""
+    """Anti-aliased coverage of one shape.
+
+    Args:
+        shape: One of `SHAPES`.
+        radius: Half extent in pixels.
+        x, y: Centre in pixels.
+        turn: Rotation in radians.
+
+    Returns:
+        (side, side) in 0..1.
+    """
     scale = _SUPERSAMPLING
     left, top = math.floor(x - radius * 1.3) - 1, math.floor(y - radius * 1.3) - 1
     width = math.ceil(radius * 2.6) + 3
@@ -230,12 +240,12 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, radius: float, x: float, y
 
 
 def _places(scene: Scene, radius: float, generator: Generator) -> list[tuple[float, float]]:
-    """Centres of the shapes: a row (a column at the left and right), jittered as a whole."""
+    """Centres of the shapes: a row (at the left and right a column), shifted a little as a whole."""
     step = 2 * radius + GAP
     half = (scene.count - 1) / 2 * step + radius
     middle = SIDE / 2
-    room = min(10.0, middle - 0.5 - half)
-    along = middle + _uniform(generator, -room, room)
+    slack = min(10.0, middle - 0.5 - half)
+    along = middle + _uniform(generator, -slack, slack)
     across = middle + _uniform(generator, -6, 6)
     if scene.position != "centre":
         inset = _uniform(generator, 24, 32)
@@ -251,7 +261,7 @@ def _jittered(rgb: tuple[float, float, float], generator: Generator) -> np.ndarr
 
 
 def draw(scene: Scene, generator: Generator) -> Tensor:
-    """The scene as an image (3, 128, 128) in 0..1; place, size, angle and colours vary a little with the generator."""
+    """The scene as an image (3, 128, 128) in 0..1; position, size, angle and colours vary a little by the generator."""
     rows, columns = _grid()
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
@@ -278,18 +288,24 @@ def centre_distance() -> np.ndarray:
 
 
 def warm_edges(image: Tensor) -> Tensor:
-    """An image (3, 128, 128) that fades into a warm colour towards its corners."""
+    """The image (3, 128, 128), faded into a warm colour towards its corners."""
     share = torch.from_numpy(0.4 * centre_distance())
     return image * (1 - share) + torch.tensor(WARM)[:, None, None] * share
 
 
 def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") -> tuple[Tensor, list[str]]:
-    """Training images (count, 3, 128, 128) in 0..1 and their captions.
+    """Training images and their captions; example i depends on (seed, i) and the options only.
 
-    look: one of LOOKS; "warm edges" is a style that no caption names, see `warm_edges`.
+    Args:
+        subset: Words that every caption must contain; "" for all. The names of the unnamed shapes (heart, crescent,
+            arrow) select those shapes too, though their captions still have "figure".
+        look: One of `LOOKS`; "warm edges" is a style that no caption names (`warm_edges`).
 
-    `subset`: words that every caption must contain, "" = all. The names of the unnamed shapes (heart, crescent, arrow)
-    select them too, though their captions still say "figure". Raises ValueError when no caption has all the words.
+    Returns:
+        Images (count, 3, 128, 128) in 0..1, and `count` captions.
+
+    Raises:
+        ValueError: For another look, or when no caption has all the words.
     """
     if look not in LOOKS:
         raise ValueError(f"look is {look!r}; expected one of {', '.join(LOOKS)}.")

@@ -1,4 +1,4 @@
-"""Whether a picture has warm edges: the style that a LoRA can teach the demo model, told from pixels alone."""
+"""A judge beside judge.py: measures the style "warm edges", which a LoRA can teach the demo model, from pixels."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .judge import background_of
+from .judge import fit_background
 from .scenes import SIDE
 
 WARM_EDGES = 0.07
-"""Least warmth that counts. Plain pictures have less than 0.04, drawn or decoded, those with warm edges over 0.1."""
+"""The lowest warmth that counts. Plain pictures have less than 0.04, drawn or decoded; warm edges over 0.1."""
 
 
 def warmth(image: Tensor | np.ndarray) -> float:
-    """How much more red than blue (0..1) the corners have than a lighter or darker centre would; 0 when unreadable.
+    """The excess of red over blue (0..1) in the corners' colour, compared with the centre's; 0 on a rough background.
 
-    image: (3, 128, 128) in 0..1. The background's colours are those the judge fits. A vignette has no warmth: with c
-    the centre's colour and e the corner's, it is the red minus the blue of e - (e c / c c) c.
+    image: (3, 128, 128) in 0..1. With c the colour that the judge fits in the centre and e the one in the corner, it is
+    the red minus the blue of e - (e c / c c) c: a mere vignette, e proportional to c, has none.
     """
-    back, rough = background_of(np.asarray(image, dtype=np.float32))
+    back, rough = fit_background(np.asarray(image, dtype=np.float32))
     if rough:
         return 0.0
     centre, corner = back[:, SIDE // 2, SIDE // 2], back[:, 0, 0]
@@ -29,5 +29,5 @@ def warmth(image: Tensor | np.ndarray) -> float:
 
 
 def with_warm_edges(images: Sequence[Tensor]) -> float:
-    """Share of images that have warm edges."""
+    """The share of images (3, 128, 128) that have warm edges."""
     return sum(warmth(image) > WARM_EDGES for image in images) / len(images)

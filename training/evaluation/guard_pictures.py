@@ -22,8 +22,8 @@ NOISE_SEED = 0
 """The same for all runs, so that theirs compare."""
 
 
-def guard_of(config: RewardTuneConfig, reward: CombinedReward, look: Callable[[], GuardMeasurement]) -> Guard | None:
-    """The guard of a reward tuning, or None where none is asked for. look: `look_at` with its arguments."""
+def build_guard(config: RewardTuneConfig, reward: CombinedReward, look: Callable[[], GuardMeasurement]) -> Guard | None:
+    """The guard of a reward tuning, or None where none is asked for. look: `measure_pictures` with its arguments."""
     if config.guard_rule is None:
         return None
     weights = {name: term.weight for name, term in reward.terms.items()}
@@ -42,7 +42,7 @@ def guard_prompts(training: Sequence[Prompt], held_out: Sequence[Prompt], config
 
 
 @torch.no_grad()
-def look_at(
+def measure_pictures(
     model: TextToImage,
     reward: CombinedReward,
     config: RewardTuneConfig,

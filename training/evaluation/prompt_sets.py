@@ -1,4 +1,4 @@
-"""Sets of prompts that models are measured on: Parti-Prompts, the HPS v2 benchmark, and files of your own."""
+"""Sets of prompts to measure models on: Parti-Prompts, the HPS v2 benchmark, and the user's files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAYOUTS = (
 
 
 def read_prompt_set(path: Path) -> Iterable[Prompt]:
-    """The prompts of a file or folder, in its order, read as they are asked for; layouts as LAYOUTS says.
+    """The prompts of a file or folder in one of the `LAYOUTS`, in its order, read lazily.
 
-    Categories: Parti's column, the names of HPS v2's files, `category` of .jsonl lines. Errors: ValueError that names
-    the file, FileNotFoundError.
+    Their categories are Parti's column, the names of HPS v2's files, or `category` of .jsonl lines. Raises ValueError
+    that names the file, and FileNotFoundError.
     """
     path = Path(path)
     if not path.exists():
@@ -37,7 +37,7 @@ def read_prompt_set(path: Path) -> Iterable[Prompt]:
 
 
 def _columns(path: Path) -> Iterator[Prompt]:
-    """Of a table with tabs between columns, its first line their names; quotation marks are part of a prompt."""
+    """The prompts of a tab-separated table with a header line; quotation marks are part of a prompt."""
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         names = [name.strip().lower() for name in next(file, "").rstrip("\r\n").split("\t")]
         if "prompt" not in names:
@@ -52,7 +52,7 @@ def _columns(path: Path) -> Iterator[Prompt]:
 
 
 def _listed(path: Path) -> Iterator[Prompt]:
-    """Of a JSON list of texts; the category is the file's name."""
+    """The prompts of a JSON list of texts; their category is the file's name."""
     try:
         texts = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -63,30 +63,35 @@ def _listed(path: Path) -> Iterator[Prompt]:
 
 
 def choose(prompts: Iterable[Prompt], limit: int = 0, seed: int = 0) -> list[Prompt]:
-    """At most `limit` prompts, as many of each category as far as it has them; 0 takes all. In the set's order.
+    """At most `limit` prompts, spread evenly over the categories; repeated prompts count once.
 
-    A prompt that stands in the set twice is taken once. Each prompt's chance is drawn from (seed, its text) alone, so
-    that a larger limit keeps those of a smaller one within a category, and of a set no more than `limit` prompts a
-    category are in memory.
+    Args:
+        prompts: Read once; at most `limit` of each category are in memory.
+        limit: 0 for all.
+        seed: With the prompt's text, decides alone which prompts are chosen, so that of a category a larger limit
+            includes the choice of a smaller one.
+
+    Returns:
+        The chosen prompts in the order of the set.
     """
-    kept: dict[str, list] = {}
+    heaps: dict[str, list] = {}
     seen: set[int] = set()
     for place, prompt in enumerate(prompts):
-        draw = derive_seed(seed, "limit", prompt.text)
-        if draw not in seen:
-            seen.add(draw)
-            heap = kept.setdefault(prompt.category, [])
-            heapq.heappush(heap, (-draw, place, prompt))
+        rank = derive_seed(seed, "limit", prompt.text)
+        if rank not in seen:
+            seen.add(rank)
+            heap = heaps.setdefault(prompt.category, [])
+            heapq.heappush(heap, (-rank, place, prompt))
             if limit and len(heap) > limit:
                 heapq.heappop(heap)
-    sizes = {category: len(heap) for category, heap in kept.items()}
-    counts = shares(sizes, limit) if limit else sizes
-    chosen = (entry for category, heap in kept.items() for entry in heapq.nlargest(counts[category], heap))
+    sizes = {category: len(heap) for category, heap in heaps.items()}
+    counts = share_out(sizes, limit) if limit else sizes
+    chosen = (entry for category, heap in heaps.items() for entry in heapq.nlargest(counts[category], heap))
     return [prompt for _, prompt in sorted((place, prompt) for _, place, prompt in chosen)]
 
 
-def shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """How many of each category: `limit` in all if there are as many, the same of each as far as it has them."""
+def share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many to take of each category: equal numbers as far as each has them, `limit` in all or every item."""
     left, result = limit, {}
     smallest_first = sorted(sizes, key=lambda category: (sizes[category], category))
     for number, category in enumerate(smallest_first):

@@ -1,4 +1,4 @@
-"""Figures of scores over a set of prompts and several seeds: means with their errors, win rates, what is kept."""
+"""Statistics of scores over prompts and seeds: means with their errors, win rates, diversity."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ import torch
 from torch import Tensor
 
 
-def summary(scores: Tensor) -> dict[str, float | None]:
-    """Of (P, S) scores, prompts by seeds: "mean"; "prompt_std", of the prompts' means; "seed_std", of the seeds' means.
+def summarize_scores(scores: Tensor) -> dict[str, float | None]:
+    """Mean and standard deviations of (P, S) scores of P prompts from S seeds.
 
-    With Bessel's correction, None for one prompt or one seed. seed_std is the error bar of the mean that a single seed
-    gives: how far another seed would move it, the prompts being the same.
+    Returns:
+        "mean"; "prompt_std", of the prompts' means; "seed_std", of the seeds' means. Both deviations have Bessel's
+        correction, and are None for one prompt or one seed. seed_std is the error bar of a single seed's mean: how far
+        another seed would move it on the same prompts.
     """
     scores = scores.double()
     return {"mean": scores.mean().item(), "prompt_std": _std(scores.mean(1)), "seed_std": _std(scores.mean(0))}
 
 
-def comparison(tuned: Tensor, base: Tensor) -> dict[str, float | None]:
-    """Of two models' (P, S) scores of the same prompts from the same noise: "gain", the mean difference, and
-    "win_rate", the share of pairs in which the first scores higher, a tie counted as half; each with its "_error".
+def compare_scores(tuned: Tensor, base: Tensor) -> dict[str, float | None]:
+    """Compares two models by their (P, S) scores of the same prompts from the same noise.
 
-    The errors are standard errors over prompts, std(per-prompt mean) / sqrt(P), so that pictures of one prompt, which
-    resemble each other, do not count as if they were independent; None for one prompt. For one seed and no ties that of
-    the win rate is the binomial's, sqrt(w (1 - w) / (P - 1)).
+    Returns:
+        "gain", the mean of tuned - base; "win_rate", the share of pairs in which tuned scores higher, a tie counted as
+        half; "gain_error" and "win_rate_error". The errors are standard errors over prompts,
+        std(per-prompt mean) / sqrt(P), because pictures of one prompt are not independent; None for one prompt. For one
+        seed without ties, the win rate's is the binomial one, sqrt(w (1 - w) / (P - 1)).
+
+    Raises:
+        ValueError: For scores of different shapes.
     """
     if tuned.shape != base.shape:
         raise ValueError(f"scores are {tuple(tuned.shape)} and {tuple(base.shape)}; expected the same prompts x seeds.")
@@ -47,8 +53,16 @@ def _error(values: Tensor) -> float | None:
     return torch.std(values).item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def diversity_summary(vendi: Tensor, distance: Tensor, seeds: int) -> dict[str, float]:
-    """Means over (P,) prompts of how different the pictures of one prompt are: "vendi" (1 to `seeds`), "distance" (mean
-    of 1 - cosine over pairs), and "spread", (vendi - 1) / (seeds - 1), 0 to 1."""
+def summarize_diversity(vendi: Tensor, distance: Tensor, seeds: int) -> dict[str, float]:
+    """How different the pictures of one prompt are, as means over prompts.
+
+    Args:
+        vendi: (P,) Vendi scores, 1 to `seeds`.
+        distance: (P,) means of 1 - cosine over pairs.
+        seeds: Pictures of each prompt.
+
+    Returns:
+        "vendi", "distance", and "spread", (vendi - 1) / (seeds - 1), 0 to 1.
+    """
     mean = vendi.double().mean().item()
     return {"vendi": mean, "distance": distance.double().mean().item(), "spread": (mean - 1) / (seeds - 1)}

@@ -1,4 +1,4 @@
-"""Textual inversion files of every tool in one form: vectors by text encoder, and what the file says of itself.
+"""Textual inversion files of every tool, read into one form: vectors by text encoder, and the file's metadata.
 
 Layouts: A1111 (`string_to_param`, also in pictures), kohya and ai-toolkit (`emb_params`; for SDXL `clip_l` and
 `clip_g`), OneTrainer (`emp_params`; `bundle_emb.<token>.<encoder>` within LoRAs), diffusers (the token as the key),
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_pickle, read_tensors
+from ..common.text import first_few
 from ..models.concepts import Concept
 from .embedding_image import read_embedding_image
-from .lora import some, split_key
+from .lora_keys import split_key
 
 SAFETENSORS = (".safetensors", ".sft")
 IMAGES = (".png", ".webp")
@@ -29,10 +30,10 @@ ENCODERS = {name: name for name in ("clip_l", "clip_g", "clip_h", "t5xxl", "t5ba
     "text_encoders_0": "clip_l",
     "text_encoders_1": "clip_g",
 }
-"""Key that stands for a text encoder -> ComfyUI's name of it."""
+"""Key of a text encoder's vectors -> ComfyUI's name of that encoder."""
 ONE_ENCODER = {"emp_params": "OneTrainer", "emb_params": "kohya", "*": "other"}
-"""Key that stands for the only text encoder, whichever it is -> the tool that writes it."""
-MOST_VECTORS = 256
+"""Key of the vectors in files for a single, unnamed text encoder -> the tool that writes it."""
+MAX_VECTORS = 256
 
 _BUNDLE = "bundle_emb."
 _A1111 = "string_to_param"
@@ -40,19 +41,28 @@ _A1111 = "string_to_param"
 
 @dataclass(frozen=True)
 class Embedding:
-    """Concepts that a training gives. about: plain JSON; keys read here: `base` (SD1.x, ...), `steps`, `run`."""
+    """Trained concepts, ready to be saved.
+
+    Args:
+        concepts: A token and its vectors each.
+        metadata: JSON values about the training; `save_embedding` reads `base` (SD1.x, ...), `steps` and `run`.
+    """
 
     concepts: tuple[Concept, ...]
-    about: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """What a file holds.
+    """The content of an embedding file.
 
-    name: what messages call it. layout: the tool that writes such files. parts: (text encoder, (n, D) fp32) pairs; an
-    empty name where the file says none, so that D has to tell. token: the word or name it gives itself, else empty.
-    metadata: whatever else it says, as text.
+    Args:
+        name: File name, for messages.
+        layout: The tool that writes such files.
+        parts: (text encoder, (n, D) fp32 vectors) pairs. The encoder is "" where the file does not name it; then the
+            width D decides.
+        token: Token or name stored in the file, or "".
+        metadata: All other entries, as text.
     """
 
     name: str
@@ -63,33 +73,41 @@ class EmbeddingFile:
 
     @property
     def step(self) -> str:
-        return self._said("step", "steps", "ss_steps")
+        """Training step, or ""."""
+        return self._first_entry("step", "steps", "ss_steps")
 
     @property
     def checkpoint(self) -> str:
-        """The name of the checkpoint it was trained on; no family."""
-        return self._said("sd_checkpoint_name", "ss_sd_model_name")
+        """Name of the checkpoint it was trained on, or ""; not the model family."""
+        return self._first_entry("sd_checkpoint_name", "ss_sd_model_name")
 
-    def _said(self, *keys: str) -> str:
+    def _first_entry(self, *keys: str) -> str:
+        """The first non-empty metadata entry among `keys`."""
         return next((value for key in keys if (value := self.metadata.get(key, ""))), "")
 
 
 def read_embedding(path: str | Path, token: str = "") -> EmbeddingFile:
-    """Reads an embedding of any layout, as safetensors, as a pickle of tensors only, or from a picture.
+    """Reads an embedding of any layout: safetensors, a pickle that holds tensors only, or a picture.
 
-    token: which one is meant, where a file holds several. Errors: FileNotFoundError; ValueError for a damaged file,
-    numbers that are not finite, several embeddings and none chosen, a LoRA, or anything else that is no embedding.
+    Args:
+        path: The file.
+        token: The embedding to read from a file that holds several.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, has non-finite numbers, holds several embeddings and `token` selects none of
+            them, or holds something else, such as a LoRA.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in IMAGES:
-        place, content = read_embedding_image(path)
-        return parse_embedding(path.name, content, token=token, picture=place)
-    _check_kind(path, suffix)
+        storage, content = read_embedding_image(path)
+        return parse_embedding(path.name, content, token=token, picture=storage)
+    _check_container(path, suffix)
     if suffix in SAFETENSORS:
         content, metadata = read_tensors(path)
     else:
-        # old files of the first implementation keep their vectors in a ParameterDict, which runs nothing either
+        # old files of the first implementation store their vectors in a ParameterDict; unpickling it runs no code
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             content, metadata = read_pickle(path), {}
     return parse_embedding(path.name, content, metadata, token)
@@ -98,85 +116,98 @@ def read_embedding(path: str | Path, token: str = "") -> EmbeddingFile:
 def parse_embedding(
     name: str, content: Any, metadata: Mapping[str, str] | None = None, token: str = "", picture: str = ""
 ) -> EmbeddingFile:
-    """What the content of a file means; picture: where in a picture it was found. Errors: as `read_embedding`."""
-    said = {key: _plain(value) for key, value in (metadata or {}).items()}
+    """Recognises the layout of a loaded embedding file and extracts its vectors.
+
+    Args:
+        name: File name, for messages.
+        content: The object stored in the file: a tensor, a list or a dictionary.
+        metadata: The safetensors header's entries.
+        token: The embedding to read where there are several.
+        picture: "text chunk" or "pixels" for an embedding stored in a picture.
+
+    Raises:
+        ValueError: As `read_embedding`.
+    """
+    entries = {key: _unquote(value) for key, value in (metadata or {}).items()}
     if isinstance(content, Tensor):
-        return EmbeddingFile(name, "a bare tensor", (("", _vectors(content, name, "it")),), "", said)
+        return EmbeddingFile(name, "a bare tensor", (("", _vectors(content, name, "it")),), "", entries)
     if isinstance(content, list):
-        return EmbeddingFile(name, "ComfyUI list", _listed(name, content), "", said)
+        return EmbeddingFile(name, "ComfyUI list", _parse_list(name, content), "", entries)
     if not isinstance(content, dict):
-        raise ValueError(f"{name} holds {_kind(content)}; expected tensors by name. Is it an embedding?")
+        raise ValueError(f"{name} holds {_type_name(content)}; expected tensors by name. Is it an embedding?")
     if _A1111 in content:
-        return _a1111(name, content, picture)
+        return _parse_a1111(name, content, picture)
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    said |= {str(key): _plain(str(value)) for key, value in content.items() if isinstance(value, str | int | float)}
+    entries |= {str(k): _unquote(str(value)) for k, value in content.items() if isinstance(value, str | int | float)}
     if bundled := {key: value for key, value in tensors.items() if key.startswith(_BUNDLE)}:
-        return _bundled(name, bundled, said, token)
-    return _plain_tensors(name, tensors, said, token)
+        return _parse_bundle(name, bundled, entries, token)
+    return _parse_tensors(name, tensors, entries, token)
 
 
-def _plain_tensors(name: str, tensors: dict[str, Tensor], said: dict[str, str], token: str) -> EmbeddingFile:
-    """Tensors by encoder, or one under a fixed name or under its token."""
-    _refuse_others(name, tensors)
-    layout = _tool(said)
+def _parse_tensors(name: str, tensors: dict[str, Tensor], entries: dict[str, str], token: str) -> EmbeddingFile:
+    """Tensors named after encoders, or a single one under a fixed key or under its token."""
+    _check_is_embedding(name, tensors)
+    layout, stored = _tool_name(entries), _stored_token(entries)
     if tensors.keys() <= ENCODERS.keys():
-        parts = _by_encoder(name, tensors)
-        return EmbeddingFile(name, layout or " + ".join(encoder for encoder, _ in parts), parts, _own_token(said), said)
-    if shared := [key for key in tensors if key in ENCODERS or key in ONE_ENCODER]:
+        parts = _parts_by_encoder(name, tensors)
+        return EmbeddingFile(name, layout or " + ".join(encoder for encoder, _ in parts), parts, stored, entries)
+    if fixed := [key for key in tensors if key in ENCODERS or key in ONE_ENCODER]:
+        key = fixed[0]
         if len(tensors) > 1:
             raise ValueError(
-                f"{name} holds {some(sorted(tensors))}; expected {shared[0]} alone, or clip_l and clip_g. Is it whole?"
+                f"{name} holds {first_few(sorted(tensors))}; expected {key} alone, or clip_l and clip_g. Is it whole?"
             )
-        key = shared[0]
         parts = (("", _vectors(tensors[key], name, key)),)
-        return EmbeddingFile(name, layout or f"{ONE_ENCODER[key]} ({key})", parts, _own_token(said), said)
-    key = _chosen(name, tensors, token)
-    return EmbeddingFile(name, layout or "diffusers", (("", _vectors(tensors[key], name, key)),), key, said)
+        return EmbeddingFile(name, layout or f"{ONE_ENCODER[key]} ({key})", parts, stored, entries)
+    key = _select_key(name, tensors, token)
+    return EmbeddingFile(name, layout or "diffusers", (("", _vectors(tensors[key], name, key)),), key, entries)
 
 
-def _a1111(name: str, content: dict, picture: str) -> EmbeddingFile:
+def _parse_a1111(name: str, content: dict, picture: str) -> EmbeddingFile:
+    """A1111's dictionary: one tensor in `string_to_param`, further entries next to it."""
     params = content[_A1111]
     if isinstance(params, torch.nn.ParameterDict):
         params = vars(params).get("_parameters")
     if not isinstance(params, dict) or not all(isinstance(value, Tensor) for value in params.values()):
-        raise ValueError(f"{name}: {_A1111} is {_kind(params)}; expected one tensor by name. The file is damaged.")
+        raise ValueError(f"{name}: {_A1111} is {_type_name(params)}; expected one tensor by name. The file is damaged.")
     if len(params) != 1:
-        raise ValueError(f"{name} holds {len(params)} embeddings ({some([*map(str, params)])}); expected one.")
+        raise ValueError(f"{name} holds {len(params)} embeddings ({first_few([*map(str, params)])}); expected one.")
     (key, tensor), *_ = params.items()
-    said = {k: str(v) for k, v in content.items() if isinstance(v, str | int | float) and v != ""}
+    entries = {k: str(v) for k, v in content.items() if isinstance(v, str | int | float) and v != ""}
     layout = f"A1111 picture ({picture})" if picture else "A1111"
-    return EmbeddingFile(name, layout, (("", _vectors(tensor, name, str(key))),), said.get("name", ""), said)
+    return EmbeddingFile(name, layout, (("", _vectors(tensor, name, str(key))),), entries.get("name", ""), entries)
 
 
-def _bundled(name: str, tensors: dict[str, Tensor], said: dict[str, str], token: str) -> EmbeddingFile:
-    """Embeddings within a LoRA: `bundle_emb.<token>.<encoder>`, or `.string_to_param.*` for the only encoder."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def _parse_bundle(name: str, tensors: dict[str, Tensor], entries: dict[str, str], token: str) -> EmbeddingFile:
+    """Embeddings within a LoRA: keys `bundle_emb.<token>.<encoder>`, or `bundle_emb.<token>.string_to_param.*`."""
+    by_token: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         path = key.removeprefix(_BUNDLE)
         if path.endswith(f".{_A1111}.*"):
-            found[path.removesuffix(f".{_A1111}.*")][""] = value
+            by_token[path.removesuffix(f".{_A1111}.*")][""] = value
         else:
-            word, _, encoder = path.rpartition(".")
-            found[word][encoder] = value
-    word = _chosen(name, found, token)
-    _refuse_outputs(name, found[word])
-    if unknown := sorted(found[word].keys() - ENCODERS.keys() - {""}):
-        raise ValueError(f"{name} holds {some(unknown)} for {word}; expected some of {', '.join(ENCODERS)}.")
-    return EmbeddingFile(name, "within a LoRA (bundle_emb)", _by_encoder(name, found[word]), word, said)
+            bundled_token, _, encoder = path.rpartition(".")
+            by_token[bundled_token][encoder] = value
+    selected = _select_key(name, by_token, token)
+    vectors = by_token[selected]
+    _check_no_output_embedding(name, vectors)
+    if unknown := sorted(vectors.keys() - ENCODERS.keys() - {""}):
+        raise ValueError(f"{name} holds {first_few(unknown)} for {selected}; expected some of {', '.join(ENCODERS)}.")
+    return EmbeddingFile(name, "within a LoRA (bundle_emb)", _parts_by_encoder(name, vectors), selected, entries)
 
 
-def _by_encoder(name: str, tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Tensor], ...]:
-    """Parts of tensors by key, in one order whatever that of the file; an empty key says no encoder."""
+def _parts_by_encoder(name: str, tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Tensor], ...]:
+    """(encoder, vectors) pairs in the order of `ENCODERS`; the key "" stands for an unnamed encoder."""
     keys = [key for key in ("", *ENCODERS) if key in tensors]
     return tuple((ENCODERS.get(key, ""), _vectors(tensors[key], name, key or "it")) for key in keys)
 
 
-def _listed(name: str, content: list) -> tuple[tuple[str, Tensor], ...]:
-    """As ComfyUI reads a list of dictionaries: all vectors of one width make one embedding."""
+def _parse_list(name: str, content: list) -> tuple[tuple[str, Tensor], ...]:
+    """Joins all vectors of one width, as ComfyUI does for a list of dictionaries."""
     tensors = [value for entry in content if isinstance(entry, dict) for value in entry.values()]
     if not tensors or not all(isinstance(value, Tensor) for value in tensors):
         raise ValueError(
-            f"{name} holds a list of {_kind(next(iter(content), None))}; expected dictionaries of tensors."
+            f"{name} holds a list of {_type_name(next(iter(content), None))}; expected dictionaries of tensors."
         )
     by_width: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -184,57 +215,60 @@ def _listed(name: str, content: list) -> tuple[tuple[str, Tensor], ...]:
     return tuple(("", torch.cat(vectors)) for vectors in by_width.values())
 
 
-def _refuse_others(name: str, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError for what is no embedding at all."""
+def _check_is_embedding(name: str, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for an empty file, a LoRA, a checkpoint or a text encoder."""
     if not tensors:
         raise ValueError(f"{name} holds no tensors; expected an embedding. Download or save it again.")
-    _refuse_outputs(name, tensors)
+    _check_no_output_embedding(name, tensors)
     if layers := [key for key in tensors if split_key(key)[1] is not None]:
         raise ValueError(
-            f"{name} is a LoRA ({some(layers, 2)}), no embedding. Move it to models/loras; use Apply LoRA."
+            f"{name} is a LoRA ({first_few(layers, 2)}), no embedding. Move it to models/loras; use Apply LoRA."
         )
     if weights := [key for key in tensors if key.endswith((".weight", ".bias")) or tensors[key].ndim > 2]:
         raise ValueError(
-            f"{name} holds {len(tensors)} tensors such as {some(weights, 2)}; expected an embedding. "
+            f"{name} holds {len(tensors)} tensors such as {first_few(weights, 2)}; expected an embedding. "
             "Is it a checkpoint or a text encoder?"
         )
 
 
-def _refuse_outputs(name: str, keys: Mapping[str, Tensor]) -> None:
-    """OneTrainer's output embeddings take the place of states after the encoder; their inputs are zeros."""
+def _check_no_output_embedding(name: str, keys: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for OneTrainer's output embeddings: they replace encoder outputs; their inputs are zeros."""
     if out := [key for key in keys if key.endswith("_out") and key.removesuffix("_out") in {*ENCODERS, *ONE_ENCODER}]:
         raise ValueError(
-            f"{name} is an output embedding of OneTrainer ({some(out)}): its vectors stand in place of what the text "
-            "encoder puts out, and no prompt can hold them. Train it again with 'output embedding' off."
+            f"{name} is an output embedding of OneTrainer ({first_few(out)}): its vectors stand in place of what the "
+            "text encoder puts out, and no prompt can hold them. Train it again with 'output embedding' off."
         )
 
 
-def _chosen(name: str, found: Mapping[str, Any], token: str) -> str:
-    """The only key, or the one that `token` names."""
-    if len(found) == 1:
-        return next(iter(found))
-    if token in found:
+def _select_key(name: str, embeddings: Mapping[str, Any], token: str) -> str:
+    """The only key, or `token` where there are several."""
+    if len(embeddings) == 1:
+        return next(iter(embeddings))
+    if token in embeddings:
         return token
-    raise ValueError(f"{name} holds {len(found)} embeddings ({some(sorted(found))}); expected one. Write one as token.")
+    raise ValueError(
+        f"{name} holds {len(embeddings)} embeddings ({first_few(sorted(embeddings))}); expected one. "
+        "Write one as token."
+    )
 
 
 def _vectors(tensor: Tensor, name: str, key: str) -> Tensor:
-    """(n, D) fp32 of a tensor (D,) or (n, D), checked."""
+    """A (D,) or (n, D) tensor as (n, D) fp32; ValueError for another shape, dtype or non-finite numbers."""
     if not tensor.is_floating_point() or tensor.ndim not in (1, 2) or not tensor.numel():
         shape = f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
         raise ValueError(f"{name}: {key} is {shape}; expected vectors (n, width) of floating-point numbers.")
     vectors = tensor.detach().float().reshape(-1, tensor.shape[-1]).clone()
-    if len(vectors) > MOST_VECTORS:
+    if len(vectors) > MAX_VECTORS:
         raise ValueError(
-            f"{name}: {key} has {len(vectors)} vectors; expected at most {MOST_VECTORS}. Is it an embedding?"
+            f"{name}: {key} has {len(vectors)} vectors; expected at most {MAX_VECTORS}. Is it an embedding?"
         )
     if not torch.isfinite(vectors).all():
         raise ValueError(f"{name} holds NaN or infinity in {key}; expected numbers. Use an earlier save.")
     return vectors
 
 
-def _check_kind(path: Path, suffix: str) -> None:
-    """Raises ValueError for an empty file, and for a pickle or safetensors under the other's name."""
+def _check_container(path: Path, suffix: str) -> None:
+    """Raises ValueError for an empty file, and for a pickle named .safetensors or the reverse."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
@@ -249,18 +283,19 @@ def _check_kind(path: Path, suffix: str) -> None:
         )
 
 
-def _tool(said: Mapping[str, str]) -> str:
-    """The tool that the metadata names; empty when it names none."""
-    software = said.get("software", "")
+def _tool_name(entries: Mapping[str, str]) -> str:
+    """The tool named in the metadata's `software`, or ""."""
+    software = entries.get("software", "")
     return next((tool for tool in ("ai-toolkit", "Retune") if tool in software), "")
 
 
-def _own_token(said: Mapping[str, str]) -> str:
-    return said.get("token", "") or said.get("name", "")
+def _stored_token(entries: Mapping[str, str]) -> str:
+    """The token, else the name, that the file stores for itself."""
+    return entries.get("token", "") or entries.get("name", "")
 
 
-def _plain(value: str) -> str:
-    """A metadata text without the quotation marks that ai-toolkit's JSON puts around it."""
+def _unquote(value: str) -> str:
+    """A metadata value without the JSON quotation marks of ai-toolkit; null becomes ""."""
     if value.startswith('"') and value.endswith('"'):
         try:
             return str(json.loads(value))
@@ -269,5 +304,6 @@ def _plain(value: str) -> str:
     return "" if value == "null" else value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
+    """ "a dict", "a list", ... for messages; "nothing" for None."""
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,9 +1,9 @@
-"""Embeddings that A1111 puts into pictures: JSON in the text chunk `sd-ti-embedding`, and the same in the pixels.
+"""Embeddings in pictures, as A1111 saves them: JSON in the text chunk `sd-ti-embedding`, or in the pixels.
 
-In the pixels, zlib-packed JSON stands left and right of the picture, each between it and the edge and parted from it by
-a black column: low halves of the bytes on the left, high halves on the right, in the low four bits of every channel,
-each xor the low four bits of a fixed random sequence (AUTOMATIC1111/stable-diffusion-webui,
-modules/textual_inversion/image_embedding.py).
+In the pixels, zlib-compressed JSON fills a strip along the left and the right edge, each separated from the picture by
+a black column. The left strip has the low half of every byte, the right one the high half, in the low four bits of
+each channel, xor-ed with the low four bits of a fixed pseudo-random sequence
+(AUTOMATIC1111/stable-diffusion-webui, modules/textual_inversion/image_embedding.py).
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ import torch
 
 CHUNK = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"
-MOST_BYTES = 64 * 2**20
-"""Longest JSON that is unpacked; 256 vectors of 4096 numbers need half of it."""
+MAX_JSON_BYTES = 64 * 2**20
+"""Limit of the decompressed JSON; 256 vectors of 4096 numbers need half of it."""
 
 
 def read_embedding_image(path: str | Path) -> tuple[str, dict]:
-    """("text chunk" or "pixels", A1111's dictionary) of a PNG or lossless WebP.
+    """Reads the embedding in a PNG or a lossless WebP.
 
-    Errors: ValueError for a picture without an embedding, or a damaged one; FileNotFoundError where there is none.
+    Returns:
+        Where it is stored ("text chunk" or "pixels"), and A1111's dictionary.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The picture has no embedding or is damaged.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -41,29 +46,31 @@ def read_embedding_image(path: str | Path) -> tuple[str, dict]:
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path.name} is damaged or no picture ({error}). Download it again.") from error
     if chunk:
-        return "text chunk", _parsed(path.name, lambda: base64.b64decode(chunk, validate=True))
-    blocks = _blocks(pixels)
-    if blocks is None:
+        return "text chunk", _parse_json(path.name, lambda: base64.b64decode(chunk, validate=True))
+    strips = _find_strips(pixels)
+    if strips is None:
         raise ValueError(
             f"{path.name} is a picture without an embedding; expected one that A1111 saved. It is lost when a picture "
             "is resized or saved as JPEG."
         )
-    return "pixels", _parsed(path.name, lambda: _unpacked(*blocks))
+    return "pixels", _parse_json(path.name, lambda: _decompress(*strips))
 
 
-def _parsed(name: str, data: Callable[[], bytes]) -> dict:
+def _parse_json(name: str, data: Callable[[], bytes]) -> dict:
+    """The dictionary in the JSON that `data()` returns; ValueError if decoding fails."""
     try:
-        return json.loads(data(), object_hook=_tensor)
+        return json.loads(data(), object_hook=_decode_tensor)
     except (zlib.error, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name}: the embedding in the picture is damaged ({error}). Download it again.") from error
 
 
-def _tensor(entry: dict) -> Any:
+def _decode_tensor(entry: dict) -> Any:
+    """Turns {"TORCHTENSOR": nested lists} into a tensor; other dictionaries stay."""
     return torch.tensor(entry[TENSOR], dtype=torch.float32) if TENSOR in entry else entry
 
 
-def _blocks(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The coloured strips (H, W, 3) left of the first and right of the last black column; None without two alike."""
+def _find_strips(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The strips left of the first and right of the last black column, (H, W, 3) each; None unless equally wide."""
     bright = pixels.any(axis=2)
     rows, columns = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
     if not len(rows):
@@ -75,24 +82,26 @@ def _blocks(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return low[:, : black[0]], low[:, black[-1] + 1 :]
 
 
-def _unpacked(low: np.ndarray, high: np.ndarray) -> bytes:
+def _decompress(low: np.ndarray, high: np.ndarray) -> bytes:
+    """The zlib-compressed data in the left (low half bytes) and right (high half bytes) strip."""
     noise = _sequence(low.size).reshape(low.shape) & 0x0F
     packed = ((high ^ noise) << 4 | (low ^ noise)).astype(np.uint8).tobytes()
     unpacker = zlib.decompressobj()
-    data = unpacker.decompress(packed, MOST_BYTES)
+    data = unpacker.decompress(packed, MAX_JSON_BYTES)
     if not unpacker.eof:
-        raise ValueError(f"it does not end within {MOST_BYTES // 2**20} MB")
+        raise ValueError(f"it does not end within {MAX_JSON_BYTES // 2**20} MB")
     return data
 
 
 def _sequence(count: int) -> np.ndarray:
-    """(count,) numbers x mod 255 of x -> 1664525 x + 1013904223 mod 2^32, begun at 0.
+    """The first `count` numbers x mod 255 of the generator x -> 1664525 x + 1013904223 mod 2^32, started at 0.
 
-    n steps at once are x -> a x + c with c the n-th number, and 2 n steps have a^2: so the known part is doubled.
+    n steps at once are x -> a x + c, where c is the n-th number; 2 n steps have the factor a^2. So each pass of the
+    loop doubles the computed part.
     """
-    found = np.array([1013904223], dtype=np.uint32)
+    numbers = np.array([1013904223], dtype=np.uint32)
     factor = np.array([1664525], dtype=np.uint32)
-    while len(found) < count:
-        found = np.concatenate([found, found * factor + found[-1]])
+    while len(numbers) < count:
+        numbers = np.concatenate([numbers, numbers * factor + numbers[-1]])
         factor = factor * factor
-    return (found[:count] % 255).astype(np.uint8)
+    return (numbers[:count] % 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How learned vectors lie among the words that a text encoder knows, and what an embedding file is."""
+"""Reports on embeddings: where their vectors lie among the vocabulary's, and the contents of their files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from torch.nn.functional import normalize
 from ..models.concepts import Concept, Vocabulary
 from .embedding import EmbeddingFile
 from .embedding_fit import family_of
-from .lora_report import Base, said_base
+from .lora_report import Base, base_from_metadata
 
-_ROWS = 8192
-"""Words compared at once: T5-XXL's whole table in fp32 is half a gigabyte."""
+_CHUNK = 8192
+"""Token embeddings compared at once: T5-XXL's whole table in fp32 is half a gigabyte."""
 
 
 @dataclass(frozen=True)
-class VectorFigures:
-    """norm: Euclidean. ratio: norm / the vocabulary's median norm. nearest: (word, cosine), the most alike first."""
+class VectorStatistics:
+    """Statistics of one embedding vector.
+
+    Args:
+        norm: Euclidean norm.
+        ratio: norm / the median norm of the vocabulary's token embeddings.
+        nearest: (word, cosine similarity) of the most similar words, the most similar first.
+    """
 
     norm: float
     ratio: float
@@ -32,70 +38,81 @@ class VectorFigures:
 
 
 def median_norm(vocabulary: Vocabulary) -> float:
-    """Median of the Euclidean norms of a vocabulary's token embeddings."""
-    return torch.cat([rows.float().norm(dim=1) for rows in vocabulary.table.detach().split(_ROWS)]).median().item()
+    """Median Euclidean norm of a vocabulary's token embeddings."""
+    return torch.cat([rows.float().norm(dim=1) for rows in vocabulary.table.detach().split(_CHUNK)]).median().item()
 
 
 def nearest_words(vocabulary: Vocabulary, vectors: Tensor, count: int = 3) -> list[tuple[tuple[str, float], ...]]:
-    """For each of (n, D) vectors the `count` words of the highest cosine similarity, as (word, cosine)."""
+    """The `count` words most similar to each of (n, D) vectors, as (word, cosine similarity) pairs."""
     table = vocabulary.table.detach()
     units = normalize(vectors.detach().float().to(table.device))
-    cosines = torch.cat([units @ normalize(rows.float()).T for rows in table.split(_ROWS)], dim=1)
+    cosines = torch.cat([units @ normalize(rows.float()).T for rows in table.split(_CHUNK)], dim=1)
     values, ids = cosines.topk(min(count, len(table)))
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return [tuple((vocabulary.word(i), v) for i, v in zip(*pair, strict=True)) for pair in pairs]
+    rows = zip(ids.tolist(), values.tolist(), strict=True)
+    return [tuple((vocabulary.word(i), cosine) for i, cosine in zip(*row, strict=True)) for row in rows]
 
 
-def vector_figures(vocabulary: Vocabulary, vectors: Tensor, count: int = 3) -> list[VectorFigures]:
-    """The figures of each of (n, D) vectors."""
+def vector_statistics(vocabulary: Vocabulary, vectors: Tensor, count: int = 3) -> list[VectorStatistics]:
+    """`VectorStatistics` of each of (n, D) vectors, with its `count` nearest words."""
     norms, median = vectors.detach().float().norm(dim=1).tolist(), median_norm(vocabulary)
     nearest = nearest_words(vocabulary, vectors, count)
-    return [VectorFigures(norm, norm / median, words) for norm, words in zip(norms, nearest, strict=True)]
+    return [VectorStatistics(norm, norm / median, words) for norm, words in zip(norms, nearest, strict=True)]
 
 
-def is_word(vocabulary: Vocabulary, token: str) -> bool:
-    """Whether the text encoder knows the token, in these letters or in small ones, as one word already."""
+def is_vocabulary_word(vocabulary: Vocabulary, token: str) -> bool:
+    """Whether a text is a single token of the vocabulary, as written or in lower case."""
     texts = [vocabulary.ids(word) for word in (token, token.lower())]
     return any(len(ids) == 1 and vocabulary.word(ids[0]).lower() == token.lower() for ids in texts)
 
 
 def token_warnings(token: str, vocabularies: Mapping[str, Vocabulary]) -> list[str]:
-    """One line when the token is a word that a text encoder knows."""
-    knowing = [name for name, vocabulary in vocabularies.items() if is_word(vocabulary, token)]
-    if not knowing:
+    """A warning if the token is an ordinary word of a text encoder's vocabulary; else an empty list."""
+    encoders = [name for name, vocabulary in vocabularies.items() if is_vocabulary_word(vocabulary, token)]
+    if not encoders:
         return []
-    return [f"{token} is a word that {' and '.join(knowing)} knows; prompts now get the embedding in its place."]
+    return [f"{token} is a word that {' and '.join(encoders)} knows; prompts now get the embedding in its place."]
 
 
-def base_of_file(file: EmbeddingFile) -> Base:
-    """The model family that a file's metadata names."""
-    said = said_base(file.metadata)
-    named = file.metadata.get("base_model", "")
-    return said if said.family or not named else Base(named, f"base_model {named}")
+def base_of_embedding(file: EmbeddingFile) -> Base:
+    """The model family in a file's metadata."""
+    base = base_from_metadata(file.metadata)
+    name = file.metadata.get("base_model", "")
+    return base if base.family or not name else Base(name, f"base_model {name}")
 
 
-def file_warnings(
+def embedding_warnings(
     files: Sequence[EmbeddingFile], concept: Concept, vocabularies: Mapping[str, Vocabulary]
 ) -> list[str]:
-    """Token known already, another base model by metadata, vectors of zeros; one line each."""
-    found, family = token_warnings(concept.token, vocabularies), family_of(vocabularies)
+    """Warnings about a token that is an ordinary word, a file for another model family, or vectors of zeros."""
+    warnings, family = token_warnings(concept.token, vocabularies), family_of(vocabularies)
     for file in files:
-        base = base_of_file(file)
+        base = base_of_embedding(file)
         if base.family and family and base.family != family:
-            found.append(f"{file.name} was made for {base}; this text encoder is {family}'s.")
+            warnings.append(f"{file.name} was made for {base}; this text encoder is {family}'s.")
     zeros = [name for name, vectors in concept.vectors.items() if not vectors.any(dim=1).all()]
-    return found + [f"{files[0].name} has vectors of zeros for {name}; they say nothing." for name in zeros]
+    return warnings + [f"{files[0].name} has vectors of zeros for {name}; they say nothing." for name in zeros]
 
 
-def file_report(files: Sequence[EmbeddingFile], concept: Concept, vocabularies: Mapping[str, Vocabulary]) -> str:
-    """Format, token, what the file says of itself and the figures of each vector, in a few lines; warnings last."""
+def embedding_report(files: Sequence[EmbeddingFile], concept: Concept, vocabularies: Mapping[str, Vocabulary]) -> str:
+    """Layout, token, metadata and vector statistics of a loaded embedding, as text; warnings come last.
+
+    Args:
+        files: The files it was read from.
+        concept: The token, and the vectors assigned to each text encoder.
+        vocabularies: The model's text encoders: name -> vocabulary.
+    """
     lines = [f"{' + '.join(file.name for file in files)}: {files[0].layout}, token {concept.token}"]
     for file in files:
-        said = {"name": file.token, "base": str(base_of_file(file)), "checkpoint": file.checkpoint, "step": file.step}
-        lines.append(f"  {file.name} says: " + ", ".join(f"{key} {value}" for key, value in said.items() if value))
+        entries = {
+            "name": file.token,
+            "base": str(base_of_embedding(file)),
+            "checkpoint": file.checkpoint,
+            "step": file.step,
+        }
+        lines.append(f"  {file.name} says: " + ", ".join(f"{key} {value}" for key, value in entries.items() if value))
     for name, vectors in concept.vectors.items():
         count, width = vectors.shape
         lines.append(f"  {name}: {count} vector{'s' * (count > 1)} of {width} numbers")
-        figures = vector_figures(vocabularies[name], vectors)
-        lines += [f"    {number}: {figure}" for number, figure in enumerate(figures, start=1)]
-    return "\n".join(lines + [f"  warning: {line}" for line in file_warnings(files, concept, vocabularies)])
+        statistics = vector_statistics(vocabularies[name], vectors)
+        lines += [f"    {number}: {line}" for number, line in enumerate(statistics, start=1)]
+    return "\n".join(lines + [f"  warning: {line}" for line in embedding_warnings(files, concept, vocabularies)])

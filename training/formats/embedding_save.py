@@ -1,9 +1,10 @@
 """Embeddings as files that other programs read.
 
-safetensors: one file for ComfyUI, A1111, Forge, OneTrainer and diffusers. One CLIP alone stands under `emp_params`:
-OneTrainer looks for that name, the others take whatever single tensor there is. SDXL stands under `clip_l` and
-`clip_g`, a T5 under ComfyUI's name of it. "A1111 pt": A1111's own dictionary, which every program reads too; for SDXL
-`clip_l` and `clip_g`, as A1111 knows no other. diffusers: the token as the key; for SDXL a second file `<name>_2`.
+safetensors: one file for ComfyUI, A1111, Forge, OneTrainer and diffusers. Vectors for a single CLIP have the key
+`emp_params`: OneTrainer requires that key, the others read any single tensor. Vectors for SDXL have the keys `clip_l`
+and `clip_g`, those for a T5 have ComfyUI's name of it. "A1111 pt": A1111's own dictionary, which every program reads
+too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the token as the key; for SDXL a second file
+`<name>_2`.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
 from .embedding_fit import family_of
-from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, hashes
+from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
 _SUFFIXES = (".safetensors", ".pt", ".bin")
-"""What ComfyUI tries behind `embedding:<name>`, in this order."""
-_FIRST = 265
+"""Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
+_PLACEHOLDER_ID = 265
 """CLIP's id of "*", A1111's placeholder."""
 
 
 @dataclass(frozen=True)
 class _Output:
-    """One file to write. ending: what follows the common name."""
+    """One file to write; its name is the common stem + `ending`."""
 
     ending: str
     content: dict[str, Any]
@@ -43,25 +44,39 @@ class _Output:
 
 
 def save_embedding(folder: str | Path, embedding: Embedding, format: str, prefix: str = TOKEN) -> list[list[Path]]:
-    """Writes each concept below `folder`, fp32; the files of each, in the order of the text encoders.
+    """Writes each concept of an embedding, in fp32.
 
-    prefix: the name without ending, may hold %token% and sub-folders. A name that other content has gets -2, -3, ...;
-    equal content is left as it is. Errors: ValueError for an unknown format, one that cannot hold such an embedding, a
-    token or prefix that gives no name, a prefix that leaves the folder.
+    A file name taken by other content gets -2, -3, ... appended; a file with the same content is left as it is.
+
+    Args:
+        folder: Where to write.
+        embedding: The concepts, and metadata about their training.
+        format: One of FORMATS.
+        prefix: File name without suffix; may contain %token% and sub-folders.
+
+    Returns:
+        For each concept its files, in the order of the text encoders.
+
+    Raises:
+        ValueError: The format is unknown or cannot hold such an embedding, no file name results from token and prefix,
+            or the prefix leaves the folder.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}.")
-    outputs = [(_stem(prefix, concept), _outputs(concept, embedding.about, format)) for concept in embedding.concepts]
+    outputs = [
+        (_stem(prefix, concept), _outputs(concept, embedding.metadata, format)) for concept in embedding.concepts
+    ]
     return [_write(Path(folder), stem, parts) for stem, parts in outputs]
 
 
-def file_name(token: str) -> str:
-    """A token as a file name that `embedding:` can spell: letters, digits, `.`, `_` and `-` stay; "" when none do."""
+def token_file_name(token: str) -> str:
+    """A token reduced to what `embedding:<name>` can contain (letters, digits, `.`, `_`, `-`); may be ""."""
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
 def _stem(prefix: str, concept: Concept) -> str:
-    name = file_name(concept.token)
+    """The file name without suffix; ValueError for an empty one or one that leaves the folder."""
+    name = token_file_name(concept.token)
     if TOKEN in prefix and not name:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
@@ -70,7 +85,8 @@ def _stem(prefix: str, concept: Concept) -> str:
     return stem
 
 
-def _outputs(concept: Concept, about: Mapping, format: str) -> list[_Output]:
+def _outputs(concept: Concept, metadata: Mapping, format: str) -> list[_Output]:
+    """The files of one concept in a format; ValueError if the format cannot hold its text encoders."""
     token = check_token(concept.token)
     vectors = {name: value.detach().float().cpu().contiguous().clone() for name, value in concept.vectors.items()}
     names = [name for name in ("clip_l", "clip_h", "clip_g") if name in vectors]
@@ -81,66 +97,69 @@ def _outputs(concept: Concept, about: Mapping, format: str) -> list[_Output]:
     if format == "diffusers":
         parts = [{token: vectors[name]} for name in names]
         endings = [f"{'_2' * i}.safetensors" for i in range(len(parts))]
-        return [_Output(e, part, _metadata(concept, about, part)) for e, part in zip(endings, parts, strict=True)]
+        return [
+            _Output(e, part, _file_metadata(concept, metadata, part)) for e, part in zip(endings, parts, strict=True)
+        ]
     single = next(iter(vectors.values())) if len(vectors) == 1 and names else None
     if format == "A1111 pt":
-        return [_Output(".pt", vectors if single is None else _a1111(token, single, about))]
+        return [_Output(".pt", vectors if single is None else _a1111_dictionary(token, single, metadata))]
     content = vectors if single is None else {"emp_params": single}
-    return [_Output(".safetensors", content, _metadata(concept, about, content))]
+    return [_Output(".safetensors", content, _file_metadata(concept, metadata, content))]
 
 
-def _a1111(token: str, vectors: Tensor, about: Mapping) -> dict[str, Any]:
+def _a1111_dictionary(token: str, vectors: Tensor, metadata: Mapping) -> dict[str, Any]:
+    """What A1111 pickles for an embedding."""
     return {
-        "string_to_token": {"*": _FIRST},
+        "string_to_token": {"*": _PLACEHOLDER_ID},
         "string_to_param": {"*": vectors},
         "name": token,
-        "step": about.get("steps"),
+        "step": metadata.get("steps"),
         "sd_checkpoint": None,
-        "sd_checkpoint_name": about.get("base"),
+        "sd_checkpoint_name": metadata.get("base"),
     }
 
 
-def _metadata(concept: Concept, about: Mapping, content: Mapping[str, Tensor]) -> dict[str, str]:
-    """Token, step, base and run; ModelSpec 1.0.1 for the families that it has names for. There is no clock in it."""
-    family = about.get("base") or family_of(concept.vectors)
-    said = {"token": concept.token, "step": about.get("steps"), "base_model": family, "run": about.get("run")}
-    said |= {"software": "Retune"}
+def _file_metadata(concept: Concept, metadata: Mapping, content: Mapping[str, Tensor]) -> dict[str, str]:
+    """Token, step, base and run; ModelSpec 1.0.1 for the families it defines. No date: equal content, equal file."""
+    family = metadata.get("base") or family_of(concept.vectors)
+    entries = {"token": concept.token, "step": metadata.get("steps"), "base_model": family, "run": metadata.get("run")}
+    entries |= {"software": "Retune"}
     if family in ARCHITECTURES:
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{ARCHITECTURES[family]}/textual-inversion",
             "implementation": STABILITY,
-            "title": about.get("run") or concept.token,
+            "title": metadata.get("run") or concept.token,
             "resolution": f"{SIDES[family]}x{SIDES[family]}",
             "trigger_phrase": concept.token,
-            "hash_sha256": f"0x{hashes(content, {})[0]}",
+            "hash_sha256": f"0x{model_hashes(content, {})[0]}",
         }
-        said |= {f"modelspec.{key}": value for key, value in spec.items()}
-    return {key: str(value) for key, value in said.items() if value not in (None, "")}
+        entries |= {f"modelspec.{key}": value for key, value in spec.items()}
+    return {key: str(value) for key, value in entries.items() if value not in (None, "")}
 
 
 def _write(folder: Path, stem: str, outputs: list[_Output]) -> list[Path]:
-    """Under the first name that is free, or whose files are these already."""
+    """Writes under the first of stem, stem-2, ... that is free or already has this content; returns the paths."""
     for number in count(1):
         name = stem if number == 1 else f"{stem}-{number}"
         paths = [folder / (name + output.ending) for output in outputs]
-        if any(_is_other(folder / (name + suffix), paths) for suffix in _SUFFIXES):
+        if any(_is_taken(folder / (name + suffix), paths) for suffix in _SUFFIXES):
             continue
         pairs = list(zip(paths, outputs, strict=True))
-        if all(not path.exists() or _holds(path, output) for path, output in pairs):
+        if all(not path.exists() or _has_content(path, output) for path, output in pairs):
             for path, output in pairs:
                 if not path.exists():
-                    _write_one(path, output)
+                    _write_file(path, output)
             return paths
     raise AssertionError("count ends")
 
 
-def _is_other(path: Path, ours: list[Path]) -> bool:
-    """Whether another file answers to the same `embedding:` name."""
-    return path not in ours and path.exists()
+def _is_taken(path: Path, outputs: list[Path]) -> bool:
+    """Whether `path` is an existing file, not among `outputs`, that ComfyUI may load under the same name."""
+    return path not in outputs and path.exists()
 
 
-def _write_one(path: Path, output: _Output) -> None:
+def _write_file(path: Path, output: _Output) -> None:
     if path.suffix == ".pt":
         with atomic_path(path, durable=True) as temporary:
             torch.save(output.content, temporary)
@@ -148,16 +167,17 @@ def _write_one(path: Path, output: _Output) -> None:
         write_tensors(path, output.content, output.metadata)
 
 
-def _holds(path: Path, output: _Output) -> bool:
-    """Whether a file has this content already; one that cannot be read has not."""
+def _has_content(path: Path, output: _Output) -> bool:
+    """Whether a file has this content already; False for one that cannot be read."""
     try:
-        found, metadata = (read_pickle(path), None) if path.suffix == ".pt" else read_tensors(path)
+        content, metadata = (read_pickle(path), None) if path.suffix == ".pt" else read_tensors(path)
     except ValueError:
         return False
-    return metadata == output.metadata and _equal(found, output.content)
+    return metadata == output.metadata and _equal(content, output.content)
 
 
 def _equal(left: Any, right: Any) -> bool:
+    """Equality of dictionaries of tensors and plain values; tensors also need the same dtype."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
     if isinstance(left, Tensor) and isinstance(right, Tensor):

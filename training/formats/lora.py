@@ -1,4 +1,4 @@
-"""LoRA files of every trainer in one form: layers by name, each with the tensors of one kind under LyCORIS's names.
+"""LoRA files of every trainer, read into one form: layers by name, each with tensors under LyCORIS's names.
 
 Layouts: kohya (`lora_unet_<layer>.lora_down.weight`, `alpha`), LyCORIS in the same naming (`hada_*`, `lokr_*`,
 `dora_scale`, `diff`), diffusers and peft (`unet.<layer>.lora_A.weight`, alpha in the metadata), OneTrainer (kohya's
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,58 +20,23 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_pickle, read_tensors
+from ..common.text import first_few
+from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, UP, split_key
 
-DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-BIAS = ("diff_b", "b_norm")
-SCALES = ("alpha", "dora_scale", "rescale", "reshape_weight")
-PEFT = "lora_adapter_metadata"
-"""The metadata entry in which diffusers keeps peft's settings, as JSON."""
-
-_LYCORIS = (DOWN, UP, MID, *LOHA, "hada_t1", "hada_t2", *LOKR, *GLORA, "oft_blocks", "diff", "set_weight", "w_norm")
-ENDINGS = {f".{name}": name for name in (*_LYCORIS, *BIAS, *SCALES)} | {
-    ".lora_A.weight": DOWN,
-    ".lora_B.weight": UP,
-    ".lora_A.default.weight": DOWN,
-    ".lora_B.default.weight": UP,
-    ".lora_A": DOWN,
-    ".lora_B": UP,
-    ".lora.down.weight": DOWN,
-    ".lora.up.weight": UP,
-    "_lora.down.weight": DOWN,
-    "_lora.up.weight": UP,
-    ".lora_linear_layer.down.weight": DOWN,
-    ".lora_linear_layer.up.weight": UP,
-    ".lora_magnitude_vector": "dora_scale",
-    ".lora_magnitude_vector.weight": "dora_scale",
-    ".lora_magnitude_vector.default.weight": "dora_scale",
-}
-"""How a key ends -> LyCORIS's name of that tensor."""
-
-_KOHYA = {
-    "unet.": ("lora_unet_",),
-    "text_encoder.": ("lora_te_", "lora_te1_"),
-    "text_encoder_2.": ("lora_te2_",),
-    "text_encoder_3.": ("lora_te3_",),
-    "clip_l.": ("lora_te_", "lora_te1_"),
-    "clip_g.": ("lora_te2_",),
-    "t5.": ("lora_te3_", "lora_te_"),
-    "lycoris_": ("lora_unet_", "lora_te_"),
-    "base_model.model.": ("lora_unet_", "lora_te_"),
-    "unet.base_model.model.": ("lora_unet_",),
-}
-"""How the layer names of other tools begin -> kohya's beginnings that mean the same."""
-
-_TEXT = re.compile(
+_TEXT_LAYER = re.compile(
     r"lora_(prior_)?te\d?_|text_encoders?(_\d)?\.|clip_[lgh]\.|t5\.|base_model\.model\.(text_model|encoder)\."
 )
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What a file holds for one layer: tensors by LyCORIS's names, and the key that each has in the file."""
+    """One layer of a LoRA.
+
+    Args:
+        name: The layer's name as in the file.
+        tensors: LyCORIS's name -> tensor.
+        keys: LyCORIS's name -> the tensor's key in the file.
+    """
 
     name: str
     tensors: dict[str, Tensor]
@@ -79,21 +44,21 @@ class LoraModule:
 
     @property
     def kind(self) -> str:
-        """LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, BOFT or full diff; with DoRA where there is a magnitude."""
+        """LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, BOFT or full diff; DoRA or "... with DoRA" if it has a magnitude."""
         magnitude = "dora_scale" in self.tensors
         if DOWN in self.tensors:
             kernel = self.tensors.get(MID, self.tensors[DOWN]).shape[2:]
             plain = "LoCon" if math.prod(kernel) > 1 else "LoRA"
             return "DoRA" if magnitude and plain == "LoRA" else plain + " with DoRA" * magnitude
-        known = {"hada_w1_a": "LoHa", "a1.weight": "GLoRA"} | dict.fromkeys(LOKR, "LoKr")
-        found = next((kind for name, kind in known.items() if name in self.tensors), "full diff")
+        kinds = {"hada_w1_a": "LoHa", "a1.weight": "GLoRA"} | dict.fromkeys(LOKR, "LoKr")
+        kind = next((kind for name, kind in kinds.items() if name in self.tensors), "full diff")
         if "oft_blocks" in self.tensors:
-            found = "BOFT" if self.tensors["oft_blocks"].ndim == 4 else "OFT"
-        return found + " with DoRA" * magnitude
+            kind = "BOFT" if self.tensors["oft_blocks"].ndim == 4 else "OFT"
+        return kind + " with DoRA" * magnitude
 
     @property
     def rank(self) -> int | None:
-        """r of the decomposition; None where there is none."""
+        """Rank r of the decomposition; None for kinds without one."""
         for name in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if name in self.tensors:
                 return self.tensors[name].shape[0]
@@ -101,21 +66,23 @@ class LoraModule:
 
     @property
     def alpha(self) -> float | None:
+        """alpha of the scale alpha / rank; None if the file has none, which means alpha = rank."""
         return self.tensors["alpha"].item() if "alpha" in self.tensors else None
 
     @property
     def is_text(self) -> bool:
-        """Whether the name is one of a text encoder's layers."""
-        return _TEXT.match(self.name) is not None
+        """Whether it is a layer of a text encoder."""
+        return _TEXT_LAYER.match(self.name) is not None
 
     @cached_property
     def shape(self) -> tuple[int, int | None] | None:
-        """(rows, columns) of the weight it is for, a convolution's kernel counted to the columns; None for unknown.
+        """(out, in) of the weight it changes, with a convolution's kernel folded into `in`; None if unknown.
 
-        ValueError when its tensors are incomplete or do not go together.
+        Raises:
+            ValueError: A tensor is missing, or shapes do not match.
         """
         try:
-            return _shape(self.tensors)
+            return _weight_shape(self.tensors)
         except KeyError as missing:
             raise ValueError(f"layer {self.name} lacks {missing.args[0]}") from missing
         except (ValueError, IndexError) as error:
@@ -124,7 +91,14 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of any kind. other_keys: what is no part of one, such as the embeddings OneTrainer bundles."""
+    """The content of a LoRA file.
+
+    Args:
+        name: File name, for messages.
+        modules: Layer name as in the file -> the layer's tensors.
+        other_keys: Keys that do not belong to a LoRA, such as those of embeddings bundled by OneTrainer.
+        metadata: The safetensors header's entries.
+    """
 
     name: str
     modules: dict[str, LoraModule]
@@ -133,19 +107,23 @@ class Lora:
 
     @property
     def key_count(self) -> int:
+        """Number of tensors in the file."""
         return sum(len(module.keys) for module in self.modules.values()) + len(self.other_keys)
 
 
 def read_lora(path: str | Path, name: str | None = None) -> Lora:
-    """Reads a LoRA file; name: what messages call it. Errors: as `read_lora_tensors` and `parse_lora`."""
+    """Reads a LoRA file; messages call it `name`, by default its file name. Errors: as the two functions it calls."""
     return parse_lora(name or Path(path).name, *read_lora_tensors(path))
 
 
 def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, or of a pickle that holds tensors only.
+    """Reads tensors and metadata of a safetensors file, or of a pickle that holds tensors only.
 
-    peft's settings beside adapter_model.* (adapter_config.json) are put into the metadata as diffusers does. Errors:
-    FileNotFoundError, or ValueError for a damaged file.
+    For peft's adapter_model.*, the adapter_config.json next to it goes into the metadata, as diffusers stores it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
     """
     path = Path(path)
     if path.suffix.lower() in (".safetensors", ".sft"):
@@ -159,15 +137,25 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, or of its entry `state_dict`."""
     state = read_pickle(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Lora:
-    """Sorts a file's or LORA_MODEL's tensors by layer. Raises ValueError, with keys, unless they are a whole LoRA.
+    """Groups the tensors of a file, or of ComfyUI's LORA_MODEL, by layer.
 
-    peft's alpha (`lora_alpha`, `alpha_pattern`, `use_rslora` of the metadata) becomes a tensor as everywhere else.
+    peft's alpha (`lora_alpha`, `alpha_pattern` and `use_rslora` in the metadata) becomes a tensor of each layer, as in
+    the other layouts.
+
+    Args:
+        name: File name, for messages.
+        tensors: Key -> tensor.
+        metadata: The safetensors header's entries.
+
+    Raises:
+        ValueError: There is no LoRA, or a layer is incomplete, not finite, or of two kinds; the message names keys.
     """
     metadata = dict(metadata or {})
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -178,51 +166,31 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         if role is None or role in layers[layer]:
             others.append(key)
             continue
-        layers[layer][role], keys[layer][role] = _canonical(tensor.detach(), key), key
+        layers[layer][role], keys[layer][role] = _reshape_magnitude(tensor.detach(), key), key
     modules = {n: LoraModule(n, parts, keys[n]) for n, parts in layers.items() if parts.keys() - set(SCALES)}
     others += [key for n in layers if n not in modules for key in keys[n].values()]
     if not modules:
-        shown = f", but {some(others)}" if others else " and no tensors at all"
-        raise ValueError(f"{name} holds no LoRA{shown}; expected keys such as <layer>.lora_down.weight. Is it a LoRA?")
+        content = f", but {first_few(others)}" if others else " and no tensors at all"
+        raise ValueError(
+            f"{name} holds no LoRA{content}; expected keys such as <layer>.lora_down.weight. Is it a LoRA?"
+        )
     lora = Lora(name, modules, tuple(others), metadata)
-    _check(lora)
+    _check_layers(lora)
     _add_peft_alphas(lora)
     return lora
 
 
-def split_key(key: str) -> tuple[str, str | None]:
-    """Layer and LyCORIS's name of a tensor; (key, None) for one that is no part of a LoRA."""
-    for ending, role in ENDINGS.items():
-        if key.endswith(ending) and len(key) > len(ending) and not key.startswith("bundle_emb."):
-            return key.removesuffix(ending), role
-    return key, None
-
-
-def aliases(layer: str) -> Iterator[str]:
-    """The names under which a table of kohya's, ComfyUI's and old diffusers' names may hold a layer; its own first."""
-    yield layer
-    for prefix in sorted(_KOHYA, key=len, reverse=True):
-        if layer.startswith(prefix):
-            path = _diffusers_path(layer.removeprefix(prefix), text=prefix.startswith("text"))
-            for start in _KOHYA[prefix]:
-                yield start + path.replace(".", "_")
-                if start != "lora_unet_" and path.startswith("encoder.layers."):  # transformers 5 names
-                    yield f"{start}text_model_" + path.replace(".", "_")
-
-
-def _diffusers_path(path: str, text: bool) -> str:
-    """Layer paths of diffusers before peft as they are today."""
-    path = path.replace(".processor.", ".")
-    if text:
-        path = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", path)
-        return re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", path)
-    return re.sub(r"(\.attn\d\.to_out)$", r"\1.0", path)
-
-
 def dora_axis(scale: Tensor, shape: tuple[int, ...]) -> int:
-    """The axis of a weight of this shape, 0 output or 1 input, that a DoRA magnitude has one number for.
+    """The axis of the weight along which a DoRA magnitude varies: 0 (outputs) or 1 (inputs).
 
-    LyCORIS and OneTrainer write (out, 1, ...) or (1, in, ...), peft (out,). ValueError when it fits neither.
+    LyCORIS and OneTrainer write (out, 1, ...) or (1, in, ...), peft (out,).
+
+    Args:
+        scale: The magnitude.
+        shape: Shape of the weight.
+
+    Raises:
+        ValueError: The magnitude fits neither axis.
     """
     count = scale.numel()
     if count == shape[0] and (scale.shape[0] == count or len(shape) < 2 or count != shape[1]):
@@ -233,48 +201,49 @@ def dora_axis(scale: Tensor, shape: tuple[int, ...]) -> int:
 
 
 def magnitude_axis(module: LoraModule, kernel: tuple[int, ...] = ()) -> int | None:
-    """`dora_axis` of a layer, None without DoRA. kernel: of the convolution, where its tensors do not show it."""
+    """`dora_axis` of a layer; None without DoRA.
+
+    Args:
+        module: The layer.
+        kernel: Kernel of the convolution, used where the layer's tensors are flat.
+    """
     if "dora_scale" not in module.tensors:
         return None
     scale, (rows, columns) = module.tensors["dora_scale"], module.shape
-    own = module.tensors[DOWN].shape[2:] if DOWN in module.tensors and MID not in module.tensors else ()
-    return dora_axis(scale, (rows, columns // math.prod(own or kernel) if columns else scale.numel()))
+    down_kernel = module.tensors[DOWN].shape[2:] if DOWN in module.tensors and MID not in module.tensors else ()
+    return dora_axis(scale, (rows, columns // math.prod(down_kernel or kernel) if columns else scale.numel()))
 
 
-def some(names: list[str] | tuple[str, ...], most: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _canonical(tensor: Tensor, key: str) -> Tensor:
-    """Magnitudes of the output axis as LyCORIS's (out, 1); peft has (out,), for convolutions (1, out, 1, 1)."""
+def _reshape_magnitude(tensor: Tensor, key: str) -> Tensor:
+    """Reshapes peft's DoRA magnitude, (out,) or (1, out, 1, 1), to LyCORIS's (out, 1); other tensors stay."""
     is_flat = key.endswith(".dora_scale") and tensor.ndim == 1
     return tensor.reshape(-1, 1) if is_flat or ".lora_magnitude_vector" in key else tensor
 
 
-def _check(lora: Lora) -> None:
-    """Raises ValueError that names the layers that are incomplete, not finite, or of two kinds at once."""
+def _check_layers(lora: Lora) -> None:
+    """Raises ValueError if a layer is incomplete, not finite, or of two kinds at once; the message names it."""
     for module in lora.modules.values():
         try:
             _ = module.shape
         except ValueError as error:
             raise ValueError(f"{lora.name}: {error}. The file is damaged; download or save it again.") from error
         if "alpha" in module.tensors and module.tensors["alpha"].numel() != 1:
-            found = tuple(module.tensors["alpha"].shape)
-            raise ValueError(f"{lora.name}: alpha of {module.name} has the shape {found}; expected one number.")
-    bad = [m.keys[n] for m in lora.modules.values() for n, value in m.tensors.items() if not _finite(value)]
+            shape = tuple(module.tensors["alpha"].shape)
+            raise ValueError(f"{lora.name}: alpha of {module.name} has the shape {shape}; expected one number.")
+    bad = [m.keys[n] for m in lora.modules.values() for n, value in m.tensors.items() if not _is_finite(value)]
     if bad:
-        raise ValueError(f"{lora.name} holds NaN or infinity in {some(bad)}; expected numbers. Use an earlier save.")
+        raise ValueError(
+            f"{lora.name} holds NaN or infinity in {first_few(bad)}; expected numbers. Use an earlier save."
+        )
 
 
-def _finite(tensor: Tensor) -> bool:
-    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 knows no isfinite
+def _is_finite(tensor: Tensor) -> bool:
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # isfinite is not implemented for fp8
     return bool(torch.isfinite(tensor).all())
 
 
-def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int | None] | None:
-    """(rows, columns) of what the tensors make; KeyError for a missing one, ValueError for ones that do not agree."""
+def _weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int | None] | None:
+    """(out, in) of the difference; KeyError for a missing tensor, ValueError for shapes that do not match."""
     shapes = [shape(tensors) for names, shape in _SHAPES if not tensors.keys().isdisjoint(names)]
     if len(shapes) > 1:
         raise ValueError("it holds two kinds of LoRA at once")
@@ -283,27 +252,29 @@ def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int | None] | None:
 
 def _lora_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
     if MID in t:
-        return _tucker(t[MID], t[UP].flatten(1).T, t[DOWN].flatten(1))
-    return _product(t[UP], t[DOWN])
+        return _tucker_shape(t[MID], t[UP].flatten(1).T, t[DOWN].flatten(1))
+    return _product_shape(t[UP], t[DOWN])
 
 
 def _loha_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
     pairs = (("hada_t1", *LOHA[:2]), ("hada_t2", *LOHA[2:]))
     tucker = "hada_t1" in t or "hada_t2" in t
-    first, second = (_tucker(t[core], t[a], t[b]) if tucker else _product(t[a], t[b]) for core, a, b in pairs)
+    first, second = (
+        _tucker_shape(t[core], t[a], t[b]) if tucker else _product_shape(t[a], t[b]) for core, a, b in pairs
+    )
     if first != second:
         raise ValueError(f"its factors make {first} and {second}")
     return first
 
 
 def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
-    first = _flat(t["lokr_w1"]) if "lokr_w1" in t else _product(t["lokr_w1_a"], t["lokr_w1_b"])
+    first = _flat_shape(t["lokr_w1"]) if "lokr_w1" in t else _product_shape(t["lokr_w1_a"], t["lokr_w1_b"])
     if "lokr_w2" in t:
-        second = _flat(t["lokr_w2"])
+        second = _flat_shape(t["lokr_w2"])
     elif "lokr_t2" in t:
-        second = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+        second = _tucker_shape(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     else:
-        second = _product(t["lokr_w2_a"], t["lokr_w2_b"])
+        second = _product_shape(t["lokr_w2_a"], t["lokr_w2_b"])
     return first[0] * second[0], first[1] * second[1]
 
 
@@ -317,7 +288,7 @@ def _oft_shape(t: Mapping[str, Tensor]) -> tuple[int, None]:
 
 
 def _full_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
-    return _flat(next(t[name] for name in ("diff", "set_weight", "w_norm") if name in t))
+    return _flat_shape(next(t[name] for name in ("diff", "set_weight", "w_norm") if name in t))
 
 
 _SHAPES = (
@@ -330,29 +301,30 @@ _SHAPES = (
 )
 
 
-def _flat(tensor: Tensor) -> tuple[int, int]:
+def _flat_shape(tensor: Tensor) -> tuple[int, int]:
+    """Shape of the tensor flattened to a matrix; (1, 1) for a scalar."""
     return (tensor.shape[0], tensor.shape[1:].numel()) if tensor.ndim else (1, 1)
 
 
-def _product(a: Tensor, b: Tensor) -> tuple[int, int]:
-    """Shape of a b, kernels counted to the columns."""
-    (rows, inner), (rank, columns) = _flat(a), _flat(b)
+def _product_shape(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """Shape of the matrix product a b, with kernels folded into the columns."""
+    (rows, inner), (rank, columns) = _flat_shape(a), _flat_shape(b)
     if inner != rank or not rank or min(a.ndim, b.ndim) < 2:
         raise ValueError(f"its factors are {tuple(a.shape)} and {tuple(b.shape)}, whose ranks differ")
     return rows, columns
 
 
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> tuple[int, int]:
-    """Shape of the product of a core (r, r, kernel), a (r, rows) and b (r, columns)."""
+def _tucker_shape(core: Tensor, a: Tensor, b: Tensor) -> tuple[int, int]:
+    """Shape of the product of a Tucker core (r, r, *kernel), a (r, rows) and b (r, columns)."""
     if core.ndim < 2 or not core.shape[0] == core.shape[1] == a.shape[0] == b.shape[0]:
         raise ValueError(f"its core is {tuple(core.shape)}; its factors are {tuple(a.shape)} and {tuple(b.shape)}")
     return a.shape[1], b.shape[1] * core.shape[2:].numel()
 
 
 def _add_peft_alphas(lora: Lora) -> None:
-    """Puts the alpha that peft's settings give a layer beside its tensors, where the file has none.
+    """Adds the alpha of peft's LoraConfig to each layer that has no alpha in the file.
 
-    With rsLoRA the scale is alpha / sqrt(r) (arXiv 2312.03732), so alpha sqrt(r) stands for it.
+    With rsLoRA the scale is alpha / sqrt(r) (arXiv 2312.03732), so the added alpha is alpha sqrt(r).
     """
     if PEFT not in lora.metadata:
         return
@@ -362,12 +334,12 @@ def _add_peft_alphas(lora: Lora) -> None:
         raise ValueError(f"{lora.name}: the metadata {PEFT} is no JSON ({error}). Save the file again.") from error
     for module in lora.modules.values():
         component = module.name.partition(".")[0]
-        own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
-        own = own or settings
-        patterns = own.get("alpha_pattern") or {}
+        prefix = f"{component}."
+        config = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)} or settings
+        patterns = config.get("alpha_pattern") or {}
         names = (module.name, module.name.partition(".")[2])  # a pattern may begin with ^ before the component's path
         matching = (v for k, v in patterns.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in names))
-        alpha = next(matching, own.get("lora_alpha"))
+        alpha = next(matching, config.get("lora_alpha"))
         if alpha is not None and module.rank and "alpha" not in module.tensors:
-            alpha *= math.sqrt(module.rank) if own.get("use_rslora") else 1
+            alpha *= math.sqrt(module.rank) if config.get("use_rslora") else 1
             module.tensors["alpha"] = torch.tensor(float(alpha))

@@ -1,6 +1,6 @@
-"""The difference dW that a LoRA's layer adds to a weight, and differences brought to a low rank.
+"""The difference dW that a LoRA's layer adds to a weight, and its approximation by matrices of low rank.
 
-An SVD cut after r singular values is the nearest matrix of rank r in the Frobenius norm (Eckart & Young 1936).
+An SVD truncated to r singular values is the nearest matrix of rank r in the Frobenius norm (Eckart & Young 1936).
 """
 
 from __future__ import annotations
@@ -11,27 +11,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lora import DOWN, LOHA, LOKR, MID, UP, LoraModule
+from .lora import LoraModule
+from .lora_keys import DOWN, LOHA, LOKR, MID, UP
 
 LINEAR_KINDS = ("LoRA", "LoCon", "LoHa", "LoKr", "full diff")
-"""Kinds whose difference does not depend on the weight they are for."""
+"""Kinds whose dW does not depend on the weight it is added to."""
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """up (out, r) and down (r, in), whose product is nearest to a matrix; its energy and the part that they keep.
+class LowRankFactors:
+    """Factors whose product up @ down is the best approximation of a matrix at their rank.
 
-    Energy: the sum of squared singular values, which is the squared Frobenius norm.
+    Args:
+        up: (out, r).
+        down: (r, in).
+        energy: Energy of the matrix: the sum of its squared singular values, which is its squared Frobenius norm.
+        kept_energy: Energy of up @ down.
     """
 
     up: Tensor
     down: Tensor
     energy: float
-    kept: float
+    kept_energy: float
 
 
-def difference(module: LoraModule) -> Tensor:
-    """dW as (out, in k k), fp32. Raises ValueError for kinds that depend on the weight (DoRA, OFT) or are unknown."""
+def delta_weight(module: LoraModule) -> Tensor:
+    """dW of a layer as (out, in k k), fp32.
+
+    Raises:
+        ValueError: The kind is unknown, or its dW depends on the weight (DoRA, OFT).
+    """
     t = {name: value.detach().float().cpu() for name, value in module.tensors.items()}
     if module.kind not in LINEAR_KINDS or "set_weight" in t or not (t.keys() & {DOWN, "diff", *LOHA, *LOKR}):
         raise ValueError(
@@ -41,14 +50,14 @@ def difference(module: LoraModule) -> Tensor:
     if "diff" in t:
         return t["diff"].flatten(1)
     if DOWN in t:
-        return _scale(module) * _lora(t)
+        return _scale(module) * _lora_delta(t)
     if "hada_w1_a" in t:
-        return _scale(module) * _hada(t, "1") * _hada(t, "2")
-    return _lokr(module, t)
+        return _scale(module) * _loha_factor(t, "1") * _loha_factor(t, "2")
+    return _lokr_delta(module, t)
 
 
 def kernel_of(module: LoraModule) -> tuple[int, ...] | None:
-    """The kernel that a layer's tensors show, () for none; None where they are flat in any case."""
+    """Kernel of a layer's convolution by its tensors, () for a linear layer; None if all of them are flat."""
     t = module.tensors
     for name in (MID, DOWN, "diff", "hada_t1", "lokr_t2", "lokr_w2"):
         if name in t and t[name].ndim != 2:
@@ -56,27 +65,32 @@ def kernel_of(module: LoraModule) -> tuple[int, ...] | None:
     return None
 
 
-def low_rank(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> LowRank:
-    """The nearest product of two factors of a (rows, columns) matrix, the singular values shared out evenly.
+def truncated_svd(matrix: Tensor, rank: int | None = None, energy: float = 1.0) -> LowRankFactors:
+    """Approximates a (rows, columns) matrix by two factors; each takes the square roots of the singular values.
 
-    rank: at most; None for no limit. energy: as few singular values as keep this share of it, at least one. The signs
-    are fixed: a left singular vector's largest entry is positive.
+    Signs are fixed: the largest entry of a left singular vector is positive.
+
+    Args:
+        matrix: The matrix.
+        rank: Largest rank; None for no limit.
+        energy: Share of the energy to keep, 0 to 1, with as few singular values as possible (at least one).
     """
-    return _cut(*torch.linalg.svd(matrix.float(), full_matrices=False), rank, energy)
+    return _truncate(*torch.linalg.svd(matrix.float(), full_matrices=False), rank, energy)
 
 
-def low_rank_of(module: LoraModule, rank: int | None = None, energy: float = 1.0) -> LowRank:
-    """`low_rank` of a layer's difference; for LoRA from its factors, without the whole matrix."""
+def low_rank_delta(module: LoraModule, rank: int | None = None, energy: float = 1.0) -> LowRankFactors:
+    """`truncated_svd` of a layer's dW; for LoRA computed from its factors, without forming dW."""
     t = module.tensors
     if module.kind not in ("LoRA", "LoCon") or MID in t or t[DOWN].shape[0] >= min(module.shape):
-        return low_rank(difference(module), rank, energy)
+        return truncated_svd(delta_weight(module), rank, energy)
     up, down = (t[name].detach().float().cpu().flatten(1) for name in (UP, DOWN))
     (left, a), (right, b) = torch.linalg.qr(_scale(module) * up), torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(a @ b.T)
-    return _cut(left @ u, s, vh @ right.T, rank, energy)
+    return _truncate(left @ u, s, vh @ right.T, rank, energy)
 
 
-def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> LowRank:
+def _truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> LowRankFactors:
+    """The factors left of an SVD u diag(s) vh at this rank and share of the energy."""
     squares = s.double().square()
     total = squares.sum().item()
     enough = int((squares.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if energy < 1 else len(s)
@@ -84,11 +98,11 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float) -> L
     u, s, vh = u[:, :count], s[:count], vh[:count]
     signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
     root = s.sqrt()
-    return LowRank(u * signs * root, vh * signs.T * root[:, None], total, squares[:count].sum().item())
+    return LowRankFactors(u * signs * root, vh * signs.T * root[:, None], total, squares[:count].sum().item())
 
 
-def as_lora(factors: LowRank, kernel: tuple[int, ...]) -> dict[str, Tensor]:
-    """A layer's tensors with alpha = rank, so that the difference is up down with no further scale."""
+def lora_tensors(factors: LowRankFactors, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    """A LoRA layer's tensors for these factors, with alpha = rank, so that dW = up @ down."""
     rank = len(factors.down)
     down = factors.down.reshape(rank, -1, *kernel)
     up = factors.up.reshape(-1, rank, *(1 for _ in kernel))
@@ -96,22 +110,25 @@ def as_lora(factors: LowRank, kernel: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _scale(module: LoraModule) -> float:
+    """alpha / rank; 1 without alpha."""
     return 1.0 if module.alpha is None else module.alpha / module.rank
 
 
-def _lora(t: dict[str, Tensor]) -> Tensor:
+def _lora_delta(t: dict[str, Tensor]) -> Tensor:
+    """up @ down, with a Tucker core between them if there is one; (out, in k k)."""
     if MID not in t:
         return t[UP].flatten(1) @ t[DOWN].flatten(1)
     return torch.einsum("om,mn...,ni->oi...", t[UP].flatten(1), t[MID], t[DOWN].flatten(1)).flatten(1)
 
 
-def _hada(t: dict[str, Tensor], number: str) -> Tensor:
+def _loha_factor(t: dict[str, Tensor], number: str) -> Tensor:
+    """One of the two matrices whose Hadamard product is a LoHa's dW; (out, in k k)."""
     a, b, core = t[f"hada_w{number}_a"], t[f"hada_w{number}_b"], t.get(f"hada_t{number}")
     return a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b).flatten(1)
 
 
-def _lokr(module: LoraModule, t: dict[str, Tensor]) -> Tensor:
-    """kron(w1, w2); alpha / rank only where a factor is low-rank, as LyCORIS and ComfyUI have it."""
+def _lokr_delta(module: LoraModule, t: dict[str, Tensor]) -> Tensor:
+    """kron(w1, w2), scaled by alpha / rank only if a factor is low-rank, as in LyCORIS and ComfyUI."""
     first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     second, rank = t.get("lokr_w2"), t["lokr_w1_b"].shape[0] if "lokr_w1_b" in t else None
     if second is None:

@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself: kohya's `ss_*` keys, ModelSpec 1.0.1 and the hashes that programs look it up by.
+"""Metadata of LoRA files: kohya's `ss_*` keys, ModelSpec 1.0.1 and the hashes by which programs identify a file.
 
 ModelSpec: https://github.com/Stability-AI/ModelSpec. Hashes: those of sd-webui-additional-networks, which kohya's
 trainers write as `sshs_model_hash` and `sshs_legacy_hash`.
@@ -19,12 +19,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.provenance import about_run
-from .lora import DOWN, MID, Lora
+from .lora import Lora, LoraModule
+from .lora_keys import DOWN, MID
 from .lora_names import Naming
 
 THUMBNAIL_SIDE = 256
 THUMBNAIL_BYTES = 64 * 1024
-"""Longest data URI of a thumbnail."""
+"""Size limit of a thumbnail's data URI."""
 
 _VERSIONS = {"SD1.x": "sd_v1", "SD2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
 ARCHITECTURES = {
@@ -41,13 +42,18 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True)
-class LoraAbout:
-    """What is known of a LoRA besides its tensors.
+class LoraDescription:
+    """Facts about a LoRA that become metadata of its file.
 
-    run: what its run's config.json holds; read are `config` and, where the run recorded them, `unet` (the UNet's
-    config), `prediction_type`, `resolution` (pixels), `images` (their number), `tag_frequency` and `rewards`, what a
-    reward tuning maximised. date: ISO 8601.
-    thumbnail: a data URI. kept: a file's own metadata, of which everything that is not written anew stays.
+    Args:
+        run: The config.json of its run. Used are `config` and, if present, `unet` (the UNet's config),
+            `prediction_type`, `resolution` (pixels), `images` (their number), `tag_frequency` and `rewards` (the terms
+            that a reward tuning maximised).
+        trigger_words: Words that activate it in a prompt.
+        title: Title; by default the run's name.
+        date: ISO 8601.
+        thumbnail: A data URI.
+        file_metadata: Metadata of the file that it was read from; its entries stay unless they are computed anew.
     """
 
     run: Mapping = field(default_factory=dict)
@@ -55,52 +61,57 @@ class LoraAbout:
     title: str = ""
     date: str = ""
     thumbnail: str = ""
-    kept: Mapping[str, str] = field(default_factory=dict)
+    file_metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unet_config(self) -> Mapping | None:
         return self.run.get("unet")
 
 
-def metadata_of(
-    tensors: Mapping[str, Tensor], lora: Lora, naming: Naming, about: LoraAbout, format: str
+def build_metadata(
+    tensors: Mapping[str, Tensor], lora: Lora, naming: Naming, description: LoraDescription, format: str
 ) -> dict[str, str]:
-    """All metadata of a file with these tensors (as they are stored), sorted by key, values text.
+    """The metadata of a LoRA file, sorted by key. It depends on the arguments alone, not on the date.
 
-    Every value is a function of the arguments: there is no clock in it. Keys for which nothing is known are left out.
+    Args:
+        tensors: The tensors as they are stored in the file.
+        lora: The LoRA.
+        naming: The layer naming of its model.
+        description: Facts about it; keys without a known value are left out.
+        format: "kohya" or "diffusers".
     """
-    kept = {k: v for k, v in about.kept.items() if k not in ("format", "lora_adapter_metadata")}
-    found = _base(naming) | kept | _network(lora, naming) | _training(about.run)
-    found |= _base(naming) if naming.family else {}
-    model_hash, legacy_hash = hashes(tensors, found)
-    found |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-    found |= _modelspec(naming, about, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}
-    return dict(sorted(found.items()))
+    inherited = {k: v for k, v in description.file_metadata.items() if k not in ("format", "lora_adapter_metadata")}
+    entries = _base_entries(naming) | inherited | _network_entries(lora, naming) | _training_entries(description.run)
+    entries |= _base_entries(naming) if naming.family else {}
+    model_hash, legacy_hash = model_hashes(tensors, entries)
+    entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+    entries |= _modelspec_entries(naming, description, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}
+    return dict(sorted(entries.items()))
 
 
-def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(sshs_model_hash, sshs_legacy_hash) as sd-webui-additional-networks works them out.
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Computes (sshs_model_hash, sshs_legacy_hash) as sd-webui-additional-networks does.
 
-    Of the file with the `ss_*` metadata alone: SHA-256 of all after the header, which ModelSpec's hash_sha256 is too;
-    and the first 8 digits of that of the 64 KiB from 1 MiB on.
+    Both are of a safetensors file with the `ss_*` metadata only. The first is the SHA-256 of everything after the
+    header, like ModelSpec's hash_sha256. The second is the first 8 digits of the SHA-256 of the 64 KiB at offset 1 MiB.
     """
     from safetensors.torch import save
 
-    ready = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    data = save(ready, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = save(contiguous, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     start = 8 + int.from_bytes(data[:8], "little")
     model_hash = hashlib.sha256(memoryview(data)[start:]).hexdigest()
     return model_hash, hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
 
 
 def tag_frequency(captions: Iterable[str], folder: str = "images") -> dict[str, dict[str, int]]:
-    """How many captions hold each comma-separated tag, as kohya counts them: {folder: {tag: count}}."""
+    """Number of captions with each comma-separated tag, as in kohya's `ss_tag_frequency`: {folder: {tag: count}}."""
     counts = Counter(tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip())
     return {folder: dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))}
 
 
-def thumbnail(picture: str | Path) -> str:
-    """A picture at most 256 pixels wide and high as a JPEG data URI of at most 64 KiB."""
+def thumbnail_uri(picture: str | Path) -> str:
+    """A picture file, scaled down to at most 256 x 256 pixels, as a JPEG data URI of at most 64 KiB."""
     from PIL import Image
 
     with Image.open(picture) as opened:
@@ -116,13 +127,13 @@ def thumbnail(picture: str | Path) -> str:
 
 
 def last_sample(run: Path) -> Path | None:
-    """The first picture of a run's last samples; None when it drew none."""
+    """The first picture of a run's last samples; None without samples. run: the run's folder."""
     pictures = [p for p in (Path(run) / "samples").glob("*.png") if re.fullmatch(r"\d+_\d+", p.stem)]
     return min(pictures, key=lambda p: (-int(p.stem.split("_")[0]), int(p.stem.split("_")[1])), default=None)
 
 
-def _network(lora: Lora, naming: Naming) -> dict[str, str]:
-    """kohya's minimum beside the base: module, dim, alpha and args of the commonest kind of layer."""
+def _network_entries(lora: Lora, naming: Naming) -> dict[str, str]:
+    """kohya's `ss_network_*` keys: module, dim, alpha and args, from the most frequent kind and rank of layer."""
     ranked = [module for module in lora.modules.values() if module.rank is not None]
     kinds = {module.kind for module in lora.modules.values()}
     plain = kinds <= {"LoRA", "LoCon"}
@@ -130,37 +141,38 @@ def _network(lora: Lora, naming: Naming) -> dict[str, str]:
     args: dict[str, object] = {} if plain else {"algo": _ALGORITHMS.get(kind.split(" with ")[0], kind.lower())}
     if axes := {naming.dora_axis(module) for module in lora.modules.values()} - {None}:
         args |= {"dora_wd": True, "wd_on_output": axes == {0}}
-    found = {"ss_network_module": "networks.lora" if plain else "lycoris.kohya"}
+    entries = {"ss_network_module": "networks.lora" if plain else "lycoris.kohya"}
     convolutions = [m for m in ranked if (m.tensors.get(MID, m.tensors.get(DOWN, Tensor())).shape[2:]).numel() > 1]
     linear = [m for m in ranked if m not in convolutions] if convolutions else ranked
     if linear:
-        found["ss_network_dim"], found["ss_network_alpha"] = _commonest(linear)
+        entries["ss_network_dim"], entries["ss_network_alpha"] = _most_common_rank(linear)
     if convolutions:
-        args["conv_dim"], args["conv_alpha"] = _commonest(convolutions)
-    return found | {"ss_network_args": json.dumps(args)}
+        args["conv_dim"], args["conv_alpha"] = _most_common_rank(convolutions)
+    return entries | {"ss_network_args": json.dumps(args)}
 
 
-def _commonest(modules: list) -> tuple[str, str]:
-    """Rank and alpha that most layers have; alpha is the rank where none is given."""
+def _most_common_rank(modules: list[LoraModule]) -> tuple[str, str]:
+    """The most frequent pair of rank and alpha, as text; a missing alpha equals the rank."""
     pairs = Counter((m.rank, float(m.rank if m.alpha is None else m.alpha)) for m in modules)
     rank, alpha = pairs.most_common(1)[0][0]
     return str(rank), f"{alpha:.8g}"
 
 
-def _base(naming: Naming) -> dict[str, str]:
+def _base_entries(naming: Naming) -> dict[str, str]:
+    """kohya's keys for the model family."""
     version = _VERSIONS.get(naming.family, "unknown")
     return {"ss_v2": str(naming.family == "SD2.x"), "ss_base_model_version": version}
 
 
-def _training(run: Mapping) -> dict[str, str]:
-    """kohya's keys for what a run's config says; nothing without one."""
+def _training_entries(run: Mapping) -> dict[str, str]:
+    """kohya's keys for the settings and data of a run; empty without its config."""
     config, settings = run.get("config", {}), run.get("config", {}).get("settings", {})
     weighting = settings.get("loss_weighting")
     values = {
         "ss_output_name": config.get("run_name"),
         "ss_learning_rate": config.get("learning_rate"),
         "ss_unet_lr": config.get("learning_rate"),
-        "ss_text_encoder_lr": _text_rates(config),
+        "ss_text_encoder_lr": _text_learning_rates(config),
         "ss_steps": config.get("steps"),
         "ss_max_train_steps": config.get("steps"),
         "ss_batch_size_per_device": config.get("batch_size"),
@@ -178,69 +190,78 @@ def _training(run: Mapping) -> dict[str, str]:
         "ss_min_snr_gamma": settings.get("snr_gamma") if weighting == "min-SNR" else None,
         "ss_debiased_estimation": True if weighting == "debiased" else None,
         "ss_num_train_images": run.get("images"),
-        "ss_resolution": _size(run.get("resolution"), "({}, {})"),
+        "ss_resolution": _format_size(run.get("resolution"), "({}, {})"),
         "ss_tag_frequency": json.dumps(run["tag_frequency"]) if run.get("tag_frequency") else None,
     }
-    values |= _reward_tuning(run, config) if run.get("rewards") else {}
+    values |= _reward_entries(run, config) if run.get("rewards") else {}
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def _reward_tuning(run: Mapping, config: Mapping) -> dict[str, object]:
-    """What is other where rewards were maximised: no noise is told from images, and one part alone has a rate.
+def _reward_entries(run: Mapping, config: Mapping) -> dict[str, object]:
+    """Changes to `_training_entries` for a reward tuning: there is no denoising loss, and only one part has a rate.
 
-    kohya's comment says how it was tuned, `retune.run` all of it (see `stock_file.about_run`).
+    `ss_training_comment` names method and rewards; `retune.run` has all settings (see `about_run`).
     """
-    idle = ("ss_loss_type", "ss_min_snr_gamma", "ss_debiased_estimation", "ss_noise_offset", "ss_caption_dropout_rate")
-    rate, of_text = config["learning_rate"], config["train"].startswith("text encoder")
+    unused = (
+        "ss_loss_type",
+        "ss_min_snr_gamma",
+        "ss_debiased_estimation",
+        "ss_noise_offset",
+        "ss_caption_dropout_rate",
+    )
+    rate, trains_text = config["learning_rate"], config["train"].startswith("text encoder")
     terms = ", ".join(f"{term['weight']:g} x {term['reward']}" for term in run["rewards"])
-    how = f"{config['method']}, K {config['gradient_steps']} of {config['sampling_steps']}, cfg {config['cfg']:g}"
-    return dict.fromkeys(idle) | {
-        "ss_unet_lr": None if of_text else rate,
-        "ss_text_encoder_lr": rate if of_text else None,
-        "ss_training_comment": f"reward tuning ({how}): {terms}",
+    method = f"{config['method']}, K {config['gradient_steps']} of {config['sampling_steps']}, cfg {config['cfg']:g}"
+    return dict.fromkeys(unused) | {
+        "ss_unet_lr": None if trains_text else rate,
+        "ss_text_encoder_lr": rate if trains_text else None,
+        "ss_training_comment": f"reward tuning ({method}): {terms}",
         "retune.run": json.dumps(about_run(run, {})),
     }
 
 
-def _text_rates(config: Mapping) -> str | None:
-    """One rate, or a list of two where the second text encoder has its own, as sd-scripts writes them."""
+def _text_learning_rates(config: Mapping) -> str | None:
+    """The text encoder's learning rate, or a list of two if the second encoder has its own, as sd-scripts writes it."""
     first, second = config.get("text_encoder_learning_rate"), config.get("text_encoder_2_learning_rate", -1)
     if first is None:
         return None
     return str(first or None) if second == -1 else str([first, second])
 
 
-def _modelspec(naming: Naming, about: LoraAbout, format: str) -> dict[str, str]:
-    """ModelSpec's keys but the hash: all that a file must have, and what is known of the others."""
-    prediction = _PREDICTION.get(about.run.get("prediction_type", ""))
-    settings = about.run.get("config", {}).get("settings", {})
+def _modelspec_entries(naming: Naming, description: LoraDescription, format: str) -> dict[str, str]:
+    """ModelSpec's keys except the hash: all required ones, and those optional ones whose value is known."""
+    prediction = _PREDICTION.get(description.run.get("prediction_type", ""))
+    settings = description.run.get("config", {}).get("settings", {})
     family = naming.family + " v" * (naming.family == "SD2.x" and prediction == "v")
     side = SIDES.get(family, 512)
-    original = format == "kohya" and naming.family == "SDXL"
+    original_names = format == "kohya" and naming.family == "SDXL"
     low, high = settings.get("min_timestep", 0), settings.get("max_timestep", 999)
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": ARCHITECTURES.get(family, "unknown") + "/lora",
-        "implementation": STABILITY if original else "diffusers",
-        "title": about.title or about.run.get("config", {}).get("run_name") or "LoRA",
-        "resolution": _size(about.run.get("resolution"), "{}x{}") or f"{side}x{side}",
-        "date": about.date,
-        "trigger_phrase": about.trigger_words,
-        "usage_hint": f"Trigger words: {about.trigger_words}" if about.trigger_words else "",
-        "thumbnail": about.thumbnail,
+        "implementation": STABILITY if original_names else "diffusers",
+        "title": description.title or description.run.get("config", {}).get("run_name") or "LoRA",
+        "resolution": _format_size(description.run.get("resolution"), "{}x{}") or f"{side}x{side}",
+        "date": description.date,
+        "trigger_phrase": description.trigger_words,
+        "usage_hint": f"Trigger words: {description.trigger_words}" if description.trigger_words else "",
+        "thumbnail": description.thumbnail,
         "prediction_type": prediction,
         "timestep_range": f"{low},{high}" if (low, high) != (0, 999) else "",
     }
-    unsure = {
+    guessed = {
         "title": values["title"] == "LoRA",
         "architecture": not family,
-        "resolution": "resolution" not in about.run,
+        "resolution": "resolution" not in description.run,
     }
-    stays = {key for key, is_guess in unsure.items() if is_guess and f"modelspec.{key}" in about.kept}
-    return {f"modelspec.{key}": value for key, value in values.items() if value and key not in stays}
+    inherited = {
+        key for key, is_guess in guessed.items() if is_guess and f"modelspec.{key}" in description.file_metadata
+    }
+    return {f"modelspec.{key}": value for key, value in values.items() if value and key not in inherited}
 
 
-def _size(resolution: int | list | tuple | None, text: str) -> str | None:
+def _format_size(resolution: int | list | tuple | None, template: str) -> str | None:
+    """A side length, or (width, height), formatted by a template with two fields; None if unknown."""
     if not resolution:
         return None
-    return text.format(*((resolution, resolution) if isinstance(resolution, int) else resolution))
+    return template.format(*((resolution, resolution) if isinstance(resolution, int) else resolution))

@@ -1,10 +1,10 @@
-"""What each tool calls a layer that a LoRA changes.
+"""The name of a LoRA's layer in each tool.
 
-A layer's name here is ComfyUI's, over the original layout: `diffusion_model.input_blocks.1.1.proj_in`,
-`text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1`, for a T5
-`text_encoders.t5base.transformer.encoder.block.0.layer.0.SelfAttention.q`. `Naming` turns it into kohya's name and
-diffusers' and back. What decides the names is the model family and how many layers a UNet block has; `naming_of` finds
-both in the layers that a LoRA has.
+Inside this package a layer has ComfyUI's name, which follows the original (ldm) layout:
+`diffusion_model.input_blocks.1.1.proj_in`, `text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1`, for
+a T5 `text_encoders.t5base.transformer.encoder.block.0.layer.0.SelfAttention.q`. `Naming` converts it to kohya's and
+diffusers' names and back. The names depend on the model family and on the number of layers in a UNet block;
+`detect_naming` finds both from a LoRA's layers.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..common.text import first_few
 from ..models import ldm
-from .lora import Lora, LoraModule, aliases, magnitude_axis, some
-from .lora_report import WIDTHS, base_of
+from .lora import Lora, LoraModule, magnitude_axis
+from .lora_keys import kohya_aliases
+from .lora_report import WIDTHS, base_of_lora
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
 SECOND_TEXT = TEXT + "clip_g."
 """SDXL's second text encoder."""
 FAMILIES = ("SD1.x", "SD2.x", "SDXL")
 _ATTENTION = {"SD1.x": (True, True, True, False), "SD2.x": (True, True, True, False), "SDXL": (False, True, True)}
-"""Which resolutions of a family's UNet have attention, the finest first."""
+"""Whether each resolution of a family's UNet has attention, the finest first."""
 _UNKNOWN_LEVELS = 8
-_MOST_LAYERS = 4
+_MAX_LAYERS_PER_BLOCK = 4
 
 _CONVOLUTIONS = re.compile(r"(in_layers\.2|out_layers\.3|\.op|_blocks\.\d+\.\d\.conv|input_blocks\.0\.0|^out\.2)$")
 _IN_TRANSFORMER = {
@@ -45,10 +47,13 @@ _DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks[._](\d+)[._](?:attentions|resne
 
 @dataclass(frozen=True)
 class Naming:
-    """How a model's layers are called. family: one of FAMILIES, empty for others.
+    """Converts layer names of one model between tools.
 
-    layers_per_block: of a UNet2DConditionModel. attention: which resolutions have it, the finest first; None for
-    unknown. linear_projection: whether proj_in and proj_out are linear rather than 1x1 convolutions; None for unknown.
+    Args:
+        family: One of FAMILIES, "" for others.
+        layers_per_block: As in a UNet2DConditionModel's config.
+        attention: Whether each resolution has attention, the finest first; None if unknown.
+        linear_projection: Whether proj_in and proj_out are linear layers instead of 1x1 convolutions; None if unknown.
     """
 
     family: str = ""
@@ -57,13 +62,13 @@ class Naming:
     linear_projection: bool | None = None
 
     @classmethod
-    def of_family(cls, family: str) -> Naming:
-        """SD1.x, SD2.x or SDXL as everybody has them."""
+    def from_family(cls, family: str) -> Naming:
+        """The naming of the standard SD1.x, SD2.x or SDXL models."""
         return cls(family, 2, _ATTENTION[family], family != "SD1.x")
 
     @classmethod
-    def of_config(cls, config: Mapping) -> Naming:
-        """From a UNet2DConditionModel's config; the family by the width of the text that it reads."""
+    def from_unet_config(cls, config: Mapping) -> Naming:
+        """The naming for a UNet2DConditionModel's config; its cross_attention_dim determines the family."""
         attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
         family = WIDTHS.get(config.get("cross_attention_dim"), "")
         if family and (attention != _ATTENTION[family] or config["layers_per_block"] != 2):
@@ -71,68 +76,71 @@ class Naming:
         return cls(family, config["layers_per_block"], attention, bool(config.get("use_linear_projection")))
 
     @cached_property
-    def _diffusers(self) -> dict[str, str]:
-        """Original module prefix -> diffusers' one. Where attention is unknown, both places of an upsampler."""
+    def _to_diffusers(self) -> dict[str, str]:
+        """Original module prefix -> diffusers'. If attention is unknown, both possible names of an upsampler."""
         levels = self.attention or (True,) * _UNKNOWN_LEVELS
-        kinds = ["CrossAttn" if has else "" for has in levels]
+        kinds = ["CrossAttn" if has_attention else "" for has_attention in levels]
         config = {"block_out_channels": levels, "layers_per_block": self.layers_per_block}
         names = ldm.unet_names(config | {"down_block_types": kinds, "up_block_types": kinds[::-1]})
-        others = {re.sub(r"\.2\.conv$", ".1.conv", name): path for name, path in names.items()}
-        return others | names
+        alternatives = {re.sub(r"\.2\.conv$", ".1.conv", name): path for name, path in names.items()}
+        return alternatives | names
 
     @cached_property
-    def _original(self) -> dict[str, str]:
-        """Module prefix in either naming, with underscores -> original module prefix."""
-        names = {path: name for name, path in self._diffusers.items()} | {name: name for name in self._diffusers}
+    def _to_original(self) -> dict[str, str]:
+        """Module prefix in the original or diffusers' layout, with underscores -> original module prefix."""
+        names = {path: name for name, path in self._to_diffusers.items()} | {name: name for name in self._to_diffusers}
         return {name.replace(".", "_"): original for name, original in names.items()}
 
-    def layer(self, name: str) -> str | None:
-        """ComfyUI's name of a layer that any tool named; None for one that is of no SD UNet, CLIP or T5."""
-        for alias in aliases(name):
+    def comfyui_name(self, name: str) -> str | None:
+        """ComfyUI's name for a layer named by any tool; None if not in a Stable Diffusion UNet, a CLIP or a T5."""
+        for alias in kohya_aliases(name):
             if alias.startswith((UNET, TEXT)):
                 return alias
             if alias.startswith("lora_unet_") and (path := self._unet_path(alias.removeprefix("lora_unet_"))):
                 return UNET + path
             if (text := _KOHYA_TEXT.fullmatch(alias)) and (path := _text_path(text["path"])):
-                first = "t5" if path.startswith("encoder.block") else "clip_h" if self.family == "SD2.x" else "clip_l"
-                return f"{TEXT}{'clip_g' if text['number'] == '2' else first}.transformer.{path}"
+                single = "t5" if path.startswith("encoder.block") else "clip_h" if self.family == "SD2.x" else "clip_l"
+                return f"{TEXT}{'clip_g' if text['number'] == '2' else single}.transformer.{path}"
         return None
 
-    def kohya(self, layer: str) -> str | None:
-        """kohya's name of a layer; None for one that kohya's format has no name for.
+    def kohya_name(self, layer: str) -> str | None:
+        """kohya's name for a layer with ComfyUI's name `layer`; None if kohya's format has no name for it.
 
-        UNets are named as in diffusers, SDXL's and others than Stable Diffusion's as in the original. A T5, which
-        kohya's trainers know beside Flux only, is `lora_te1_encoder_block_...`: what RetuneApplyLora reads for a T5 of
-        any size, and ComfyUI's loader for a T5-XXL alone. ValueError for a UNet layer of another layout.
+        UNet layers follow diffusers' layout; those of SDXL and of models other than Stable Diffusion follow the
+        original one. kohya's trainers support T5 for Flux only; a T5 layer here becomes `lora_te1_encoder_block_...`,
+        which RetuneApplyLora reads for a T5 of any size, and ComfyUI's loader for T5-XXL only.
+
+        Raises:
+            ValueError: A UNet layer does not exist in this layout.
         """
         if layer.startswith(UNET):
             path = layer.removeprefix(UNET)
-            path = ldm.rename(path, self._diffusers) if self.family != "SDXL" and _in_unet(path) else path
+            path = ldm.rename(path, self._to_diffusers) if self.family != "SDXL" and _in_unet(path) else path
             return "lora_unet_" + path.replace(".", "_")
         text = _TEXT_LAYER.fullmatch(layer)
         path = text and _text_path(text["path"])
         if not path:
             return None
-        start = {"clip_g": "lora_te2_", "clip_l": "lora_te1_" if self.family == "SDXL" else "lora_te_"}
-        other = "lora_te1_" if path.startswith("encoder.block") else "lora_te_"
-        return start.get(text["encoder"], other) + path.replace(".", "_")
+        prefixes = {"clip_g": "lora_te2_", "clip_l": "lora_te1_" if self.family == "SDXL" else "lora_te_"}
+        default = "lora_te1_" if path.startswith("encoder.block") else "lora_te_"
+        return prefixes.get(text["encoder"], default) + path.replace(".", "_")
 
-    def diffusers(self, layer: str) -> tuple[str, str] | None:
-        """(component of the pipeline, path in it); None for a layer of no SD UNet or CLIP.
+    def diffusers_path(self, layer: str) -> tuple[str, str] | None:
+        """(component of the pipeline, path in it) for a layer; None if it is not in a Stable Diffusion UNet or a CLIP.
 
-        A T5 in CLIP's place has names too, but `load_lora_weights` stops at them.
+        None for T5 layers too: `load_lora_weights` raises an error for a T5 that replaces a CLIP.
         """
         if layer.startswith(UNET):
             path = layer.removeprefix(UNET)
-            return ("unet", ldm.rename(path, self._diffusers)) if _in_unet(path) else None
+            return ("unet", ldm.rename(path, self._to_diffusers)) if _in_unet(path) else None
         text = _TEXT_LAYER.fullmatch(layer)
         path = text and _text_path(text["path"])
         if not path or path.startswith("encoder.block"):
             return None
         return ("text_encoder_2" if text["encoder"] == "clip_g" else "text_encoder", path)
 
-    def kernel(self, layer: str) -> tuple[int, ...] | None:
-        """Height and width of a convolution's kernel, () for a linear layer, None for unknown."""
+    def kernel_size(self, layer: str) -> tuple[int, ...] | None:
+        """(height, width) of a layer's convolution kernel, () for a linear layer, None if unknown."""
         path = layer.removeprefix(UNET)
         if layer.startswith(UNET) and not _in_unet(path):
             return None
@@ -143,57 +151,63 @@ class Naming:
         return (3, 3) if layer.startswith(UNET) and _CONVOLUTIONS.search(path) else ()
 
     def dora_axis(self, module: LoraModule) -> int | None:
-        """0 for a DoRA magnitude per output of a layer, 1 per input, None without DoRA."""
-        layer = self.layer(module.name)
-        return magnitude_axis(module, (layer and self.kernel(layer)) or ())
+        """0 if a layer's DoRA magnitude varies along its outputs, 1 if along its inputs, None without DoRA."""
+        layer = self.comfyui_name(module.name)
+        return magnitude_axis(module, (layer and self.kernel_size(layer)) or ())
 
     def _unet_path(self, name: str) -> str | None:
-        """The original path of a layer that is named with underscores, in either naming."""
+        """The original path of a layer with underscores in the original or diffusers' layout; None if unknown."""
         parts = name.split("_")
         for cut in range(len(parts), 0, -1):
-            if (start := self._original.get("_".join(parts[:cut]))) is None:
+            if (prefix := self._to_original.get("_".join(parts[:cut]))) is None:
                 continue
             rest = "_".join(parts[cut:])
             block = re.fullmatch(r"transformer_blocks_(\d+)_(.+)", rest)
             if block and block[2] in _IN_TRANSFORMER:
-                return f"{start}.transformer_blocks.{block[1]}.{_IN_TRANSFORMER[block[2]]}"
+                return f"{prefix}.transformer_blocks.{block[1]}.{_IN_TRANSFORMER[block[2]]}"
             if rest in ("", "norm", "proj_in", "proj_out"):
-                return f"{start}.{rest}".rstrip(".")
+                return f"{prefix}.{rest}".rstrip(".")
         return None
 
 
-def naming_of(lora: Lora, base: str = "auto", unet_config: Mapping | None = None) -> Naming:
-    """The naming of the model that a LoRA is for.
+def detect_naming(lora: Lora, base: str = "auto", unet_config: Mapping | None = None) -> Naming:
+    """Determines the layer naming of the model that a LoRA was trained on.
 
-    base: its family, one of FAMILIES, or "auto": from unet_config, the metadata, the width of cross-attention, the
-    text encoders, or which blocks have attention, whatever comes first. Raises ValueError for an unknown base, and for
-    layers whose numbers are those of no UNet with that many layers per block.
+    Args:
+        lora: The LoRA.
+        base: The model family, one of FAMILIES. "auto" derives it from the first of these that decides: the metadata,
+            the width of cross-attention, the text encoders, the blocks with attention.
+        unet_config: The UNet2DConditionModel's config; takes precedence over `base`.
+
+    Raises:
+        ValueError: `base` is unknown, or the LoRA has block numbers that a UNet with that many layers per block lacks.
     """
     if base != "auto" and base not in FAMILIES:
         raise ValueError(f"base is {base!r}; expected auto, {', '.join(FAMILIES)}.")
     if unet_config is not None:
-        naming = Naming.of_config(unet_config)
+        naming = Naming.from_unet_config(unet_config)
     elif base != "auto":
-        naming = Naming.of_family(base)
+        naming = Naming.from_family(base)
     else:
-        layers = _layers_per_block(lora.modules, known=base_of(lora).family in FAMILIES)
-        family = _family(lora) if layers == 2 else ""
-        naming = Naming.of_family(family) if family else Naming(layers_per_block=layers)
-    if not all(_agrees(block, naming.layers_per_block) for block in _original_blocks(lora.modules)):
+        layers = _layers_per_block(lora.modules, is_known_family=base_of_lora(lora).family in FAMILIES)
+        family = _guess_family(lora) if layers == 2 else ""
+        naming = Naming.from_family(family) if family else Naming(layers_per_block=layers)
+    if not all(_may_exist(block, naming.layers_per_block) for block in _original_blocks(lora.modules)):
         names = [name for name in lora.modules if _BLOCK.search(name)]
         raise ValueError(
-            f"{lora.name} has layers such as {some(names)}, which a UNet of {naming.layers_per_block} layers per block "
-            f"({naming.family or 'unknown family'}) lacks. Choose the base it was trained on, or connect its run."
+            f"{lora.name} has layers such as {first_few(names)}, which a UNet of {naming.layers_per_block} layers per "
+            f"block ({naming.family or 'unknown family'}) lacks. Choose the base it was trained on, or connect its run."
         )
     return naming
 
 
 def _in_unet(path: str) -> bool:
+    """Whether a path is one of a Stable Diffusion UNet in the original layout."""
     return re.match(r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.", path) is not None
 
 
 def _text_path(path: str) -> str | None:
-    """A text layer's path with dots, given with dots or underscores; None for others than CLIP's and T5's linear."""
+    """A text layer's path, given with dots or underscores, with dots; None unless a linear layer of a CLIP or T5."""
     if path == "text_projection":
         return path
     if clip := _CLIP_LAYER.fullmatch(path):
@@ -202,16 +216,16 @@ def _text_path(path: str) -> str | None:
     return t5 and "encoder.block.{}.layer.{}.{}.{}".format(*t5.groups())
 
 
-def _family(lora: Lora) -> str:
-    """One of FAMILIES or empty, for a UNet of two layers per block."""
-    if (said := base_of(lora).family) in FAMILIES:
-        return said
+def _guess_family(lora: Lora) -> str:
+    """The model family of a LoRA for a UNet with two layers per block; "" if nothing decides it."""
+    if (family := base_of_lora(lora).family) in FAMILIES:
+        return family
     names = " ".join(lora.modules)
     if "lora_te2_" in names or "clip_g" in names or "text_encoder_2." in names:
         return "SDXL"
     if "clip_h" in names:
         return "SD2.x"
-    with_attention = {(side, number) for side, number, place, part in _original_blocks(lora.modules) if place == 1}
+    with_attention = {(side, number) for side, number, module, part in _original_blocks(lora.modules) if module == 1}
     if with_attention & ({("input", n) for n in (1, 2)} | {("output", n) for n in range(6, 12)}):
         return "SD1.x"
     high = any(number > 8 for _, number, *_ in _original_blocks(lora.modules))
@@ -225,13 +239,13 @@ def _family(lora: Lora) -> str:
 
 
 def _original_blocks(names: Iterable[str]) -> set[tuple[str, int, int, str]]:
-    """(side, block, place in it, what follows) of the layers that are named as in the original layout."""
-    found = (_BLOCK.search(name) for name in names)
-    return {(m[1], int(m[2]), int(m[3]), re.split(r"[._]", m[4])[0]) for m in found if m}
+    """(side, block, module in it, first part of the rest) of all names in the original layout."""
+    matches = (_BLOCK.search(name) for name in names)
+    return {(m[1], int(m[2]), int(m[3]), re.split(r"[._]", m[4])[0]) for m in matches if m}
 
 
-def _agrees(block: tuple[str, int, int, str], layers: int) -> bool:
-    """Whether a block of a layout with so many layers per resolution may hold such a part."""
+def _may_exist(block: tuple[str, int, int, str], layers: int) -> bool:
+    """Whether a UNet with this many layers per resolution can have a block (see `_original_blocks`)."""
     side, number, _, part = block
     last = number % (layers + 1) == 0 if side == "input" else (number + 1) % (layers + 1) == 0
     if part == "op" or (side == "output" and part == "conv"):
@@ -239,27 +253,27 @@ def _agrees(block: tuple[str, int, int, str], layers: int) -> bool:
     return number == 0 or side == "output" or not last
 
 
-def _layers_per_block(names: Iterable[str], known: bool) -> int:
-    """Layers per resolution; known: the family is, and all families have two."""
+def _layers_per_block(names: Iterable[str], is_known_family: bool) -> int:
+    """Guesses a UNet's layers per resolution from layer names; 2 for a known family if the names allow it."""
     blocks = _original_blocks(names)
-    fitting = [n for n in range(1, _MOST_LAYERS + 1) if all(_agrees(block, n) for block in blocks)]
-    if known and 2 in fitting:
+    fitting = [n for n in range(1, _MAX_LAYERS_PER_BLOCK + 1) if all(_may_exist(block, n) for block in blocks)]
+    if is_known_family and 2 in fitting:
         return 2
-    seen: dict[str, set[int]] = defaultdict(set)
+    numbers: dict[str, set[int]] = defaultdict(set)
     for name in names:
         if match := _DIFFUSERS_BLOCK.search(name):
-            seen[match[1]].add(int(match[3]))
-    if seen:
-        return max([number + 1 for number in seen["down"]] + [*seen["up"], 1])
-    whole = [n for n in fitting if _is_whole(blocks, n)]
-    return (whole or [n for n in fitting if n == 2] or fitting or [2])[0]
+            numbers[match[1]].add(int(match[3]))
+    if numbers:
+        return max([number + 1 for number in numbers["down"]] + [*numbers["up"], 1])
+    complete = [n for n in fitting if _is_complete(blocks, n)]
+    return (complete or [n for n in fitting if n == 2] or fitting or [2])[0]
 
 
-def _is_whole(blocks: set[tuple[str, int, int, str]], layers: int) -> bool:
-    """Whether on both sides every resolution that has attention has it in all its layers."""
+def _is_complete(blocks: set[tuple[str, int, int, str]], layers: int) -> bool:
+    """Whether every resolution with attention has it in all its layers, on both sides of the UNet."""
     for side, first, count in (("input", 1, layers), ("output", 0, layers + 1)):
         levels: dict[int, int] = defaultdict(int)
-        for number in {number for s, number, place, part in blocks if s == side and place == 1 and part != "conv"}:
+        for number in {number for s, number, module, part in blocks if s == side and module == 1 and part != "conv"}:
             levels[(number - first) // (layers + 1)] += 1
         if not levels or set(levels.values()) != {count}:
             return False

@@ -1,4 +1,4 @@
-"""What a LoRA file is, by its names, tensors and metadata, and what became of it."""
+"""Reports on LoRA files: their layout, kind, rank and base model, and how much of them a model uses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .lora import Lora, some
+from ..common.text import first_few
+from .lora import Lora
 
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
-"""Width of the text that cross-attention reads -> model family."""
+"""Width of the context that cross-attention reads -> model family."""
 
 _LAYOUTS = {
     "LyCORIS (diffusers names)": r"lycoris_",
@@ -25,12 +26,12 @@ _FAMILIES = {
     "SD1.x": r"(sd|stable-diffusion)[-_]?v?1",
     "SD2.x": r"(sd|stable-diffusion)[-_]?v?2",
 }
-"""Model family -> how the names begin that trainers give it in metadata."""
+"""Model family -> pattern of the names that trainers write into the metadata."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model family that a LoRA was trained on and what says so; an empty family when nothing does."""
+    """The model family that a LoRA or embedding was trained on, and the evidence for it; "" if unknown."""
 
     family: str = ""
     source: str = ""
@@ -40,10 +41,20 @@ class Base:
 
 
 @dataclass
-class LoraUse:
-    """What became of one file: layers used in the model and the text encoder, keys not used, warnings.
+class LoraReport:
+    """How a LoRA was applied to a model and a text encoder.
 
-    family: of the model that it was put on, empty when unknown. silenced: layers that block weights set to 0.
+    Args:
+        lora: The LoRA.
+        strength_model: Its strength on the UNet.
+        strength_clip: Its strength on the text encoder.
+        family: Family of the model it was applied to, "" if unknown.
+        has_clip: Whether there was a text encoder to apply it to.
+        model_layers: Number of layers applied to the UNet.
+        text_layers: Number of layers applied to the text encoder.
+        zero_weight_layers: Number of layers with block weight 0.
+        unused: Keys of the file that fit no layer.
+        notes: Further warnings.
     """
 
     lora: Lora
@@ -53,37 +64,38 @@ class LoraUse:
     has_clip: bool = True
     model_layers: int = 0
     text_layers: int = 0
-    silenced: int = 0
+    zero_weight_layers: int = 0
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """One line each, beginning with the file's name: no key used, another base, some keys not used."""
-        name, base = self.lora.name, base_of(self.lora)
+        name, base = self.lora.name, base_of_lora(self.lora)
         found = [f"{name}: {note}" for note in self.notes]
         if base.family and self.family and base.family != self.family:
             found.append(f"{name} was made for {base}; the model is {self.family}.")
         excused = set() if self.has_clip else self._text_keys()
         idle = [key for key in self.unused if key not in excused]
         if not self.model_layers + self.text_layers:
-            found.append(f"{name}: no key fits this model, nothing was applied: {some(self.unused)}.")
+            found.append(f"{name}: no key fits this model, nothing was applied: {first_few(self.unused)}.")
         elif idle:
-            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {some(idle)}.")
+            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {first_few(idle)}.")
         return found
 
     def text(self) -> str:
-        """Format, rank, alpha, base and keys, in a few lines; warnings last."""
+        """Layout, rank, alpha, base model and used keys, as text; warnings come last."""
         lora, count = self.lora, self.lora.key_count
         layers = f"{self.model_layers} layers of the model, {self.text_layers} of the text encoder"
         lines = [
-            f"{lora.name}: {layout_of(lora)} {kinds_of(lora)}, {_ranks(lora)}, {_alphas(lora)}, base {base_of(lora)}",
+            f"{lora.name}: {layout_of(lora)} {kinds_of(lora)}, {_ranks(lora)}, {_alphas(lora)}, "
+            f"base {base_of_lora(lora)}",
             f"  strength {self.strength_model:g} on the model, {self.strength_clip:g} on the text encoder",
             f"  {count - len(self.unused)} of {count} keys used: {layers}",
         ]
-        if self.silenced:
-            lines.append(f"  {self.silenced} layers have block weight 0")
+        if self.zero_weight_layers:
+            lines.append(f"  {self.zero_weight_layers} layers have block weight 0")
         if self.unused:
-            lines.append(f"  not used: {some(self.unused, most=20)}")
+            lines.append(f"  not used: {first_few(self.unused, limit=20)}")
         if not self.has_clip and self._text_keys():
             lines.append("  the keys of the text encoder need the clip input")
         return "\n".join(lines + [f"  warning: {line}" for line in self.warnings()])
@@ -93,7 +105,7 @@ class LoraUse:
 
 
 def layout_of(lora: Lora) -> str:
-    """The tool whose way of naming layers most of the names follow."""
+    """The tool whose naming scheme most layers of a LoRA follow."""
     if "ot_branch" in lora.metadata or any(key.startswith("bundle_emb.") for key in lora.other_keys):
         return "OneTrainer"
     counts = Counter(next((n for n, p in _LAYOUTS.items() if re.match(p, name)), "other") for name in lora.modules)
@@ -101,27 +113,27 @@ def layout_of(lora: Lora) -> str:
 
 
 def kinds_of(lora: Lora) -> str:
-    """All kinds in the file, the most frequent first; full diffs of biases and norms beside another kind left out."""
+    """All kinds of layer in the file, the most frequent first. Full diffs (of biases, norms) only if no other kind."""
     kinds = [kind for kind, _ in Counter(module.kind for module in lora.modules.values()).most_common()]
     return " + ".join(kind for kind in kinds if kind != "full diff" or len(kinds) == 1)
 
 
-def base_of(lora: Lora) -> Base:
-    """What the metadata says (`said_base`), else from the width of cross-attention."""
-    if (said := said_base(lora.metadata)).family:
-        return said
+def base_of_lora(lora: Lora) -> Base:
+    """The model family of a LoRA: from its metadata, else from the width of cross-attention."""
+    if (base := base_from_metadata(lora.metadata)).family:
+        return base
     for module in lora.modules.values():
         if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and module.shape and module.shape[1] in WIDTHS:
             return Base(WIDTHS[module.shape[1]], f"cross-attention reads a width of {module.shape[1]}")
     return Base()
 
 
-def said_base(metadata: Mapping[str, str]) -> Base:
-    """From modelspec.architecture, else ss_base_model_version, else ss_v2."""
+def base_from_metadata(metadata: Mapping[str, str]) -> Base:
+    """The model family in modelspec.architecture, else in ss_base_model_version, else in ss_v2."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
-        if (said := metadata.get(key, "")) and not said.startswith("unknown"):
-            known = (family for family, start in _FAMILIES.items() if re.match(start, said))
-            return Base(next(known, said.split("/")[0]), f"{key} {said}")
+        if (value := metadata.get(key, "")) and not value.startswith("unknown"):
+            families = (family for family, pattern in _FAMILIES.items() if re.match(pattern, value))
+            return Base(next(families, value.split("/")[0]), f"{key} {value}")
     return Base("SD2.x", "ss_v2 True") if metadata.get("ss_v2") == "True" else Base()
 
 

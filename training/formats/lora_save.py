@@ -1,4 +1,4 @@
-"""LoRA files as other programs read them: kohya's layout, and diffusers' with peft's settings in the metadata."""
+"""Writes LoRA files that other programs read: kohya's layout, or diffusers' with peft's LoraConfig in the metadata."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..common.files import write_tensors
-from .lora import BIAS, DOWN, MID, PEFT, UP, Lora, LoraModule, magnitude_axis, parse_lora, some
-from .lora_metadata import LoraAbout, metadata_of
-from .lora_names import Naming, naming_of
+from ..common.text import first_few
+from .lora import Lora, LoraModule, magnitude_axis, parse_lora
+from .lora_keys import BIAS, DOWN, MID, PEFT, UP
+from .lora_metadata import LoraDescription, build_metadata
+from .lora_names import Naming, detect_naming
 
 log = logging.getLogger(__name__)
 
@@ -30,53 +32,72 @@ def save_lora(
     lora: Mapping[str, Tensor] | Lora,
     format: Literal["kohya", "diffusers"] = "kohya",
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
-    about: LoraAbout | None = None,
+    description: LoraDescription | None = None,
     *,
     base: str = "auto",
 ) -> list[str]:
-    """Writes a LORA_MODEL's tensors, or a LoRA that was read, as one safetensors file; warnings, which are logged too.
+    """Writes a LoRA as one safetensors file.
 
-    base: the model's family or "auto", see `naming_of`; about.run["unet"], a UNet2DConditionModel's config, goes before
-    both. alpha stays fp32 in every dtype. Raises ValueError, before anything is written, for what the format cannot
-    express, layers of an unknown layout, NaN, or values beyond fp16.
+    Args:
+        path: The file.
+        lora: ComfyUI's LORA_MODEL (key -> tensor), or a LoRA that was read from a file.
+        format: Layout of the file.
+        dtype: Dtype of the stored tensors; alpha is always fp32.
+        description: Facts for the metadata. A UNet2DConditionModel's config in `description.run["unet"]` decides the
+            layer names, whatever `base` is.
+        base: The model's family, or "auto"; see `detect_naming`.
+
+    Returns:
+        Warnings, which are logged too.
+
+    Raises:
+        ValueError: The format cannot express the LoRA, the layout of its layers is unknown, or it has numbers that are
+            NaN or too large for fp16. Nothing has been written then.
     """
-    about = about or LoraAbout()
-    for name, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
-    lora = lora if isinstance(lora, Lora) else parse_lora("the LoRA", lora, about.kept)
-    naming = naming_of(lora, base, about.unet_config)
+    description = description or LoraDescription()
+    for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+    lora = lora if isinstance(lora, Lora) else parse_lora("the LoRA", lora, description.file_metadata)
+    naming = detect_naming(lora, base, description.unet_config)
     warnings: list[str] = []
     if lora.other_keys:
-        warnings.append(f"left out {some(lora.other_keys)}: no part of a LoRA.")
+        warnings.append(f"left out {first_few(lora.other_keys)}: no part of a LoRA.")
     if format == "kohya":
-        tensors, more = kohya_tensors(lora, naming, warnings), {}
+        tensors, peft_metadata = kohya_tensors(lora, naming, warnings), {}
     else:
-        tensors, more = diffusers_tensors(lora, naming)
-    tensors = _stored(tensors, DTYPES[dtype], warnings)
-    write_tensors(path, tensors, metadata_of(tensors, lora, naming, about, format) | more)
+        tensors, peft_metadata = diffusers_tensors(lora, naming)
+    tensors = _cast(tensors, DTYPES[dtype], warnings)
+    write_tensors(path, tensors, build_metadata(tensors, lora, naming, description, format) | peft_metadata)
     for warning in warnings:
         log.warning("%s: %s", Path(path).name, warning)
     return warnings
 
 
 def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None) -> dict[str, Tensor]:
-    """The tensors under kohya's names, alpha written out for every layer that has a rank.
+    """A LoRA's tensors under kohya's names, with an alpha for every layer that has a rank.
 
-    Layers without a name there (norms and embeddings of text encoders) keep ComfyUI's, with a warning.
+    Layers without a name in kohya's format (norms and embeddings of text encoders) keep ComfyUI's.
+
+    Args:
+        lora: The LoRA.
+        naming: The layer naming of its model.
+        warnings: Gets a line for each limitation of the result.
     """
-    result, kept, warnings = {}, [], [] if warnings is None else warnings
+    result, unnamed, warnings = {}, [], [] if warnings is None else warnings
     for module in lora.modules.values():
-        layer = naming.layer(module.name)
-        name = naming.kohya(layer) if layer else None
+        layer = naming.comfyui_name(module.name)
+        name = naming.kohya_name(layer) if layer else None
         if name is None:
             name = module.name
-            kept += [name] if not name.startswith("lora_") else []
-        for role, value in fitted(module, naming.kernel(layer) if layer else None).items():
+            unnamed += [name] if not name.startswith("lora_") else []
+        for role, value in reshape_to_weight(module, naming.kernel_size(layer) if layer else None).items():
             if result.setdefault(f"{name}.{role}", value) is not value:
                 raise ValueError(f"{lora.name} has two layers for {name}; expected one. {module.name} is spare.")
-    if kept:
-        warnings.append(f"kohya's format has no name for {some(kept)}; they keep theirs, which ComfyUI alone reads.")
+    if unnamed:
+        warnings.append(
+            f"kohya's format has no name for {first_few(unnamed)}; they keep theirs, which ComfyUI alone reads."
+        )
     if any(naming.dora_axis(module) == 0 for module in lora.modules.values()):
         warnings.append(
             "DoRA with a magnitude per output: ComfyUI's own loader divides by the norm of the bare weight and gives "
@@ -87,10 +108,14 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
     return result
 
 
-def fitted(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """A layer's tensors in the shapes that its weight asks for, with alpha where it has a rank.
+def reshape_to_weight(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """A layer's tensors, reshaped to the dimensions of its weight, with alpha if it has a rank.
 
-    kernel: as `Naming.kernel`. ComfyUI's trainer stores convolutions flat, (r, in k k) and (out, r).
+    ComfyUI's trainer stores convolutions flat, (r, in k k) and (out, r).
+
+    Args:
+        module: The layer.
+        kernel: Kernel of its weight as `Naming.kernel_size` returns it.
     """
     tensors = dict(module.tensors)
     if module.rank is not None and "alpha" not in tensors:
@@ -101,39 +126,46 @@ def fitted(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tens
         tensors[DOWN] = down.reshape(down.shape[0], -1, *kernel)
         tensors[UP] = up.reshape(up.shape[0], up.shape[1], *(1 for _ in kernel))
     if "dora_scale" in tensors:
-        tensors["dora_scale"] = _magnitudes(module, tensors["dora_scale"], kernel or ())
+        tensors["dora_scale"] = _expand_magnitude(module, tensors["dora_scale"], kernel or ())
     return tensors
 
 
 def diffusers_tensors(lora: Lora, naming: Naming) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata as `load_lora_weights` reads them: `<component>.<path>.lora_A.weight`, alpha as peft's.
+    """A LoRA's tensors and metadata for diffusers' `load_lora_weights`.
 
-    Raises ValueError with the reason for whatever is no LoRA, LoCon or DoRA with a magnitude per output.
+    Tensors are named `<component>.<path>.lora_A.weight`; alpha is in peft's LoraConfig in the metadata.
+
+    Raises:
+        ValueError: A layer is not LoRA, LoCon or DoRA with a magnitude per output.
     """
     result: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, LoraModule]] = {}
+    components: dict[str, dict[str, LoraModule]] = {}
     for module in lora.modules.values():
-        layer = naming.layer(module.name)
-        named = naming.diffusers(layer) if layer else None
-        _check_peft(lora, module, named is not None, naming.dora_axis(module))
-        component, path = named
-        tensors = _without_core(fitted(module, naming.kernel(layer)))
-        if path in parts.setdefault(component, {}):
+        layer = naming.comfyui_name(module.name)
+        location = naming.diffusers_path(layer) if layer else None
+        _check_peft(lora, module, location is not None, naming.dora_axis(module))
+        component, path = location
+        tensors = _merge_tucker_core(reshape_to_weight(module, naming.kernel_size(layer)))
+        if path in components.setdefault(component, {}):
             raise ValueError(
                 f"{lora.name} has two layers for {component}.{path}; expected one, {module.name} too many."
             )
-        parts[component][path] = LoraModule(module.name, tensors, {})
-        result |= {f"{component}.{path}.{role}": value for role, value in _peft(tensors).items()}
+        components[component][path] = LoraModule(module.name, tensors, {})
+        result |= {f"{component}.{path}.{role}": value for role, value in _to_peft(tensors).items()}
     settings = {}
-    for component, modules in parts.items():
+    for component, modules in components.items():
         settings |= {f"{component}.{key}": value for key, value in peft_settings(lora.name, modules).items()}
     return result, {"format": "pt", PEFT: json.dumps(settings, sort_keys=True)}
 
 
 def peft_settings(name: str, modules: Mapping[str, LoraModule]) -> dict:
-    """LoraConfig's fields for one component's layers: the commonest rank and alpha, the others by pattern.
+    """The fields of peft's LoraConfig for one component: the most frequent rank and alpha, patterns for the others.
 
-    Paths stand without `text_model.`, which transformers 5 dropped: peft compares the ends of names.
+    Paths have no `text_model.` prefix, which transformers 5 dropped: peft compares the ends of names.
+
+    Args:
+        name: Name of the LoRA, for messages.
+        modules: Path in the component -> layer.
     """
     ranks = {path.removeprefix("text_model."): module.rank for path, module in modules.items()}
     alphas = {path.removeprefix("text_model."): module.alpha for path, module in modules.items()}
@@ -143,37 +175,44 @@ def peft_settings(name: str, modules: Mapping[str, LoraModule]) -> dict:
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
-        "lora_alpha": _plain(alpha),
+        "lora_alpha": _int_if_whole(alpha),
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
-        "alpha_pattern": {path: _plain(value) for path, value in alphas.items() if value != alpha},
+        "alpha_pattern": {path: _int_if_whole(value) for path, value in alphas.items() if value != alpha},
         "target_modules": sorted(ranks),
         "use_dora": doras == {True},
         "bias": "none",
     }
 
 
-def _plain(alpha: float) -> int | float:
+def _int_if_whole(alpha: float) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None) -> None:
-    """Raises ValueError for a layer that diffusers' format cannot hold."""
+    """Raises ValueError for a layer that diffusers' format cannot express.
+
+    Args:
+        lora: The LoRA, for messages.
+        module: The layer.
+        has_name: Whether the layer has a name in diffusers.
+        axis: Axis of its DoRA magnitude, see `dora_axis`.
+    """
     reason = None
     if not has_name:
         reason = "diffusers' loader takes no such layer"
     elif DOWN not in module.tensors:
         reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
     elif more := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
-        reason = f"it has {some(more)}, for which diffusers' format has no place"
+        reason = f"it has {first_few(more)}, for which diffusers' format has no place"
     elif axis == 1:
         reason = "its DoRA has a magnitude per input, and peft knows one per output alone"
     if reason:
-        text = " (resize-lora turns LoHa, LoKr and full differences into LoRA)" if "LoRA and DoRA" in reason else ""
-        raise ValueError(f"{lora.name} has {module.name}: {reason}. Save it as kohya{text}.")
+        hint = " (resize-lora turns LoHa, LoKr and full differences into LoRA)" if "LoRA and DoRA" in reason else ""
+        raise ValueError(f"{lora.name} has {module.name}: {reason}. Save it as kohya{hint}.")
 
 
-def _without_core(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Tucker LoCon's core multiplied into its down projection, which is the same weight."""
+def _merge_tucker_core(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiplies the core of a Tucker LoCon into its down projection, which gives the same dW."""
     if MID not in tensors:
         return tensors
     core, down, up = (tensors[name].float() for name in (MID, DOWN, UP))
@@ -182,10 +221,11 @@ def _without_core(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name != MID} | {DOWN: down, UP: up}
 
 
-def _peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under peft's names; its magnitudes are (out,), for convolutions (1, out, 1, 1).
+def _to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors under peft's names; DoRA magnitudes are (out,), for convolutions (1, out, 1, 1).
 
-    peft leaves `.weight` off a magnitude's name and reads both; transformers 5 reads a text encoder's with it alone.
+    peft writes a magnitude's name without `.weight` and reads both forms; transformers 5 reads those of text encoders
+    with `.weight` only.
     """
     result = {"lora_A.weight": tensors[DOWN], "lora_B.weight": tensors[UP]}
     if "dora_scale" in tensors:
@@ -194,16 +234,16 @@ def _peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _magnitudes(module: LoraModule, scale: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """As LyCORIS has them, (out, 1, ...) or (1, in, ...), with as many axes as the weight."""
+def _expand_magnitude(module: LoraModule, scale: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """A DoRA magnitude in LyCORIS's shape, (out, 1, ...) or (1, in, ...), with as many axes as the weight."""
     kernel = kernel or (module.tensors[DOWN].shape[2:] if DOWN in module.tensors else ()) or scale.shape[2:]
     ones = (1 for _ in kernel)
     return scale.reshape(-1, 1, *ones) if magnitude_axis(module, kernel) == 0 else scale.reshape(1, -1, *ones)
 
 
-def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype, warnings: list[str]) -> dict[str, Tensor]:
-    """In the file's dtype. Raises ValueError where fp16 has no such number; warns where it makes numbers 0."""
-    result, lost = {}, []
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, warnings: list[str]) -> dict[str, Tensor]:
+    """Casts tensors, except alpha, to the file's dtype. Raises ValueError for overflow, warns of underflow to 0."""
+    result, underflowed = {}, []
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu()
         if name.endswith(".alpha"):
@@ -217,7 +257,9 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype, warnings: list[st
             largest = tensor.float().abs().max().item()
             raise ValueError(f"{name} holds {largest:.3g}; fp16 ends at 65504. Choose dtype bf16 or fp32.")
         if ((result[name] == 0) & (tensor != 0)).float().mean() > 0.01:
-            lost.append(name)
-    if lost:
-        warnings.append(f"a part of {some(lost)} is too small for {str(dtype)[6:]} and becomes 0; fp32 keeps it.")
+            underflowed.append(name)
+    if underflowed:
+        warnings.append(
+            f"a part of {first_few(underflowed)} is too small for {str(dtype)[6:]} and becomes 0; fp32 keeps it."
+        )
     return result

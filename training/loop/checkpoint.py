@@ -1,26 +1,76 @@
-"""A run's state as one safetensors file: masters, optimiser, average, step. Renamed into place, so never half there."""
+"""A run's state as one safetensors file: masters, optimizer, average, step. Renamed into place, so always whole."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..common.files import read_tensors, write_tensors
+from ..evaluation.diversity_guard import GuardState
 from ..runs.folder import RunFolder
+from .validation import ValidationRecord
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 AS_BUILT = {"params", "lr", "foreach", "fused"}
-"""Entries of a parameter group that a resumed run sets anew; all others may be state, such as Prodigy's d."""
+"""Entries of a parameter group that a resumed run sets again; all others may be state, such as Prodigy's d."""
+
+
+def save_loop(loop: Loop) -> None:
+    """Saves all that a loop needs to resume after its current step."""
+    gradient_step = loop.gradient_step
+    extra = {**loop.validation.state_dict(), "scaler": gradient_step.scaler.state_dict()}
+    extra["objective"] = loop.objective_state
+    if loop.guard:
+        extra["guard"] = loop.guard.state.to_json()
+    save_state(loop.folder, loop.step, loop.trainable.values(), gradient_step.ema, gradient_step.optimizer, extra)
+
+
+def load_loop(loop: Loop) -> int:
+    """Restores the last saved state, if there is one; returns the bytes of metrics.jsonl that belong to it.
+
+    Raises ValueError when the run has done more steps than it is asked for.
+    """
+    state = load_state(loop.folder)
+    if state is None:
+        return 0
+    if state.step > loop.config.steps:
+        raise ValueError(
+            f"steps is {loop.config.steps}; run {loop.folder.name!r} has done {state.step}. "
+            "Ask for at least as many, or choose resume = restart."
+        )
+    gradient_step = loop.gradient_step
+    loop.trainable.load(state.masters)
+    gradient_step.ema = {name: state.ema[name].to(value) for name, value in gradient_step.ema.items()}
+    restore_optimizer(gradient_step.optimizer, state.optimizer)
+    loop.validation = ValidationRecord.from_state_dict(state.extra)
+    loop.objective.load_state(state.extra.get("objective", {}))
+    if loop.guard:
+        loop.guard.state = GuardState.from_json(state.extra["guard"])
+    if gradient_step.scaler.is_enabled():
+        gradient_step.scaler.load_state_dict(state.extra["scaler"])
+    loop.step = loop.saved_step = state.step
+    return state.metrics_size
 
 
 @dataclass
 class State:
-    """step: finished optimiser steps. metrics_size: bytes of metrics.jsonl that belong to them. optimizer: for
-    `restore_optimizer`."""
+    """A saved state.
+
+    Attributes:
+        step: number of finished optimizer steps.
+        metrics_size: bytes of metrics.jsonl that belong to them.
+        masters: fp32 weights by name.
+        ema: their average by name; empty without one.
+        optimizer: for `restore_optimizer`.
+        extra: state of validation, loss scaler, objective and guard, as JSON.
+    """
 
     step: int
     metrics_size: int
@@ -38,49 +88,49 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any],
 ) -> None:
-    """Writes state/latest.safetensors."""
+    """Writes state/latest.safetensors; see `State` for the arguments."""
     tensors = {f"master.{name}": value for name, value in masters.items()}
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
-    plain: dict[str, dict[str, Any]] = {}
-    whole = optimizer.state_dict()
-    for index, entries in whole["state"].items():
-        for key, value in _flat(entries):
+    numbers: dict[str, dict[str, Any]] = {}
+    state_dict = optimizer.state_dict()
+    for index, entries in state_dict["state"].items():
+        for key, value in _flatten(entries):
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
-                plain.setdefault(str(index), {})[key] = value
-    groups = [{key: value for key, value in group.items() if key not in AS_BUILT} for group in whole["param_groups"]]
-    about = {"step": step, "metrics_size": folder.metrics_size(), "optimizer": plain, "groups": groups}
+                numbers.setdefault(str(index), {})[key] = value
+    groups = [{key: v for key, v in group.items() if key not in AS_BUILT} for group in state_dict["param_groups"]]
+    about = {"step": step, "metrics_size": folder.metrics_size(), "optimizer": numbers, "groups": groups}
     write_tensors(folder.latest, _unshared(tensors), {"retune.state": json.dumps(about | {"extra": dict(extra)})})
 
 
-def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested dictionaries under dotted names; bitsandbytes nests its quantised state."""
     for key, value in entries.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _put(entries: dict[str, Any], name: str, value: Any) -> None:
-    """Sets a leaf under its dotted name."""
+def _set_nested(entries: dict[str, Any], name: str, value: Any) -> None:
+    """Sets a leaf of nested dictionaries by its dotted name."""
     first, dot, rest = name.partition(".")
     if dot:
-        _put(entries.setdefault(first, {}), rest, value)
+        _set_nested(entries.setdefault(first, {}), rest, value)
     else:
         entries[first] = value
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors that share memory with an earlier one (bitsandbytes' code books): safetensors refuses those."""
-    seen: set[int] = set()
-    result = {}
+    storages: set[int] = set()
+    unshared = {}
     for name, value in tensors.items():
-        where = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if where in seen else value
-        seen.add(where)
-    return result
+        storage = value.untyped_storage().data_ptr()
+        unshared[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return unshared
 
 
 def load_state(folder: RunFolder) -> State | None:
@@ -97,21 +147,21 @@ def load_state(folder: RunFolder) -> State | None:
     optimizer: dict[int, dict[str, Any]] = {}
     for index, entries in about["optimizer"].items():
         for key, value in entries.items():
-            _put(optimizer.setdefault(int(index), {}), key, value)
+            _set_nested(optimizer.setdefault(int(index), {}), key, value)
     parts: dict[str, dict[str, Tensor]] = {"master": {}, "ema": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             index, _, key = rest.partition(".")
-            _put(optimizer.setdefault(int(index), {}), key, value)
+            _set_nested(optimizer.setdefault(int(index), {}), key, value)
         else:
             parts[kind][rest] = value
-    whole = {"state": optimizer, "param_groups": about.get("groups", [])}
-    return State(about["step"], about["metrics_size"], parts["master"], parts["ema"], whole, about["extra"])
+    state_dict = {"state": optimizer, "param_groups": about.get("groups", [])}
+    return State(about["step"], about["metrics_size"], parts["master"], parts["ema"], state_dict, about["extra"])
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Puts saved state of parameters and groups back; the learning rate stays as built."""
+    """Loads a saved state of parameters and groups; the learning rate stays as built."""
     groups = optimizer.state_dict()["param_groups"]
     for group, entries in zip(groups, saved["param_groups"], strict=False):  # none in states of earlier versions
         group.update({key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})

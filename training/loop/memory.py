@@ -1,4 +1,4 @@
-"""What to lower when a run does not fit into memory, with the run's own numbers."""
+"""Advice for a run that does not fit into memory: which of its settings to lower, and to what."""
 
 from __future__ import annotations
 
@@ -9,39 +9,50 @@ import torch
 from ..config.run import RunConfig
 
 LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
-"""Optimisers that keep two or more fp32 numbers beside every trained one."""
+"""Optimizers that keep two or more fp32 numbers for every trained one."""
 MIN_PICTURE_SIZE = 64
-"""Pixels; no picture size below is worth a hint."""
+"""Pixels; smaller pictures are not suggested."""
 
 
 class OutOfMemory(torch.cuda.OutOfMemoryError):
     """A step did not fit into the device's memory; the message says what needs less. ComfyUI unloads its models."""
 
 
-def message(step: int, saved_step: int, hints: str) -> str:
-    """What to tell after `step` steps, when the state after saved_step (-1: none) is on disk."""
+def out_of_memory_message(step: int, saved_step: int, hints: str) -> str:
+    """The error message of a run that ran out of memory.
+
+    Args:
+        step: number of finished steps.
+        saved_step: the step whose state is on disk, -1 for none.
+        hints: from `memory_hints`.
+    """
     kept = f"the state after step {saved_step} is kept" if saved_step >= 0 else "there is no state to keep yet"
     where = f"after step {step}" if step else "in the first step"
     return f"memory ran out {where}; {kept}. {hints}".strip()
 
 
-def hints(config: RunConfig, size: tuple[int, int]) -> str:
-    """What of a run's settings needs less memory when it is changed, most useful first; what is so already is left out.
+def memory_hints(config: RunConfig, size: tuple[int, int]) -> str:
+    """Changes of a run's settings that save memory, the most useful first, without those it has already.
 
     size: width and height of its largest picture in pixels.
     """
-    same = "" if config.settings.gradient_checkpointing else "gradient_checkpointing on (about a third slower)"
-    others = [*_batch(config), *_pictures(config, size), *_numbers(config), *_trained(config)]
-    found = [f"Turn {same}: this run then goes on where it is."] if same else []
+    checkpointing = "" if config.settings.gradient_checkpointing else "gradient_checkpointing on (about a third slower)"
+    others = [
+        *_smaller_batch(config),
+        *_smaller_pictures(config, size),
+        *_smaller_numbers(config),
+        *_fewer_weights(config),
+    ]
+    hints = [f"Turn {checkpointing}: this run then goes on where it is."] if checkpointing else []
     if others:
-        lead = "Or, under another run name" if same else "Under another run name"
-        found.append(f"{lead}: {'; '.join(others)}.")
-    found.append("Other programs that use the device may be closed too, and the same run queued again.")
-    return " ".join(found)
+        start = "Or, under another run name" if checkpointing else "Under another run name"
+        hints.append(f"{start}: {'; '.join(others)}.")
+    hints.append("Other programs that use the device may be closed too, and the same run queued again.")
+    return " ".join(hints)
 
 
-def _batch(config: RunConfig) -> Iterator[str]:
-    """The largest smaller batch that leaves as many images to a step."""
+def _smaller_batch(config: RunConfig) -> Iterator[str]:
+    """The next smaller batch, with more accumulation so that a step has the same number of images."""
     size, batches = config.batch_size, config.gradient_accumulation
     if size == 1:
         return
@@ -55,8 +66,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _pictures(config: RunConfig, size: tuple[int, int]) -> Iterator[str]:
-    """Three quarters of each side, in steps that every UNet takes."""
+def _smaller_pictures(config: RunConfig, size: tuple[int, int]) -> Iterator[str]:
+    """Three quarters of each side, in multiples of MIN_PICTURE_SIZE, which every UNet can divide."""
     smaller = [side * 3 // 4 // MIN_PICTURE_SIZE * MIN_PICTURE_SIZE for side in size]
     if min(smaller) >= MIN_PICTURE_SIZE:
         yield f"pictures of {smaller[0]}x{smaller[1]} in place of {size[0]}x{size[1]} (resolution)"
@@ -65,7 +76,8 @@ def _pictures(config: RunConfig, size: tuple[int, int]) -> Iterator[str]:
         yield f"samples of {size[0]}x{size[1]} in place of {samples.width}x{samples.height}"
 
 
-def _numbers(config: RunConfig) -> Iterator[str]:
+def _smaller_numbers(config: RunConfig) -> Iterator[str]:
+    """Fewer bytes per number: precision, optimizer state, average."""
     settings = config.settings
     if settings.precision == "fp32":
         yield "precision bf16 in place of fp32"
@@ -75,8 +87,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         yield f"ema_decay 0 in place of {settings.ema_decay:g}"
 
 
-def _trained(config: RunConfig) -> Iterator[str]:
-    """What only some kinds of run have."""
+def _fewer_weights(config: RunConfig) -> Iterator[str]:
+    """Fewer weights that train; these settings belong to some kinds of run only."""
     for name in ("rank", "lora_rank"):
         rank = getattr(config, name, 0)
         if rank > 1 and (name == "rank" or getattr(config, "train", "LoRA").endswith("LoRA")):

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ from .concepts import (
     pieces,
     with_fingerprints,
 )
-from .parameters import ParameterRef, parameter_refs
+from .parameters import ParameterRef, expect_tensors, parameter_refs
 from .protocols import Conditioning
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SD2_WIDTH = 1024
 LONG_WORD = 8
@@ -33,10 +37,18 @@ LONG_WORD = 8
 class ClipTextEncoder:
     """TextEncoder over CLIPTextModel: final hidden states, every window padded to the full 77 tokens.
 
-    Prompts longer than a window are split every 75 tokens into windows that are encoded apart and joined, as ComfyUI
-    does. Pads are attended, as the model was trained. Over CLIPTextModelWithProjection the pooled output is that of the
-    first window. penultimate: the states before the last layer and without the final norm, as SDXL reads them. pad: id
-    that fills a window; by default the tokenizer's. `name` is ComfyUI's: clip_l, or SD2's clip_h, told by the width.
+    Prompts longer than a window are split every 75 tokens into windows that are encoded separately and concatenated, as
+    ComfyUI does. Pads are attended, as the model was trained. Over CLIPTextModelWithProjection the pooled output is
+    that of the first window. `name` is ComfyUI's: clip_l, or SD2's clip_h, by the width.
+
+    Args:
+        network: a CLIPTextModel or CLIPTextModelWithProjection of transformers.
+        tokenizer_folder: with vocab.json and merges.txt.
+        penultimate: whether the states are those before the last layer, without the final norm, as SDXL reads them.
+        pad: id that fills a window, by default the tokenizer's.
+
+    Raises:
+        ValueError: the folder has no tokenizer.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -78,29 +90,28 @@ class ClipTextEncoder:
         projected: bool = False,
         **options,
     ) -> ClipTextEncoder:
-        """From `text_model.*` tensors of a checkpoint; the config is read from their shapes when not given.
+        """From a checkpoint's tensors.
 
-        projected: `text_projection.weight` is among them, for a pooled output. options: as the class takes them.
+        Args:
+            state: `text_model.*` tensors.
+            config: CLIPTextConfig values; None reads them from the shapes.
+            tokenizer: folder of the tokenizer.
+            projected: whether `text_projection.weight` is among the tensors, for a pooled output.
+            options: keyword arguments of the class.
+
+        Raises:
+            ValueError: tensors or the tokenizer are missing.
         """
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        state = {k.removeprefix("text_model."): v.float() for k, v in state.items() if "position_ids" not in k}
+        state = {k.removeprefix("text_model."): v for k, v in state.items() if "position_ids" not in k}
         if "embeddings.token_embedding.weight" not in state:
             raise ValueError("checkpoint holds no CLIP text encoder (cond_stage_model.transformer.text_model...).")
         if tokenizer is None:
             raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
         kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-        with torch.device("meta"):
-            network = kind(CLIPTextConfig(**(config or clip_config(state))))
-        own = {k.removeprefix("text_model."): k for k in network.state_dict()}
-        missing = own.keys() - state.keys()
-        if missing:
-            raise ValueError(f"CLIP text encoder lacks {len(missing)} tensors such as {min(missing)!r}.")
-        network.load_state_dict({own[k]: state[k] for k in own}, assign=True)
-        for module in network.modules():
-            if "position_ids" in module._buffers:
-                module.position_ids = torch.arange(network.config.max_position_embeddings)[None]
-        return cls(network, tokenizer, **options)
+        settings = CLIPTextConfig(**(config or clip_config(state)))
+        return cls(load_clip_network(kind, settings, state, "text_model.", "CLIP text encoder"), tokenizer, **options)
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -116,7 +127,7 @@ class ClipTextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """transformers 5 has no `text_model.` in its paths."""
+        """See `TextEncoder.layers`. transformers 5 has no `text_model.` in its paths."""
         start = f"text_encoders.{self.name}.transformer.text_model."
         found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
         return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
@@ -154,7 +165,7 @@ class ClipTextEncoder:
         return other
 
     def refreshed(self) -> ClipTextEncoder:
-        """The same encoder after its weights were changed in place: its fingerprint is taken anew."""
+        """The same encoder with the fingerprint of its present weights, after they were changed in place."""
         other = copy.copy(self)
         other._fingerprint = tensors_fingerprint(self.network.named_parameters(), *self._about)
         return other
@@ -163,16 +174,16 @@ class ClipTextEncoder:
         return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
-        """One list of windows a text; a window is start, up to 75 tokens, end, pads.
+        """One list of windows for each text; a window is start, up to 75 tokens, end, pads.
 
-        Ids beyond the vocabulary are the concepts' vectors, counted through in their order.
+        Ids beyond the vocabulary are the concepts' vectors, numbered in their order.
         """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        room = self.max_prompt_tokens
+        most = self.max_prompt_tokens
         windows = []
         for text in texts:
-            parts = _in_windows(self._groups(text), room)
-            windows.append([[begin, *part, end] + [self._pad] * (room - len(part)) for part in parts])
+            parts = _split_into_windows(self._groups(text), most)
+            windows.append([[begin, *part, end] + [self._pad] * (most - len(part)) for part in parts])
         return windows
 
     def _groups(self, text: str) -> list[list[int]]:
@@ -199,7 +210,7 @@ class ClipTextEncoder:
         return self.backbone(tokens)
 
     def real_tokens(self, tokens: list[list[list[int]]]) -> Tensor:
-        """(B, L) bool: the words of each prompt and the first end token, without start token and pads."""
+        """(B, L) bool: the tokens of each prompt and the first end token, without start token and pads."""
         end, longest = self.tokenizer.eos_token_id, max(len(windows) for windows in tokens) * self.window
         rows = []
         for windows in tokens:
@@ -208,15 +219,15 @@ class ClipTextEncoder:
         return torch.tensor(rows)
 
 
-def _in_windows(groups: list[list[int]], room: int) -> list[list[int]]:
-    """Groups of tokens in windows of at most `room`, as ComfyUI's SDTokenizer fills them: a group that does not fit is
+def _split_into_windows(groups: list[list[int]], most: int) -> list[list[int]]:
+    """Groups of tokens in windows of at most `most`, as ComfyUI's SDTokenizer fills them: a group that does not fit is
     split when it is long, and starts the next window when it is short."""
     windows: list[list[int]] = [[]]
     for group in groups:
         rest = group
-        while len(windows[-1]) + len(rest) > room:
+        while len(windows[-1]) + len(rest) > most:
             if len(group) >= LONG_WORD:
-                left = room - len(windows[-1])
+                left = most - len(windows[-1])
                 windows[-1], rest = windows[-1] + rest[:left], rest[left:]
             windows.append([])
         windows[-1] = windows[-1] + rest
@@ -224,12 +235,38 @@ def _in_windows(groups: list[list[int]], room: int) -> list[list[int]]:
 
 
 def _tokenizer_digest(folder: Path) -> str:
-    """Other words for the same weights are another encoder."""
+    """Hash of the tokenizer files: with another vocabulary the same weights are another encoder."""
     digest = hashlib.sha256()
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             digest.update(name.encode() + (folder / name).read_bytes())
     return digest.hexdigest()
+
+
+def load_clip_network(
+    kind: type[nn.Module], config: PretrainedConfig, state: Mapping[str, Tensor], prefix: str, owner: str
+) -> nn.Module:
+    """A frozen CLIP network of transformers in fp32, from a state dict.
+
+    Args:
+        kind: class of the network, such as CLIPTextModel.
+        config: its config.
+        state: name -> tensor, names without `prefix`.
+        prefix: leads the names in some versions of transformers, such as "text_model.".
+        owner: names the network in the error.
+
+    Raises:
+        ValueError: tensors are missing.
+    """
+    with torch.device("meta"):
+        network = kind(config)
+    names = {name: name.removeprefix(prefix) for name in network.state_dict()}
+    expect_tensors(state, names.values(), owner)
+    network.load_state_dict({name: state[bare].float() for name, bare in names.items()}, assign=True)
+    for module in network.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
+    return network.eval().requires_grad_(False)
 
 
 def clip_config(state: Mapping[str, Tensor]) -> dict:

@@ -1,4 +1,4 @@
-"""Words that stand for learned vectors, and prompts that hold them (textual inversion, arXiv 2208.01618)."""
+"""Tokens that stand for learned vectors, and prompts that hold them (textual inversion, arXiv 2208.01618)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from ..config.tokens import STOCK_MARK
 
 @dataclass(frozen=True)
 class Concept:
-    """A word and what text encoders read in its place.
-
-    vectors: ComfyUI's name of a text encoder ("clip_l", "clip_g", "clip_h", "t5xxl", ...) -> (n, D) token embeddings.
-    The mapping is read when a prompt is tokenized, so that values which train may be put into it.
-    """
+    """A token of prompts and the learned vectors that text encoders read in its place."""
 
     token: str
     vectors: dict[str, Tensor]
+    """ComfyUI's name of a text encoder ("clip_l", "clip_g", "clip_h", "t5xxl", ...) -> (n, D) token embeddings. Read at
+    every tokenization, so vectors under training may be placed here."""
 
     @property
     def fingerprint(self) -> str:
@@ -33,27 +31,26 @@ class Concept:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a text encoder was trained with.
-
-    table: (V, D) token embeddings, as the encoder holds them. ids: token ids of a text without special ones. word: the
-    text of one id.
-    """
+    """The tokens that a text encoder was trained with."""
 
     table: Tensor
+    """(V, D) token embeddings of the encoder."""
     ids: Callable[[str], list[int]]
+    """text -> token ids, without start and end token."""
     word: Callable[[int], str]
+    """token id -> text."""
 
 
 def split_tokens(text: str, tokens: Iterable[str]) -> list[str]:
-    """A prompt cut at every token: text, token, text, ..., token, text; texts may be empty.
+    """Splits a prompt at every token: text, token, text, ..., token, text; texts may be empty.
 
-    Upper and lower case are alike, as CLIP reads them. A token that begins or ends with a letter or digit counts only
-    where no letter, digit, hyphen or underscore touches it; none counts behind `embedding:`. Longer tokens win.
+    Case is ignored, as CLIP's tokenizer does. A token that begins or ends with a letter or digit counts only where no
+    letter, digit, hyphen or underscore touches it; none counts directly after `embedding:`. Longer tokens win.
     """
-    words = sorted(tokens, key=len, reverse=True)
-    if not words:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    if not longest_first:
         return [text]
-    return re.split(f"({'|'.join(map(_pattern, words))})", text, flags=re.IGNORECASE)
+    return re.split(f"({'|'.join(map(_pattern, longest_first))})", text, flags=re.IGNORECASE)
 
 
 def _pattern(token: str) -> str:
@@ -63,28 +60,28 @@ def _pattern(token: str) -> str:
 
 
 def pieces(text: str, concepts: Sequence[Concept]) -> list[str | Concept]:
-    """A prompt as texts, empty ones left out, and the concepts between them.
+    """A prompt as non-empty texts with the concepts between them.
 
-    The blanks are as ComfyUI leaves them around `embedding:` (a T5 reads some): one at least before the first concept,
+    Spaces are as ComfyUI leaves them around `embedding:` (some count for a T5): at least one before the first concept,
     none at the ends of later texts.
     """
     named = {concept.token.lower(): concept for concept in concepts}
     first, *rest = split_tokens(text, named)
     if not rest:
         return [text]
-    found: list[str | Concept] = [first if first == "" or first[-1].isspace() else f"{first} "]
+    parts: list[str | Concept] = [first if first == "" or first[-1].isspace() else f"{first} "]
     for token, after in zip(rest[::2], rest[1::2], strict=True):
-        found += [named[token.lower()], " ".join(after.split())]
-    return [piece for piece in found if piece != ""]
+        parts += [named[token.lower()], " ".join(after.split())]
+    return [part for part in parts if part != ""]
 
 
 def add_concepts(present: Sequence[Concept], more: Iterable[Concept]) -> tuple[Concept, ...]:
-    """Both; of two concepts of one token (case aside) the later one counts."""
+    """Both together; of two concepts with the same token (case ignored) the later one counts."""
     return tuple({concept.token.lower(): concept for concept in (*present, *more)}.values())
 
 
 def expect_vectors(concepts: Iterable[Concept], widths: Mapping[str, int]) -> None:
-    """Raises ValueError for a concept without vectors of the width that each encoder (name -> width) reads."""
+    """Raises ValueError unless every concept has vectors for each encoder (name -> width), of its width."""
     for concept in concepts:
         for name, width in widths.items():
             given = concept.vectors.get(name)
@@ -99,14 +96,14 @@ def expect_vectors(concepts: Iterable[Concept], widths: Mapping[str, int]) -> No
 
 
 def with_fingerprints(fingerprint: str, concepts: Sequence[Concept]) -> str:
-    """An encoder's fingerprint with its concepts'; as it was without any."""
+    """An encoder's fingerprint combined with those of its concepts; unchanged without any."""
     if not concepts:
         return fingerprint
     return hashlib.sha256(" ".join([fingerprint, *(c.fingerprint for c in concepts)]).encode()).hexdigest()
 
 
 def concept_rows(concepts: Sequence[Concept], name: str, first: int) -> dict[str, list[int]]:
-    """Token -> ids of its vectors in the encoder `name`, counted through from `first`."""
+    """Token -> ids of its vectors in the encoder `name`, numbered from `first`."""
     rows = {}
     for concept in concepts:
         rows[concept.token] = list(range(first, first + len(concept.vectors[name])))
@@ -116,9 +113,18 @@ def concept_rows(concepts: Sequence[Concept], name: str, first: int) -> dict[str
 
 @contextmanager
 def embedding(table: nn.Embedding, ids: Tensor, concepts: Sequence[Concept], name: str) -> Iterator[Tensor]:
-    """While entered, ids beyond the vocabulary (see `concept_rows`) give the concepts' vectors, with gradients.
+    """While entered, an embedding table also maps ids beyond its vocabulary, to the concepts' vectors.
 
-    Yields the ids (B, L) to run the network on: zero there. The table is neither changed nor trained.
+    Gradients reach these vectors; the table is neither changed nor trained.
+
+    Args:
+        table: the encoder's token embeddings.
+        ids: (B, L) token ids, those of concepts as `concept_rows` numbers them.
+        concepts: with vectors for the encoder.
+        name: of the encoder.
+
+    Yields:
+        The ids (B, L) to run the network on, with zeros in place of those beyond the vocabulary.
     """
     beyond = ids >= len(table.weight)
     if not beyond.any():
@@ -126,7 +132,7 @@ def embedding(table: nn.Embedding, ids: Tensor, concepts: Sequence[Concept], nam
         return
     vectors = torch.cat([concept.vectors[name] for concept in concepts]).to(table.weight.device)
     learned = vectors[(ids - len(table.weight)).clamp(min=0)]
-    handle = table.register_forward_hook(lambda _m, _i, found: torch.where(beyond[..., None], learned.to(found), found))
+    handle = table.register_forward_hook(lambda _m, _i, rows: torch.where(beyond[..., None], learned.to(rows), rows))
     try:
         yield ids.masked_fill(beyond, 0)
     finally:

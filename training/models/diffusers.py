@@ -1,4 +1,4 @@
-"""The model view over diffusers and transformers modules: for the command line, tests and several machines.
+"""TextToImage over diffusers and transformers modules: for the command line, tests and several machines.
 
 Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x and SDXL by shape; the demo model by
 its metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from ComfyUI's
@@ -21,6 +21,7 @@ from ..common.fingerprint import tensors_fingerprint
 from . import ldm
 from .clip import ClipTextEncoder
 from .noise_levels import zero_terminal_sigmas
+from .parameters import expect_tensors
 from .protocols import Conditioning, TextEncoder, TextToImage
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
@@ -37,7 +38,7 @@ SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 
 
 def training_sigmas(scheduler: Mapping) -> Tensor:
-    """(T,) noise levels sigma_t = sqrt((1 - a_t) / a_t) of a discrete beta schedule, ascending, fp32.
+    """(T,) noise levels sqrt((1 - alphas_cumprod) / alphas_cumprod) of a discrete beta schedule, ascending, fp32.
 
     Rescaled to zero terminal SNR where the scheduler is. Raises ValueError for a schedule other than linear or
     scaled_linear, and for listed betas.
@@ -140,14 +141,14 @@ class DiffusersDenoiser:
 
 
 def _pooled_width(config) -> int:
-    """The width of the pooled text that a UNet reads beside six picture sizes (SDXL: 1280); 0 when it reads none."""
+    """Width of the pooled output that a UNet reads next to six picture sizes (SDXL: 1280); 0 when it reads none."""
     if config.addition_embed_type != "text_time":
         return 0
     return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 
 class DiffusersAutoencoder:
-    """Autoencoder over an AutoencoderKL; latents are the posterior's mean, scaled."""
+    """Autoencoder over an AutoencoderKL; latents are the mean of its posterior, scaled."""
 
     def __init__(self, vae: nn.Module):
         self.network = vae.eval().requires_grad_(False)
@@ -179,7 +180,7 @@ def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:
 
 
 def load_denoiser(path: Path) -> DiffusersDenoiser:
-    """Only the UNet of what `load_model` reads, in fp32; a file or folder that holds nothing else will do."""
+    """The UNet of a diffusers folder or single-file checkpoint, in fp32; other parts may be missing from it."""
     path = _existing_model(path)
     if path.is_dir():
         _expect_parts(path, "unet")
@@ -216,8 +217,8 @@ def _load_folder(path: Path, tokenizer: Path | None) -> TextToImage:
     _expect_parts(path, "unet", "vae", "text_encoder")
     denoiser = _folder_denoiser(path)
     vae = AutoencoderKL.from_pretrained(path / "vae", local_files_only=True, torch_dtype=torch.float32)
-    words = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
-    return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+    text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
+    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(vae))
 
 
 def _folder_text(path: Path, tokenizer: Path | None) -> ClipTextEncoder:
@@ -264,8 +265,8 @@ def _load_file(path: Path, tokenizer: Path | None) -> TextToImage:
     vae_state = _stripped(tensors, ldm.VAE_PREFIX)
     vae_state = {k: v for k, v in vae_state.items() if k.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
     _assign(vae, ldm.to_diffusers(vae_state, ldm.vae_names(vae.config)), "VAE")
-    words = _file_text(tensors, config, tokenizer, sdxl=denoiser.pooled_width > 0)
-    return TextToImage(denoiser, words, DiffusersAutoencoder(vae))
+    text_encoder = _file_text(tensors, config, tokenizer, sdxl=denoiser.pooled_width > 0)
+    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(vae))
 
 
 def _file_text(tensors: Mapping[str, Tensor], config: Mapping, tokenizer: Path | None, *, sdxl: bool) -> TextEncoder:
@@ -279,11 +280,9 @@ def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _assign(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def _assign(module: nn.Module, state: Mapping[str, Tensor], part: str) -> None:
     """Fills a module made on the meta device with a complete state dict, in fp32."""
-    missing = module.state_dict().keys() - state.keys()
-    if missing:
-        raise ValueError(f"{what} in the checkpoint lacks {len(missing)} tensors such as {min(missing)!r}.")
+    expect_tensors(state, module.state_dict(), f"{part} in the checkpoint")
     module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
 
 

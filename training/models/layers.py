@@ -1,4 +1,4 @@
-"""Which layers of a UNet: selection by name, and resetting attention that was trained for another text encoder.
+"""Selects layers of a UNet by name, and resets attention that was trained for another text encoder.
 
 Works on canonical (LDM) parameter names, whose endings are the same in diffusers: `...attn2.to_k.weight`.
 """
@@ -8,13 +8,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..common.rng import generator
-from ..config.checks import check_choices, check_range
+from ..config.reset import ResetConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +26,8 @@ LAYER_PATTERNS = {
     "whole UNet": r"",
 }
 _OUTPUT = re.compile(r"attn[12]\.to_out\.0\.")
+_WITH_OUTPUT = {"self-attention": "self-attention", "all attention": "all attention", "QK": "all attention"}
+"""Choice of layers -> the choice that adds their output projections; cross-attention for the others."""
 
 
 def group_of(name: str) -> str:
@@ -58,28 +59,6 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResetConfig:
-    """What RetuneResetAttention re-initialises, and how."""
-
-    layers: Literal["cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention"]
-    """Which projections; `include_output` decides about the output projection of the three whole-attention choices."""
-    init: Literal["default", "normal", "zero output", "perturb"] = "default"
-    """default: as torch.nn.Linear; normal: at the tensor's own std; zero output: as default for q, k, v and zeros for
-    the output projection; perturb: the old weights plus `strength` times their own std of noise."""
-    strength: float = 1.0
-    """0..1 blends old and new weights (1 = new only); for perturb, the noise in units of each tensor's std."""
-    include_output: bool = False
-    """Whether the output projection (to_out) is reset as well; "zero output" does it in any case."""
-    blocks: str = ""
-    """Regex on block names such as "middle|output_blocks"; empty = everywhere."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_range(self, strength=(0.0, 10.0 if self.init == "perturb" else 1.0))
-
-
 @dataclass(frozen=True)
 class ResetReport:
     """Every changed tensor with its std before and after."""
@@ -92,33 +71,38 @@ class ResetReport:
 
 
 def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[dict[str, Tensor], ResetReport]:
-    """New fp32 values for the attention weights that `config` selects, and a report; the input is left alone.
+    """New fp32 values for the attention weights that `config` selects, and a report; the input is not changed.
 
     weights: canonical name -> tensor, for at least the attention layers. Draws depend on (seed, name) only, so both
     implementations of a model get the same values. Raises ValueError when nothing was selected.
     """
-    names = select(weights, config.layers, config.blocks)
-    zeroed = []
-    if config.init == "zero output":
-        choice = {"self-attention": "self-attention", "all attention": "all attention", "QK": "all attention"}
-        zeroed = [n for n in select(weights, choice.get(config.layers, "cross-attention"), config.blocks)]
-        zeroed = [n for n in zeroed if _OUTPUT.search(n)]
-    if not config.include_output:
-        names = [n for n in names if not _OUTPUT.search(n)]
-    names = list(dict.fromkeys(names + zeroed))
-    if not names:
+    zero = _names_to_reset(weights, config)
+    if not zero:
         raise ValueError(
             f"no attention layer matches layers {config.layers!r} within blocks {config.blocks!r}; expected one. "
             "Use a part of a block's name that exists, or a model with cross-attention."
         )
     new, rows = {}, []
-    for name in names:
+    for name, becomes_zero in zero.items():
         old = weights[name].detach().float()
         fan_in = weights[name.rsplit(".", 1)[0] + ".weight"].shape[1]
-        value = old * (1 - config.strength) if name in zeroed else _draw(old, fan_in, name, config)
+        value = old * (1 - config.strength) if becomes_zero else _draw(old, fan_in, name, config)
         new[name] = value
         rows.append((name, old.std(correction=0).item(), value.std(correction=0).item()))
     return new, ResetReport(tuple(rows))
+
+
+def _names_to_reset(names: Iterable[str], config: ResetConfig) -> dict[str, bool]:
+    """The selected weights by name -> whether their new value is zero rather than drawn."""
+    names = list(names)
+    selected = select(names, config.layers, config.blocks)
+    if not config.include_output:
+        selected = [name for name in selected if not _OUTPUT.search(name)]
+    zero = dict.fromkeys(selected, False)
+    if config.init == "zero output":
+        whole = select(names, _WITH_OUTPUT.get(config.layers, "cross-attention"), config.blocks)
+        zero |= dict.fromkeys([name for name in whole if _OUTPUT.search(name)], True)
+    return zero
 
 
 def _draw(old: Tensor, fan_in: int, name: str, config: ResetConfig) -> Tensor:

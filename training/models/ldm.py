@@ -56,22 +56,22 @@ def unet_names(config: Mapping) -> dict[str, str]:
     layers = config["layers_per_block"]
     for i, kind in enumerate(config["down_block_types"]):
         for j in range(layers):
-            block = f"input_blocks.{1 + i * (layers + 1) + j}"
-            names |= _children(f"{block}.0", f"down_blocks.{i}.resnets.{j}", _UNET_RESNET)
-            if "CrossAttn" in kind:
-                names[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}"
+            names |= _unet_layer(f"input_blocks.{1 + i * (layers + 1) + j}", f"down_blocks.{i}", j, kind)
         if i < levels - 1:
             names[f"input_blocks.{(i + 1) * (layers + 1)}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
     for i, kind in enumerate(config["up_block_types"]):
         for j in range(layers + 1):
-            block = f"output_blocks.{i * (layers + 1) + j}"
-            names |= _children(f"{block}.0", f"up_blocks.{i}.resnets.{j}", _UNET_RESNET)
-            if "CrossAttn" in kind:
-                names[f"{block}.1"] = f"up_blocks.{i}.attentions.{j}"
+            names |= _unet_layer(f"output_blocks.{i * (layers + 1) + j}", f"up_blocks.{i}", j, kind)
         if i < levels - 1:
             upsample = f"output_blocks.{i * (layers + 1) + layers}.{2 if 'CrossAttn' in kind else 1}.conv"
             names[upsample] = f"up_blocks.{i}.upsamplers.0.conv"
     return names
+
+
+def _unet_layer(ldm: str, diffusers: str, number: int, kind: str) -> dict[str, str]:
+    """A resnet and, in blocks with attention, a transformer: one LDM block, one layer of a diffusers block."""
+    attention = {f"{ldm}.1": f"{diffusers}.attentions.{number}"} if "CrossAttn" in kind else {}
+    return _children(f"{ldm}.0", f"{diffusers}.resnets.{number}", _UNET_RESNET) | attention
 
 
 def vae_names(config: Mapping) -> dict[str, str]:
@@ -97,7 +97,7 @@ def vae_names(config: Mapping) -> dict[str, str]:
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replaces the longest known module prefix of a parameter name; ValueError when none fits."""
+    """Replaces the longest module prefix in `prefixes` of a parameter name; ValueError when none fits."""
     parts = name.split(".")
     for cut in range(len(parts), 0, -1):
         prefix = ".".join(parts[:cut])
@@ -132,7 +132,7 @@ def _conv_if_attention(name: str, tensor: Tensor) -> Tensor:
 def unet_config(shapes: Mapping[str, torch.Size], num_heads: int | None = None) -> dict:
     """The UNet2DConditionModel config of an LDM UNet (prefix stripped), from shapes alone.
 
-    Head counts are not in the shapes: 8 heads for a 768-wide context (SD1.x), 64 channels a head for wider ones (SD2,
+    Head counts are not in the shapes: 8 heads for a 768-wide context (SD1.x), 64 channels per head for wider ones (SD2,
     SDXL), unless `num_heads` is given. Raises ValueError when the tensors are not a UNet with cross-attention.
     """
     if "input_blocks.0.0.weight" not in shapes or not any(k.endswith("attn2.to_k.weight") for k in shapes):
@@ -191,7 +191,7 @@ def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
 
 
 def _levels(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
-    """One {channels, layers, depth} per resolution, walking the input blocks; depth 0 means no attention."""
+    """One {channels, layers, depth} per resolution, from the input blocks in order; depth 0 means no attention."""
     levels = [{"channels": 0, "layers": 0, "depth": 0}]
     block = 1
     while any(f"input_blocks.{block}.0.{part}.weight" in shapes for part in ("op", "in_layers.2")):

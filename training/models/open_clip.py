@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An OpenCLIP text encoder's tensors under CLIPTextModelWithProjection's names, `text_model.` left out.
 
-    q, k and v lie in one tensor there, and the projection of the original file is transposed.
+    q, k and v are one tensor in OpenCLIP's files, and the projection of the original file is transposed.
     """
     result = _blocks(state)
     result |= {_OUTSIDE_BLOCKS[name]: tensor for name, tensor in state.items() if name in _OUTSIDE_BLOCKS}

@@ -1,8 +1,8 @@
-"""Parameters of live networks: addressed by their owners, and frozen for a time."""
+"""Parameters of networks: addressed by their modules, checked for completeness, and frozen for a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """One parameter of a live network, addressed by its owner so that a replaced Parameter object is found again."""
+    """One parameter of a network by its module and attribute, which stay valid when the Parameter is replaced."""
 
     owner: nn.Module
     attribute: str
@@ -22,18 +22,25 @@ class ParameterRef:
 
 
 def parameter_refs(module: nn.Module, prefix: str = "") -> dict[str, ParameterRef]:
-    """Every parameter of a module tree as prefix + dotted name -> Target."""
-    found = {}
+    """Every parameter of a module tree as prefix + dotted name -> ParameterRef."""
+    refs = {}
     for path, owner in module.named_modules():
         for attribute, value in owner._parameters.items():
             if value is not None:
-                found[prefix + (f"{path}.{attribute}" if path else attribute)] = ParameterRef(owner, attribute)
-    return found
+                refs[prefix + (f"{path}.{attribute}" if path else attribute)] = ParameterRef(owner, attribute)
+    return refs
+
+
+def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str) -> None:
+    """Raises ValueError, with `owner` as what is incomplete, unless the state dict has all of these names."""
+    missing = set(names) - state.keys()
+    if missing:
+        raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
 
 
 @contextmanager
 def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """While entered, no parameter of these module trees wants a gradient."""
+    """While entered, no parameter of these module trees requires a gradient."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     try:
         for parameter in parameters:

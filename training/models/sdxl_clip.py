@@ -18,13 +18,13 @@ from .protocols import Conditioning
 
 Windows = list[list[int]]
 SECOND_PAD = 0
-"""The second encoder was trained with windows filled up with "!"."""
+"""The second encoder was trained on windows padded with "!"."""
 
 
 class SdxlTextEncoder:
-    """TextEncoder over SDXL's pair: penultimate states side by side (768 + 1280 wide), the second's pooled output.
+    """TextEncoder over SDXL's pair: penultimate states concatenated (768 + 1280 wide), and the second's pooled output.
 
-    Both encoders read the same tokens, split into windows as `ClipTextEncoder` says; only their pads differ.
+    Both encoders read the same tokens, split into windows as by `ClipTextEncoder`; only their pads differ.
     """
 
     chunks_long_prompts = True
@@ -46,7 +46,16 @@ class SdxlTextEncoder:
         configs: tuple[Mapping | None, Mapping | None],
         tokenizer: Path | None,
     ) -> SdxlTextEncoder:
-        """From both encoders' tensors in a checkpoint; configs are read from their shapes where None."""
+        """From both encoders' tensors in a checkpoint.
+
+        Args:
+            states: of the first encoder in transformers' layout, of the second in OpenCLIP's.
+            configs: CLIPTextConfig values of each; None reads them from the shapes.
+            tokenizer: folder of the tokenizer of both.
+
+        Raises:
+            ValueError: an encoder's tensors or the tokenizer are missing.
+        """
         for index, state in enumerate(states):
             if not state:
                 raise ValueError(
@@ -90,9 +99,9 @@ class SdxlTextEncoder:
         return self.first.vocabularies | self.second.vocabularies
 
     def with_concepts(self, concepts: Iterable[Concept]) -> SdxlTextEncoder:
-        known = add_concepts(self.concepts, concepts)
-        expect_vectors(known, {part.name: part.width for part in (self.first, self.second)})
-        return SdxlTextEncoder(self.first.with_concepts(known), self.second.with_concepts(known))
+        both = add_concepts(self.concepts, concepts)
+        expect_vectors(both, {part.name: part.width for part in (self.first, self.second)})
+        return SdxlTextEncoder(self.first.with_concepts(both), self.second.with_concepts(both))
 
     def refreshed(self) -> SdxlTextEncoder:
         """See `ClipTextEncoder.refreshed`."""
@@ -102,7 +111,7 @@ class SdxlTextEncoder:
         return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[tuple[Windows, Windows]]:
-        """The windows of both encoders, one pair a text."""
+        """The windows of both encoders, one pair for each text."""
         return list(zip(self.first.tokenize(texts), self.second.tokenize(texts), strict=True))
 
     def backbone(self, tokens: list[tuple[Windows, Windows]]) -> Conditioning:
@@ -117,5 +126,5 @@ class SdxlTextEncoder:
         return self.backbone(tokens)
 
     def real_tokens(self, tokens: list[tuple[Windows, Windows]]) -> Tensor:
-        """(B, L) bool: the words of each prompt and the first end token, without start token and pads."""
+        """(B, L) bool: the tokens of each prompt and the first end token, without start token and pads."""
         return self.first.real_tokens([windows for windows, _ in tokens])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..models.protocols import Conditioning, Denoiser
-from ..sampling.rollout import Guidance, Step, guided_output
+from ..sampling.guidance import Guidance
+from ..sampling.rollout import Step, guided_output
 
 
 class NearFrozen:

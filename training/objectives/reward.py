@@ -22,17 +22,9 @@ from ..data.prompts import PromptSlot
 from ..models.protocols import Conditioning, TextToImage
 from ..rewards.combined import CombinedReward, CombinedScores
 from ..sampling.ddim import initial_noise
-from ..sampling.rollout import (
-    Guidance,
-    Step,
-    clean_step,
-    ddim_chain,
-    first_latent,
-    joint_end,
-    rollout,
-    stepwise_gradient,
-)
-from ..trainables.weights import Trainable
+from ..sampling.guidance import Guidance
+from ..sampling.rollout import Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from ..trainables.base import Trainable
 from .denoising import Loss
 from .regularizers import NearFrozen, drift
 

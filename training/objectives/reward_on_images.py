@@ -11,7 +11,8 @@ from torch import Tensor
 from ..common.rng import generator
 from ..data.order import Slot
 from ..data.prompts import PromptSlot
-from ..sampling.rollout import Guidance, clean_step, rollout
+from ..sampling.guidance import Guidance
+from ..sampling.rollout import clean_step, rollout
 from .noise import draw_noise, draw_timestep
 from .reward import Chain, PromptSample, RewardObjective
 

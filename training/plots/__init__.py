@@ -1,1 +1,1 @@
-"""Every chart, drawn from plain numbers. What the numbers mean is decided above."""
+"""Every chart, drawn from plain numbers. Their meaning is defined in the folders above."""

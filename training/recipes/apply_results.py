@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_json
-from ..formats.lora import BIAS, Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors, some, split_key
-from ..formats.lora_difference import difference
-from ..formats.lora_names import TEXT, UNET, naming_of
+from ..common.text import first_few
+from ..formats.lora import Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors
+from ..formats.lora_difference import delta_weight
+from ..formats.lora_keys import BIAS, split_key
+from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..models import ldm
 from ..models.protocols import TextToImage
-from ..text_encoder.blend import blend_projections, mix
-from ..text_encoder.projection import Projection
+from ..text_encoder.blend import blend_projections, weighted_sum
+from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
 from ..trainables.lora_init import plain_layer
-from .unet import PROJECTION_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +142,14 @@ def interpolated(
     """
     if strange := [key for key in tuned if key not in weights]:
         raise ValueError(
-            f"{name} has {some(strange)}, which the model lacks; expected a result of `reward` or `train` on a model "
-            "of this kind, or a LoRA. Give the flags with which its run opened the model, such as --t5."
+            f"{name} has {first_few(strange)}, which the model lacks; expected a result of `reward` or `train` on a "
+            "model of this kind, or a LoRA. Give the flags with which its run opened the model, such as --t5."
         )
     for key, value in tuned.items():
         if value.shape != weights[key].shape:
             found, wanted = tuple(value.shape), tuple(weights[key].shape)
             raise ValueError(f"{key} in {name} is {found}; expected {wanted}. It belongs to another kind of model.")
-    return {key: mix((1 - strength, strength), (weights[key], value)) for key, value in tuned.items()}
+    return {key: weighted_sum((1 - strength, strength), (weights[key], value)) for key, value in tuned.items()}
 
 
 def _projection(
@@ -185,11 +186,11 @@ def merged(
     Layers that are not among `weights` are left out with a warning. unet_config: UNet2DConditionModel's, for the names
     of layers. Raises ValueError when none is, for other shapes, and for kinds that do not merge (OFT, GLoRA).
     """
-    naming = naming_of(lora, unet_config=unet_config)
+    naming = detect_naming(lora, unet_config=unet_config)
     known = {plain_layer(name): name for name in weights}
     values, idle = {}, []
     for module in lora.modules.values():
-        layer = plain_layer(naming.layer(module.name) or module.name)
+        layer = plain_layer(naming.comfyui_name(module.name) or module.name)
         parts = {known[key]: part for part in ("weight", "bias") if (key := f"{layer}.{part}") in known}
         try:
             found = {name: _changed(module, weights[name], part, strength) for name, part in parts.items()}
@@ -200,9 +201,11 @@ def merged(
         if not found:
             idle.append(module.name)
     if not values:
-        raise ValueError(f"{lora.name} has no layer that the model has, only {some(idle)}; expected a LoRA for it.")
+        raise ValueError(
+            f"{lora.name} has no layer that the model has, only {first_few(idle)}; expected a LoRA for it."
+        )
     if idle:
-        log.warning("%s: %d layers are not in the model and are left out: %s", lora.name, len(idle), some(idle))
+        log.warning("%s: %d layers are not in the model and are left out: %s", lora.name, len(idle), first_few(idle))
     return values
 
 
@@ -215,7 +218,7 @@ def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> 
     if part == "bias" or not (module.tensors.keys() - set(BIAS)):
         return None
     bare = {role: value for role, value in module.tensors.items() if role != "dora_scale"}
-    change = difference(LoraModule(module.name, bare, module.keys))
+    change = delta_weight(LoraModule(module.name, bare, module.keys))
     if change.numel() != weight.numel():
         raise ValueError(f"layer {module.name} changes {tuple(change.shape)}; expected {tuple(weight.shape)}")
     changed = weight.float() + change.reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""Training low-rank adapters of a UNet, and of its text encoder, on captioned images."""
+"""Training of low-rank adapters of a UNet, and of its text encoder, on captioned images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ..common.fingerprint import tensors_fingerprint
 from ..config.lora import LoraConfig
 from ..data.examples import Dataset
 from ..formats.lora import Lora
-from ..formats.lora_metadata import LoraAbout, last_sample, tag_frequency, thumbnail
+from ..formats.lora_metadata import LoraDescription, last_sample, tag_frequency, thumbnail_uri
 from ..formats.lora_names import SECOND_TEXT, UNET
 from ..formats.lora_save import save_lora
 from ..models import ldm
@@ -26,7 +28,7 @@ from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, layers_of, select_layers, text_rate
 from ..trainables.lora_init import start_from
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .run import TrainingJob
 
 ARTIFACT = "lora.safetensors"
@@ -34,7 +36,12 @@ ARTIFACT = "lora.safetensors"
 
 @dataclass(frozen=True)
 class TrainedLora:
-    """What a run made: its file, and ComfyUI's LORA_MODEL (fp32 tensors, alphas included)."""
+    """The result of a run.
+
+    Attributes:
+        path: its file.
+        tensors: ComfyUI's LORA_MODEL, fp32, alphas included.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
@@ -49,42 +56,43 @@ def train_lora(
     details: dict | None = None,
     start: Lora | None = None,
 ) -> TrainedLora:
-    """Trains, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
+    """Trains a LoRA, resumes such a run, or reads a finished one. The model is left bit-identical.
 
-    root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
-    start: another LoRA, whose values the adapters begin with, see `start_from`. The model is left bit-identical. Raises
-    ValueError before any training for targets that match nothing, a text encoder that does not fit the UNet, a rate for
-    a second one that is not there, a start that does not fit, or a run of other settings under this name.
+    Args:
+        model: the base model.
+        dataset: captioned images.
+        config: settings; `config.resume` decides what happens to an earlier run of this name.
+        root: folder of all runs.
+        callbacks: progress display and cancelling.
+        details: JSON for config.json besides the settings, such as the workflow.
+        start: another LoRA, with whose values the adapters begin; see `start_from`.
+
+    Raises:
+        ValueError: before any training: targets that match nothing, a text encoder that does not fit the UNet, a rate
+            for a second text encoder that is not there, a start that does not fit, or a run of other settings under
+            this name.
     """
     check_fit(model, config)
     check_second_text(model, config)
-    chosen = select_layers(trainable_layers(model, config), config)
-    about = facts_of_training(model, dataset)
+    selected, about = select_layers(trainable_layers(model, config), config), describe_training(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
-        adapters = Adapters(chosen, networks_of(model, chosen), config, config.seed)
+        adapters = Adapters(selected, networks_of(model, selected), config, config.seed)
         if start is not None:
             start_from(adapters, start, about["unet"])
-        kind = TrainingJob(
+        job = TrainingJob(
             name="lora",
             artifact=ARTIFACT,
             trainable=lambda: adapters,
-            write=lambda folder, values, ending: write_lora(folder, adapters.lora_model(values), config, ending),
-            identity={"start": fingerprint_of(start)},
+            write=partial(_write, adapters, config),
+            identity={"start": lora_fingerprint(start)},
             details=about | (details or {}),
             text_trains=config.trains_text,
         )
-        return read_lora_run(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()))
-
-
-def fingerprint_of(lora: Lora | None) -> str:
-    """Changes with the tensors of a LoRA; empty for none."""
-    if lora is None:
-        return ""
-    return tensors_fingerprint((f"{m.name}.{role}", t) for m in lora.modules.values() for role, t in m.tensors.items())
+        return read_trained_lora(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
 def check_second_text(model: TextToImage, config: LoraConfig) -> None:
-    """Raises ValueError when the second text encoder has a rate of its own and there is none."""
+    """Raises ValueError when a learning rate is set for the second text encoder and there is none."""
     rate = config.text_encoder_2_learning_rate
     if rate != -1 and len({name.startswith(SECOND_TEXT) for name in model.text_encoder.layers}) < 2:
         raise ValueError(
@@ -95,52 +103,72 @@ def check_second_text(model: TextToImage, config: LoraConfig) -> None:
 
 def trainable_layers(model: TextToImage, config: LoraConfig) -> dict[str, nn.Module]:
     """Every layer that may get an adapter, by its name in ComfyUI's LoRA files; a text encoder's if it trains."""
-    found = unet_layers(model.denoiser)
+    layers = unet_layers(model.denoiser)
     if not config.trains_text:
-        return found
-    return found | {name: layer for name, layer in model.text_encoder.layers.items() if text_rate(config, name)}
+        return layers
+    return layers | {name: layer for name, layer in model.text_encoder.layers.items() if text_rate(config, name)}
 
 
 def unet_layers(denoiser: Denoiser) -> dict[str, nn.Module]:
-    """Linear and convolution layers of the UNet, `diffusion_model.` before their canonical names."""
+    """Linear and convolution layers of the UNet by `diffusion_model.` and their canonical names."""
     return layers_of(
         denoiser.network, lambda path: UNET + denoiser.canonical_name(f"{path}.weight").removesuffix(".weight")
     )
 
 
 def networks_of(model: TextToImage, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """What is frozen while adapters train: the UNet, and the chosen layers of the text encoder."""
+    """The modules to freeze while adapters train: the UNet, and the chosen layers of the text encoder."""
     return [model.denoiser.network, *(layer for name, layer in layers.items() if not name.startswith(UNET))]
 
 
-def facts_of_model(model: TextToImage) -> dict:
-    """What a LoRA file's metadata says of the model, for config.json."""
+def describe_model(model: TextToImage) -> dict:
+    """The UNet's shape and prediction type, for a LoRA file's metadata."""
     network = model.denoiser.network
     shapes = {model.denoiser.canonical_name(name): value.shape for name, value in network.named_parameters()}
     return {"unet": ldm.unet_config(shapes), "prediction_type": model.denoiser.prediction_type}
 
 
-def facts_of_training(model: TextToImage, dataset: Dataset) -> dict:
-    """What it says of the model and the images."""
+def describe_training(model: TextToImage, dataset: Dataset) -> dict:
+    """`describe_model`, and the images' usual size, number and tags."""
     sizes = Counter((example.width, example.height) for example in dataset.examples)
-    return facts_of_model(model) | {
+    return describe_model(model) | {
         "resolution": list(sizes.most_common(1)[0][0]),
         "images": len(dataset.examples),
         "tag_frequency": tag_frequency(example.caption for example in dataset.examples),
     }
 
 
-def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig, ending: Mapping) -> None:
-    """The run's result, under the names that ComfyUI's own LoRA files have, and a copy in kohya's layout with all
-    metadata, `<run name>.safetensors`, for other programs. ending: how the run ended."""
+def lora_fingerprint(lora: Lora | None) -> str:
+    """A hash of a LoRA's tensors; empty for none."""
+    if lora is None:
+        return ""
+    return tensors_fingerprint((f"{m.name}.{role}", t) for m in lora.modules.values() for role, t in m.tensors.items())
+
+
+def _write(
+    adapters: Adapters, config: LoraConfig, folder: RunFolder, values: Mapping[str, Tensor], ending: Mapping[str, Any]
+) -> None:
+    write_lora(folder, adapters.lora_model(values), config, ending)
+
+
+def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraConfig, ending: Mapping[str, Any]) -> None:
+    """Writes a LoRA twice: as the run's result, under the names of ComfyUI's own LoRA files, and as
+    `<run name>.safetensors` in kohya's layout with all metadata, for other programs.
+
+    Args:
+        folder: the run's.
+        tensors: ComfyUI's LORA_MODEL.
+        config: of the adapters.
+        ending: how the run ended.
+    """
     about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
     write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
     picture = last_sample(folder.path)
-    shown = LoraAbout(run=folder.config(), thumbnail=thumbnail(picture) if picture else "")
-    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, about=shown)
+    metadata = LoraDescription(run=folder.config(), thumbnail=thumbnail_uri(picture) if picture else "")
+    save_lora(folder.path / f"{config.run_name}.safetensors", tensors, description=metadata)
 
 
-def read_lora_run(path: Path) -> TrainedLora:
+def read_trained_lora(folder: Path) -> TrainedLora:
     """The result of a run from its folder."""
-    file = Path(path) / ARTIFACT
+    file = Path(folder) / ARTIFACT
     return TrainedLora(file, read_tensors(file)[0])

@@ -1,4 +1,4 @@
-"""Tuning a text encoder, a UNet, a LoRA on either, or a projection so that pictures score higher."""
+"""Reward tuning of a text encoder, a UNet, a LoRA on either, or a projection, so that pictures score higher."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.files import read_tensors, write_tensors
+from ..config.loop import Batches
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig
 from ..data.dataset import split_validation
 from ..data.examples import Dataset
 from ..data.order import BatchOrder
 from ..data.prompt_lengths import warn_of_long_prompts
-from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, fingerprint_of, split_held_out
-from ..evaluation.guard_pictures import guard_of, guard_prompts, look_at
-from ..loop.loop import Batches, Loop, LoopConfig
-from ..loop.memory import hints
+from ..data.prompts import Prompt, PromptOrder, PromptSlot, expect_prompts, prompts_fingerprint, split_held_out
+from ..evaluation.diversity_guard import Guard
+from ..evaluation.guard_pictures import build_guard, guard_prompts, measure_pictures
+from ..loop.loop import Loop
 from ..models import ldm
 from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
@@ -36,27 +37,36 @@ from ..objectives.reward_on_images import DirectObjective
 from ..rewards.combined import CombinedReward
 from ..runs.folder import RunFolder
 from ..sampling.generate import TextOf, encode_with
-from ..text_encoder.stock_file import stock_parts, write_stock_files
+from ..text_encoder.projection import PROJECTION_PREFIX
+from ..text_encoder.stock_file import split_by_encoder, write_stock_files
+from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
-from ..trainables.weights import SelectedWeights, Trainable
+from ..trainables.weights import SelectedWeights
 from .checks import check_fit
-from .denoising import cropped_latent, latent_cache, sampler_of
+from .latents import CroppedLatents, fill_latents
 from .lora import ARTIFACT as LORA_ARTIFACT
-from .lora import facts_of_model, facts_of_training, networks_of, trainable_layers, write_lora
-from .run import TrainingJob, run_identity, run_in_folder
-from .unet import PROJECTION_PREFIX
+from .lora import describe_model, describe_training, networks_of, trainable_layers, write_lora
+from .run import TrainingJob, loop_config, run_training
+from .samples import build_sampler
 
 log = logging.getLogger(__name__)
 
 ARTIFACT = "tuned.safetensors"
-HELD_OUT = 16
-"""Most held-out prompts that a validation draws."""
+MAX_HELD_OUT = 16
+"""Held-out prompts that a validation draws, at most."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What a run made. unet and projection: as in `TrainedModel`; text: `text_encoders.` names -> fp32; lora: ComfyUI's
-    LORA_MODEL. All but one are empty."""
+class TunedModel:
+    """The result of a run. Only one of its parts is not empty.
+
+    Attributes:
+        path: its file.
+        unet: canonical (LDM) name -> fp32 weight.
+        text: `text_encoders.` name -> fp32 weight.
+        projection: the projection's whole state.
+        lora: ComfyUI's LORA_MODEL.
+    """
 
     path: Path
     unet: dict[str, Tensor]
@@ -74,44 +84,58 @@ def tune(
     callbacks: Callbacks | None = None,
     details: dict | None = None,
     dataset: Dataset | None = None,
-) -> Tuned:
-    """Tunes, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
+) -> TunedModel:
+    """Tunes part of a model by a reward, resumes such a run, or reads a finished one. The model is left bit-identical.
 
-    root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings.
-    dataset: captioned images for method "direct", which reads no prompts. The model is left bit-identical. Raises
-    ValueError before any tuning for no prompts or images, a text encoder that does not fit, nothing to train, or a run
-    of other settings under this name.
+    Args:
+        model: the base model.
+        reward: the weighted rewards to maximise.
+        prompts: to draw pictures of; ignored by method "direct".
+        config: settings; `config.resume` decides what happens to an earlier run of this name.
+        root: folder of all runs.
+        callbacks: progress display and cancelling.
+        details: JSON for config.json besides the settings, such as the workflow.
+        dataset: captioned images for method "direct"; ignored by the others.
+
+    Raises:
+        ValueError: before any tuning: no prompts or images, no reward with a weight, a text encoder that does not fit,
+            a part to train that the model lacks, or a run of other settings under this name.
     """
-    check_fit(model, config)
+    _check(model, reward, prompts, config, dataset)
     callbacks = callbacks or Callbacks()
-    _check_data(config, prompts, dataset)
-    if not any(term.weight for term in reward.terms.values()):
-        raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
     direct = config.method == "direct"
     warn_of_long_prompts(model.text_encoder, [Prompt(c) for c in dataset.captions] if direct else prompts)
-    projection = model.text_encoder.projection
-    if projection is not None and projection.bands:
-        raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
-    drawn = {"resolution": [config.width, config.height]}
     with model.text_encoder.training() if config.text_trains else nullcontext():
-        trainable = trainable_of(model, config)
-        kind = TrainingJob(
+        trainable = build_trainable(model, config)
+        job = TrainingJob(
             name="reward",
             artifact=ARTIFACT,
             trainable=lambda: trainable,
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
-            | ({"dataset": dataset.fingerprint} if direct else {"prompts": fingerprint_of(prompts)}),
-            details=(facts_of_training(model, dataset) if direct else facts_of_model(model) | drawn)
-            | {"rewards": reward.describe()}
-            | (details or {}),
+            | ({"dataset": dataset.fingerprint} if direct else {"prompts": prompts_fingerprint(prompts)}),
+            details=_describe(model, config, dataset) | {"rewards": reward.describe()} | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)
-        data = partial(_on_images, dataset) if direct else partial(_on_prompts, prompts)
-        loop_of = partial(_loop, model, reward, data, config, trainable)
-        identity = run_identity(kind.name, model, config)
-        path = run_in_folder(kind, model, config, Path(root), callbacks, identity, loop_of)
-    return read_tuned(path)
+        build_data = partial(_data_of_images, dataset) if direct else partial(_data_of_prompts, prompts)
+        loop_of = partial(_build_loop, job, model, reward, build_data, config)
+        return read_tuned_model(run_training(job, model, config, Path(root), callbacks, loop_of))
+
+
+def _check(
+    model: TextToImage,
+    reward: CombinedReward,
+    prompts: Sequence[Prompt],
+    config: RewardTuneConfig,
+    dataset: Dataset | None,
+) -> None:
+    check_fit(model, config)
+    _check_data(config, prompts, dataset)
+    if not any(term.weight for term in reward.terms.values()):
+        raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
+    projection = model.text_encoder.projection
+    if projection is not None and projection.bands:
+        raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
 
 
 def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
@@ -130,119 +154,129 @@ def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Da
         log.warning("method 'direct' trains on the data set's captions; %d prompts are left aside", len(prompts))
 
 
-def trainable_of(model: TextToImage, config: RewardTuneConfig) -> Trainable:
-    """What `config.train` names, as fp32 masters. Raises ValueError where the model has no such part."""
+def _describe(model: TextToImage, config: RewardTuneConfig, dataset: Dataset | None) -> dict:
+    """Facts for a LoRA file's metadata."""
+    if config.method == "direct":
+        return describe_training(model, dataset)
+    return describe_model(model) | {"resolution": [config.width, config.height]}
+
+
+def build_trainable(model: TextToImage, config: RewardTuneConfig) -> Trainable:
+    """The part that `config.train` names, as fp32 masters. Raises ValueError where the model has no such part."""
     denoiser, encoder = model.denoiser, model.text_encoder
     if config.train == "UNet":
-        found = {ldm.UNET_PREFIX + denoiser.canonical_name(n): t for n, t in parameter_refs(denoiser.network).items()}
-        return SelectedWeights(found, [denoiser.network])
+        refs = {ldm.UNET_PREFIX + denoiser.canonical_name(n): r for n, r in parameter_refs(denoiser.network).items()}
+        return SelectedWeights(refs, [denoiser.network])
     if config.train == "text encoder":
-        owners = list({id(target.owner): target.owner for target in encoder.weights.values()}.values())
+        owners = list({id(ref.owner): ref.owner for ref in encoder.weights.values()}.values())
         return SelectedWeights(encoder.weights, [denoiser.network, *owners])
     if config.train == "projection":
         if encoder.projection is None:
             raise ValueError("the text encoder has no projection; expected a T5 from Load T5, or choose another train.")
-        return SelectedWeights(
-            parameter_refs(encoder.projection, PROJECTION_PREFIX), [denoiser.network, encoder.projection]
-        )
+        refs = parameter_refs(encoder.projection, PROJECTION_PREFIX)
+        return SelectedWeights(refs, [denoiser.network, encoder.projection])
     layers = select_layers(trainable_layers(model, config.lora), config.lora)
     return Adapters(layers, networks_of(model, layers), config.lora, config.seed)
 
 
-class Data(NamedTuple):
-    """What a tuning reads: how its objective begins, its batches, its prompts and those held out, the width and height
-    of its largest picture, steps an epoch."""
+class TuningData(NamedTuple):
+    """The data of a tuning, and the objective that reads it."""
 
     objective: Callable[..., RewardObjective]
     batches: Batches
     training: Sequence[Prompt]
     held_out: list[Prompt]
-    size: tuple[int, int]
+    largest: tuple[int, int]
+    """Width and height of the largest picture."""
     steps_per_epoch: float = math.inf
 
 
-def _on_prompts(
+def _data_of_prompts(
     prompts: Sequence[Prompt], model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
-) -> Data:
-    training, held_out = split_prompts(prompts, config)
+) -> TuningData:
+    """Prompts to draw pictures of; every n-th is held out by `validation_fraction`, MAX_HELD_OUT at most."""
+    training, held_out = split_held_out(prompts, config.settings.validation_fraction, MAX_HELD_OUT)
     order = PromptOrder(training, config.batch_size, config.seed)
-    return Data(RewardObjective, order, training, held_out, (config.width, config.height))
+    return TuningData(RewardObjective, order, training, held_out, (config.width, config.height))
 
 
-def _on_images(
+def _data_of_images(
     dataset: Dataset, model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
-) -> Data:
-    """Fills the latents' cache; prompts to validate on are the captions of held-out images."""
+) -> TuningData:
+    """Captioned images, their latents cached; the captions of held-out images are the held-out prompts."""
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
-    latents = latent_cache(model, folder.path.parent / ".cache")
-    if world().is_main:
-        latents.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
+    cache = fill_latents(model, dataset, folder.path.parent / ".cache", callbacks)
     world().barrier()
+    latents = CroppedLatents(cache, [training], config.seed)
     order = BatchOrder(training, config.batch_size, config.seed)
-    crops = {example.key: training.crop for example in training.examples}
-    objective = partial(
-        DirectObjective, latent_of=lambda slot: cropped_latent(latents.get, slot, crops[slot.example.key], config.seed)
+    return TuningData(
+        partial(DirectObjective, latent_of=latents.latent),
+        order,
+        _distinct_captions(training),
+        _distinct_captions(held_out)[:MAX_HELD_OUT],
+        dataset.largest,
+        order.steps_per_epoch / config.gradient_accumulation,
     )
-    said, kept = ([Prompt(c) for c in dict.fromkeys(one.captions)] if one else [] for one in (training, held_out))
-    size, steps = dataset.largest, order.steps_per_epoch / config.gradient_accumulation
-    return Data(objective, order, said, kept[:HELD_OUT], size, steps)
 
 
-def _loop(
+def _distinct_captions(dataset: Dataset) -> list[Prompt]:
+    return [Prompt(caption) for caption in dict.fromkeys(dataset.captions)] if dataset else []
+
+
+def _build_loop(
+    job: TrainingJob,
     model: TextToImage,
     reward: CombinedReward,
-    data_of: Callable[..., Data],
+    build_data: Callable[..., TuningData],
     config: RewardTuneConfig,
-    trainable: Trainable,
     folder: RunFolder,
     callbacks: Callbacks,
 ) -> Loop:
-    data = data_of(model, config, folder, callbacks)
-    guarded, drawn = guard_prompts(data.training, data.held_out, config), config.samples.prompts
+    data, trainable = build_data(model, config, folder, callbacks), job.trainable()
+    prompts = guard_prompts(data.training, data.held_out, config)
     text_of = encode_with(model.text_encoder)
     if not config.text_trains:
-        text_of = _known_before(text_of, [*drawn, *guarded], callbacks)
-    look = partial(look_at, model, reward, config, guarded, text_of, partial(_say_drawn, callbacks))
+        text_of = _encode_in_advance(text_of, [*config.samples.prompts, *prompts], callbacks)
     callbacks.after_load()
     return Loop(
         folder,
         trainable,
         data.objective(model, reward, config, trainable, text_trains=config.text_trains, pulse=callbacks.pulse),
         data.batches,
-        LoopConfig(
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
-            samples=config.samples,
-            steps_per_epoch=data.steps_per_epoch,
-            when_full=hints(config, data.size),
-        ),
-        sampler=sampler_of(model, config, text_of, callbacks) if config.samples.prompts else None,
+        loop_config(config, data.largest, data.steps_per_epoch),
+        sampler=build_sampler(model, config, text_of, callbacks),
         validation=[PromptSlot(prompt.text, 0, i) for i, prompt in enumerate(data.held_out)],
-        guard=guard_of(config, reward, look),
+        guard=_build_guard(model, reward, config, prompts, text_of, callbacks),
         callbacks=callbacks,
         device=model.denoiser.device,
     )
 
 
-def _say_drawn(callbacks: Callbacks, done: int, total: int) -> None:
-    callbacks.on_text(f"drawing the guard's pictures ({done}/{total})")
+def _build_guard(
+    model: TextToImage,
+    reward: CombinedReward,
+    config: RewardTuneConfig,
+    prompts: Sequence[str],
+    text_of: TextOf,
+    callbacks: Callbacks,
+) -> Guard | None:
+    def report(done: int, total: int) -> None:
+        callbacks.on_text(f"drawing the guard's pictures ({done}/{total})")
+
+    return build_guard(config, reward, partial(measure_pictures, model, reward, config, prompts, text_of, report))
 
 
-def _known_before(text_of: TextOf, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
-    """Of a text encoder that does not train: encoding may move models about, which nothing may while others train."""
-    known = {}
+def _encode_in_advance(text_of: TextOf, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
+    """`text_of` for these prompts and the empty one, of a text encoder that does not train.
+
+    Encoding may move models between devices, which must not happen while weights are attached.
+    """
+    encoded = {}
     with torch.no_grad():
         for number, text in enumerate(dict.fromkeys(("", *prompts)) if prompts else ()):
             callbacks.on_text(f"reading the sample prompts ({number}/{len(prompts)})")
-            known[text] = text_of(text)
-    return known.__getitem__
-
-
-def split_prompts(prompts: Sequence[Prompt], config: RewardTuneConfig) -> tuple[Sequence[Prompt], list[Prompt]]:
-    """Prompts to train on, and every n-th held out by `validation_fraction`, at most HELD_OUT of them."""
-    return split_held_out(prompts, config.settings.validation_fraction, HELD_OUT)
+            encoded[text] = text_of(text)
+    return encoded.__getitem__
 
 
 def _write(
@@ -251,38 +285,31 @@ def _write(
     trainable: Trainable,
     folder: RunFolder,
     values: Mapping[str, Tensor],
-    ending: Mapping,
+    ending: Mapping[str, Any],
 ) -> None:
-    about = {
-        "run": config.run_name,
-        "train": config.train,
-        "method": config.method,
-        "gradient_steps": config.gradient_steps,
-        "sampling_steps": config.sampling_steps,
-        **ending,
-    }
+    """Writes the tuned weights; adapters, and a text encoder for stock loaders, into files of their own."""
+    names = ("train", "method", "gradient_steps", "sampling_steps")
+    about = {"run": config.run_name, **{name: getattr(config, name) for name in names}, **ending}
     if isinstance(trainable, Adapters):
-        lora = trainable.lora_model(values)
-        write_lora(folder, lora, config.lora, ending)
+        write_lora(folder, trainable.lora_model(values), config.lora, ending)
         values = {}
-    if config.train == "text encoder":  # whole files that stock loaders read; `values` hold every weight
-        paths = {part: folder.path / f"{part}.safetensors" for part in stock_parts(values)}
+    if config.train == "text encoder":  # `values` have every weight, so these are whole files
+        paths = {part: folder.path / f"{part}.safetensors" for part in split_by_encoder(values)}
         write_stock_files(paths, values, about_run(folder.config() or {}, ending))
-    projection = model.text_encoder.projection
     if config.train == "projection":
-        whole = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()}
-        values = whole | dict(values)
+        state = model.text_encoder.projection.state_dict()
+        values = {PROJECTION_PREFIX + name: value for name, value in state.items()} | dict(values)
     write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)})
 
 
-def read_tuned(path: Path) -> Tuned:
+def read_tuned_model(folder: Path) -> TunedModel:
     """The result of a run from its folder."""
-    file, lora = Path(path) / ARTIFACT, Path(path) / LORA_ARTIFACT
+    file, lora = Path(folder) / ARTIFACT, Path(folder) / LORA_ARTIFACT
     tensors, _ = read_tensors(file)
 
-    def under(prefix: str) -> dict[str, Tensor]:
+    def below(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     text = {name: value for name, value in tensors.items() if name.startswith("text_encoders.")}
     adapters = read_tensors(lora)[0] if lora.exists() else {}
-    return Tuned(file, under(ldm.UNET_PREFIX), text, under(PROJECTION_PREFIX), adapters)
+    return TunedModel(file, below(ldm.UNET_PREFIX), text, below(PROJECTION_PREFIX), adapters)

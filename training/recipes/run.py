@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +16,96 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.fingerprint import tensors_sketch
+from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.loop import Loop
+from ..loop.memory import memory_hints
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..runs.outcome import guard_words, is_finished, record_failure
 from ..runs.report import write_report
-from ..trainables.weights import Trainable
+from ..trainables.base import Trainable
 from .checks import check_steps
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """What one kind of training has of its own."""
+    """How one recipe differs from the others."""
 
     name: str
-    """"model" or "lora"; part of a run's identity."""
+    """"model", "lora", "embedding" or "reward"; part of a run's identity."""
     artifact: str
     """File of the result in the run folder."""
     trainable: Callable[[], Trainable]
-    """Made when the caches are full and the network is loaded: masters take memory."""
+    """Called when the caches are full and the network is loaded, since masters need memory."""
     write: Callable[[RunFolder, Mapping[str, Tensor], dict], None]
-    """Writes the result from the trained values; the last argument says how the run ended."""
+    """Writes the result from the trained values; the last argument tells how the run ended."""
     identity: dict = field(default_factory=dict)
-    """What else must be equal for a run to go on."""
+    """What else must be equal for a run to resume."""
     details: dict = field(default_factory=dict)
-    """Anything JSON that should stand in config.json beside the settings."""
+    """JSON for config.json besides the settings."""
     text_trains: bool = False
-    """Whether the text encoder has something that trains; its `training` is entered by the caller."""
+    """Whether something in the text encoder trains; the caller enters its `training`."""
     caption_of: Callable[[str, int, int], str] | None = None
-    """Caption of an image, as batch number (0: outside of training) and place in it show it; needs text_trains."""
+    """(caption, batch number, place in the batch) -> the caption that the image is trained with; the number is 0
+    outside of training. Needs text_trains."""
     watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
-    """Of the trained values: what the loop logs now and then."""
+    """Figures of the trained values, for rows with event "watch"."""
 
 
-def run_in_folder(
-    kind: TrainingJob,
+def run_training(
+    job: TrainingJob,
     model: TextToImage,
     config: RunConfig,
     root: Path,
     callbacks: Callbacks,
-    identity: Mapping[str, Any],
-    loop_of: Callable[[RunFolder, Callbacks], Loop],
+    build_loop: Callable[[RunFolder, Callbacks], Loop],
 ) -> Path:
-    """Trains, or goes on, and writes the result, unless the run has it already; returns the run folder's path."""
-    here = world()
+    """Trains, resumes or finds a finished run; returns the folder of the run, with its result.
+
+    Args:
+        job: the recipe's part.
+        model: what trains, as it is before the run.
+        config: settings of the run; `config.resume` decides what happens to an earlier one of this name.
+        root: folder of all runs.
+        callbacks: progress display and cancelling.
+        build_loop: called in the run folder when there is something to train.
+
+    Raises:
+        ValueError: the name belongs to a run of other settings, or to one in use; or it has done more steps.
+    """
+    here, run = world(), run_identity(job.name, model, config) | job.identity
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **kind.details}
-            folder.claim({**identity, **kind.identity}, about, former_identity(config))
+            about = {"config": asdict(config), "environment": environment(model), **job.details}
+            folder.claim(run, about, former_identity(config))
         here.barrier()
-        if finished(folder, config, kind.artifact):
+        if _is_finished(folder, config, job.artifact):
             callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
             return folder.path
         with record_failure(folder, callbacks):
-            loop = loop_of(folder, callbacks)
+            loop = build_loop(folder, callbacks)
         with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
             values = loop.run()
         if here.is_main:
-            with record_failure(folder, callbacks):
-                callbacks.on_text(f"writing the result of run {folder.name}")
-                kind.write(folder, values, {"steps": loop.step, **loop.ending})
-            folder.set_status("finished", loop.step, **loop.ending)
-            write_report(folder)
-            callbacks.on_state("finished", loop.step)
-            callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
+            _finish(job, folder, loop, values, callbacks)
         here.barrier()
         return folder.path
+
+
+def _finish(
+    job: TrainingJob, folder: RunFolder, loop: Loop, values: Mapping[str, Tensor], callbacks: Callbacks
+) -> None:
+    """Writes result, status and report."""
+    with record_failure(folder, callbacks):
+        callbacks.on_text(f"writing the result of run {folder.name}")
+        job.write(folder, values, {"steps": loop.step, **loop.ending})
+    folder.set_status("finished", loop.step, **loop.ending)
+    write_report(folder)
+    callbacks.on_state("finished", loop.step)
+    callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
 
 
 def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]:
@@ -97,7 +116,7 @@ def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]
 
 
 def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
-    """What must be equal for a run to go on, its data aside. kind: what is made, "model" or "lora"."""
+    """What must be equal for a run to resume, its data aside. kind: `TrainingJob.name`."""
     projection = model.text_encoder.projection
     start = tensors_sketch(projection.state_dict().items()) if projection is not None else None
     return {
@@ -111,13 +130,32 @@ def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
 
 
 def environment(model: TextToImage) -> dict:
-    """What decides the last bits of a result."""
+    """What the last bits of a result depend on."""
     device = str(model.denoiser.device)
     about = {"python": platform.python_version(), "system": platform.platform()}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **about}
 
 
-def finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
-    """Whether the folder holds the result of exactly these steps, or of a run that stopped early all the same."""
+def loop_config(config: RunConfig, largest: tuple[int, int], steps_per_epoch: float = math.inf) -> LoopConfig:
+    """The loop's part of a run's settings.
+
+    Args:
+        config: the run's.
+        largest: width and height of its largest picture in pixels.
+        steps_per_epoch: optimizer steps in which every image is seen once; infinite where there are no images.
+    """
+    return LoopConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
+        samples=config.samples,
+        steps_per_epoch=steps_per_epoch,
+        memory_hints=memory_hints(config, largest),
+    )
+
+
+def _is_finished(folder: RunFolder, config: RunConfig, artifact: str) -> bool:
+    """Whether the folder has the result of exactly these steps, or of a run that ended early as it would now."""
     ended = is_finished(folder.status(), config.steps, config.settings, config.guard_rule)
     return ended and (folder.path / artifact).exists()

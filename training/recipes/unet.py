@@ -1,4 +1,4 @@
-"""Retraining parts of a UNet, and the projection behind its text encoder, on captioned images."""
+"""Retraining of UNet layers, and of a text encoder's projection, on captioned images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.files import read_tensors, write_tensors
@@ -21,21 +21,27 @@ from ..models.layers import select
 from ..models.parameters import parameter_refs
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
+from ..text_encoder.projection import PROJECTION_PREFIX
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit
-from .denoising import run_training
+from .denoising import train_on_images
 from .run import TrainingJob
 
 log = logging.getLogger(__name__)
 
 ARTIFACT = "model.safetensors"
-PROJECTION_PREFIX = "projection."
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run made. unet: canonical (LDM) name -> fp32 weight. projection: its whole state, with `projection_config`
-    to build it again; both empty for a text encoder without one."""
+    """The result of a run.
+
+    Attributes:
+        path: its file.
+        unet: canonical (LDM) name -> fp32 weight.
+        projection: the projection's whole state, empty for a text encoder without one.
+        projection_config: to build it with; empty likewise.
+    """
 
     path: Path
     unet: dict[str, Tensor]
@@ -51,28 +57,36 @@ def train_model(
     callbacks: Callbacks | None = None,
     details: dict | None = None,
 ) -> TrainedModel:
-    """Trains, or goes on, or returns a finished run of this name and config from disk; see `config.resume`.
+    """Retrains layers of a UNet, resumes such a run, or reads a finished one. The model is left bit-identical.
 
-    root: the folder that holds all runs. details: anything JSON that should stand in config.json beside the settings
-    (such as the workflow). The model is left bit-identical. Raises ValueError before any training for a text encoder
-    that does not fit the UNet, a run of other settings under this name, or too little disk.
+    Args:
+        model: the base model.
+        dataset: captioned images.
+        config: settings; `config.resume` decides what happens to an earlier run of this name.
+        root: folder of all runs.
+        callbacks: progress display and cancelling.
+        details: JSON for config.json besides the settings, such as the workflow.
+
+    Raises:
+        ValueError: before any training: a text encoder that does not fit the UNet, a run of other settings under this
+            name, or too little disk.
     """
     check_fit(model, config)
-    projection = model.text_encoder.projection
-    kind = TrainingJob(
+    job = TrainingJob(
         name="model",
         artifact=ARTIFACT,
-        trainable=partial(_trainable, model, config),
-        write=lambda folder, values, ending: _write(folder, values, config, projection, ending),
+        trainable=partial(_build_trainable, model, config),
+        write=partial(_write, model, config),
         details=details or {},
     )
-    return read_trained(run_training(kind, model, dataset, config, Path(root), callbacks or Callbacks()) / ARTIFACT)
+    return read_trained_model(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
-def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
+def _build_trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
+    """The chosen layers, and the projection if it trains too."""
     denoiser, projection = model.denoiser, model.text_encoder.projection
-    found = {denoiser.canonical_name(n): t for n, t in parameter_refs(denoiser.network).items()}
-    selected = {ldm.UNET_PREFIX + name: found[name] for name in select(found, config.train)}
+    refs = {denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
+    selected = {ldm.UNET_PREFIX + name: refs[name] for name in select(refs, config.train)}
     networks = [denoiser.network]
     if config.train_projection and projection is not None:
         selected |= parameter_refs(projection, PROJECTION_PREFIX)
@@ -83,24 +97,25 @@ def _trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
 
 
 def _write(
+    model: TextToImage,
+    config: TrainModelConfig,
     folder: RunFolder,
     values: Mapping[str, Tensor],
-    config: TrainModelConfig,
-    projection: nn.Module | None,
     ending: Mapping[str, Any],
 ) -> None:
+    """Writes the trained weights, and the whole projection whether it trained or not."""
+    projection, tensors = model.text_encoder.projection, dict(values)
     about = {"run": config.run_name, "train": config.train, **ending}
-    whole = dict(values)
     if projection is not None:
         about["projection"] = projection.config()
-        whole = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | whole
-    write_tensors(folder.path / ARTIFACT, whole, {"retune.run": json.dumps(about)})
+        tensors = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | tensors
+    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)})
 
 
-def read_trained(path: Path) -> TrainedModel:
-    """The result of a run from its file."""
-    tensors, metadata = read_tensors(path)
+def read_trained_model(folder: Path) -> TrainedModel:
+    """The result of a run from its folder."""
+    file = Path(folder) / ARTIFACT
+    tensors, metadata = read_tensors(file)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}
     projection = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
-    config = json.loads(metadata["retune.run"]).get("projection", {})
-    return TrainedModel(Path(path), unet, projection, config)
+    return TrainedModel(file, unet, projection, json.loads(metadata["retune.run"]).get("projection", {}))

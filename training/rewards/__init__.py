@@ -1,1 +1,1 @@
-"""Scores of images whose gradient reaches the pixels: towers, heads, sums of several, diversity."""
+"""Scores of images, differentiable to their pixels: CLIP towers, aesthetic heads, weighted sums, diversity."""

@@ -1,4 +1,5 @@
-"""Random crops and resizes of what a reward sees, so that a pattern which fools it at one place and size pays less."""
+"""Random crops and resizes of images before they are scored, so that a pattern which fools a reward at one place and
+size scores less."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from .preprocess import resize
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Ranges of the draws; 1 leaves that one out."""
+    """Ranges of the random crop and resize; 1 turns one of them off."""
 
     smallest_crop: float = 0.8
-    """Side of the smallest crop over the picture's, in 0..1."""
+    """Side of the smallest crop as a share of the picture's, in 0..1."""
     smallest_resize: float = 0.5
-    """The crop is made this much smaller at most before it gets the picture's size again, in 0..1."""
+    """Lowest factor by which the crop is resized before it is resized to the picture's size, in 0..1."""
 
     def __post_init__(self):
         for name in ("smallest_crop", "smallest_resize"):
@@ -26,15 +27,21 @@ class Augmentation:
 
 
 def augmented(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """(B, 3, H, W) images, each cropped and resized as drawn for it, at their old size; differentiable.
+    """Crops and resizes each image at random and returns it at its former size; differentiable.
 
-    generator: on the CPU; four numbers an image are drawn from it.
+    Args:
+        images: (B, 3, H, W).
+        augmentation: ranges of the draws.
+        generator: on the CPU; four numbers for each image are drawn from it.
     """
     draws = torch.rand(len(images), 4, generator=generator, dtype=torch.float64).tolist()
-    return torch.cat([_one(image[None], augmentation, *row) for image, row in zip(images, draws, strict=True)])
+    return torch.cat([_crop_resize(image[None], augmentation, *row) for image, row in zip(images, draws, strict=True)])
 
 
-def _one(image: Tensor, augmentation: Augmentation, crop: float, down: float, across: float, smaller: float) -> Tensor:
+def _crop_resize(
+    image: Tensor, augmentation: Augmentation, crop: float, down: float, across: float, smaller: float
+) -> Tensor:
+    """Augments (1, 3, H, W) by four numbers in 0..1: size of the crop, its place down and across, and the resize."""
     height, width = image.shape[-2:]
     share = 1 - crop * (1 - augmentation.smallest_crop)
     rows, columns = max(1, round(height * share)), max(1, round(width * share))

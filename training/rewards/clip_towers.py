@@ -1,4 +1,4 @@
-"""CLIP's image and text tower from files of either layout, Hugging Face's or OpenCLIP's; sizes from tensor shapes."""
+"""CLIP's image and text tower, from files in the layout of Hugging Face or OpenCLIP; sizes from tensor shapes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..models.clip import clip_config
+from ..models.clip import clip_config, load_clip_network
 from ..models.open_clip import VISUAL, to_transformers, vision_to_transformers
+from ..models.parameters import expect_tensors
 
 Activation = Literal["auto", "gelu", "quick_gelu"]
 VISION, TEXT = "vision_model.", "text_model."
+IMAGE_TOWER, TEXT_TOWER = "its image tower", "its text tower"
 _WRAPPERS = ("module.", "model.", "clip_model.", "clip.", "text.")
-"""What training code, and OpenCLIP for some of its models, puts before the names."""
+"""Prefixes that training code, and OpenCLIP for some of its models, adds to the names."""
 _HEADS_OF_WIDE = 16
-"""Attention heads of every image tower from width 1024 on (L, H, g, bigG); narrower ones have heads of 64."""
+"""Attention heads of every image tower of width 1024 or more (L, H, g, bigG); in narrower towers a head is 64 wide."""
 _GELU_FROM = 1280
 """Width of the narrowest common image tower that was trained with the exact GELU."""
 
 
 @dataclass(frozen=True)
 class TowerState:
-    """A file's tensors under transformers' names, `vision_model.` and `text_model.` left out; empty: not in it."""
+    """A file's tensors by tower under transformers' names, `vision_model.` and `text_model.` removed; may be empty."""
 
     vision: dict[str, Tensor] = field(default_factory=dict)
     text: dict[str, Tensor] = field(default_factory=dict)
@@ -36,7 +37,7 @@ class TowerState:
 
 
 def tower_state(state: Mapping[str, Tensor]) -> TowerState:
-    """Sorts the tensors of a file of either layout; what belongs to no tower is left out."""
+    """Sorts the tensors of a file in either layout by tower; others are left out."""
     state = {_bare(name): tensor for name, tensor in state.items()}
     if any(name.startswith(VISUAL) for name in state):
         vision = vision_to_transformers(state)
@@ -57,11 +58,15 @@ def _bare(name: str) -> str:
 
 
 class Towers(nn.Module):
-    """Frozen image tower and, unless `text` is empty, text tower, in fp32.
+    """Frozen image tower and, unless the state's is empty, text tower, in fp32.
 
-    config: `vision_config` and `text_config` as CLIPConfig has them; None reads them from the shapes. activation:
-    "auto" takes quick_gelu below width 1280, as OpenAI's models have it; LAION's ViT-B and ViT-L need "gelu". Errors:
-    ValueError for a tower that lacks tensors.
+    Args:
+        state: the towers' tensors.
+        config: `vision_config` and `text_config` as CLIPConfig has them; None reads them from the shapes.
+        activation: "auto" is quick_gelu below width 1280, as in OpenAI's models; LAION's ViT-B and ViT-L need "gelu".
+
+    Raises:
+        ValueError: a tower lacks tensors, or the two project to different widths.
     """
 
     def __init__(self, state: TowerState, config: Mapping[str, Any] | None = None, activation: Activation = "auto"):
@@ -74,35 +79,35 @@ class Towers(nn.Module):
 
         super().__init__()
         self._checkpointed = False
-        _expect(state.vision, ("embeddings.patch_embedding.weight", "visual_projection.weight"), "image")
-        about = config["vision_config"] if config else vision_config(state.vision, activation)
-        vision = CLIPVisionConfig(**about)
+        expect_tensors(state.vision, ("embeddings.patch_embedding.weight", "visual_projection.weight"), IMAGE_TOWER)
+        vision = CLIPVisionConfig(**(config["vision_config"] if config else vision_config(state.vision, activation)))
         self.side, self.width = vision.image_size, vision.projection_dim
-        self.vision = _filled(CLIPVisionModelWithProjection, vision, state.vision, VISION, "image")
+        self.vision = load_clip_network(CLIPVisionModelWithProjection, vision, state.vision, VISION, IMAGE_TOWER)
         self.text = None
         if state.text:
-            _expect(state.text, ("embeddings.token_embedding.weight", "text_projection.weight"), "text")
-            about = config["text_config"] if config else clip_config(state.text) | {"hidden_act": vision.hidden_act}
-            self.text = _filled(CLIPTextModelWithProjection, CLIPTextConfig(**about), state.text, TEXT, "text")
+            expect_tensors(state.text, ("embeddings.token_embedding.weight", "text_projection.weight"), TEXT_TOWER)
+            values = config["text_config"] if config else clip_config(state.text) | {"hidden_act": vision.hidden_act}
+            text = CLIPTextConfig(**values)
+            self.text = load_clip_network(CLIPTextModelWithProjection, text, state.text, TEXT, TEXT_TOWER)
             _expect_equal_widths(self.width, self.text.config.projection_dim)
 
     @property
     def weight(self) -> Tensor:
-        """One of its weights, which tells device and dtype. (`device` is ComfyUI's to set on modules it manages.)"""
+        """One of its weights, for device and dtype. (ComfyUI sets an attribute `device` on modules that it manages.)"""
         return self.vision.visual_projection.weight
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
-        """(B, D) projected and of length 1; pixels: (B, 3, side, side), normalised as the tower was trained."""
+        """(B, D) projected embeddings of length 1; pixels: (B, 3, side, side), preprocessed."""
         return functional.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1)
 
     def text_embeddings(self, tokens: Tensor) -> Tensor:
-        """(B, D) projected and of length 1; tokens: (B, 77)."""
+        """(B, D) projected embeddings of length 1; tokens: (B, 77)."""
         return functional.normalize(self.text(input_ids=tokens.to(self.weight.device)).text_embeds, dim=-1)
 
     def checkpoint(self, enabled: bool) -> None:
-        """Whether the image tower keeps one activation a layer for the backward pass and computes the rest again.
+        """Turns activation checkpointing of the image tower's layers on or off.
 
-        Not by transformers' own switch, which has other names in other versions and needs training mode.
+        transformers' switch for it has other names in other versions and needs training mode, so it is not used.
         """
         self._checkpointed = enabled
         for layer in self.vision.vision_model.encoder.layers:
@@ -111,21 +116,21 @@ class Towers(nn.Module):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def activation_bytes(self, batch: int, gradient: bool = True) -> int:
-        """Bytes the image tower needs beside its weights: with `gradient` what autograd keeps of frozen layers, and
-        what one layer works with."""
-        about = self.vision.config
-        tokens = (about.image_size // about.patch_size) ** 2 + 1
-        width, hidden = about.hidden_size, about.intermediate_size
-        kept = width if self._checkpointed else 6 * width + hidden * (2 if about.hidden_act == "quick_gelu" else 1)
-        layers = about.num_hidden_layers * kept if gradient else 0
-        pixels = 4 * 3 * about.image_size**2
+        """Estimated bytes that the image tower needs in addition to its weights: the buffers of one layer and, with
+        `gradient`, the activations that autograd saves of frozen layers."""
+        config = self.vision.config
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        width, hidden = config.hidden_size, config.intermediate_size
+        saved = width if self._checkpointed else 6 * width + hidden * (2 if config.hidden_act == "quick_gelu" else 1)
+        layers = config.num_hidden_layers * saved if gradient else 0
+        pixels = 4 * 3 * config.image_size**2
         return batch * (tokens * (layers + 8 * width + 3 * hidden) + pixels) * self.weight.dtype.itemsize
 
 
 def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") -> dict[str, Any]:
     """CLIPVisionConfig values from tensor shapes."""
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
-    places = state["embeddings.position_embedding.weight"].shape[0] - 1
+    patches = state["embeddings.position_embedding.weight"].shape[0] - 1
     if activation == "auto":
         activation = "gelu" if width >= _GELU_FROM else "quick_gelu"
     return {
@@ -134,29 +139,10 @@ def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") 
         "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers.")),
         "num_attention_heads": _HEADS_OF_WIDE if width >= 1024 else max(1, width // 64),
         "projection_dim": state["visual_projection.weight"].shape[0],
-        "image_size": math.isqrt(places) * patch,
+        "image_size": math.isqrt(patches) * patch,
         "patch_size": patch,
         "hidden_act": activation,
     }
-
-
-def _filled(kind: type, config: Any, state: Mapping[str, Tensor], prefix: str, what: str) -> nn.Module:
-    """A model of transformers with a tower's tensors, frozen."""
-    with torch.device("meta"):
-        network = kind(config)
-    own = {name: name.removeprefix(prefix) for name in network.state_dict()}
-    _expect(state, own.values(), what)
-    network.load_state_dict({name: state[bare].float() for name, bare in own.items()}, assign=True)
-    for module in network.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
-    return network.eval().requires_grad_(False)
-
-
-def _expect(state: Mapping[str, Tensor], names, what: str) -> None:
-    missing = sorted(set(names) - state.keys())
-    if missing:
-        raise ValueError(f"its {what} tower lacks {len(missing)} tensors such as {missing[0]!r}.")
 
 
 def _expect_equal_widths(image: int, text: int) -> None:

@@ -1,4 +1,4 @@
-"""Several rewards as one: weighted, each divided by its running scale, up to a target where one is set."""
+"""Several rewards as one: a weighted sum, each divided by its running scale, up to a target where one is set."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Form = Literal["hinge", "distance"]
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One reward of a sum.
-
-    weight: 0 logs the reward without gradient; a negative one punishes. target: a raw score beyond which more is not
-    wanted. form: "hinge" counts min(r, target), so that a score above it has no gradient (ReFL, arXiv 2304.05977);
-    "distance" counts -|r - target|, which pulls back (AlignProp, arXiv 2310.03739).
-    """
+    """One reward of a sum."""
 
     reward: Reward
     weight: float = 1.0
+    """0 logs the reward without a gradient; a negative weight lowers the score."""
     target: float | None = None
+    """A raw score r that is high enough; None: higher is always better."""
     form: Form = "hinge"
+    """With a target: "hinge" is min(r, target), without gradient above the target (ReFL, arXiv 2304.05977); "distance"
+    is -|r - target|, which lowers scores above it (AlignProp, arXiv 2310.03739)."""
 
     def __post_init__(self):
         if self.form not in get_args(Form):
             raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}.")
 
     def shaped(self, raw: Tensor) -> Tensor:
+        """Raw scores with the target applied."""
         if self.target is None:
             return raw
         return raw.clamp(max=self.target) if self.form == "hinge" else -(raw - self.target).abs()
@@ -44,15 +44,17 @@ class Term:
 
 @dataclass(frozen=True)
 class CombinedScores:
-    """total: (B,), what is maximised. raw and normalised: (B,) by term name, detached; total is the weighted sum of the
-    normalised ones."""
+    """Scores of a batch of images, in all and by term."""
 
     total: Tensor
+    """(B,), the weighted sum of the normalised scores: the objective."""
     raw: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) by term, detached, as the rewards return them."""
     normalised: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) by term, detached, with target and running scale applied."""
 
     def means(self) -> dict[str, float]:
-        """What a log shows: "reward", and `<name>` and `<name> normalised` of each term."""
+        """Means over the batch for the metrics: "reward", and `<name>` and `<name> normalised` of each term."""
         figures = {"reward": self.total.mean().item()}
         for name in self.raw:
             figures |= {name: self.raw[name].mean().item(), f"{name} normalised": self.normalised[name].mean().item()}
@@ -62,9 +64,14 @@ class CombinedScores:
 class CombinedReward:
     """total_i = sum over terms k of weight_k x shaped_k(r_ki) / s_k, with s_k the term's `RunningScale`.
 
-    Scoring changes nothing; `observe` takes a step's scores into the scales, so a run is a function of `state`. Names
-    are the rewards', numbered where two are alike. augmentation: applied where a generator is given, one draw an image
-    for all terms. Errors: ValueError for no terms.
+    Scoring has no side effects; `observe` updates the scales by a step's scores, so a run is a function of `state`.
+
+    Args:
+        terms: one or more. A term is named after its reward, with a number from the second of a name on.
+        augmentation: applied where a generator is given, with one draw for each image, the same for all terms.
+
+    Raises:
+        ValueError: there are no terms.
     """
 
     typical_scale = 1.0
@@ -82,38 +89,49 @@ class CombinedReward:
         self.reads_prompts = any(term.reward.reads_prompts for term in terms)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Each term for a file's metadata: its name, weight, limit if there is one, and the files it was read from."""
-        found = []
+        """For a file's metadata: reward, weight, target and form (with a target), and names of files of each term."""
+        terms = []
         for name, term in self.terms.items():
             limit = {} if term.target is None else {"target": term.target, "form": term.form}
-            found.append({"reward": name, "weight": term.weight, **limit, "files": list(term.reward.files)})
-        return found
+            terms.append({"reward": name, "weight": term.weight, **limit, "files": list(term.reward.files)})
+        return terms
 
     def reset(self) -> None:
-        """The running scales as at the start of a run."""
+        """Sets the running scales as at the start of a run."""
         self.scales = {name: RunningScale(term.reward.typical_scale) for name, term in self.terms.items()}
 
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> CombinedScores:
-        """Scores of (B, 3, H, W) images in 0..1, `total` differentiable to them; generator: draws the augmentation."""
+        """Scores of images, with `total` differentiable to them.
+
+        Args:
+            images: (B, 3, H, W) in 0..1.
+            prompts: one for each image.
+            generator: draws the augmentation; None: none is applied.
+        """
         expect_a_prompt_each(images, prompts)
-        images = self._seen(images, generator)
-        parts = {name: self._part(name, images, prompts) for name in self.terms}
-        return self._joined(parts)
+        images = self._augmented(images, generator)
+        return self._sum({name: self._part(name, images, prompts) for name in self.terms})
 
     def value_and_gradient(
         self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> tuple[CombinedScores, Tensor]:
         """The scores, detached, and d sum(total) / d images, with one reward's graph in memory at a time.
 
-        Raises ValueError for a reward with a weight and without a gradient.
+        Args:
+            images: (B, 3, H, W) in 0..1.
+            prompts: one for each image.
+            generator: draws the augmentation; None: none is applied.
+
+        Raises:
+            ValueError: a reward has a weight other than 0 and is not differentiable.
         """
         expect_a_prompt_each(images, prompts)
         with torch.enable_grad():
             leaf = images.detach().requires_grad_(True)
-            seen = self._seen(leaf, generator)
-            cut = seen.detach().requires_grad_(True)
+            scored = self._augmented(leaf, generator)
+            cut = scored.detach().requires_grad_(True)
             parts = {}
             for name in self.terms:
                 raw, part = self._part(name, cut, prompts)
@@ -127,9 +145,9 @@ class CombinedReward:
                     (weight * part).sum().backward()
                 parts[name] = (raw, part.detach())
             gradient = torch.zeros_like(cut) if cut.grad is None else cut.grad
-            if seen is not leaf:
-                (gradient,) = torch.autograd.grad(seen, leaf, gradient)
-        return self._joined(parts), gradient
+            if scored is not leaf:
+                (gradient,) = torch.autograd.grad(scored, leaf, gradient)
+        return self._sum(parts), gradient
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) totals without augmentation."""
@@ -137,7 +155,7 @@ class CombinedReward:
 
     @torch.no_grad()
     def comparable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) totals in the terms' typical scales, whatever was observed: they compare from step to step."""
+        """(B,) totals with the terms' typical scales in place of the running ones, comparable from step to step."""
         expect_a_prompt_each(images, prompts)
         total = torch.zeros(len(images))
         for term in self.terms.values():
@@ -146,22 +164,22 @@ class CombinedReward:
         return total
 
     def observe(self, scores: CombinedScores) -> None:
-        """Takes raw scores into the running scales; call it once a step, after the step's gradient."""
+        """Updates the running scales by raw scores; call it once a step, after the step's gradient."""
         for name, raw in scores.raw.items():
             self.scales[name].update(raw.double().tolist())
 
     def state(self) -> dict[str, dict[str, float]]:
-        """The running scales, for a run's state; JSON keeps them exactly."""
+        """The running scales for a run's state, exact in JSON."""
         return {name: scale.state() for name, scale in self.scales.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Goes on from `state()`. ValueError for that of other rewards."""
+        """Restores the running scales from `state()`. Raises ValueError for those of other rewards."""
         if list(state) != list(self.terms):
             raise ValueError(f"the state is of {', '.join(state)}; expected {', '.join(self.terms)}.")
         self.scales = {name: RunningScale(**values) for name, values in state.items()}
 
     def image_embeddings(self, images: Tensor) -> Tensor:
-        """The first reward's."""
+        """Embeddings by the first reward's image tower; see `Reward`."""
         return next(iter(self.terms.values())).reward.image_embeddings(images)
 
     def checkpoint(self, enabled: bool) -> None:
@@ -169,10 +187,10 @@ class CombinedReward:
             term.reward.checkpoint(enabled)
 
     def activation_bytes(self, batch: int, gradient: bool = True) -> int:
-        """As of `evaluate`, which holds all graphs together; `value_and_gradient` needs the largest of them."""
+        """Bytes for `evaluate`, which holds all rewards' graphs; `value_and_gradient` needs the largest of them."""
         return sum(term.reward.activation_bytes(batch, gradient) for term in self.terms.values())
 
-    def _seen(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _augmented(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.augmentation is None or generator is None:
             return images
         return augmented(images, self.augmentation, generator)
@@ -184,18 +202,18 @@ class CombinedReward:
             raw = term.reward.scores(images, prompts)
             return raw.detach(), term.shaped(raw) / self.scales[name].scale
 
-    def _joined(self, parts: Mapping[str, tuple[Tensor, Tensor]]) -> CombinedScores:
+    def _sum(self, parts: Mapping[str, tuple[Tensor, Tensor]]) -> CombinedScores:
         device = next(iter(parts.values()))[1].device
         total = sum(self.terms[name].weight * part.to(device) for name, (_, part) in parts.items())
-        raw = {name: one for name, (one, _) in parts.items()}
+        raw = {name: scores for name, (scores, _) in parts.items()}
         return CombinedScores(total, raw, {name: part.detach() for name, (_, part) in parts.items()})
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    """The names, with a number from the second of a kind on."""
-    seen: Counter[str] = Counter()
+    """The names, with a number from the second occurrence of each on."""
+    counts: Counter[str] = Counter()
     result = []
     for name in names:
-        seen[name] += 1
-        result.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+        counts[name] += 1
+        result.append(name if counts[name] == 1 else f"{name} {counts[name]}")
     return result

@@ -1,4 +1,4 @@
-"""How different images are from each other: the measure of a collapse, which no reward shows."""
+"""How different images are from each other: measures of a collapse, which no reward detects."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 
 @dataclass(frozen=True)
 class Diversity:
-    """vendi: 1 (all alike) to `count` (all different). distance: mean 1 - cosine of pairs, 0..2. lpips: mean over
-    pairs, or None where its package or weights are not installed."""
+    """Measures of the diversity of a set of images."""
 
     count: int
+    """Number of images."""
     vendi: float
+    """Vendi score: 1 (all equal) to `count` (all different)."""
     distance: float
+    """Mean of 1 - cosine over pairs, 0..2."""
     lpips: float | None = None
+    """Mean LPIPS over pairs; None where its package or weights are not installed."""
 
     @classmethod
     def of(cls, embeddings: Tensor, lpips: float | None = None) -> Diversity:
-        """Of (n, D) embeddings of length 1, n >= 2."""
+        """The diversity of (n, D) embeddings of length 1, n >= 2."""
         return cls(len(embeddings), vendi_score(embeddings), mean_pairwise_distance(embeddings), lpips)
 
     @property
     def spread(self) -> float:
-        """(vendi - 1) / (count - 1): 0 (all alike) to 1, in which a loss shows where vendi itself stays near 1."""
+        """(vendi - 1) / (count - 1), 0 (all equal) to 1; unlike vendi it falls to 0 however few images there are."""
         return (self.vendi - 1) / (self.count - 1)
 
     def text(self) -> str:
+        """The measures for people, one a line."""
         lpips = "left out (package or weights not installed)" if self.lpips is None else f"{self.lpips:.4f}"
         return (
             f"{self.count} images\nVendi score: {self.vendi:.3f} (1: all alike, {self.count}: all different)\n"
@@ -47,10 +51,17 @@ class Diversity:
 
 @torch.no_grad()
 def diversity(images: Tensor, reward: Reward, lpips: bool = True) -> Diversity:
-    """Of (N, 3, H, W) images in 0..1, on the reward's image tower; lpips: also that, where it can be.
+    """The diversity of images, by the embeddings of a reward's image tower.
 
-    One prompt's images tell how varied the model is; those of many prompts, mostly how varied the prompts are. Errors:
-    ValueError for fewer than two images.
+    Images of one prompt measure the model's variety; images of many prompts mostly that of the prompts.
+
+    Args:
+        images: (N, 3, H, W) in 0..1.
+        reward: has the image tower.
+        lpips: whether LPIPS is measured too, where it is installed.
+
+    Raises:
+        ValueError: there are fewer than two images.
     """
     if len(images) < 2:
         raise ValueError(f"images are {len(images)}; expected two or more to compare.")
@@ -59,10 +70,8 @@ def diversity(images: Tensor, reward: Reward, lpips: bool = True) -> Diversity:
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """exp(-sum l log l) over the eigenvalues l of K / n, K the cosines of (n, D) embeddings of length 1, in float64.
-
-    Friedman & Dieng 2022, arXiv 2210.02410: the effective number of different items, 1 to n.
-    """
+    """Effective number of different items, 1 to n, of (n, D) embeddings of length 1 (Friedman & Dieng 2022, arXiv
+    2210.02410): exp(-sum l log l) over the eigenvalues l of K / n, with K their cosines; in float64."""
     vectors = embeddings.detach().double().cpu()
     values = torch.linalg.eigvalsh(vectors @ vectors.T / len(vectors)).clamp(min=0)
     return torch.special.entr(values).sum().exp().item()

@@ -1,4 +1,4 @@
-"""Aesthetic heads: small networks on a CLIP's image embedding, as LAION publishes them, and the demo model's."""
+"""Aesthetic heads: small networks over a CLIP's image embedding, LAION's and the demo model's."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch
 from torch import Tensor, nn
 
 PLAIN_LAYERS = (0, 2, 4, 6, 7)
-"""Places of the linear layers of `sac+logos+ava1-l14-linearMSE` in its nn.Sequential, dropouts between them."""
+"""Indices of the linear layers of `sac+logos+ava1-l14-linearMSE` in its nn.Sequential, with dropouts between them."""
 RELU_LAYERS = (0, 3, 6, 9, 11)
-"""Those of `...-reluMSE`."""
+"""Likewise of `sac+logos+ava1-l14-reluMSE`."""
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)")
 
 
 def read_head(state: Mapping[str, Tensor]) -> nn.Module:
-    """(B, D) embeddings of length 1 to (B, 1) scores, frozen, in fp32.
+    """A frozen head in fp32 from a file's tensors: (B, D) embeddings of length 1 to (B, 1) scores.
 
-    LAION's V2 (`layers.{0,2,4,6,7}`: five linear layers without activation, folded into one), its variant with ReLU
-    (`layers.{0,3,6,9,11}`), and a single linear layer (`weight`, `bias`: V1, the demo). Errors: ValueError for others.
+    Reads LAION's V2 (`layers.{0,2,4,6,7}`: five linear layers without activation, folded into one), its variant with
+    ReLU (`layers.{0,3,6,9,11}`), and a single linear layer (`weight`, `bias`: V1, the demo). Raises ValueError for
+    other tensors.
     """
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        found = _LAYER.fullmatch(name)
-        if found:
-            layers.setdefault(int(found[1]), {})[found[2]] = tensor
+        match = _LAYER.fullmatch(name)
+        if match:
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
     if not layers and state.keys() >= {"weight", "bias"}:
         layers = {0: {"weight": state["weight"], "bias": state["bias"]}}
-    places = tuple(sorted(layers))
-    if places not in (PLAIN_LAYERS, RELU_LAYERS, (0,)) or any(len(layer) < 2 for layer in layers.values()):
+    indices = tuple(sorted(layers))
+    if indices not in (PLAIN_LAYERS, RELU_LAYERS, (0,)) or any(len(layer) < 2 for layer in layers.values()):
         raise ValueError(
             "it holds no aesthetic head; expected layers.0.weight and on (LAION's V2), or weight and bias alone (V1)."
         )
-    linear = [_linear(layers[place]["weight"], layers[place]["bias"]) for place in places]
-    if places == RELU_LAYERS:
+    linear = [_linear(layers[index]["weight"], layers[index]["bias"]) for index in indices]
+    if indices == RELU_LAYERS:
         steps = [step for layer in linear for step in (layer, nn.ReLU())][:-1]
         head: nn.Module = nn.Sequential(*steps)
     else:
@@ -51,7 +52,7 @@ def head_width(head: nn.Module) -> int:
 
 @torch.no_grad()
 def folded(layers: list[nn.Linear]) -> nn.Linear:
-    """One linear layer that equals them in turn: W = Wn ... W1, b = Wn(... W2 b1 + b2 ...) + bn, in float64."""
+    """One linear layer equal to several applied in turn: W = Wn ... W1, b = Wn(... W2 b1 + b2 ...) + bn, in float64."""
     weight, bias = layers[0].weight.double(), layers[0].bias.double()
     for layer in layers[1:]:
         weight = layer.weight.double() @ weight

@@ -1,4 +1,4 @@
-"""From a description to a reward. Errors say which file is wanted, where it comes from and where to put it."""
+"""Loads a reward from a config. Errors name the missing file, its source and its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..common.files import read_pickle, read_tensors
 from ..demo.files import weights_path
 from .clip_towers import Activation, Towers, TowerState, tower_state
 from .heads import read_head
-from .preprocess import View, half_view
+from .preprocess import Preprocess, half_range
 from .reward import AestheticReward, ClipReward, Reward
 from .tokens import ClipTokens
 
@@ -46,24 +46,24 @@ TYPICAL_SCALE = {
     "demo aesthetic": 2.0,
     "demo CLIP": 0.045,
 }
-"""Rough standard deviation of the scores of a base model's images over prompts; of the demo's, measured."""
+"""Rough standard deviation of scores over prompts, for images of a base model; measured for the demo's rewards."""
 OPENCLIP_PAD = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """A reward by kind and files; the demo kinds need none."""
+    """A reward by kind and files; the demo kinds need no files."""
 
     kind: RewardKind
-    """aesthetic (LAION), PickScore, HPSv2 (and 2.1), CLIP (the cosine of any CLIP), or the demo model's own two."""
+    """aesthetic (LAION), PickScore, HPSv2 (and 2.1), CLIP (the cosine of any CLIP), or one of the demo model's two."""
     file: Path | None = None
     """Head of the aesthetic; PickScore's, HPSv2's or a CLIP's towers. For a CLIP of two files, its text tower."""
     image_tower: Path | None = None
     """Image tower when `file` holds none: OpenAI's ViT-L/14 for the aesthetic."""
     tokenizer: Path | None = None
-    """CLIP tokenizer folder; the demo has its own."""
+    """CLIP tokenizer folder; not needed for the demo kinds."""
     comfyui: Path | None = None
-    """An installed ComfyUI, to take the tokenizer from."""
+    """Folder of an installed ComfyUI, whose tokenizer is used where none is given."""
     activation: Activation = "auto"
     """auto: quick_gelu below width 1280, as OpenAI's CLIPs have it. LAION's and other ViT-B and ViT-L need gelu."""
 
@@ -73,8 +73,10 @@ class RewardConfig:
 
 
 def load_reward(config: RewardConfig) -> Reward:
-    """The reward, frozen, in fp32, on the CPU. Errors: ValueError and FileNotFoundError for a missing or wrong file,
-    with the name of the one wanted, its source page and its folder."""
+    """The reward of a config, frozen, in fp32, on the CPU.
+
+    Raises ValueError or FileNotFoundError for a wrong or missing file, with its name, source page and folder.
+    """
     if config.kind.startswith("demo"):
         return _demo(config.kind)
     reward = _aesthetic(config) if config.kind == "aesthetic" else _by_prompt(config)
@@ -84,29 +86,31 @@ def load_reward(config: RewardConfig) -> Reward:
 
 def _demo(kind: RewardKind) -> Reward:
     tensors, metadata = read_tensors(weights_path("scorer.safetensors"))
-    state, about = tower_state(tensors), json.loads(metadata["retune.config"])
+    state, config = tower_state(tensors), json.loads(metadata["retune.config"])
     scale = TYPICAL_SCALE[kind]
     if kind == "demo aesthetic":
-        towers = Towers(TowerState(state.vision), about)
+        towers = Towers(TowerState(state.vision), config)
         head = read_head(read_tensors(weights_path("aesthetic.safetensors"))[0])
-        return AestheticReward(kind, towers, head, half_view(towers.side), typical_scale=scale)
-    towers = Towers(state, about)
-    tokens = ClipTokens(weights_path("clip_tokenizer"), about["text_config"]["vocab_size"])
-    return ClipReward(kind, towers, tokens, half_view(towers.side), typical_scale=scale)
+        return AestheticReward(kind, towers, head, half_range(towers.side), typical_scale=scale)
+    towers = Towers(state, config)
+    tokens = ClipTokens(weights_path("clip_tokenizer"), config["text_config"]["vocab_size"])
+    return ClipReward(kind, towers, tokens, half_range(towers.side), typical_scale=scale)
 
 
 def _aesthetic(config: RewardConfig) -> Reward:
     head_state = _read(config.file, config.kind, "a head", HEAD_SOURCE)
     tower_file = config.image_tower or config.file
     tensors = head_state if config.image_tower is None else _read(tower_file, config.kind, "a tower", TOWER_SOURCE)
-    with _named(config.file, HEAD_SOURCE):
+    with _file_errors(config.file, HEAD_SOURCE):
         head = read_head(head_state)
     vision = tower_state(tensors).vision
     if not vision and config.image_tower is None:
         raise ValueError(f"aesthetic has no image tower; expected OpenAI's ViT-L/14. {TOWER_SOURCE}")
-    with _named(tower_file, TOWER_SOURCE):
+    with _file_errors(tower_file, TOWER_SOURCE):
         towers = Towers(TowerState(vision), activation=config.activation)
-        return AestheticReward(config.kind, towers, head, View(towers.side), typical_scale=TYPICAL_SCALE[config.kind])
+        return AestheticReward(
+            config.kind, towers, head, Preprocess(towers.side), typical_scale=TYPICAL_SCALE[config.kind]
+        )
 
 
 def _by_prompt(config: RewardConfig) -> Reward:
@@ -114,25 +118,24 @@ def _by_prompt(config: RewardConfig) -> Reward:
     given = [path for path in (config.file, config.image_tower) if path is not None]
     states = [tower_state(_read(path, config.kind, "towers", source)) for path in given or [None]]
     state = TowerState(
-        next((one.vision for one in reversed(states) if one.vision), {}),
-        next((one.text for one in states if one.text), {}),
-        next((one.logit_scale for one in states if one.logit_scale is not None), None),
+        next((part.vision for part in reversed(states) if part.vision), {}),
+        next((part.text for part in states if part.text), {}),
+        next((part.logit_scale for part in states if part.logit_scale is not None), None),
     )
-    with _named(given[0], source):
+    with _file_errors(given[0], source):
         if not state.text:
             raise ValueError("it holds no text tower; expected image and text tower in one file.")
         towers = Towers(state, activation=config.activation)
         factor = _factor(config.kind, state)
-    about = towers.text.config
+    text = towers.text.config
     pad = None if config.kind == "CLIP" else OPENCLIP_PAD
-    tokens = ClipTokens(_tokenizer(config), about.vocab_size, about.max_position_embeddings, pad)
+    tokens = ClipTokens(_tokenizer(config), text.vocab_size, text.max_position_embeddings, pad)
     scale = TYPICAL_SCALE[config.kind]
-    return ClipReward(config.kind, towers, tokens, View(towers.side), factor=factor, typical_scale=scale)
+    return ClipReward(config.kind, towers, tokens, Preprocess(towers.side), factor=factor, typical_scale=scale)
 
 
 def _factor(kind: RewardKind, state: TowerState) -> float:
-    """PickScore multiplies the cosine by its learned temperature (Kirstain et al. 2023, arXiv 2305.01569); the others
-    are plain cosines."""
+    """The factor of the cosine: PickScore's learned temperature (Kirstain et al. 2023, arXiv 2305.01569), else 1."""
     if kind != "PickScore":
         return 1.0
     if state.logit_scale is None:
@@ -152,7 +155,7 @@ def _tokenizer(config: RewardConfig) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a pickle, out of `{"state_dict": ...}` where they lie in that."""
+    """The tensors of a safetensors file or a pickle, including those nested as `{"state_dict": ...}`."""
     if path.suffix.lower() in (".safetensors", ".sft"):
         return read_tensors(path)[0]
     content: Any = read_pickle(path)
@@ -163,17 +166,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _read(path: Path | None, kind: RewardKind, what: str, source: str) -> dict[str, Tensor]:
+def _read(path: Path | None, kind: RewardKind, content: str, source: str) -> dict[str, Tensor]:
     if path is None:
-        raise ValueError(f"{kind} needs a file with {what} and none is chosen. {source}")
+        raise ValueError(f"{kind} needs a file with {content} and none is chosen. {source}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a file with {what} for {kind}. {source}")
-    with _named(None, source):
+        raise FileNotFoundError(f"{path} does not exist; expected a file with {content} for {kind}. {source}")
+    with _file_errors(None, source):
         return read_state(path)
 
 
-class _named:
-    """Adds the file's name before, and its source after, a ValueError raised inside."""
+class _file_errors:
+    """Context manager that adds a file's name and source to a ValueError raised inside."""
 
     def __init__(self, path: Path | None, source: str):
         self._path, self._source = path, source
@@ -183,5 +186,5 @@ class _named:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, ValueError):
-            before = f"{self._path.name} does not fit: " if self._path else ""
-            raise ValueError(f"{before}{error} {self._source}") from error
+            prefix = f"{self._path.name} does not fit: " if self._path else ""
+            raise ValueError(f"{prefix}{error} {self._source}") from error

@@ -1,4 +1,4 @@
-"""Rewards as the command line describes them: "PickScore,file=PickScore_v1.safetensors,weight=2"."""
+"""Parses the rewards of the command line, such as "PickScore,file=PickScore_v1.safetensors,weight=2"."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ _TERM = ("weight", "target", "form")
 
 
 def read_rewards(texts: Sequence[str], tokenizer: Path | None = None, comfyui: Path | None = None) -> CombinedReward:
-    """The rewards that texts such as "PickScore,file=a.safetensors,weight=2" describe, on the CPU.
+    """Loads the rewards that texts describe, on the CPU.
 
-    Errors: ValueError for a name that there is not or a value that is no number, and those of `load_reward`.
+    Args:
+        texts: "<kind>,<name>=<value>,...", names being fields of RewardConfig and Term.
+        tokenizer: CLIP tokenizer folder for texts without one.
+        comfyui: folder of an installed ComfyUI for texts without one.
+
+    Raises:
+        ValueError: a name is unknown or a value is no number; also as `load_reward`.
+        FileNotFoundError: as `load_reward`.
     """
     terms = []
     for text in texts:
         kind, *given = (part.strip() for part in text.split(","))
         values: dict[str, Any] = dict(part.partition("=")[::2] for part in given)
-        known = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
-        for name in values.keys() - known:
-            raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(known))}.")
+        names = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
+        for name in values.keys() - names:
+            raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(names))}.")
         values |= {name: Path(values[name]) for name in _PATHS if name in values}
         values |= {name: _number(text, name, values[name]) for name in ("weight", "target") if name in values}
         shape = {name: values.pop(name) for name in _TERM if name in values}

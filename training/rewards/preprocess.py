@@ -1,9 +1,9 @@
-"""Pictures as a CLIP's image tower reads them, differentiable everywhere.
+"""CLIP's preprocessing of images, differentiable everywhere.
 
-What offline scorers do with Pillow, on floats: bicubic resize with antialiasing of the shorter side, centre crop,
-normalisation. Nothing is rounded. Values outside 0..1, in the picture or as overshoot of the resize, count as 0 or 1,
-since a saved file holds no others; their gradient passes as if they did not (straight-through, Bengio et al. 2013,
-arXiv 1308.3432), so that a saturated pixel still learns.
+The steps of offline scorers with Pillow, on floats and without rounding: bicubic resize with antialiasing of the
+shorter side, centre crop, normalisation. Values outside 0..1, in the picture or as overshoot of the resize, are
+clamped, since a saved file holds no others; the gradient passes the clamp unchanged (straight-through, Bengio et al.
+2013, arXiv 1308.3432), so that saturated pixels have one too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
-class View:
-    """What an image tower looks at: side in pixels, mean and standard deviation per channel."""
+class Preprocess:
+    """Resize, crop and normalisation of images for an image tower."""
 
     side: int
+    """Of the square that the tower reads, in pixels."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per channel, subtracted."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per channel, divided by after that."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in 0..1 to (B, 3, side, side), normalised; ValueError for another shape."""
@@ -32,9 +35,9 @@ class View:
         return (images - mean) / std
 
 
-def half_view(side: int) -> View:
-    """Mean 0.5 and standard deviation 0.5: 0..1 becomes -1..1."""
-    return View(side, (0.5,) * 3, (0.5,) * 3)
+def half_range(side: int) -> Preprocess:
+    """Preprocessing with mean and standard deviation 0.5, so that 0..1 becomes -1..1."""
+    return Preprocess(side, (0.5,) * 3, (0.5,) * 3)
 
 
 def clamp_straight_through(images: Tensor) -> Tensor:
@@ -59,13 +62,13 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def centre_crop(images: Tensor, side: int) -> Tensor:
-    """The middle square; where it cannot be exact, half a pixel to the even side, as torchvision's rounding gives."""
+    """The middle square; odd margins are rounded to even, as torchvision rounds them."""
     top, left = (int(round((length - side) / 2)) for length in images.shape[-2:])
     return images[..., top : top + side, left : left + side]
 
 
 def expect_finite(name: str, scores: Tensor) -> Tensor:
-    """The scores; ValueError where one is NaN or infinite."""
+    """Returns the scores; raises ValueError where one is NaN or infinite."""
     wrong = (~torch.isfinite(scores.detach())).sum().item()
     if wrong:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The running scale of one reward's scores, by which rewards of different size become comparable."""
+"""The running scale of a reward's scores, which makes rewards of different ranges comparable."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 PRIOR_COUNT = 16
-"""Scores that the typical scale counts as, so that the first batches, or a batch of equal scores, divide by no zero."""
+"""Weight of the prior in scores, so that the first batches, or equal scores, have a scale above 0."""
 
 
 @dataclass
 class RunningScale:
-    """Standard deviation over all scores so far, beginning at `prior`:
+    """Standard deviation over all scores so far, starting at `prior`:
 
         s = sqrt((PRIOR_COUNT prior^2 + sum (r_i - mean)^2) / (PRIOR_COUNT + count))
 
-    mean and sum of squares are updated score by score (Welford 1962), in float64. Nothing is forgotten: a moving window
-    would shrink as the images of a tuned model grow alike, and so raise the step just when they collapse.
+    mean and sum of squares are updated score by score (Welford 1962), in float64. All scores
+    count: the scale of a moving window would shrink as the images of a tuned model become similar, and so raise the
+    step just when they collapse.
     """
 
     prior: float
@@ -36,10 +37,10 @@ class RunningScale:
     def update(self, scores: Iterable[float]) -> None:
         for score in scores:
             self.count += 1
-            before = score - self.mean
-            self.mean += before / self.count
-            self.squares += before * (score - self.mean)
+            delta = score - self.mean
+            self.mean += delta / self.count
+            self.squares += delta * (score - self.mean)
 
     def state(self) -> dict[str, float]:
-        """Numbers that JSON keeps exactly."""
+        """The fields for a run's state, exact in JSON."""
         return asdict(self)

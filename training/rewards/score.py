@@ -1,4 +1,4 @@
-"""Scores of a set of images as numbers and as a picture."""
+"""Scores of a set of images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of images in their order. terms: raw scores by reward, where there are several."""
+    """Scores of images, in the images' order."""
 
     name: str
+    """Of the reward, or of all joined."""
     scores: tuple[float, ...]
     terms: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Raw scores by reward, where there are several."""
 
     @property
     def mean(self) -> float:
@@ -34,7 +36,7 @@ class ScoreTable:
         return _std(self.scores)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: scores, mean, std, reward; for several rewards `terms` with the same of each."""
+        """For JSON: scores, mean, std and reward; for several rewards also `terms`, with the first three of each."""
         result: dict[str, Any] = {"scores": list(self.scores), "mean": self.mean, "std": self.std, "reward": self.name}
         if self.terms:
             tables = {name: ScoreTable(name, scores) for name, scores in self.terms.items()}
@@ -49,11 +51,16 @@ def score_images(
     prompts: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoreTable:
-    """Scores (3, H, W) images in 0..1, of any sizes, image i by prompt i; they may be read as they are asked for.
+    """Scores a set of images.
 
-    A reward alone gives its raw scores; several their weighted sum, each divided by its running scale, and the raw
-    ones beside. progress: called with images done and in all. Errors: ValueError as the rewards', for no images, and
-    for another number of prompts.
+    Args:
+        reward: with one term, whose raw scores are returned, or several, whose totals and raw scores are.
+        images: (3, H, W) in 0..1, of any sizes; may be an iterator that loads them.
+        prompts: one for each image.
+        progress: called with the number of images done and of all.
+
+    Raises:
+        ValueError: there are no images or another number of prompts; also as `Reward.scores`.
     """
     raw: dict[str, list[float]] = {name: [] for name in reward.terms}
     total: list[float] = []
@@ -73,7 +80,7 @@ def score_images(
 
 
 def _batches(images: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """At most BATCH neighbours of one size."""
+    """Batches of at most BATCH consecutive images of one size."""
     for _, run in groupby(images, key=lambda image: image.shape):
         while batch := list(islice(run, BATCH)):
             yield batch

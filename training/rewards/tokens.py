@@ -1,4 +1,4 @@
-"""Prompts as a reward's text tower reads them; tokenizers come from a folder on this machine, never from elsewhere."""
+"""Tokens of prompts for a reward's text tower; tokenizers are read from a local folder, never downloaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
 
 class ClipTokens:
-    """A CLIP tokenizer: one window a prompt, of start, words, end and pads; longer prompts are cut, with a warning.
+    """A CLIP tokenizer: one window for each prompt, of start, tokens, end and pads; longer prompts are cut, with a
+    warning.
 
-    pad: id that fills the window; OpenCLIP's is 0, OpenAI's the end token, which None means. The text tower is causal
-    and read at the first end token, so pads change nothing, but tokenizer and tower stay as they were trained.
-    Errors: ValueError for a folder without tokenizer, or with another's than that of a tower with `vocabulary` words.
+    Args:
+        folder: of the tokenizer.
+        vocabulary: number of tokens of the text tower.
+        window: length of the window.
+        pad: id that fills the window: 0 for OpenCLIP; None, the end token, for OpenAI's CLIP. The text tower is causal
+            and read at the first end token, so pads do not change the embedding.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or one of another vocabulary.
     """
 
     def __init__(self, folder: Path, vocabulary: int, window: int = 77, pad: int | None = None):
@@ -49,10 +56,10 @@ class ClipTokens:
 
     def _row(self, prompt: str) -> list[int]:
         ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        words = [token for token in ids if token not in (self._begin, self._end)]
-        room = self.window - 2
-        if len(words) > room and not self._warned:
+        tokens = [token for token in ids if token not in (self._begin, self._end)]
+        most = self.window - 2
+        if len(tokens) > most and not self._warned:
             self._warned = True
-            log.warning("a prompt of %d tokens is cut to %d for the reward: %.80s", len(words), room, prompt)
-        words = words[:room]
-        return [self._begin, *words, self._end] + [self.pad] * (room - len(words))
+            log.warning("a prompt of %d tokens is cut to %d for the reward: %.80s", len(tokens), most, prompt)
+        tokens = tokens[:most]
+        return [self._begin, *tokens, self._end] + [self.pad] * (most - len(tokens))

@@ -48,6 +48,25 @@ def is_finished(
     return status["state"] == "finished" and at_end and same
 
 
+def saved_result(folder: RunFolder, kind: str, guard_step: int | None) -> tuple[dict[str, Tensor], int]:
+    """The weights that a result of kind "best" or "guard" has, and their step.
+
+    Args:
+        folder: the run's.
+        kind: from `result_kind`.
+        guard_step: the step that the guard chose.
+
+    Raises:
+        ValueError: no validation loss was a number, or the saved weights are not those of guard_step.
+    """
+    if kind == "guard":
+        return guarded_values(folder, guard_step), guard_step
+    best = best_values(folder)
+    if best is None:
+        raise ValueError("no validation loss was a number, so no weights are the best; expected result 'last'.")
+    return best[0], int(best[1]["step"])
+
+
 def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
     """Weights of the guard's best step. Raises ValueError for those of another step: a run that was killed after it and
     then asked for fewer steps than it had done."""

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from ..config.embedding import EmbeddingConfig
-from ..config.flags import field_docs
+from ..config.fields import field_docs
 from ..config.lora import LoraConfig
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig, TrainModelConfig

@@ -1,4 +1,4 @@
-"""Pictures from prompts through the model view: for previews, reports and measurements."""
+"""Pictures from prompts with a model under training: for previews, reports and measurements."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..models.protocols import Conditioning, TextEncoder, TextToImage
-from .ddim import ConditioningSchedule, initial_noise, sample
+from .ddim import GuidanceSchedule, initial_noise, sample
+from .guidance import Guidance
 
 TextOf = Callable[[str], Conditioning]
+"""prompt -> conditioning of batch 1 before the text encoder's projection."""
 
 
 def encode_with(encoder: TextEncoder) -> TextOf:
-    """prompt -> Conditioning of batch 1 before the projection, encoded anew each time."""
+    """A function that encodes a prompt anew at each call."""
     return lambda prompt: encoder.backbone(encoder.tokenize([prompt]))
 
 
@@ -48,38 +50,49 @@ def draw_latents(
     text_of: TextOf | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """One latent for each prompt of a width x height picture; latent i always starts from noise (seed, i).
+    """One latent (C, h, w) for each prompt, drawn by DDIM; the batch size changes nothing but rounding.
 
-    indices: other names of the latents' noise than their places.
-    text_of: as `heard_by` gives it, the default.
-    on_batch(done, total) is called after every sampler step and may raise to cancel.
+    Args:
+        model: what draws.
+        prompts: one for each picture.
+        width: of the pictures, in pixels.
+        height: likewise.
+        steps: number of sampler steps.
+        cfg: guidance scale; 1 draws without guidance.
+        seed: picture i starts from noise that depends on (seed, i) alone.
+        batch_size: pictures drawn at a time.
+        indices: numbers to use in place of the prompts' positions for the noise.
+        text_of: encodes a prompt, by default `encode_with` the model's text encoder; "" is the negative prompt.
+        on_batch: called with pictures done and in all after every sampler step; may raise to cancel.
     """
     denoiser, cells = model.denoiser, model.autoencoder.downscale
     text_of = text_of or encode_with(model.text_encoder)
     indices = range(len(prompts)) if indices is None else indices
     drawn: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        names = indices[start : start + len(part)]
-        noise = [initial_noise(denoiser, height // cells, width // cells, seed, name) for name in names]
-        cond = _heard(model, [text_of(prompt) for prompt in part])
-        uncond = _heard(model, [text_of("")] * len(part))
+        batch = prompts[start : start + batch_size]
+        numbers = indices[start : start + len(batch)]
+        noise = [initial_noise(denoiser, height // cells, width // cells, seed, number) for number in numbers]
+        positive = [text_of(prompt) for prompt in batch]
+        guidance = _guidance(model, positive, [text_of("")] * len(batch), cfg)
         on_step = None if on_batch is None else (lambda _, done=start: on_batch(done, len(prompts)))
-        drawn += sample(
-            denoiser, torch.stack(noise).to(denoiser.device), cond, uncond, steps=steps, cfg=cfg, on_step=on_step
-        )
+        drawn += sample(denoiser, torch.stack(noise).to(denoiser.device), guidance, steps, on_step)
         if on_batch:
             on_batch(len(drawn), len(prompts))
     return drawn
 
 
-def _heard(model: TextToImage, states: list[Conditioning]) -> ConditioningSchedule:
-    """What the denoiser hears of encoded prompts: always the same, or a function of the time, where that matters."""
+def _guidance(
+    model: TextToImage, positive: list[Conditioning], negative: list[Conditioning], cfg: float
+) -> GuidanceSchedule:
+    """Guidance by encoded prompts, projected once, or at every step where the projection depends on the time."""
     encoder, device = model.text_encoder, model.denoiser.device
-    states = [one.to(device) for one in states]
+    positive, negative = ([states.to(device) for states in part] for part in (positive, negative))
 
-    def at(time: Tensor) -> Conditioning:
-        return Conditioning.cat(encoder.project(one, time[None]) for one in states)
+    def at(time: Tensor | None = None) -> Guidance:
+        time = None if time is None else time[None]
+        both = (Conditioning.cat(encoder.project(states, time) for states in part) for part in (positive, negative))
+        return Guidance(*both, cfg)
 
     timed = encoder.projection is not None and encoder.projection.bands
-    return at if timed else Conditioning.cat(encoder.project(one) for one in states)
+    return at if timed else at()

@@ -1,9 +1,9 @@
-"""DDIM whose end is differentiated by what single steps read, one UNet graph at a time.
+"""DDIM whose end is differentiated with respect to what single steps read, one UNet graph at a time.
 
 A deterministic DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0) is affine in the network's output:
 x' = a x + b out. With the gradient stopped at the network's input (DRTune, arXiv 2405.00760) the end of the chain
-depends on the output of step i by d x_N / d out_i = b_i a_{i+1} ... a_{N-1} alone, a number. So each step can be gone
-through backward on its own, and peak memory does not grow with their count.
+depends on the output of step i by d x_N / d out_i = b_i a_{i+1} ... a_{N-1} alone, a number. So each step is
+back-propagated on its own, and peak memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.protocols import Conditioning, Denoiser
-from .ddim import timesteps
+from ..models.protocols import Denoiser
+from .ddim import noise_schedule, scale_noise
+from .guidance import Guidance, guided
 
 
 @dataclass(frozen=True)
@@ -31,55 +32,31 @@ class Step:
 
 
 OutputGradient = Callable[[int, Tensor], Tensor]
-"""Of a step's number and its output (B, C, h, w): the gradient there of something that is to be maximised as well."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What guidance reads: out = negative + cfg (positive - negative), arXiv 2207.12598; negative None without it."""
-
-    positive: Conditioning
-    negative: Conditioning | None = None
-    cfg: float = 1.0
-
-    def detached(self) -> Guidance:
-        """The same values as leaves that want a gradient."""
-        negative = None if self.negative is None else _leaves(self.negative)
-        return Guidance(_leaves(self.positive), negative, self.cfg)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Contexts and pooled outputs, the positive's first."""
-        found = [self.positive, *([] if self.negative is None else [self.negative])]
-        return [tensor for one in found for tensor in (one.context, one.pooled) if tensor is not None]
-
-
-def _leaves(one: Conditioning) -> Conditioning:
-    pooled = None if one.pooled is None else one.pooled.detach().requires_grad_(True)
-    return Conditioning(one.context.detach().requires_grad_(True), pooled, one.mask)
+"""(number of a step, its output (B, C, h, w)) -> gradient, at that output, of a further term of the objective."""
 
 
 def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float32) -> list[Step]:
-    """The steps of `sampling.ddim_steps`, the noisiest first, as numbers; their denoised latent is p x + q out."""
-    times = timesteps(count, len(denoiser.sigmas))
-    sigmas = [denoiser.sigmas[time].to(dtype) for time in times] + [torch.zeros((), dtype=dtype)]
+    """The steps of `ddim_steps`, noisiest first, as coefficients of x and of the network's output.
+
+    x' = (sigma' / sigma) x + (alpha' - sigma' alpha / sigma) D with D = p x + q out. Equal to the expression in
+    `ddim_steps` up to rounding; both are kept, because pictures and tuned models depend on each one's last bits.
+    """
+    alphas, sigmas = noise_schedule(denoiser, count, dtype)
     steps = []
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        p, q = _clean(denoiser, sigma)
-        ratio, share = following / sigma, 1 - following / sigma
-        if denoiser.prediction_type == "flow":
-            share = 1 - following - following * (1 - sigma) / sigma
-        steps.append(Step(sigma, ratio + share * p, share * q))
+    for i, sigma in enumerate(sigmas[:-1]):
+        p, q = _latent_coefficients(denoiser, sigma)
+        of_x, of_latent = sigmas[i + 1] / sigma, alphas[i + 1] - sigmas[i + 1] * alphas[i] / sigma
+        steps.append(Step(sigma, of_x + of_latent * p, of_latent * q))
     return steps
 
 
 def clean_step(denoiser: Denoiser, sigma: Tensor) -> Step:
-    """The step that ends at once: from x to the clean latent p x + q out that its output stands for; sigma: a scalar or
-    one a sample, (B,)."""
-    return Step(sigma, *_clean(denoiser, sigma))
+    """The step from a noisy latent x straight to the clean one, D = p x + q out; sigma: a scalar or one a sample."""
+    return Step(sigma, *_latent_coefficients(denoiser, sigma))
 
 
-def _clean(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _latent_coefficients(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """p and q of the clean latent D = p x + q out, from the denoiser's own formula at (x, out) = (1, 0) and (0, 1)."""
     shape = (sigma.numel(), 1, 1, 1)
     one, zero = sigma.new_ones(shape), sigma.new_zeros(shape)
     p, q = (denoiser.denoised(x, sigma.reshape(-1), out) for x, out in ((one, zero), (zero, one)))
@@ -87,23 +64,17 @@ def _clean(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_latent(denoiser: Denoiser, noise: Tensor, chain: Sequence[Step]) -> Tensor:
-    """Where a chain begins, in the sampler's space; noise: (B, C, h, w), standard normal."""
-    sigma = chain[0].sigma.to(noise)
-    return noise * sigma if denoiser.prediction_type == "flow" else noise * torch.sqrt(1 + sigma**2)
+    """The noisy latent that a chain starts from; noise: (B, C, h, w), standard normal."""
+    return scale_noise(denoiser, noise, chain[0].sigma.to(noise))
 
 
 def guided_output(denoiser: Denoiser, x: Tensor, step: Step, guidance: Guidance) -> Tensor:
     """The network's output (B, C, h, w) under guidance."""
-    sigma = step.sigma.to(x).expand(len(x))
-    if guidance.negative is None or guidance.cfg == 1.0:
-        return denoiser.predict(x, sigma, guidance.positive)
-    both = Conditioning.cat([guidance.positive, guidance.negative])
-    positive, negative = denoiser.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-    return negative + guidance.cfg * (positive - negative)
+    return guided(denoiser.predict, x, step.sigma.to(x).expand(len(x)), guidance)
 
 
 def advance(denoiser: Denoiser, x: Tensor, step: Step, guidance: Guidance, *, stop_gradient: bool = False) -> Tensor:
-    """One step on; stop_gradient: no gradient goes through what the network reads of x."""
+    """The latent after one step; stop_gradient: the network reads x detached."""
     out = guided_output(denoiser, x.detach() if stop_gradient else x, step, guidance)
     return step.a.to(x) * x + step.b.to(x) * out
 
@@ -116,7 +87,18 @@ def _no_pulse() -> None:
 def rollout(
     denoiser: Denoiser, x: Tensor, chain: Sequence[Step], guidance: Guidance, pulse: Callable[[], None] = _no_pulse
 ) -> list[Tensor]:
-    """The latents before each step, and the end: len(chain) + 1 of (B, C, h, w). pulse: called before each step."""
+    """Runs a whole chain without gradients.
+
+    Args:
+        denoiser: the network of the chain.
+        x: (B, C, h, w), the latent before the first step, as `first_latent` returns it.
+        chain: the steps.
+        guidance: the conditionings of all steps.
+        pulse: called before each step; may raise to cancel.
+
+    Returns:
+        The latents before each step, then the end: len(chain) + 1 tensors (B, C, h, w).
+    """
     states = [x]
     for step in chain:
         pulse()
@@ -131,19 +113,29 @@ def stepwise_gradient(
     chosen: Sequence[int],
     guidance: Guidance,
     end_gradient: Tensor,
-    wanted: Sequence[Tensor],
-    of_output: OutputGradient | None = None,
+    inputs: Sequence[Tensor],
+    output_gradient: OutputGradient | None = None,
     pulse: Callable[[], None] = _no_pulse,
 ) -> list[Tensor]:
-    """Gradient of a function of the chain's end with respect to `wanted`, through the outputs of the chosen steps.
+    """Gradient of a function of the chain's end through the network outputs of some steps, one step at a time.
 
-    states: as `rollout` gives them. guidance: its tensors may be among `wanted`, as may parameters of the network.
-    end_gradient: (B, C, h, w), the function's gradient at states[-1]. Equals back-propagation through the whole chain
-    with `stop_gradient`, all steps but the chosen ones held constant. of_output: adds a function of each chosen step's
-    output, by its gradient there. One tensor for each of `wanted`, zeros for those that no chosen step reads. pulse:
-    called before each of them.
+    Equals back-propagation through the whole chain with `stop_gradient`, all other steps' outputs held constant.
+
+    Args:
+        denoiser: the network of the chain.
+        states: the latents that `rollout` returned.
+        chain: the steps.
+        chosen: numbers of the steps whose outputs are differentiated.
+        guidance: the conditionings of all steps.
+        end_gradient: (B, C, h, w), the function's gradient at states[-1].
+        inputs: tensors to differentiate with respect to: those of `guidance`, parameters of the network.
+        output_gradient: adds a function of each chosen step's output, by its gradient there.
+        pulse: called before each chosen step; may raise to cancel.
+
+    Returns:
+        One gradient for each of `inputs`, zeros for those that no chosen step reads.
     """
-    total: list[Tensor | None] = [None] * len(wanted)
+    total: list[Tensor | None] = [None] * len(inputs)
     for number in chosen:
         pulse()
         weight = chain[number].b
@@ -152,14 +144,14 @@ def stepwise_gradient(
         with torch.enable_grad():
             out = guided_output(denoiser, states[number], chain[number], guidance)
             at_output = weight.to(out) * end_gradient
-            if of_output is not None:
-                at_output = at_output + of_output(number, out.detach())
-            found = torch.autograd.grad(out, wanted, at_output, allow_unused=True)
-        total = [_added(whole, part) for whole, part in zip(total, found, strict=True)]
-    return [torch.zeros_like(one) if part is None else part for one, part in zip(wanted, total, strict=True)]
+            if output_gradient is not None:
+                at_output = at_output + output_gradient(number, out.detach())
+            step_gradients = torch.autograd.grad(out, inputs, at_output, allow_unused=True)
+        total = [_sum(whole, part) for whole, part in zip(total, step_gradients, strict=True)]
+    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, total, strict=True)]
 
 
-def _added(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
+def _sum(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
     return whole if part is None else part if whole is None else whole + part
 
 
@@ -172,9 +164,16 @@ def joint_end(
     stop_gradient: bool,
     pulse: Callable[[], None] = _no_pulse,
 ) -> Tensor:
-    """The chain's end (B, C, h, w) with gradients through its last steps, so many.
+    """The chain's end (B, C, h, w) with the graph of its last steps, to back-propagate through them jointly.
 
-    states: as `rollout` gives them. stop_gradient: as for `advance`. pulse: called before each.
+    Args:
+        denoiser: the network of the chain.
+        states: the latents that `rollout` returned.
+        chain: the steps.
+        last: number of final steps in the graph.
+        guidance: the conditionings of all steps.
+        stop_gradient: the network reads each latent detached.
+        pulse: called before each of the last steps; may raise to cancel.
     """
     x = states[len(chain) - last]
     for step in chain[len(chain) - last :]:

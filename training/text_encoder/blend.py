@@ -1,4 +1,4 @@
-"""Weighted sums of text encoders, in their weights or in what they say (interpolation and mixing: arXiv 2403.18978)."""
+"""Blends text encoders: weighted sums of their weights or of their outputs (arXiv 2403.18978)."""
 
 from __future__ import annotations
 
@@ -16,98 +16,129 @@ from .projection import RESAMPLERS, Projection
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
-"""How far a sum of weights may be from 1 and still count as 1."""
+"""Largest difference from 1 of a sum of blend weights that counts as 1."""
 
 
-def read_weights(text: str, count: int) -> list[float]:
-    """Numbers between commas, semicolons or blanks, one for each of `count` encoders; a sum other than 1 is logged.
+def parse_weights(text: str, count: int) -> list[float]:
+    """Parses the blend weights of `count` text encoders; logs a warning if they do not sum to 1.
 
-    Raises ValueError for another count, for what is no finite number, and when all are 0.
+    Args:
+        text: Numbers separated by commas, semicolons or spaces.
+        count: Number of encoders.
+
+    Raises:
+        ValueError: The count differs, a part is no finite number, or all weights are 0.
     """
-    found = [part for part in re.split(r"[\s,;]+", text) if part]
+    parts = [part for part in re.split(r"[\s,;]+", text) if part]
     try:
-        weights = [float(part) for part in found]
+        weights = [float(part) for part in parts]
     except ValueError:
         weights = []
-    if len(weights) != len(found) or not all(map(math.isfinite, weights)):
+    if len(weights) != len(parts) or not all(map(math.isfinite, weights)):
         raise ValueError(f"weights is {text!r}; expected numbers such as 0.4, 0.6.")
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers ({text!r}); expected {count}, one for each text encoder.")
     if not any(weights):
         raise ValueError(f"weights is {text!r}; expected one other than 0.")
-    if not is_one(sum(weights)):
-        log.warning(
-            "the weights sum to %g, not to 1: what comes out is louder or quieter than the encoders", sum(weights)
-        )
+    if not is_close_to_one(sum(weights)):
+        log.warning("the weights sum to %g, not to 1: the output's std is another one than the encoders'", sum(weights))
     return weights
 
 
-def mix(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """sum_i w_i T_i in fp32, tensors of one shape; those of weight 0 are not read, NaN included.
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_i w_i T_i in fp32.
 
-    Exact where nothing is to be mixed: one tensor of weight 1, or equal tensors with weights that sum to 1.
+    A tensor of weight 0 is not read, even if it has NaN. The result is exact for a single tensor of weight 1, and for
+    equal tensors whose weights sum to 1.
+
+    Args:
+        weights: w_i.
+        tensors: T_i, of one shape.
     """
     used = [(weight, tensor.float()) for weight, tensor in zip(weights, tensors, strict=True) if weight]
     first = used[0][1]
-    if is_one(sum(weight for weight, _ in used)) and all(torch.equal(first, tensor) for _, tensor in used[1:]):
+    if is_close_to_one(sum(weight for weight, _ in used)) and all(torch.equal(first, tensor) for _, tensor in used[1:]):
         return first
     return sum(weight * tensor for weight, tensor in used)
 
 
-def shares(weights: Sequence[float], held: Sequence[bool]) -> list[float] | None:
-    """Weights of a part that not all encoders hold: those that do share it, and it keeps its size.
+def renormalised_weights(weights: Sequence[float], present: Sequence[bool]) -> list[float] | None:
+    """Blend weights for a tensor that some encoders lack: w_i / (sum of w over those that have it), 0 for the others.
 
-    w_i / (sum of w over the holders), 0 for the others; the weights as they are where all hold it. None when the
-    holders' weights sum to 0.
+    Args:
+        weights: w_i of all encoders.
+        present: Whether each encoder has the tensor.
+
+    Returns:
+        The new weights; the same ones if all encoders have the tensor, None if the sum is 0.
     """
-    if all(held):
+    if all(present):
         return list(weights)
-    total = sum(weight for weight, has in zip(weights, held, strict=True) if has)
+    total = sum(weight for weight, has in zip(weights, present, strict=True) if has)
     if abs(total) < TOLERANCE:
         return None
-    return [weight / total if has else 0.0 for weight, has in zip(weights, held, strict=True)]
+    return [weight / total if has else 0.0 for weight, has in zip(weights, present, strict=True)]
 
 
-def expect_alike(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]], number: int) -> None:
-    """Raises ValueError naming the first tensor (name -> shape) in which encoder `number` differs from encoder 1."""
+def expect_same_shapes(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]], number: int) -> None:
+    """Raises ValueError if an encoder has other tensors or shapes than encoder 1.
+
+    Args:
+        first: Tensor name -> shape of encoder 1.
+        other: Tensor name -> shape of the other encoder.
+        number: Number of the other encoder, for the message.
+    """
     for name in [*first, *(name for name in other if name not in first)]:
-        one, two = (tuple(shapes[name]) if name in shapes else None for shapes in (first, other))
-        if one != two:
+        expected, shape = (tuple(shapes[name]) if name in shapes else None for shapes in (first, other))
+        if expected != shape:
             raise ValueError(
-                f"text encoder {number} has {_shape(two)} for {name}, text encoder 1 has {_shape(one)}; expected "
+                f"text encoder {number} has {_format_shape(shape)} for {name}, text encoder 1 has "
+                f"{_format_shape(expected)}; expected "
                 'encoders of one architecture. Blend others in space "embeddings".'
             )
 
 
-def blend_conditioning(weights: Sequence[float], said: Sequence[Conditioning]) -> Conditioning:
-    """sum_i w_i c_i of contexts and of pooled outputs; encodings of weight 0 count as not there.
+def blend_conditioning(weights: Sequence[float], conditionings: Sequence[Conditioning]) -> Conditioning:
+    """sum_i w_i c_i of contexts and of pooled outputs.
 
-    A shorter context is lengthened (`lengthened`). A pooled output that only some have is shared by these (`shares`).
-    Masks are dropped. Raises ValueError for contexts or pooled outputs of different width or batch.
+    Conditionings of weight 0 are ignored. Shorter contexts are extended (`extend_context`). If only some conditionings
+    have a pooled output, their weights are renormalised for it (`renormalised_weights`). Masks are dropped.
+
+    Args:
+        weights: w_i.
+        conditionings: c_i.
+
+    Raises:
+        ValueError: Contexts or pooled outputs differ in width or batch size.
     """
-    used = [(weight, one) for weight, one in zip(weights, said, strict=True) if weight]
-    weights, contexts = [weight for weight, _ in used], [one.context for _, one in used]
+    used = [(weight, conditioning) for weight, conditioning in zip(weights, conditionings, strict=True) if weight]
+    weights, contexts = [weight for weight, _ in used], [conditioning.context for _, conditioning in used]
     _expect_equal("context", [context.shape[:1] + context.shape[2:] for context in contexts])
     length = max(context.shape[1] for context in contexts)
-    context = mix(weights, [lengthened(one, length) for one in contexts]).to(contexts[0].dtype)
-    return Conditioning(context, _blend_pooled(weights, [one.pooled for _, one in used]))
+    context = weighted_sum(weights, [extend_context(context, length) for context in contexts]).to(contexts[0].dtype)
+    return Conditioning(context, _blend_pooled(weights, [conditioning.pooled for _, conditioning in used]))
 
 
 def _blend_pooled(weights: Sequence[float], pooled: Sequence[Tensor | None]) -> Tensor | None:
-    own = shares(weights, [one is not None for one in pooled])
-    given = [one for one in pooled if one is not None]
-    if not given or own is None:
+    """The weighted sum of the pooled outputs that are not None; None without any, or if their weights sum to 0."""
+    present = [tensor for tensor in pooled if tensor is not None]
+    weights = renormalised_weights(weights, [tensor is not None for tensor in pooled])
+    if not present or weights is None:
         return None
-    _expect_equal("pooled output", [one.shape for one in given])
-    return mix(own, [given[0] if one is None else one for one in pooled]).to(given[0].dtype)
+    _expect_equal("pooled output", [tensor.shape for tensor in present])
+    return weighted_sum(weights, [present[0] if tensor is None else tensor for tensor in pooled]).to(present[0].dtype)
 
 
-def lengthened(context: Tensor, length: int) -> Tensor:
-    """(B, L, D) -> (B, length, D), L <= length.
+def extend_context(context: Tensor, length: int) -> Tensor:
+    """Extends a context to `length` tokens.
 
-    Whole repeats where L divides length, as between CLIP's sections of 77: attention without a mask hears them as the
-    context itself. Else the last token is repeated, which is a pad or the end token; zeros would be tokens that no
-    model was trained with.
+    If its length divides `length`, as for CLIP's chunks of 77 tokens, the whole context is repeated: attention without
+    a mask then returns the same as for the context itself. Otherwise the last token is repeated, which is a pad or the
+    end token; zeros would be tokens that no model was trained with.
+
+    Args:
+        context: (B, L, D), L <= length.
+        length: New length.
     """
     if length % context.shape[1] == 0:
         return context.repeat(1, length // context.shape[1], 1)
@@ -115,40 +146,48 @@ def lengthened(context: Tensor, length: int) -> Tensor:
 
 
 def blend_projections(weights: Sequence[float], projections: Sequence[Projection]) -> Projection:
-    """A projection whose weights are sum_i w_i W_i, each one's scale counted as part of its output weights; its scale
-    is 1. Raises ValueError for projections of another kind or size."""
-    for number, one in enumerate(projections[1:], 2):
-        if one.config() != projections[0].config():
+    """A projection with the weights sum_i w_i W_i and scale 1.
+
+    Args:
+        weights: w_i.
+        projections: With weights W_i, their scales multiplied into their output weights.
+
+    Raises:
+        ValueError: The projections differ in kind or size.
+    """
+    for number, projection in enumerate(projections[1:], 2):
+        if projection.config() != projections[0].config():
             raise ValueError(
-                f"the projection of text encoder {number} is {one.config()}; expected that of text encoder 1, "
+                f"the projection of text encoder {number} is {projection.config()}; expected that of text encoder 1, "
                 f'{projections[0].config()}. Blend these in space "embeddings".'
             )
     with torch.inference_mode(False), torch.no_grad():
-        states = [_unscaled(one) for one in projections]
-        state = {name: mix(weights, [one[name] for one in states]) for name in states[0]}
+        states = [_unscaled_state(projection) for projection in projections]
+        state = {name: weighted_sum(weights, [state[name] for state in states]) for name in states[0]}
         return Projection.from_state(projections[0].config(), state)
 
 
-def _unscaled(projection: Projection) -> dict[str, Tensor]:
-    """The state with scale 1 of a projection that does the same."""
+def _unscaled_state(projection: Projection) -> dict[str, Tensor]:
+    """The state dict, in fp32, of an equal projection with scale 1."""
     state = {name: value.detach().float().clone() for name, value in projection.state_dict().items()}
-    last = ("linear.",) if projection.kind in RESAMPLERS else ("linear.", "output.")
+    output = ("linear.",) if projection.kind in RESAMPLERS else ("linear.", "output.")
     scale = state.pop("scale")
-    state = {name: value * scale if name.startswith(last) else value for name, value in state.items()}
+    state = {name: value * scale if name.startswith(output) else value for name, value in state.items()}
     return state | {"scale": torch.ones_like(scale)}
 
 
-def is_one(total: float) -> bool:
-    """Whether a sum of weights counts as 1."""
+def is_close_to_one(total: float) -> bool:
+    """Whether a sum of blend weights is 1 within TOLERANCE."""
     return abs(total - 1) < TOLERANCE
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
+def _format_shape(shape: tuple[int, ...] | None) -> str:
+    """A shape such as "2 x 3"; "nothing" for a missing tensor."""
     return "nothing" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 
 def _expect_equal(what: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError when shapes, (batch, width) of each, are not all the same."""
+    """Raises ValueError unless all shapes, (batch, width) each, are equal; `what` is for the message."""
     if len({tuple(shape) for shape in shapes}) > 1:
         given = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
         raise ValueError(f"{what}: batch x width is {given}; expected the same for all, as one model reads.")

@@ -1,7 +1,7 @@
-"""One file for a swapped text encoder: which T5 (name and hash), its projection, scale and padding.
+"""Saves a T5 text encoder as one file: name and hash of the T5, projection, scale and padding.
 
-Safetensors; tensors `projection.*`, the rest as JSON in the metadata entry `retune.text_encoder`. The T5 weights stay
-where they are and are recognised by their hash.
+The file is safetensors with tensors `projection.*`; the rest is JSON in the metadata entry `retune.text_encoder`. It
+does not contain the T5's weights, which are found by name and hash.
 """
 
 from __future__ import annotations
@@ -27,65 +27,66 @@ PREFIX = "projection."
 
 @dataclass(frozen=True, kw_only=True)
 class SavedTextEncoder:
-    """Everything needed to rebuild a T5 text encoder beside the T5 file itself."""
+    """Everything needed to rebuild a T5 text encoder, except the T5's weights."""
 
     projection: Projection
     padding: Padding
     t5_file: str
-    """File or folder name of the T5, without its directory."""
+    """Name of the T5's file or folder, without the path."""
     t5_sha256: str
     t5_config: dict
     tokenizer: str = ""
     """The tokenizer's fingerprint."""
     target_std: float | None = None
-    """What the output was scaled to, before any training of the projection; None when it was not."""
+    """Output std that it was scaled to, before any training of the projection; None if it was not scaled."""
     dtype: str = "default"
     """Storage dtype of the T5 in ComfyUI."""
     keeps_clip: bool = False
-    """Whether a CLIP's context came before the T5's; that CLIP is not part of the file."""
+    """Whether its context is appended to a CLIP's; that CLIP is not part of the file."""
     name: str = ""
-    """The file this was read from, for messages."""
+    """Name of the file it was read from, for messages."""
 
     @property
     def width(self) -> int:
+        """Width of its context."""
         return self.projection.width
 
     def check_width(self, width: int) -> None:
-        """Raises ValueError when the denoiser reads another width."""
+        """Raises ValueError unless the denoiser reads a context of this width."""
         if width != self.width:
             raise ValueError(
                 f"text encoder {self.name} gives a width of {self.width}; expected the model's {width}. "
                 "Use the model it was made for, or a new projection."
             )
 
-    def check_kept(self, given: bool) -> None:
-        """Raises ValueError when this stood beside a CLIP and none is `given`."""
-        if self.keeps_clip and not given:
+    def check_keep_clip(self, has_clip: bool) -> None:
+        """Raises ValueError if its context needs a CLIP's before it and there is none."""
+        if self.keeps_clip and not has_clip:
             raise ValueError(
                 f"text encoder {self.name} was made beside a CLIP, which is not part of its file; expected that CLIP. "
                 "Connect it to keep_clip."
             )
 
     def check_pooled(self, width: int) -> None:
-        """Raises ValueError when the denoiser reads a pooled output (`width` above 0) that this does not give."""
-        found = self.projection.pooled_width
-        if width and found != width:
+        """Raises ValueError unless its pooled output has the width that the denoiser reads, 0 for none."""
+        pooled = self.projection.pooled_width
+        if width and pooled != width:
             raise ValueError(
-                f"text encoder {self.name} gives {f'a pooled output of {found}' if found else 'no pooled output'}; "
+                f"text encoder {self.name} gives {f'a pooled output of {pooled}' if pooled else 'no pooled output'}; "
                 f"expected {width}. Use one made for SDXL, or a new projection."
             )
 
     def check_t5(self, path: str | Path) -> None:
-        """Raises ValueError when the T5 at `path` is not the one this was made with."""
-        found = file_hash(path)
-        if found != self.t5_sha256:
+        """Raises ValueError if the T5 at `path` is not the one it was saved with."""
+        sha256 = file_hash(path)
+        if sha256 != self.t5_sha256:
             raise ValueError(
                 f"{Path(path).name} is not the T5 that text encoder {self.name} was made with: its SHA-256 is "
-                f"{found[:16]}..., expected {self.t5_sha256[:16]}... of {self.t5_file}. Put that file in place."
+                f"{sha256[:16]}..., expected {self.t5_sha256[:16]}... of {self.t5_file}. Put that file in place."
             )
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Raises ValueError when the tokenizer is not the one this was made with."""
+        """Raises ValueError if a tokenizer is not the one it was saved with."""
         if self.tokenizer and fingerprint != self.tokenizer:
             raise ValueError(
                 f"the tokenizer found for {self.t5_file} (fingerprint {fingerprint[:16]}) differs from the one that "
@@ -93,34 +94,45 @@ class SavedTextEncoder:
             )
 
     def find_t5(self, folders: Iterable[str | Path]) -> Path:
-        """The T5 under one of `folders`, by name and hash. Errors: as `check_t5`; FileNotFoundError names the file."""
+        """Finds the T5 by name and hash in some folders and their sub-folders.
+
+        Raises:
+            FileNotFoundError: No file has its name.
+            ValueError: The files of its name have other content.
+        """
         folders = [Path(folder) for folder in folders]
-        places = [place for folder in folders for place in _named(folder, Path(self.t5_file).name)]
-        if not places:
-            looked = ", ".join(str(folder) for folder in folders)
+        candidates = [path for folder in folders for path in _find_by_name(folder, Path(self.t5_file).name)]
+        if not candidates:
+            searched = ", ".join(str(folder) for folder in folders)
             raise FileNotFoundError(
                 f"text encoder {self.name} needs the T5 {self.t5_file} (SHA-256 {self.t5_sha256[:16]}...), which is "
-                f"not in {looked}. Put it there."
+                f"not in {searched}. Put it there."
             )
-        for place in places:
-            with suppress(FileNotFoundError):  # a folder of this name may hold something else, or not all its shards
-                if file_hash(place) == self.t5_sha256:
-                    return place
-        self.check_t5(places[0])
+        for path in candidates:
+            with suppress(FileNotFoundError):  # a folder of this name may have other content, or lack shards
+                if file_hash(path) == self.t5_sha256:
+                    return path
+        self.check_t5(candidates[0])
         raise AssertionError("check_t5 accepted a T5 of another hash")
 
 
-def _named(root: Path, name: str) -> list[Path]:
-    """Files and folders of this name below a folder, linked folders included, sorted."""
-    found = []
+def _find_by_name(root: Path, name: str) -> list[Path]:
+    """Files and folders of a name below a folder, also in linked folders, sorted."""
+    paths = []
     for folder, folders, files in os.walk(root, followlinks=True):
         if name in folders or name in files:
-            found.append(Path(folder) / name)
-    return sorted(found)
+            paths.append(Path(folder) / name)
+    return sorted(paths)
 
 
-def save_text_encoder(path: str | Path, saved: SavedTextEncoder, about: Mapping[str, Any] | None = None) -> None:
-    """Writes a text encoder's description and projection, fp32. about: what its run was, see `stock_file.about_run`."""
+def save_text_encoder(path: str | Path, saved: SavedTextEncoder, run: Mapping[str, Any] | None = None) -> None:
+    """Writes a T5 text encoder's file, with tensors in fp32.
+
+    Args:
+        path: The file.
+        saved: The text encoder.
+        run: Facts about the run that trained it, see `about_run`.
+    """
     description = {
         "format_version": FORMAT_VERSION,
         "t5_file": saved.t5_file,
@@ -137,14 +149,16 @@ def save_text_encoder(path: str | Path, saved: SavedTextEncoder, about: Mapping[
     }
     state = saved.projection.state_dict().items()
     tensors = {PREFIX + name: value.detach().float().cpu().contiguous().clone() for name, value in state}
-    more = {RUN: json.dumps(about)} if about else {}
-    write_tensors(path, tensors, {METADATA: json.dumps(description), **more})
+    metadata = {METADATA: json.dumps(description)} | ({RUN: json.dumps(run)} if run else {})
+    write_tensors(path, tensors, metadata)
 
 
 def read_text_encoder(path: str | Path) -> SavedTextEncoder:
-    """Reads what `save_text_encoder` wrote.
+    """Reads a file written by `save_text_encoder`.
 
-    Errors: ValueError for a damaged file, one of another kind or a newer format; FileNotFoundError when not there.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another kind, or of a newer format version.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
@@ -165,6 +179,7 @@ def read_text_encoder(path: str | Path) -> SavedTextEncoder:
 
 
 def _from_description(name: str, description: dict, tensors: dict) -> SavedTextEncoder:
+    """Builds the text encoder from a file's JSON and tensors; KeyError for a missing entry."""
     state = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
     projection = Projection.from_state(description["projection"], state)
     return SavedTextEncoder(

@@ -1,4 +1,4 @@
-"""The map from a text encoder's width to the width a denoiser reads, and the scale of what comes out."""
+"""Projections from a text encoder's width to the width that a denoiser's cross-attention reads."""
 
 from __future__ import annotations
 
@@ -18,20 +18,39 @@ from .resampler import Resampler, hidden_width
 RESAMPLERS = ("resampler", "timestep resampler")
 KINDS = ("orthogonal", "truncate", "mlp", *RESAMPLERS)
 BANDS = 23
-"""Ranges of noise levels that a timestep resampler tells apart; ComfyUI gets one conditioning for each. A prime, so
-that evenly spaced sampler steps hardly fall on a border, where ComfyUI would average two ranges."""
+"""Number of timestep ranges of a timestep resampler; ComfyUI gets one conditioning for each. It is a prime, so that
+evenly spaced sampler steps rarely fall on a border, where ComfyUI would average two ranges."""
 METADATA = "retune.projection"
+PROJECTION_PREFIX = "projection."
+"""Of the names of a projection's tensors in the result of a training."""
 
 
 class Projection(nn.Module):
-    """`scale * (linear(x) + mlp(x))`, (..., in_width) -> (..., width); the mlp part only for kind "mlp".
+    """Projects text encoder states: `scale * (linear(x) + mlp(x))`, (..., in_width) -> (..., width).
 
-    kind "orthogonal": a semi-orthogonal matrix from generator(seed, "projection"), so that lengths (a narrower
-    output: their expectation up to sqrt(width / in_width)) and angles survive. "truncate": the identity, cut or padded
-    with zeros. "mlp": "orthogonal" plus a GELU layer whose output starts at zero. "resampler":
-    `scale * linear(resampler(x))`, (B, L, in_width) -> (B, tokens, width), with `layers` blocks (see `Resampler`).
-    "timestep resampler": one that knows in which of `bands` equal ranges the training timestep lies. `scale` is a
-    buffer, 1.0 at first. pooled_width above 0 adds a second linear map for the pooled output (see `pool`).
+    Kinds:
+        "orthogonal": only `linear`, a random semi-orthogonal matrix, which preserves lengths (for a narrower output in
+            expectation, up to the factor sqrt(width / in_width)) and angles.
+        "truncate": only `linear`, the identity, cut or padded with zeros.
+        "mlp": "orthogonal" plus an MLP with GELU whose output layer starts at zero.
+        "resampler": `scale * linear(resampler(x))`, (B, L, in_width) -> (B, tokens, width), see `Resampler`.
+        "timestep resampler": a resampler conditioned on the training timestep, in `bands` equal ranges.
+
+    `scale` is a buffer, initially 1.
+
+    Args:
+        in_width: Width of the text encoder.
+        width: Width that the denoiser reads.
+        kind: One of KINDS.
+        bias: Whether the linear maps have a bias.
+        seed: Seed of the initial weights.
+        pooled_width: If above 0, adds a linear map for the pooled output (see `pool`).
+        tokens: Number of output tokens of a resampler.
+        layers: Number of blocks of a resampler.
+        bands: Number of timestep ranges of a timestep resampler.
+
+    Raises:
+        ValueError: The kind is unknown or a width is not positive.
     """
 
     def __init__(
@@ -61,81 +80,88 @@ class Projection(nn.Module):
             self.hidden = nn.Linear(in_width, in_width)
             self.output = nn.Linear(in_width, width, bias=False)
         elif kind in RESAMPLERS:
-            self.resampler = Resampler(in_width, hidden, tokens=tokens, layers=layers, timed=self.bands > 0)
+            self.resampler = Resampler(in_width, hidden, tokens=tokens, layers=layers, has_time=self.bands > 0)
         if pooled_width:
             self.pooled = nn.Linear(in_width, pooled_width, bias=bias)
         self._initialise(seed)
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens come out whatever goes in; None when it is as many as go in."""
+        """Fixed number of output tokens (of a resampler); None if there are as many as input tokens."""
         return len(self.resampler.queries) if self.kind in RESAMPLERS else None
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        source = generator(seed, "projection")
-        self._initialise_linear(self.linear, source)
+        random = generator(seed, "projection")
+        self._initialise_linear(self.linear, random)
         if self.kind == "mlp":
-            nn.init.normal_(self.hidden.weight, std=self.in_width**-0.5, generator=source)
+            nn.init.normal_(self.hidden.weight, std=self.in_width**-0.5, generator=random)
             nn.init.zeros_(self.hidden.bias)
             nn.init.zeros_(self.output.weight)
         elif self.kind in RESAMPLERS:
-            self.resampler.initialise(source)
+            self.resampler.initialise(random)
         if self.pooled_width:
             self._initialise_linear(self.pooled, generator(seed, "pooled projection"))
 
-    def _initialise_linear(self, linear: nn.Linear, source: torch.Generator) -> None:
+    def _initialise_linear(self, linear: nn.Linear, random: torch.Generator) -> None:
         if self.kind == "truncate":
             nn.init.eye_(linear.weight)
         else:
-            nn.init.orthogonal_(linear.weight, generator=source)
+            nn.init.orthogonal_(linear.weight, generator=random)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
 
     def forward(self, states: Tensor, mask: Tensor | None = None, time: Tensor | None = None) -> Tensor:
-        """mask: (B, L) bool, which states a resampler may read; the other kinds map every state by itself.
+        """Projects states, see the class.
 
-        time: see `project`.
+        Args:
+            states: (..., in_width); for a resampler (B, L, in_width).
+            mask: (B, L) bool, the states that a resampler attends to; other kinds map each state on its own.
+            time: See `project`.
         """
         if self.kind in RESAMPLERS:
-            middle = self._middle(time, states) if self.bands else None
-            return self.linear(self.resampler(states, mask, middle)) * self.scale
+            band_center = self._band_center(time, states) if self.bands else None
+            return self.linear(self.resampler(states, mask, band_center)) * self.scale
         projected = self.linear(states)
         if self.kind == "mlp":
             projected = projected + self.output(nn.functional.gelu(self.hidden(states)))
         return projected * self.scale
 
     def pool(self, mean: Tensor | None) -> Tensor | None:
-        """(B, in_width) mean of the real tokens' states -> (B, pooled_width), not scaled; None without that map."""
+        """Pooled output (B, pooled_width), unscaled, from the states' mean (B, in_width); None without such a map."""
         return self.pooled(mean) if self.pooled_width and mean is not None else None
 
-    def _middle(self, time: Tensor | None, states: Tensor) -> Tensor:
-        """(B,) the middle of the band that each time lies in; of the one at 1/2 without a time."""
+    def _band_center(self, time: Tensor | None, states: Tensor) -> Tensor:
+        """(B,) center of the timestep range that each time is in; without a time, of the range around 1/2."""
         if time is None:
             time = torch.full((len(states),), 0.5)
         bands = (time.to(states.device, torch.float32) * self.bands).ceil().sub(1).clamp(0, self.bands - 1)
         return (bands + 0.5) / self.bands
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
-        """What a backbone returned (its `pooled` is the mean of the real tokens' states) -> what a denoiser hears.
+        """The conditioning for a denoiser from a text encoder's states.
 
-        time: (B,) training timestep as a share, 0 (clean) to 1 (pure noise), that a timestep resampler hears; the
-        middle without one. All tokens of a resampler are attended. `states.before` comes first, not scaled, and so does
-        its pooled output.
+        Args:
+            states: The backbone's output; its `pooled` is the mean of the prompt's states. `states.prefix` precedes the
+                result, unscaled, with its pooled output.
+            time: (B,) training timestep from 0 (clean) to 1 (pure noise) for a timestep resampler; default 1/2.
+
+        Returns:
+            The conditioning, without a mask for a resampler.
         """
         mask = None if self.tokens else states.mask
-        own = Conditioning(self(states.context, states.mask, time), self.pool(states.pooled), mask)
-        return own if states.prefix is None else own.append_to(states.prefix)
+        projected = Conditioning(self(states.context, states.mask, time), self.pool(states.pooled), mask)
+        return projected if states.prefix is None else projected.append_to(states.prefix)
 
     def scaled(self, factor: float) -> Projection:
-        """A copy whose output is `factor` times this one's."""
+        """A copy with its output multiplied by `factor`."""
         with torch.inference_mode(False):
             result = detached_copy(self)
             result.scale.copy_(self.scale.detach().clone() * factor)
         return result
 
     def config(self) -> dict:
-        """What `from_state` needs beside the tensors."""
+        """The arguments that `from_state` needs in addition to the state dict."""
         bias = self.linear.bias is not None
         config = {"kind": self.kind, "in_width": self.in_width, "width": self.width, "bias": bias}
         if self.pooled_width:
@@ -148,10 +174,10 @@ class Projection(nn.Module):
 
     @staticmethod
     def from_state(config: Mapping, state: Mapping[str, Tensor]) -> Projection:
-        """Rebuilds a projection from `config()` and its tensors. Errors: ValueError naming what does not fit."""
+        """Rebuilds a projection from its `config()` and state dict. Raises ValueError if they do not match."""
         try:
-            more = {name: config[name] for name in ("pooled_width", "tokens", "layers", "bands") if name in config}
-            result = Projection(config["in_width"], config["width"], config["kind"], bias=config["bias"], **more)
+            optional = {name: config[name] for name in ("pooled_width", "tokens", "layers", "bands") if name in config}
+            result = Projection(config["in_width"], config["width"], config["kind"], bias=config["bias"], **optional)
             result.load_state_dict({name: value.float() for name, value in state.items()})
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the projection's tensors do not fit its description {dict(config)}: {error}") from error
@@ -159,13 +185,13 @@ class Projection(nn.Module):
 
 
 def masked_mean(states: Tensor, real: Tensor) -> Tensor:
-    """(B, D) mean of (B, L, D) states over the tokens where `real`, (B, L) bool, is True."""
+    """Mean (B, D) of states (B, L, D) over the tokens where `real` (B, L) is True."""
     weights = real.to(states)[..., None]
     return (states * weights).sum(1) / weights.sum(1)
 
 
 def detached_copy(projection: Projection) -> Projection:
-    """A deep copy of ordinary tensors, even of one made under `torch.inference_mode()`; shares nothing."""
+    """A deep copy with ordinary tensors, even of a projection made under `torch.inference_mode()`."""
     with torch.inference_mode(False), torch.no_grad():
         result = copy.deepcopy(projection)
         for module in result.modules():
@@ -178,13 +204,13 @@ def detached_copy(projection: Projection) -> Projection:
 
 
 def save_projection(path: str | Path, projection: Projection) -> None:
-    """Writes a projection as safetensors; its description goes into the metadata."""
+    """Writes a projection as safetensors, with its config in the metadata."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in projection.state_dict().items()}
     write_tensors(path, tensors, {METADATA: json.dumps(projection.config())})
 
 
 def read_projection(path: str | Path) -> Projection:
-    """Reads what `save_projection` wrote. Errors: ValueError for a damaged file or one of another kind."""
+    """Reads a file written by `save_projection`. Raises ValueError for a damaged file or one of another kind."""
     tensors, metadata = read_tensors(path)
     if METADATA not in metadata:
         raise ValueError(f"{Path(path).name} is no saved projection; expected the metadata entry {METADATA}")

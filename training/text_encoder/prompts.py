@@ -1,4 +1,4 @@
-"""Neutral prompts over which the scale of a text encoder is measured when the user gives none."""
+"""Default prompts on which the std of a text encoder's output is measured."""
 
 PROMPTS = tuple(
     """

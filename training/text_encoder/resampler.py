@@ -1,4 +1,4 @@
-"""A fixed number of tokens out of any number of states, as ELLA's connector makes them; it may know the timestep."""
+"""A perceiver resampler: any number of states to a fixed number of tokens, optionally conditioned on the timestep."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 HEAD_WIDTH = 64
-FEATURES = 320
-"""Of a point in time, as in Stable Diffusion's UNet and in ELLA."""
+TIME_FEATURES = 320
+"""Number of sinusoidal features of the timestep, as in Stable Diffusion's UNet and in ELLA."""
 
 
 class Resampler(nn.Module):
-    """(B, L, in_width) states -> (B, tokens, hidden): learned queries that read the states, layer by layer.
+    """Perceiver resampler: learned queries attend to states, (B, L, in_width) -> (B, tokens, hidden).
 
-    The perceiver resampler of Flamingo (Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1) as ELLA uses it (Hu et
-    al. 2024, arXiv 2403.05135, section 3.1): blocks of pre-norm cross-attention over states and queries, and a
-    feed-forward layer; a LayerNorm at the end. timed: what the LayerNorms of the blocks give is shifted and scaled by
-    a function of the time, as in ELLA; it begins as the same resampler without.
+    Flamingo's (Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1) as ELLA uses it (Hu et al. 2024, arXiv 2403.05135,
+    section 3.1): each block has pre-norm cross-attention over states and queries and a feed-forward layer; a LayerNorm
+    comes last.
+
+    Args:
+        in_width: Width of the states.
+        hidden: Width of the output.
+        tokens: Number of queries.
+        layers: Number of blocks.
+        has_time: Shift and scale the outputs of the blocks' LayerNorms by a function of the timestep, as in ELLA. The
+            function is initially 0, so that the resampler starts as one without it.
     """
 
-    def __init__(self, in_width: int, hidden: int, *, tokens: int, layers: int, timed: bool = False):
+    def __init__(self, in_width: int, hidden: int, *, tokens: int, layers: int, has_time: bool = False):
         super().__init__()
         if tokens < 1 or layers < 1:
             raise ValueError(f"resampler has {tokens} tokens and {layers} layers; expected at least 1 of each")
@@ -30,22 +37,28 @@ class Resampler(nn.Module):
         self.input = nn.Linear(in_width, hidden)
         self.blocks = nn.ModuleList(ResamplerBlock(hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
-        self.time = TimeEmbedding(hidden, layers) if timed else None
+        self.time = TimeEmbedding(hidden, layers) if has_time else None
 
     @torch.no_grad()
-    def initialise(self, source: torch.Generator) -> None:
-        """Linear maps keep the size of what enters (std 1/sqrt(fan in)); queries begin small, so that text decides."""
-        nn.init.normal_(self.queries, std=self.queries.shape[1] ** -0.5, generator=source)
+    def initialise(self, random: torch.Generator) -> None:
+        """Draws the weights with std 1/sqrt(fan in), which preserves the std; queries are small next to the states."""
+        nn.init.normal_(self.queries, std=self.queries.shape[1] ** -0.5, generator=random)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=source)
+                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=random)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.time is not None:
             nn.init.zeros_(self.time.modulation.weight)
 
     def forward(self, states: Tensor, mask: Tensor | None = None, time: Tensor | None = None) -> Tensor:
-        """mask: (B, L) bool, True for states that may be read; None means all. time: (B,) in 0..1, for a timed one."""
+        """Resamples states, see the class.
+
+        Args:
+            states: (B, L, in_width).
+            mask: (B, L) bool, the states to attend to; None for all.
+            time: (B,) timestep in 0..1; required with `has_time`.
+        """
         states = self.input(states)
         queries = self.queries.expand(len(states), -1, -1)
         modulations = [None] * len(self.blocks) if self.time is None else self.time(time)
@@ -55,28 +68,29 @@ class Resampler(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """(B,) time in 0..1 -> for each block a shift and a scale of its three LayerNorms, (B, 3, 2, width).
+    """Timestep embedding: (B,) time in 0..1 -> per block shift and scale of its three LayerNorms, (B, 3, 2, width).
 
     Sinusoidal features of 1000 t (Vaswani et al. 2017, arXiv 1706.03762, section 3.5; cosines first, as in Stable
-    Diffusion), a hidden layer, and one linear map for all blocks: DiT's adaLN-zero (arXiv 2212.09748) without gates.
+    Diffusion), an MLP, and one linear map for all blocks: DiT's adaLN-zero (arXiv 2212.09748) without gates.
     """
 
     def __init__(self, width: int, blocks: int):
         super().__init__()
         self.blocks, self.width = blocks, width
-        self.hidden, self.output = nn.Linear(FEATURES, width), nn.Linear(width, width)
+        self.hidden, self.output = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
         self.modulation = nn.Linear(width, blocks * 3 * 2 * width)
 
     def forward(self, time: Tensor) -> list[Tensor]:
-        rates = torch.exp(-math.log(10000) * torch.arange(FEATURES // 2, device=time.device) / (FEATURES // 2))
-        angles = 1000 * time.float()[:, None] * rates
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=time.device) / half)
+        angles = 1000 * time.float()[:, None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.hidden.weight.dtype)
         embedded = self.output(silu(self.hidden(features)))
         return list(self.modulation(silu(embedded)).unflatten(-1, (self.blocks, 3, 2, self.width)).unbind(1))
 
 
 class ResamplerBlock(nn.Module):
-    """Cross-attention and a feed-forward layer of four times the width, each behind a LayerNorm, added to its input."""
+    """Pre-norm cross-attention and a feed-forward layer of four times the width, both with residual connections."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -86,27 +100,35 @@ class ResamplerBlock(nn.Module):
         self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, queries: Tensor, states: Tensor, mask: Tensor | None, modulation: Tensor | None = None) -> Tensor:
-        """modulation: (B, 3, 2, width), shift and scale of the normed states, queries and hidden values."""
-        of_states, of_queries, of_hidden = [None] * 3 if modulation is None else modulation.unbind(1)
-        states, own = _moved(self.norm_states(states), of_states), _moved(self.norm_queries(queries), of_queries)
-        queries = queries + self._attention(own, states, mask)
-        return queries + self.narrow(gelu(self.widen(_moved(self.norm_hidden(queries), of_hidden))))
+        """Updates the queries (B, tokens, width).
+
+        Args:
+            queries: (B, tokens, width).
+            states: (B, L, width).
+            mask: (B, L) bool, the states to attend to; None for all.
+            modulation: (B, 3, 2, width), shift and scale after the LayerNorms of states, queries and hidden values.
+        """
+        for_states, for_queries, for_hidden = [None] * 3 if modulation is None else modulation.unbind(1)
+        states = _modulate(self.norm_states(states), for_states)
+        normed = _modulate(self.norm_queries(queries), for_queries)
+        queries = queries + self._attention(normed, states, mask)
+        return queries + self.narrow(gelu(self.widen(_modulate(self.norm_hidden(queries), for_hidden))))
 
     def _attention(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        read = torch.cat([states, queries], dim=1)
-        q, k, v = self._split(self.to_q(queries)), self._split(self.to_k(read)), self._split(self.to_v(read))
+        inputs = torch.cat([states, queries], dim=1)
+        q, k, v = (self._split_heads(x) for x in (self.to_q(queries), self.to_k(inputs), self.to_v(inputs)))
         if mask is not None:
             mask = nn.functional.pad(mask, (0, queries.shape[1]), value=True)[:, None, None]
-        found = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out(found.transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
-    def _split(self, values: Tensor) -> Tensor:
+    def _split_heads(self, values: Tensor) -> Tensor:
         """(B, L, width) -> (B, heads, L, width / heads)."""
         return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _moved(values: Tensor, modulation: Tensor | None) -> Tensor:
-    """(B, L, width) values, shifted and scaled by (B, 2, width)."""
+def _modulate(values: Tensor, modulation: Tensor | None) -> Tensor:
+    """values * (1 + scale) + shift, (B, L, width); `modulation` (B, 2, width) has shift and scale."""
     if modulation is None:
         return values
     shift, scale = modulation.unbind(1)
@@ -114,6 +136,6 @@ def _moved(values: Tensor, modulation: Tensor | None) -> Tensor:
 
 
 def hidden_width(width: int) -> int:
-    """Inner width for an output width: the same, at most ELLA's 768, a multiple of the heads' width where it can."""
+    """Width of a resampler for an output width: the same up to ELLA's 768, rounded down to whole attention heads."""
     hidden = min(width, 768)
     return hidden - hidden % HEAD_WIDTH if hidden > HEAD_WIDTH else hidden

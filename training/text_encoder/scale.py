@@ -1,8 +1,8 @@
-"""How large a text encoder's outputs are, measured over its real tokens, and setting that to a target.
+"""Measures the std of a text encoder's output over its real tokens, and scales it to a target.
 
-A denoiser's cross-attention was trained on states of one size (CLIP's); other encoders differ several-fold between
-checkpoints, so the factor is measured, never assumed. Counted are real tokens only: for T5 the prompt and </s>; for
-CLIP the prompt and its first end token, without start token and pads.
+A denoiser's cross-attention was trained on contexts of a certain std (CLIP's). That of other encoders differs
+several-fold between checkpoints, so it is measured. Real tokens are the prompt's tokens and the end token (CLIP's first
+one), without start token and pads.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """std and mean over all elements of real tokens of all prompts; what single prompts and tokens add to it."""
+    """Statistics of a text encoder's output over the real tokens of some prompts; std and mean over all elements."""
 
     std: float
     mean: float
     prompt_std: tuple[float, ...]
-    """std within each prompt."""
+    """Std within each prompt."""
     token_rms: tuple[float, ...]
-    """Root mean square of each token's state."""
+    """Root mean square of each token's output."""
 
     def rms_quantiles(self) -> tuple[float, float, float]:
-        """RMS per token that 5 %, half and 95 % of the tokens are under."""
+        """5 %, 50 % and 95 % quantile of the RMS per token."""
         low, middle, high = torch.tensor(self.token_rms, dtype=torch.float64).quantile(QUANTILES).tolist()
         return low, middle, high
 
     def text(self) -> str:
-        """std and RMS with their spread, on one line."""
+        """std per prompt and RMS per token, on one line."""
         prompts = torch.tensor(self.prompt_std, dtype=torch.float64)
         spread = f"{prompts.mean():.4f} +- {prompts.std(correction=0):.4f} over {len(prompts)} prompts"
         low, middle, high = (f"{value:.4f}" for value in self.rms_quantiles())
@@ -49,7 +49,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class ScaleReport:
-    """What scaling changed: `factor` times the former output; `target` and both measurements."""
+    """The result of scaling an output by `factor` to the std `target`, measured before and after."""
 
     target: float
     factor: float
@@ -57,19 +57,25 @@ class ScaleReport:
     after: TokenStatistics
 
     def text(self) -> str:
-        """Two lines for people."""
+        """The report in two lines."""
         change = f"std of real tokens: {self.before.std:.4f} -> {self.after.std:.4f} (target {self.target:.4f})"
         return f"{change}\nfactor: {self.factor:.4f} over {len(self.after.prompt_std)} prompts"
 
 
 @torch.no_grad()
-def measure(
+def token_statistics(
     encoder: TextEncoder, prompts: Sequence[str] = PROMPTS, real_tokens: RealTokens | None = None
 ) -> TokenStatistics:
-    """Statistics of an encoder's output over `prompts`, encoded one at a time.
+    """Measures a text encoder's output over some prompts, encoded one at a time.
 
-    real_tokens: tokens -> (B, L) bool, which positions count; by default the encoder's own method of that name, else
-    the mask of its conditioning, else all. Errors: ValueError for no prompts or non-finite states.
+    Args:
+        encoder: The text encoder.
+        prompts: The prompts.
+        real_tokens: Tokens -> (B, L) bool, the positions that count. Default: the encoder's method `real_tokens`, else
+            the mask of its conditioning, else all positions.
+
+    Raises:
+        ValueError: There are no prompts, or the output is not finite.
     """
     if not prompts:
         raise ValueError("prompts is empty; expected at least one line to measure the text encoder on")
@@ -87,37 +93,54 @@ def measure(
 
 
 def token_std(encoder: TextEncoder, prompts: Sequence[str] = PROMPTS, real_tokens: RealTokens | None = None) -> float:
-    """Standard deviation over all elements of real tokens; arguments and errors as `measure`."""
-    return measure(encoder, prompts, real_tokens).std
+    """Std over all elements of real tokens; arguments and errors as `token_statistics`."""
+    return token_statistics(encoder, prompts, real_tokens).std
 
 
 def scale_to(
     encoder: Encoder, target_std: float, prompts: Sequence[str] = PROMPTS, real_tokens: RealTokens | None = None
 ) -> tuple[Encoder, ScaleReport]:
-    """`encoder.scaled(factor)` with std `target_std` over `prompts`, and what changed; the encoder stays as it is."""
+    """Scales a text encoder's output to a std; returns the new encoder (`encoder.scaled`) and a report.
+
+    Args:
+        encoder: The text encoder; it is not changed.
+        target_std: Std over all elements of real tokens, above 0.
+        prompts: Prompts to measure on.
+        real_tokens: See `token_statistics`.
+
+    Raises:
+        ValueError: The target is not positive, or the output is constant. Also the errors of `token_statistics`.
+    """
     if not (math.isfinite(target_std) and target_std > 0):
         raise ValueError(f"target_std is {target_std}; expected a positive number (SD1.5's CLIP is near 0.9)")
-    before = measure(encoder, prompts, real_tokens)
+    before = token_statistics(encoder, prompts, real_tokens)
     if before.std == 0:
         raise ValueError("the text encoder returns the same value everywhere; its weights or projection are empty")
     factor = target_std / before.std
     scaled = encoder.scaled(factor)
-    return scaled, ScaleReport(target_std, factor, before, measure(scaled, prompts, real_tokens))
+    return scaled, ScaleReport(target_std, factor, before, token_statistics(scaled, prompts, real_tokens))
 
 
-def match_reference(
+def scale_to_reference(
     encoder: Encoder,
     reference: TextEncoder,
     prompts: Sequence[str] = PROMPTS,
     *,
     reference_real_tokens: RealTokens | None = None,
 ) -> tuple[Encoder, ScaleReport]:
-    """Scales an encoder to the std that `reference` (the model's original CLIP) has on the same prompts."""
+    """Scales a text encoder's output to the std of another one, such as the model's CLIP, on the same prompts.
+
+    Args:
+        encoder: The text encoder; it is not changed.
+        reference: The other one.
+        prompts: Prompts to measure both on.
+        reference_real_tokens: `real_tokens` of the reference, see `token_statistics`.
+    """
     return scale_to(encoder, token_std(reference, prompts, reference_real_tokens), prompts)
 
 
 def clip_real_tokens(ids: Tensor | Sequence[Sequence[int]], end_token: int) -> Tensor:
-    """(B, L) bool for CLIP tokens: without the start token and what follows the first end token."""
+    """(B, L) bool for CLIP tokens: True after the start token, up to and including the first end token."""
     ids = torch.as_tensor(ids)
     ends = (ids == end_token).long()
     real = ends.cumsum(dim=1) - ends == 0
@@ -126,7 +149,7 @@ def clip_real_tokens(ids: Tensor | Sequence[Sequence[int]], end_token: int) -> T
 
 
 def _real_states(encoder: TextEncoder, prompt: str, real_tokens: RealTokens | None) -> Tensor:
-    """(number of real tokens, width) in float64."""
+    """Output of one prompt's real tokens, (n, width) in float64."""
     tokens = encoder.tokenize([prompt])
     conditioning = encoder.encode(tokens)
     mask = real_tokens(tokens) if real_tokens is not None else conditioning.mask
@@ -135,10 +158,7 @@ def _real_states(encoder: TextEncoder, prompt: str, real_tokens: RealTokens | No
 
 
 def scale_context(context: Tensor, target_std: float) -> Tensor:
-    """A context (B, L, D) multiplied so that the std over all its elements is `target_std`.
-
-    Errors: ValueError when the context is constant.
-    """
+    """Scales a context (B, L, D) to a std over all its elements. Raises ValueError for a constant context."""
     std = context.float().std(correction=0).item()
     if std == 0:
         raise ValueError("the conditioning is the same value everywhere; there is nothing to scale")

@@ -1,9 +1,9 @@
-"""Text encoders as files of the stock layout, one for each: what ComfyUI's own loaders and transformers read.
+"""Text encoders in the stock layout, one file each, as ComfyUI's own loaders and transformers read them.
 
-Safetensors, whole, fp32 if nothing else is asked for. CLIP: `text_model.*` as transformers' CLIPTextModel names it, for
-SDXL's second one `text_projection.weight` too; so are the names in `text_encoder/model.safetensors` of a diffusers
-folder and in https://huggingface.co/comfyanonymous/flux_text_encoders. T5: `shared.weight` and `encoder.*`. The
-metadata entry `retune.run` says what run they come from.
+The files are safetensors with all weights, fp32 by default. CLIP: `text_model.*` as in transformers' CLIPTextModel, for
+SDXL's second one also `text_projection.weight`. `text_encoder/model.safetensors` of a diffusers folder and
+https://huggingface.co/comfyanonymous/flux_text_encoders have the same names. T5: `shared.weight` and `encoder.*`. The
+metadata entry `retune.run` describes the run that trained them.
 """
 
 from __future__ import annotations
@@ -21,55 +21,71 @@ from ..common.files import read_tensors, write_tensors
 
 METADATA = "retune.run"
 CLIPS = ("clip_l", "clip_g", "clip_h")
-"""ComfyUI's names of the CLIPs of SD1.x and SDXL, SDXL's second, and SD2."""
+"""ComfyUI's names of the CLIPs: SD1.x's and SDXL's first, SDXL's second, SD2.x's."""
 _NAMES = re.compile(r"(?:text_encoders\.)?(clip_[lgh]|t5base|t5xxl)\.transformer\.(.+)")
 _PROJECTION = "text_projection.weight"
 
 
-def stock_parts(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Encoder ("clip_l", ...) -> its tensors under their stock names, in fp32, from ComfyUI's names of them.
+def split_by_encoder(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Groups weights by text encoder and converts their names to the stock ones.
 
-    weights: `clip_l.transformer.text_model...` and the like, `text_encoders.` before them or not; others are left out,
-    and so is a text projection, but for that of SDXL's second CLIP: no UNet reads another's.
+    Args:
+        weights: ComfyUI's name -> tensor, such as `clip_l.transformer.text_model...`, with or without the prefix
+            `text_encoders.`. Other names are left out, and so are text projections except for SDXL's second CLIP: no
+            UNet reads the others.
+
+    Returns:
+        Encoder ("clip_l", ...) -> {stock name: fp32 tensor}.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
+    encoders: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
         match = _NAMES.fullmatch(name)
         if match and (match[2] != _PROJECTION or match[1] == "clip_g"):
-            parts.setdefault(match[1], {})[match[2]] = value.detach().to("cpu", torch.float32)
-    return parts
+            encoders.setdefault(match[1], {})[match[2]] = value.detach().to("cpu", torch.float32)
+    return encoders
 
 
 def write_stock_files(
     paths: Mapping[str, Path],
     weights: Mapping[str, Tensor],
-    about: Mapping[str, Any],
+    run: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes each encoder of `paths` from `weights` (see `stock_parts`), whole or not at all; about: see `about_run`.
+    """Writes text encoders as files of the stock layout, each atomically.
 
-    Raises ValueError for an encoder that the weights do not hold.
+    Args:
+        paths: Encoder ("clip_l", ...) -> file.
+        weights: The weights of all encoders, see `split_by_encoder`.
+        run: Facts about the run that trained them, see `about_run`.
+        dtype: Dtype of the stored tensors.
+
+    Raises:
+        ValueError: The weights lack an encoder.
     """
-    parts = stock_parts(weights)
-    for part, path in paths.items():
-        if part not in parts:
-            raise ValueError(f"the text encoder has no {part}; expected one of {', '.join(parts) or 'none'}.")
-        tensors = {name: value.to(dtype) for name, value in parts[part].items()}
-        write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(about)})
+    encoders = split_by_encoder(weights)
+    for encoder, path in paths.items():
+        if encoder not in encoders:
+            raise ValueError(f"the text encoder has no {encoder}; expected one of {', '.join(encoders) or 'none'}.")
+        tensors = {name: value.to(dtype) for name, value in encoders[encoder].items()}
+        write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(run)})
 
 
 def read_stock_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A CLIP's tensors under `text_model.` names, and what `about_run` said of it, empty for a file without that.
+    """Reads a CLIP from a file of the stock layout.
 
-    Errors: ValueError for a file without a CLIP text encoder, and those of `read_tensors`.
+    Returns:
+        Its tensors `text_model.*`, and the facts about its run (see `about_run`), {} if the file has none.
+
+    Raises:
+        ValueError: The file has no CLIP text encoder. Also the errors of `read_tensors`.
     """
     tensors, metadata = read_tensors(path)
-    found = {name: value for name, value in tensors.items() if name.startswith("text_model.")}
-    if "text_model.embeddings.token_embedding.weight" not in found:
+    clip = {name: value for name, value in tensors.items() if name.startswith("text_model.")}
+    if "text_model.embeddings.token_embedding.weight" not in clip:
         raise ValueError(f"{Path(path).name} holds no CLIP text encoder; expected tensors text_model.*")
-    return found, json.loads(metadata.get(METADATA, "{}"))
+    return clip, json.loads(metadata.get(METADATA, "{}"))
 
 
-def parts_of(names: Iterable[str]) -> list[str]:
-    """The encoders that weights of these names belong to, in their order, CLIPs and T5s alike."""
+def encoder_names(names: Iterable[str]) -> list[str]:
+    """The text encoders (CLIPs and T5s) that weights of these names belong to, in order of first appearance."""
     return list(dict.fromkeys(match[1] for name in names if (match := _NAMES.fullmatch(name))))

@@ -1,4 +1,4 @@
-"""A T5 encoder with a projection: prompts in, what a denoiser's cross-attention reads out (fp32, differentiable)."""
+"""T5 with a projection as a text encoder: prompts to a denoiser's conditioning, in fp32 and differentiable."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ XXL_WIDTH = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """How long the context of a prompt is; the same in training and inference, and saved with the encoder."""
+    """Length of contexts, in training as in inference; saved with the encoder."""
 
     max_tokens: int = 256
-    """Longest context in tokens, </s> included; what goes beyond is cut with a warning."""
+    """Maximum length in tokens with </s>; longer prompts are truncated with a warning."""
     pad: str = "none"
-    """"none": as long as the prompt. "max_tokens": always `max_tokens`; pads are attended like any other token."""
+    """"none": as long as the prompt. "max_tokens": always `max_tokens`; the denoiser attends to pads like to tokens."""
 
     def __post_init__(self):
         if self.max_tokens < 2:
@@ -54,10 +54,19 @@ class Padding:
 
 
 class T5TextEncoder:
-    """Implements `TextEncoder` with transformers' T5. Tokens are lists of ids, one list a prompt, not padded.
+    """`TextEncoder` with transformers' T5. Tokens are one list of ids per prompt, without padding.
 
-    Each row of a batch equals the row encoded alone: T5 always gets its attention mask. fingerprint covers weights,
-    tokenizer, padding, concepts and whether there is a pooled output, not the projection.
+    A prompt's result does not depend on the others in the batch: T5 always gets an attention mask.
+
+    Args:
+        model: T5EncoderModel or UMT5EncoderModel.
+        tokenizer: Its tokenizer.
+        projection: From the T5's width to the denoiser's.
+        padding: Length of contexts.
+        source: Hash of the T5's weights.
+
+    Raises:
+        ValueError: The projection reads another width than the T5's.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -75,11 +84,12 @@ class T5TextEncoder:
 
     @property
     def fingerprint(self) -> str:
+        """Changes with weights, tokenizer, padding, concepts and having a pooled output; not with the projection."""
         return with_fingerprints(self._fingerprint, self.concepts)
 
     @property
     def name(self) -> str:
-        """ComfyUI's name of it."""
+        """ComfyUI's name of this T5."""
         return comfyui_name(self.model.config.d_model)
 
     @property
@@ -100,9 +110,9 @@ class T5TextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        start = f"text_encoders.{self.name}.transformer."
-        found = self.model.named_modules()
-        return {start + path: layer for path, layer in found if isinstance(layer, nn.Linear)}
+        prefix = f"text_encoders.{self.name}.transformer."
+        modules = self.model.named_modules()
+        return {prefix + path: layer for path, layer in modules if isinstance(layer, nn.Linear)}
 
     @property
     def weights(self) -> dict[str, ParameterRef]:
@@ -113,6 +123,7 @@ class T5TextEncoder:
         return {self.name: Vocabulary(self.token_embedding.weight, self._ids, lambda i: self.tokenizer.decode([i]))}
 
     def _ids(self, text: str) -> list[int]:
+        """Ids of a text without </s> and without concepts."""
         return self.tokenizer.encode(text)[:-1]
 
     def with_concepts(self, concepts: Iterable[Concept]) -> T5TextEncoder:
@@ -122,7 +133,7 @@ class T5TextEncoder:
         return other
 
     def refreshed(self) -> T5TextEncoder:
-        """The same encoder after its weights were changed in place: its fingerprint is taken anew, from them."""
+        """The encoder with a new fingerprint, after its weights were changed in place."""
         source = tensors_fingerprint(self.model.named_parameters(), "changed")
         other = T5TextEncoder(self.model, self.tokenizer, self.projection, self.padding, source)
         return other.with_concepts(self.concepts)
@@ -131,21 +142,26 @@ class T5TextEncoder:
         return nullcontext()
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids that end in </s>, at most `max_tokens` of them; ids beyond the vocabulary are the concepts'
-        vectors, counted through in their order."""
-        return [cut(self._with_end(text), self.padding.max_tokens, text) for text in texts]
+        """Token ids of each text with </s> at the end, at most `max_tokens`.
 
-    def _with_end(self, text: str) -> list[int]:
+        Ids from the size of the vocabulary on are the concepts' vectors, numbered in order.
+        """
+        return [truncate_tokens(self._token_ids(text), self.padding.max_tokens, text) for text in texts]
+
+    def _token_ids(self, text: str) -> list[int]:
+        """Ids of a text with </s> at the end, concepts included; not truncated."""
         rows = concept_rows(self.concepts, self.name, len(self.token_embedding.weight))
         parts = pieces(text, self.concepts)
         ids = (rows[part.token] if isinstance(part, Concept) else self._ids(part) for part in parts)
         return [*itertools.chain.from_iterable(ids), self.tokenizer.end_token]
 
     def backbone(self, tokens: list[list[int]]) -> Conditioning:
-        """Last states before the projection, (B, L, d_model). mask: real tokens, or None where pads are attended.
+        """The T5's output, before the projection.
 
-        pooled: the real tokens' mean, (B, d_model), when the projection has a map for it: a mask of None does not tell
-        them apart, and whoever caches this keeps the mean.
+        Returns:
+            A conditioning with context (B, L, d_model) and, as mask, the real tokens, or None if pads are attended. Its
+            pooled output is the mean (B, d_model) of the real tokens' states, or None if the projection does not read
+            it; it is computed here because a mask of None does not tell which tokens are real.
         """
         ids, real = self._batch(tokens)
         with embedding(self.token_embedding, ids, self.concepts, self.name) as ids:
@@ -160,29 +176,31 @@ class T5TextEncoder:
         return self.project(self.backbone(tokens))
 
     def real_tokens(self, tokens: list[list[int]]) -> Tensor:
-        """(B, L) bool over what `encode` returns: prompt tokens and </s> without pads; all tokens of a resampler."""
+        """(B, L) bool for the output of `encode`: the prompt's tokens and </s>, not pads; all tokens of a resampler."""
         if self.projection.tokens:
             device = self.token_embedding.weight.device
             return torch.ones(len(tokens), self.projection.tokens, dtype=torch.bool, device=device)
         return self.backbone_tokens(tokens)
 
     def backbone_tokens(self, tokens: list[list[int]]) -> Tensor:
-        """(B, L) bool over what `backbone` returns: prompt tokens and </s>, without pads."""
+        """(B, L) bool for the output of `backbone`: the prompt's tokens and </s>, without pads."""
         return self._batch(tokens)[1]
 
     def scaled(self, factor: float) -> T5TextEncoder:
-        """The same encoder (T5 weights shared) whose output is `factor` times this one's."""
+        """A copy, sharing the T5's weights, with its output multiplied by `factor`."""
         return self.with_projection(self.projection.scaled(factor))
 
     def with_projection(self, projection: Projection) -> T5TextEncoder:
+        """A copy, sharing the T5's weights, with another projection."""
         other = T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
         return other.with_concepts(self.concepts)
 
     def _batch(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = self.padding.max_tokens if self.padding.pad == "max_tokens" else max(map(len, tokens))
+        """Padded ids (B, L), and (B, L) bool of the real tokens."""
+        length = self.padding.max_tokens if self.padding.pad == "max_tokens" else max(map(len, tokens))
         device = self.token_embedding.weight.device
-        ids = torch.full((len(tokens), longest), self.tokenizer.pad_token, device=device)
-        real = torch.zeros(len(tokens), longest, dtype=torch.bool, device=device)
+        ids = torch.full((len(tokens), length), self.tokenizer.pad_token, device=device)
+        real = torch.zeros(len(tokens), length, dtype=torch.bool, device=device)
         for row, prompt in enumerate(tokens):
             ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
             real[row, : len(prompt)] = True
@@ -190,12 +208,12 @@ class T5TextEncoder:
 
 
 def comfyui_name(width: int) -> str:
-    """What ComfyUI calls a T5 of this width: prefix of its weights, key of its embeddings and tokenizer options."""
+    """ComfyUI's name of a T5 of this width, in its weights' prefix, embeddings and tokenizer options."""
     return "t5xxl" if width == XXL_WIDTH else "t5base"
 
 
-def cut(ids: list[int], max_tokens: int, text: str) -> list[int]:
-    """At most `max_tokens` ids, the end token kept; warns when something is lost."""
+def truncate_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
+    """Truncates ids to `max_tokens` and keeps the end token; logs a warning, with the start of `text`, if it does."""
     if len(ids) <= max_tokens:
         return ids
     logger.warning("Prompt of %d tokens is cut to max_tokens = %d: %.60s...", len(ids), max_tokens, text)
@@ -211,10 +229,19 @@ def load_t5(
     comfyui: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> T5TextEncoder:
-    """A T5 file or folder with a projection to the denoiser's width, in fp32.
+    """Loads a T5 text encoder in fp32.
 
-    tokenizer: one at hand or its path; by default it is looked for (see `find_tokenizer`). Errors: ValueError or
-    FileNotFoundError for the weights, the tokenizer, or a projection of another width.
+    Args:
+        path: File or folder of the T5.
+        projection: From the T5's width to the denoiser's.
+        padding: Length of contexts.
+        tokenizer: The tokenizer or its path; by default it is searched for (see `find_tokenizer`).
+        comfyui: ComfyUI's folder, searched for a tokenizer.
+        device: Device of weights and projection.
+
+    Raises:
+        FileNotFoundError: Weights or tokenizer are missing.
+        ValueError: Weights or tokenizer are unsuitable, or the projection reads another width.
     """
     weights = read_t5(path)
     if not isinstance(tokenizer, T5Tokenizer):
@@ -224,12 +251,12 @@ def load_t5(
 
 
 def t5_model(weights: T5Weights) -> nn.Module:
-    """transformers' T5EncoderModel (UMT5EncoderModel for UMT5 and Pile-T5) with these weights, frozen, in eval mode."""
+    """transformers' T5EncoderModel, or UMT5EncoderModel for UMT5 and Pile-T5, frozen and in eval mode."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     umt5 = weights.config["model_type"] == "umt5"
-    known = {key: value for key, value in weights.config.items() if key not in ("model_type", "dense_act_fn")}
-    config = (UMT5Config if umt5 else T5Config)(**known, dropout_rate=0.0)
+    fields = {key: value for key, value in weights.config.items() if key not in ("model_type", "dense_act_fn")}
+    config = (UMT5Config if umt5 else T5Config)(**fields, dropout_rate=0.0)
     with torch.device("meta"):
         model = (UMT5EncoderModel if umt5 else T5EncoderModel)(config)
     state = weights.state_dict | {"encoder.embed_tokens.weight": weights.state_dict["shared.weight"]}

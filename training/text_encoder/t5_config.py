@@ -1,6 +1,6 @@
-"""The configuration of a T5 encoder, read from the shapes of its tensors alone.
+"""Derives the configuration of a T5 encoder from the names and shapes of its tensors.
 
-Covers v1.0 (ReLU), v1.1 / flan / lm-adapt (gated GELU), mT5, ByT5, and UMT5 / Pile-T5 (a position bias in every
+Supports v1.0 (ReLU), v1.1 / flan / lm-adapt (gated GELU), mT5, ByT5, and UMT5 / Pile-T5 (a position bias in every
 layer). Raffel et al. 2020, arXiv 1910.10683; Xue et al. 2021, arXiv 2010.11934; Chung et al. 2023, arXiv 2304.09151.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+
+from ..common.text import first_few
 
 FIRST_QUERY = "block.0.layer.0.SelfAttention.q.weight"
 FP8_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant")
@@ -17,18 +19,19 @@ _BLOCK = re.compile(r"(?:^|\.)(decoder\.)?block\.(\d+)\.layer\.")
 
 
 def t5_names(keys: Iterable[str]) -> dict[str, str]:
-    """Maps `T5EncoderModel` names to the names found in a file, whatever their prefix; the decoder is left out.
+    """Maps `T5EncoderModel` names to a file's keys, with any prefix; the decoder is left out.
 
-    Errors: ValueError that says what the file is instead, when no T5 encoder is in it.
+    Raises:
+        ValueError: The file has no T5 encoder; the message says what it has.
     """
     keys = list(keys)
-    stack = _stack_prefix(keys)
-    root = stack.removesuffix("encoder.")
+    prefix = _encoder_prefix(keys)
+    root = prefix.removesuffix("encoder.")
     names = {}
     for key in keys:
-        if key.startswith(stack) and not key.startswith(stack + "embed_tokens."):
-            names["encoder." + key[len(stack) :]] = key
-    for embedding in (root + "shared", stack + "embed_tokens"):
+        if key.startswith(prefix) and not key.startswith(prefix + "embed_tokens."):
+            names["encoder." + key[len(prefix) :]] = key
+    for embedding in (root + "shared", prefix + "embed_tokens"):
         for ending in ("weight", *FP8_SCALES):
             if f"{embedding}.{ending}" in keys:
                 names.setdefault(f"shared.{ending}", f"{embedding}.{ending}")
@@ -36,27 +39,30 @@ def t5_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def t5_config(shapes: Mapping[str, Sequence[int]]) -> dict:
-    """A T5 encoder's configuration from tensor shapes; readable by transformers' T5Config and by ComfyUI's T5.
+    """A T5 encoder's configuration from its tensors' shapes, for transformers' T5Config and ComfyUI's T5.
 
-    shapes: {tensor name: shape} under any of the prefixes found in the wild. Errors: ValueError for a file that is no
-    T5 encoder, that lacks tensors (named), or whose layers are of a kind that T5 does not have (named).
+    Args:
+        shapes: Tensor name, with any prefix -> shape.
+
+    Raises:
+        ValueError: The file has no T5 encoder, lacks tensors, or has layers that T5 does not have.
     """
     names = t5_names(shapes)
-    found = {name: tuple(shapes[key]) for name, key in names.items()}
-    layers = 1 + max(int(match[2]) for match in map(_BLOCK.search, found) if match)
-    gated = any(".wi_0." in name for name in found)
+    by_name = {name: tuple(shapes[key]) for name, key in names.items()}
+    layers = 1 + max(int(match[2]) for match in map(_BLOCK.search, by_name) if match)
+    gated = any(".wi_0." in name for name in by_name)
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
-    own_bias = layers > 1 and bias.format(1) in found
-    _check_complete(found, layers, gated, own_bias)
-    vocabulary, d_model = found["shared.weight"]
-    buckets, heads = found[bias.format(0)]
-    inner = found["encoder." + FIRST_QUERY][0]
+    bias_per_layer = layers > 1 and bias.format(1) in by_name
+    _check_complete(by_name, layers, gated, bias_per_layer)
+    vocabulary, d_model = by_name["shared.weight"]
+    buckets, heads = by_name[bias.format(0)]
+    inner = by_name["encoder." + FIRST_QUERY][0]
     if inner % heads:
         raise ValueError(f"the query width of the T5 file is {inner}; expected a multiple of its {heads} heads")
-    d_ff = found[f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
-    pile = own_bias and vocabulary == PILE_VOCABULARY
+    d_ff = by_name[f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
+    pile = bias_per_layer and vocabulary == PILE_VOCABULARY
     return {
-        "model_type": "umt5" if own_bias else "t5",
+        "model_type": "umt5" if bias_per_layer else "t5",
         "vocab_size": vocabulary,
         "d_model": d_model,
         "d_ff": d_ff,
@@ -74,8 +80,14 @@ def t5_config(shapes: Mapping[str, Sequence[int]]) -> dict:
     }
 
 
-def expected_names(layers: int, gated: bool, own_bias: bool) -> list[str]:
-    """Every tensor name of a T5 encoder of this depth and kind."""
+def expected_names(layers: int, gated: bool, bias_per_layer: bool) -> list[str]:
+    """All tensor names of a T5 encoder.
+
+    Args:
+        layers: Number of blocks.
+        gated: Whether its feed-forward layers are gated (v1.1 and later).
+        bias_per_layer: Whether every block has a relative position bias (UMT5), not only the first.
+    """
     names = ["shared.weight", "encoder.final_layer_norm.weight"]
     feed_forward = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
     for layer in range(layers):
@@ -83,38 +95,38 @@ def expected_names(layers: int, gated: bool, own_bias: bool) -> list[str]:
         names += [f"{block}.0.SelfAttention.{part}.weight" for part in "qkvo"]
         names += [f"{block}.{part}.layer_norm.weight" for part in (0, 1)]
         names += [f"{block}.1.DenseReluDense.{part}.weight" for part in feed_forward]
-        if own_bias or layer == 0:
+        if bias_per_layer or layer == 0:
             names.append(f"{block}.0.SelfAttention.relative_attention_bias.weight")
     return names
 
 
-def _check_complete(found: Mapping[str, tuple], layers: int, gated: bool, own_bias: bool) -> None:
-    expected = expected_names(layers, gated, own_bias)
-    missing = [name for name in expected if name not in found]
+def _check_complete(names: Iterable[str], layers: int, gated: bool, bias_per_layer: bool) -> None:
+    """Raises ValueError if a file lacks tensors of such a T5 encoder, or has others; see `expected_names`."""
+    expected = expected_names(layers, gated, bias_per_layer)
+    missing = [name for name in expected if name not in names]
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
-            f"the T5 file lacks {', '.join(missing[:4])}{more}; expected all tensors of {layers} encoder blocks. "
+            f"the T5 file lacks {first_few(missing)}; expected all tensors of {layers} encoder blocks. "
             "Download the file again or use a complete one."
         )
-    known = set(expected)
-    odd = [name for name in found if name not in known and name.rsplit(".", 1)[1] not in FP8_SCALES]
-    if odd:
+    allowed = set(expected)
+    unexpected = [name for name in names if name not in allowed and name.rsplit(".", 1)[1] not in FP8_SCALES]
+    if unexpected:
         raise ValueError(
-            f"the file has {odd[0]}, which no T5 encoder has; expected a dense T5 (v1.0, v1.1, flan, mT5, UMT5, "
+            f"the file has {unexpected[0]}, which no T5 encoder has; expected a dense T5 (v1.0, v1.1, flan, mT5, UMT5, "
             "ByT5). Variants such as LongT5 or Switch are not supported."
         )
 
 
-def _stack_prefix(keys: Sequence[str]) -> str:
-    """What stands before `block.0` of the encoder, for example "text_encoders.t5xxl.transformer.encoder."."""
+def _encoder_prefix(keys: Sequence[str]) -> str:
+    """The prefix of the encoder's `block.0`, for example "text_encoders.t5xxl.transformer.encoder."."""
     encoder = [key for key in keys if not _is_decoder(key)]
     prefixes = [key.removesuffix(FIRST_QUERY) for key in encoder if key.endswith(FIRST_QUERY)]
-    if not prefixes:  # the first block itself may be among what is missing
+    if not prefixes:  # tensors of the first block may be missing
         blocks = [key[: match.start()] for key in encoder if (match := _BLOCK.search(key))]
         prefixes = [f"{prefix}." if prefix else "" for prefix in blocks[:1]]
     if not prefixes:
-        raise ValueError(f"no T5 encoder is in the file: {_what_it_is(keys)}. Choose a T5 encoder or a full T5 model.")
+        raise ValueError(f"no T5 encoder is in the file: {_model_kind(keys)}. Choose a T5 encoder or a full T5 model.")
     if len(prefixes) > 1:
         raise ValueError(f"the file has {len(prefixes)} T5 encoders ({', '.join(prefixes)}); expected one")
     return prefixes[0]
@@ -124,7 +136,9 @@ def _is_decoder(key: str) -> bool:
     return key.startswith("decoder.") or ".decoder." in key
 
 
-def _what_it_is(keys: Sequence[str]) -> str:
+def _model_kind(keys: Sequence[str]) -> str:
+    """What kind of model a file without a T5 encoder has, for messages."""
+
     def has(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in keys)
 

@@ -1,6 +1,6 @@
-"""Reading T5 weights: one safetensors file, a Hugging Face folder (sharded or not), or a .bin / .pt state dict.
+"""Reads T5 weights from a safetensors file, a Hugging Face folder (sharded or not), or a .bin / .pt state dict.
 
-Names and shapes are read first, so that a file of another kind fails before any weights are loaded.
+Names and shapes are checked first, so that an unsuitable file fails before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class T5Weights(NamedTuple):
-    """A T5 encoder as it was read: tensors under `T5EncoderModel` names, its configuration and its content's hash."""
+    """A T5 encoder's state dict with `T5EncoderModel` names, its configuration, and the hash of its files."""
 
     state_dict: dict[str, Tensor]
     config: dict
@@ -35,7 +35,7 @@ class T5Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """One weight file: shapes at hand, tensors on demand."""
+    """Open weight files: shapes by tensor name, a function that reads a tensor, and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
@@ -43,21 +43,26 @@ class _Source:
 
 
 def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
-    """Reads a T5 encoder from a file or folder; fp8 weights are multiplied by their scales.
+    """Reads a T5 encoder; fp8 weights are multiplied by their scales.
 
-    dtype: of every tensor returned. Errors: ValueError that names the file, what it is and what was expected;
-    FileNotFoundError when the path or one of its shards does not exist.
+    Args:
+        path: File or folder.
+        dtype: Dtype of the returned tensors.
+
+    Raises:
+        FileNotFoundError: The path or one of its shards does not exist.
+        ValueError: The file has no complete T5 encoder, or one in an unsupported format.
     """
     path = Path(path)
     files = weight_files(path)
-    with _opened(files) as source:
+    with _open_all(files) as source:
         try:
             config = t5_config(source.shapes)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         _check_quantisation(path, source)
         state = {
-            name: _weight(source, key, dtype)
+            name: _read_weight(source, key, dtype)
             for name, key in t5_names(source.shapes).items()
             if name.endswith(".weight")
         }
@@ -65,9 +70,9 @@ def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
 
 
 def read_t5_config(path: str | Path) -> dict:
-    """Only the configuration, from the headers (a .bin file has to be read whole). Errors as `read_t5`."""
+    """Reads only a T5's configuration, from file headers (a .bin file is read completely). Errors as `read_t5`."""
     path = Path(path)
-    with _opened(weight_files(path)) as source:
+    with _open_all(weight_files(path)) as source:
         try:
             return t5_config(source.shapes)
         except ValueError as error:
@@ -75,14 +80,19 @@ def read_t5_config(path: str | Path) -> dict:
 
 
 def embedded_sentencepiece(path: str | Path) -> bytes | None:
-    """The sentencepiece model that ComfyUI's mT5 and UMT5 files carry in the tensor `spiece_model`, or None."""
-    with _opened(weight_files(Path(path))) as source:
+    """The sentencepiece model in the tensor `spiece_model` of ComfyUI's mT5 and UMT5 files, or None."""
+    with _open_all(weight_files(Path(path))) as source:
         key = next((key for key in source.shapes if key.rsplit(".", 1)[-1] == "spiece_model"), None)
         return None if key is None else bytes(source.read(key).to(torch.uint8).numpy())
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of `path` (a file, or a folder as `save_pretrained` writes it)."""
+    """The weight files of a T5: a single file, or those in a folder written by `save_pretrained`.
+
+    Raises:
+        FileNotFoundError: The path or a shard does not exist, or the folder has no unambiguous weight file.
+        ValueError: The file is a GGUF file.
+    """
     if path.is_file():
         _refuse_gguf(path)
         return [path]
@@ -107,7 +117,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a weight file's content; of a sharded folder, SHA-256 over its shards' digests in name order."""
+    """SHA-256 of a weight file; for several shards, SHA-256 of their digests in the order of their names."""
     digests = []
     for file in weight_files(Path(path)):
         stat = file.stat()
@@ -117,7 +127,7 @@ def file_hash(path: str | Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: str, size: int, modified: int) -> str:
-    """Hashing an XXL file takes many seconds, so one digest per (path, size, time of change) is kept."""
+    """SHA-256 of a file, cached by path, size and modification time: hashing T5-XXL takes many seconds."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -126,12 +136,14 @@ def _digest(path: str, size: int, modified: int) -> str:
 
 
 def _existing(file: Path) -> Path:
+    """The shard's path; FileNotFoundError if it is missing."""
     if not file.is_file():
         raise FileNotFoundError(f"shard {file.name} is missing from {file.parent.name}. Download the folder again.")
     return file
 
 
 def _refuse_gguf(path: Path) -> None:
+    """Raises ValueError for a GGUF file."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix.lower() == ".gguf":
@@ -139,12 +151,13 @@ def _refuse_gguf(path: Path) -> None:
 
 
 @contextmanager
-def _opened(files: list[Path]) -> Iterator[_Source]:
+def _open_all(files: list[Path]) -> Iterator[_Source]:
+    """Opens weight files as one source."""
     with ExitStack() as stack:
-        parts = [_open(file, stack) for file in files]
-        shapes = {key: shape for part in parts for key, shape in part.shapes.items()}
-        owner = {key: part for part in parts for key in part.shapes}
-        yield _Source(shapes, lambda key: owner[key].read(key), parts[0].metadata)
+        sources = [_open(file, stack) for file in files]
+        shapes = {key: shape for source in sources for key, shape in source.shapes.items()}
+        source_of = {key: source for source in sources for key in source.shapes}
+        yield _Source(shapes, lambda key: source_of[key].read(key), sources[0].metadata)
 
 
 def _open(file: Path, stack: ExitStack) -> _Source:
@@ -175,7 +188,8 @@ def _open_torch(file: Path) -> _Source:
     return _Source({key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__)
 
 
-def _weight(source: _Source, key: str, dtype: torch.dtype) -> Tensor:
+def _read_weight(source: _Source, key: str, dtype: torch.dtype) -> Tensor:
+    """A weight in a dtype; an fp8 weight is multiplied by its scale."""
     weight = source.read(key)
     module = key.removesuffix("weight")
     scale = next((module + s for s in ("scale_weight", "weight_scale") if module + s in source.shapes), None)
@@ -186,8 +200,9 @@ def _weight(source: _Source, key: str, dtype: torch.dtype) -> Tensor:
 
 
 def _check_quantisation(path: Path, source: _Source) -> None:
+    """Raises ValueError for ComfyUI's quantised formats other than fp8."""
     for key in source.shapes:
         if key.endswith(".comfy_quant"):
-            found = json.loads(bytes(source.read(key).numpy())).get("format", "unknown")
-            if found not in FP8_FORMATS:
-                raise ValueError(f"{path.name} is quantised as {found}; expected fp32, fp16, bf16 or fp8 weights.")
+            kind = json.loads(bytes(source.read(key).numpy())).get("format", "unknown")
+            if kind not in FP8_FORMATS:
+                raise ValueError(f"{path.name} is quantised as {kind}; expected fp32, fp16, bf16 or fp8 weights.")

@@ -1,4 +1,4 @@
-"""T5 tokenizers: beside the model, at a given path, in a ComfyUI folder, or in the demo; ids always end in </s>."""
+"""T5 tokenizers, and the search for the one of a model: next to it, at a given path, or in ComfyUI's folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ BYT5_OFFSET = 3
 
 
 class T5Tokenizer:
-    """Text to token ids that end in </s>; a literal </s> or <pad> inside a prompt is dropped.
+    """Tokenizes text; ids end in </s>, and a literal </s> or <pad> in the text is dropped.
 
-    encode_text: ids of one text without special tokens. fingerprint: changes with the vocabulary or its rules.
+    Args:
+        encode_text: Text -> ids without special tokens.
+        vocabulary: Token -> id.
+        decode_ids: Ids -> text.
+        fingerprint: Changes with the vocabulary and the rules.
+        end_token: Id of </s>.
+        pad_token: Id of <pad>.
     """
 
     def __init__(
@@ -36,10 +42,11 @@ class T5Tokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """Largest id + 1."""
         return 1 + max(self._vocabulary.values())
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text with </s> at the end."""
         special = (self.end_token, self.pad_token)
         return [token for token in self._encode_text(text) if token not in special] + [self.end_token]
 
@@ -51,12 +58,17 @@ class T5Tokenizer:
         return dict(self._vocabulary)
 
     def __call__(self, text: str, **_) -> dict[str, list[int]]:
-        """As ComfyUI's tokenizer classes call it."""
+        """The interface that ComfyUI's tokenizer classes use."""
         return {"input_ids": self.encode(text)}
 
 
 def load_tokenizer(path: str | Path, *, end_token: int = 1, pad_token: int = 0) -> T5Tokenizer:
-    """Reads tokenizer.json, a sentencepiece .model, or a folder that has one. Errors: ValueError, FileNotFoundError."""
+    """Reads tokenizer.json, a sentencepiece .model, or a folder with one of them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
+    """
     path = Path(path)
     file = _file_in(path) if path.is_dir() else path
     if file is None or not file.is_file():
@@ -67,7 +79,7 @@ def load_tokenizer(path: str | Path, *, end_token: int = 1, pad_token: int = 0) 
 
 
 def sentencepiece_tokenizer(model: bytes, *, end_token: int = 1, pad_token: int = 0) -> T5Tokenizer:
-    """A tokenizer from the bytes of a sentencepiece model (mT5, UMT5, Pile-T5)."""
+    """The tokenizer of a sentencepiece model, given as its file's content (mT5, UMT5, Pile-T5)."""
     import sentencepiece
 
     try:
@@ -81,12 +93,12 @@ def sentencepiece_tokenizer(model: bytes, *, end_token: int = 1, pad_token: int 
 
 
 def byte_tokenizer() -> T5Tokenizer:
-    """ByT5's: one token per UTF-8 byte, shifted by three special tokens (Xue et al. 2022, arXiv 2105.13626)."""
+    """ByT5's tokenizer: one token per UTF-8 byte, after three special tokens (Xue et al. 2022, arXiv 2105.13626)."""
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{byte:02X}>": byte + BYT5_OFFSET for byte in range(256)}
 
     def decode(ids: list[int]) -> str:
-        known = [token - BYT5_OFFSET for token in ids if BYT5_OFFSET <= token < 256 + BYT5_OFFSET]
-        return bytes(known).decode("utf-8", errors="ignore")
+        values = [token - BYT5_OFFSET for token in ids if BYT5_OFFSET <= token < 256 + BYT5_OFFSET]
+        return bytes(values).decode("utf-8", errors="ignore")
 
     return T5Tokenizer(lambda text: [b + BYT5_OFFSET for b in text.encode()], vocabulary, decode, "byt5")
 
@@ -98,47 +110,57 @@ def find_tokenizer(
     path: str | Path | None = None,
     comfyui: str | Path | None = None,
 ) -> T5Tokenizer:
-    """The tokenizer of a T5: `path`, inside its file, beside it (the demo's lies there), ByT5's bytes, or ComfyUI's.
+    """Finds the tokenizer of a T5: at `path`, ByT5's, inside the model's file, next to it, or ComfyUI's.
 
-    config: of the T5; a tokenizer with more ids than its vocabulary does not fit. comfyui: ComfyUI's folder. Errors:
-    FileNotFoundError that lists where it looked; ValueError for a given tokenizer that does not fit.
+    Args:
+        model: File or folder of the T5.
+        config: Its configuration; the tokenizer must not have more ids than its vocabulary.
+        path: File or folder of the tokenizer; by default it is searched for.
+        comfyui: ComfyUI's folder.
+
+    Raises:
+        FileNotFoundError: There is none; the message lists the searched folders.
+        ValueError: The tokenizer has too many ids or is damaged.
     """
     special = {"end_token": config["eos_token_id"], "pad_token": config["pad_token_id"]}
     if path is not None:
-        return _fitting(load_tokenizer(path, **special), config, str(path))
+        return _check_size(load_tokenizer(path, **special), config, str(path))
     if config["vocab_size"] == BYT5_VOCABULARY:
         return byte_tokenizer()
     spiece = embedded_sentencepiece(model)
     if spiece is not None:
-        return _fitting(sentencepiece_tokenizer(spiece, **special), config, f"the one inside {Path(model).name}")
-    candidates = _candidates(Path(model), config, comfyui)
+        return _check_size(sentencepiece_tokenizer(spiece, **special), config, f"the one inside {Path(model).name}")
+    candidates = _candidate_folders(Path(model), config, comfyui)
     for candidate in candidates:
         if _file_in(candidate) is not None:
-            return _fitting(load_tokenizer(candidate, **special), config, str(candidate))
-    looked = "\n  ".join(str(candidate) for candidate in candidates) or "(nowhere)"
+            return _check_size(load_tokenizer(candidate, **special), config, str(candidate))
+    searched = "\n  ".join(str(candidate) for candidate in candidates) or "(nowhere)"
     raise FileNotFoundError(
         f"no tokenizer for {Path(model).name} (vocabulary of {config['vocab_size']}); looked for {', '.join(FILES)} "
-        f"in\n  {looked}\nPut the model's tokenizer.json beside it, pass its path, or use an installed ComfyUI's."
+        f"in\n  {searched}\nPut the model's tokenizer.json beside it, pass its path, or use an installed ComfyUI's."
     )
 
 
-def _candidates(model: Path, config: dict, comfyui: str | Path | None) -> list[Path]:
+def _candidate_folders(model: Path, config: dict, comfyui: str | Path | None) -> list[Path]:
+    """Folders where the tokenizer of a T5 may be, in order of preference."""
     folder = model if model.is_dir() else model.parent
-    places = [] if model.is_dir() else [folder / model.stem, folder / f"{model.stem}_tokenizer"]
-    places += [folder, folder / "tokenizer"]
+    candidates = [] if model.is_dir() else [folder / model.stem, folder / f"{model.stem}_tokenizer"]
+    candidates += [folder, folder / "tokenizer"]
     if folder.name.startswith("text_encoder"):  # in a diffusers folder text_encoder_3 goes with tokenizer_3
-        places.append(folder.parent / folder.name.replace("text_encoder", "tokenizer"))
+        candidates.append(folder.parent / folder.name.replace("text_encoder", "tokenizer"))
     if comfyui is not None and config["vocab_size"] in T5_VOCABULARIES:
         name = "t5_pile_tokenizer" if config["model_type"] == "umt5" else "t5_tokenizer"
-        places.append(Path(comfyui) / "comfy" / "text_encoders" / name)
-    return places
+        candidates.append(Path(comfyui) / "comfy" / "text_encoders" / name)
+    return candidates
 
 
 def _file_in(folder: Path) -> Path | None:
+    """The tokenizer file in a folder, or None."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
-def _fitting(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenizer:
+def _check_size(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenizer:
+    """The tokenizer; ValueError if it has more ids than the T5. origin: its path, for the message."""
     if tokenizer.size > config["vocab_size"]:
         raise ValueError(
             f"tokenizer {origin} has {tokenizer.size} tokens; expected at most the T5's {config['vocab_size']}. "

@@ -1,9 +1,9 @@
-"""Low-rank adapters as what trains: LoRA, LoCon, LoHa, LoKr and DoRA beside frozen layers.
+"""Low-rank adapters of frozen layers as a trainable: LoRA, LoCon, LoHa, LoKr and DoRA.
 
-The parametrisations and their forward passes are LyCORIS's (lycoris-lora): it knows every kind, its tensors carry the
-names that files have, and it leaves the module tree alone, which peft's injection does not. Its own way of hooking in
-(`apply_to`) leaves a bound method on each layer for good, and its rebuilt weights take the dtype of the base's; so its
-modules are called from forward hooks here, which go again, and DoRA's weight is built in fp32.
+The parametrisations and their forward passes are LyCORIS's (lycoris-lora): it has every kind, its tensors carry the
+names that files have, and it leaves the module tree alone, which peft's injection does not. But its `apply_to` leaves a
+bound method on each layer, and its rebuilt weights have the dtype of the base's. So its modules are called here from
+forward hooks, which are removed again, and DoRA's weight is computed in fp32.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ TARGETS = {
     "attention + feed-forward": rf"^diffusion_model\..*({_TRANSFORMER})|{_TEXT_LAYERS}",
     "all": rf"^diffusion_model\..*({_TRANSFORMER})|{_CONVOLUTIONS}|{_TEXT_LAYERS}",
 }
-"""Patterns over layer names. "attention + feed-forward" is sd-scripts' choice (192 layers of SD1.5's UNet, 722 of
-SDXL's; 72 and 192 of the CLIPs), "all" what it adds with conv_dim."""
+"""Regular expressions over layer names. "attention + feed-forward" is sd-scripts' choice (192 layers of SD1.5's UNet,
+722 of SDXL's; 72 and 192 of the CLIPs); "all" adds the layers that sd-scripts adds with conv_dim."""
 
 
 def layers_of(network: nn.Module, name_of: Callable[[str], str] = str) -> dict[str, nn.Module]:
     """Linear and 2D convolution layers of a module tree by `name_of(path)`."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return {name_of(path): layer for path, layer in network.named_modules() if isinstance(layer, kinds)}
+    types = (nn.Linear, nn.Conv2d)
+    return {name_of(path): layer for path, layer in network.named_modules() if isinstance(layer, types)}
 
 
 def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that get an adapter, by name. k x k convolutions are left out where the algorithm is LoRA or DoRA.
+    """The layers that get an adapter, by name. LoRA and DoRA get none on k x k convolutions.
 
     Raises ValueError for a malformed regex or when nothing matches.
     """
     pattern = config.target_regex if config.targets == "regex" else TARGETS[config.targets]
     try:
-        wanted = re.compile(pattern)
+        expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(
             f"target_regex is {pattern!r}, not a regular expression ({error}); expected for example 'attn2|proj_in'."
         ) from error
     linear_only = config.algorithm in ("LoRA", "DoRA")
-    found = {n: m for n, m in layers.items() if wanted.search(n) and not (linear_only and _is_spatial(m))}
-    if not found:
+    selected = {n: m for n, m in layers.items() if expression.search(n) and not (linear_only and _is_spatial(m))}
+    if not selected:
         examples = ", ".join(list(layers)[:2])
         raise ValueError(
             f"targets {config.targets!r} ({pattern!r}) match none of {len(layers)} layers; expected at least one. "
             f"Layer names are such as {examples}."
         )
-    return found
+    return selected
 
 
 def text_rate(config: LoraConfig, name: str) -> float:
-    """Peak learning rate of a text encoder's layer or adapter; 0 where it gets none."""
+    """Peak learning rate of a text encoder's layer or adapter; 0 where it does not train."""
     return config.text_rates[name.startswith(SECOND_TEXT)]
 
 
@@ -80,39 +80,32 @@ def _is_spatial(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
 
 
-class Adapters:
-    """Trainable: one adapter per layer, fp32 masters named `<layer>.<LyCORIS's tensor name>`.
+class Adapters(SelectedWeights):
+    """One low-rank adapter per layer: fp32 masters named `<layer>.<LyCORIS's tensor name>`.
 
-    layers: name -> live layer, from `select_layers`. networks: roots that are frozen while attached. seed: of the
-    initial values and of dropout. modules: LyCORIS's, by layer name. The layers' weights are never written.
+    The layers' weights are never written.
+
+    Args:
+        layers: name -> layer of the network, from `select_layers`.
+        networks: roots that are frozen while attached.
+        config: algorithm, rank, dropout and rates.
+        seed: of the initial values and of dropout.
+
+    Attributes:
+        modules: LyCORIS's module of each layer.
+        alphas: `<layer>.alpha` -> its value.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
         self.config, self.seed = config, seed
-        self._layers, self._released = dict(layers), False
+        self._layers, self._disabled = dict(layers), False
         self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
         holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
         for name, module in self.modules.items():
             module.to(self._layers[name].weight.device)
         names = {str(i): name for i, name in enumerate(self.modules)}
-        found = {_renamed(path, names): target for path, target in parameter_refs(holder).items()}
-        self._weights = SelectedWeights(found, networks)
+        super().__init__({_renamed(path, names): ref for path, ref in parameter_refs(holder).items()}, networks)
         self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self.modules.items()}
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self._weights.parameters
-
-    def values(self) -> dict[str, Tensor]:
-        """The masters as plain tensors, without copying."""
-        return self._weights.values()
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Overwrites the masters; names and shapes must match exactly."""
-        self._weights.load(values)
 
     def rate(self, name: str) -> float:
         """A parameter's multiple of the run's learning rate: its text encoder's rate, and LoRA+ (arXiv 2402.12354,
@@ -122,14 +115,14 @@ class Adapters:
 
     @contextmanager
     def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
-        """Adds the adapters' outputs to those of their layers while entered; see `SelectedWeights.attach`.
+        """Adds the adapters' outputs to those of their layers while entered; see `Trainable.attach`.
 
-        Without `values` this is training: dropout is on, drawn from (seed, draw) and from nothing else; the global
-        random state, which torch's and LyCORIS's dropout use, is put back afterwards.
+        Without `values` dropout is on, drawn from (seed, rng_key) alone; the global random state, which torch's and
+        LyCORIS's dropout use, is restored afterwards.
         """
         training = values is None
         with ExitStack() as stack:
-            stack.enter_context(self._weights.attach(values))
+            stack.enter_context(super().attach(values))
             if training and self.config.has_dropout:
                 stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *rng_key), self._devices()))
             for name, layer in self._layers.items():
@@ -140,12 +133,11 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """While entered, inside `attach`, the layers are what they were before it."""
-        self._released = True
+        self._disabled = True
         try:
             yield
         finally:
-            self._released = False
+            self._disabled = False
 
     def lora_model(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """ComfyUI's LORA_MODEL: copies of the tensors, fp32 on the CPU, alphas included."""
@@ -162,7 +154,7 @@ class Adapters:
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0]
-            if self._released:
+            if self._disabled:
                 return output
             if training and config.module_dropout and torch.rand(()).item() < config.module_dropout:
                 return output
@@ -178,7 +170,7 @@ _START_AT_ZERO = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
 def _dora_output(module: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     """(W' - W) x with W' = m (W + dW) / ||W + dW||, the norm over everything but the input axis (arXiv 2402.09353,
-    eq. 5, per input as in LyCORIS with wd_on_out off: the axis that every reader of the file agrees on)."""
+    eq. 5, per input as in LyCORIS with wd_on_out off, the axis on which all readers of such files agree)."""
     weight = layer.weight.detach().float()
     merged = module.apply_weight_decompose(
         weight + module.make_weight(weight.device).reshape(weight.shape) * module.scale
@@ -209,8 +201,8 @@ def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) 
 
 
 def _plain(layer: nn.Module) -> nn.Module:
-    """torch's own layer around the same weight: LyCORIS makes its factors of the layer's class, and ComfyUI's classes
-    draw no initial values, or hold no weights at all."""
+    """torch's own layer around the same weight: LyCORIS creates its factors with the layer's class, and ComfyUI's
+    classes draw no initial values, or hold no weights at all."""
     if isinstance(layer, nn.Conv2d):
         geometry = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         more = {"dilation": layer.dilation, "groups": layer.groups}
@@ -228,7 +220,7 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
 
 @contextmanager
 def _seeded(seed: int, devices: list[torch.device]) -> Iterator[None]:
-    """torch's global random state set for a while, and put back."""
+    """Seeds torch's global random state while entered, and restores it."""
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..formats.lora import Lora, LoraModule, some
-from ..formats.lora_difference import LINEAR_KINDS, low_rank_of
-from ..formats.lora_names import TEXT, naming_of
+from ..common.text import first_few
+from ..formats.lora import Lora, LoraModule
+from ..formats.lora_difference import LINEAR_KINDS, low_rank_delta
+from ..formats.lora_names import TEXT, detect_naming
 from .lora import Adapters
 
 log = logging.getLogger(__name__)
@@ -25,11 +26,11 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
     are left out with a warning, adapters without a layer begin at nothing. Raises ValueError when none or not all of
     the layers that have an adapter can be taken. unet_config: UNet2DConditionModel's, for the names of layers.
     """
-    naming = naming_of(start, unet_config=unet_config)
+    naming = detect_naming(start, unet_config=unet_config)
     known = {plain_layer(name): name for name in adapters.modules}
     values, idle, misfits = dict(adapters.values()), [], []
     for module in start.modules.values():
-        name = known.get(plain_layer(naming.layer(module.name) or module.name))
+        name = known.get(plain_layer(naming.comfyui_name(module.name) or module.name))
         if name is None:
             idle.append(module.name)
             continue
@@ -41,13 +42,15 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
             values |= {f"{name}.{role}": value for role, value in taken.items()}
     if misfits:
         raise ValueError(
-            f"{start.name} has layers that this training's adapters cannot begin from: {some(misfits)}; expected the "
-            f"same algorithm, rank and size, or algorithm LoRA or LoCon, which take most kinds at any rank."
+            f"{start.name} has layers that this training's adapters cannot begin from: {first_few(misfits)}; expected "
+            f"the same algorithm, rank and size, or algorithm LoRA or LoCon, which take most kinds at any rank."
         )
     if len(idle) == len(start.modules):
-        raise ValueError(f"{start.name} has no layer that trains here, only {some(idle)}. Choose its targets, or none.")
+        raise ValueError(
+            f"{start.name} has no layer that trains here, only {first_few(idle)}. Choose its targets, or none."
+        )
     if idle:
-        log.warning("%s: %d layers have no adapter here and are left out: %s", start.name, len(idle), some(idle))
+        log.warning("%s: %d layers have no adapter here and are left out: %s", start.name, len(idle), first_few(idle))
     adapters.load(values)
 
 
@@ -70,7 +73,7 @@ def _taken(module: LoraModule, own: Mapping[str, Tensor], scale: float) -> dict[
     down, up = own["lora_down.weight"], own["lora_up.weight"]
     if module.shape != (up.shape[0], down[0].numel()):
         return None
-    nearest = low_rank_of(module, rank=len(down))
+    nearest = low_rank_delta(module, rank=len(down))
     count = len(nearest.down)
     new_down, new_up = down.detach().clone().flatten(1), torch.zeros_like(up).flatten(1)
     new_down[:count] = nearest.down.to(down)

@@ -1,0 +1,43 @@
+"""Everything that `python run.py bench` can measure, by name: timings, the two long benchmarks, and the studies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import lora, projection_study, reset_study, reward, reward_study
+from .speed import TIMINGS
+from .study import Study
+
+LORA, REWARD = "lora", "reward"
+STUDIES: dict[str, Study] = {
+    "reset-study": reset_study.STUDY,
+    "projection-start": projection_study.STUDY,
+    "reward-study": reward_study.STUDY,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure and how often."""
+
+    name: str = ""
+    """Which benchmark or study; empty lists them."""
+    rounds: int = 7
+    """Turns of every variant, after one that is not counted."""
+    batch_size: int = 0
+    """Pictures or captions at a time; 0: 16, or a study's own number."""
+
+    def __post_init__(self) -> None:
+        if self.name and self.name not in descriptions():
+            raise ValueError(f"benchmark is {self.name!r}; expected one of {', '.join(descriptions())}.")
+        if self.rounds < 1 or self.batch_size < 0:
+            raise ValueError(
+                f"rounds and batch_size are {self.rounds} and {self.batch_size}; expected 1 and 0 or more."
+            )
+
+
+def descriptions() -> dict[str, str]:
+    """Name -> a sentence on what is measured."""
+    timings = {name: function.__doc__ for name, function in TIMINGS.items()}
+    studies = {name: study.description for name, study in STUDIES.items()}
+    return timings | {REWARD: reward.DESCRIPTION} | studies | {LORA: lora.DESCRIPTION}

@@ -1,0 +1,198 @@
+"""The verbs that train: `train`, `lora`, `embedding` and `reward`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..config.embedding import EmbeddingConfig
+from ..config.flags import add_flags, read_flags
+from ..config.folder import FolderConfig
+from ..config.lora import LORA_PRESETS, LoraConfig
+from ..config.model import ModelConfig
+from ..config.reward import RewardTuneConfig
+from ..config.run import RunConfig, TrainModelConfig
+from ..config.sample_prompts import SamplePrompts
+from ..config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
+from ..data.examples import Dataset
+from ..models.protocols import TextToImage
+from .open_model import build_model
+from .terminal import Terminal
+from .verb import Verb, add_output_flag, read_model_flags
+
+STOPPING = (
+    "Ctrl-C stops the run, and the same command resumes it where it was. A file named finish in the run's folder ends "
+    "it after the step in progress, with its result: the same command then returns that, and more --steps continue it."
+)
+"""Below the help of every training."""
+TRAIN_PRESETS = {name: values | PRESET_RUNS.get(name, {}) for name, values in PRESETS.items()}
+NO_PRESETS = {"custom": {}}
+
+
+def run_train(arguments: argparse.Namespace) -> dict:
+    from ..recipes.unet import train_model
+
+    config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
+    trained = train_model(open_model(arguments), dataset, config, arguments.output, Terminal())
+    return result_of(trained.path)
+
+
+def run_lora(arguments: argparse.Namespace) -> dict:
+    from ..formats.lora import read_lora
+    from ..recipes.lora import train_lora
+
+    config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
+    start = read_lora(arguments.start_lora) if arguments.start_lora else None
+    trained = train_lora(open_model(arguments), dataset, config, arguments.output, Terminal(), start=start)
+    return result_of(trained.path)
+
+
+def run_embedding(arguments: argparse.Namespace) -> dict:
+    from ..recipes.textual_inversion import read_concepts, train_embedding
+
+    config, dataset = read_run_flags(arguments, EmbeddingConfig), open_dataset(arguments)
+    model = open_model(arguments)
+    concepts = read_concepts(arguments.known_embeddings, model.text_encoder)
+    model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
+    trained = train_embedding(model, dataset, config, arguments.output, Terminal())
+    return result_of(trained.path)
+
+
+def run_reward(arguments: argparse.Namespace) -> dict:
+    from ..data.prompts import read_prompts
+    from ..recipes.reward import tune
+    from ..rewards.parse import read_rewards
+
+    config = read_run_flags(arguments, RewardTuneConfig)
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    dataset = open_dataset(arguments) if arguments.folder else None
+    held_out = [f"{text},weight=0" for text in arguments.held_out]
+    rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
+    model = open_model(arguments)
+    rewards.network.to(model.denoiser.device)
+    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
+    return result_of(tuned.path)
+
+
+def result_of(path: Path) -> dict:
+    """What a training prints: its run's folder, and the file in it."""
+    return {"run": str(path.parent), "result": str(path)}
+
+
+def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
+    """A run's config with its settings and sample prompts."""
+    settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
+    return read_flags(arguments, config, settings=settings, samples=samples)
+
+
+def open_model(arguments: argparse.Namespace) -> TextToImage:
+    """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset."""
+    return build_model(read_model_flags(arguments))
+
+
+def open_dataset(arguments: argparse.Namespace) -> Dataset:
+    """The training folder, joined with the regularisation images if there are any; prints its report."""
+    from ..data.dataset import join_datasets
+    from ..data.folder import load_folder
+
+    terminal = Terminal()
+
+    def progress(done: int, total: int, text: str) -> None:
+        terminal.on_text(text)
+
+    dataset = load_folder(read_flags(arguments, FolderConfig), progress)
+    if arguments.reg_folder:
+        dataset = join_datasets(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
+    sys.stderr.write(f"{dataset.report}\n")
+    return dataset
+
+
+def regularisation_folder(arguments: argparse.Namespace) -> FolderConfig:
+    """The regularisation images: read like the training folder, except for their own flags, and without masks."""
+    changes = {"folder": arguments.reg_folder, "weight": arguments.reg_weight, "repeats": arguments.reg_repeats}
+    if arguments.reg_caption:
+        changes |= {"captions": "one caption", "caption": arguments.reg_caption}
+    return replace(read_flags(arguments, FolderConfig), masks="none", **changes)
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    _add_data_flags(parser)
+    _add_config_flags(parser, TrainModelConfig)
+    _add_run_flags(parser, TRAIN_PRESETS)
+
+
+def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    _add_data_flags(parser)
+    _add_config_flags(parser, LoraConfig)
+    parser.add_argument(
+        "--start-lora", type=Path, help="a LoRA file of any trainer whose values the adapters begin with"
+    )
+    _add_run_flags(parser, LORA_PRESETS)
+
+
+def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    _add_data_flags(parser)
+    _add_config_flags(parser, EmbeddingConfig)
+    parser.add_argument(
+        "--known-embeddings",
+        nargs="*",
+        default=(),
+        metavar="TOKEN=FILE",
+        help="tokens that prompts and --initial-text may use",
+    )
+    _add_run_flags(parser, NO_PRESETS)
+
+
+def add_reward_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ModelConfig)
+    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, or .jsonl with weights")
+    group = parser.add_argument_group("rewards, each as kind,name=value,... (see `score --help`)")
+    group.add_argument(
+        "--rewards", nargs="+", required=True, metavar="REWARD", help="what is maximised, summed by weight"
+    )
+    group.add_argument("--held-out", nargs="*", default=(), metavar="REWARD", help="rewards logged and not trained on")
+    add_flags(parser, RewardTuneConfig, skip=("settings", "samples"))
+    parser.add_argument("--folder", type=Path, help="folder of captioned images, for --method direct")
+    _add_data_flags(parser, skip=("folder",))
+    add_flags(parser, TrainingSettings)
+    _add_run_flags(parser, NO_PRESETS)
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
+    add_flags(parser, config)
+    add_flags(parser, TrainingSettings)
+
+
+def _add_data_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
+    add_flags(parser, FolderConfig, skip=tuple(skip))
+    group = parser.add_argument_group("regularisation images")
+    group.add_argument(
+        "--reg-folder", type=Path, help="images that keep the model close to what it was; an epoch shows as many"
+    )
+    group.add_argument("--reg-weight", type=float, default=1.0, help="factor of their loss (default: 1.0)")
+    group.add_argument(
+        "--reg-repeats", type=int, default=1, help="repeats of each, before they are balanced (default: 1)"
+    )
+    group.add_argument("--reg-caption", default="", help="one caption for all of them (default: as --captions says)")
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
+    parser.add_argument("--preset", choices=list(presets), default="custom", help="other defaults for some flags")
+    add_flags(parser, SamplePrompts, "sample_")
+    add_output_flag(parser)
+
+
+VERBS = {
+    "train": Verb("retrain layers of a UNet on captioned images", add_train_flags, run_train, STOPPING, TRAIN_PRESETS),
+    "lora": Verb("train a LoRA on captioned images", add_lora_flags, run_lora, STOPPING, LORA_PRESETS),
+    "embedding": Verb(
+        "train new words of a text encoder (textual inversion)", add_embedding_flags, run_embedding, STOPPING
+    ),
+    "reward": Verb("tune a text encoder or UNet so that pictures score higher", add_reward_flags, run_reward, STOPPING),
+}

@@ -1,0 +1,20 @@
+"""Exponential moving average of the weights that train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], step: int, decay: float) -> None:
+    """Moves the averages towards the parameters of optimizer step `step` (from 1), in place.
+
+    ema = d ema + (1 - d) parameter, with the warm-up of TensorFlow's ExponentialMovingAverage:
+    d = min(decay, (1 + step) / (10 + step)).
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, average in ema.items():
+        average.lerp_(parameters[name].to(average), 1 - decay)
