@@ -14,7 +14,7 @@ from retune.training.config.run import former_identity, identity
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
 from retune.training.evaluation.diversity_guard import Guard, GuardMeasurement
-from retune.training.evaluation.guard_pictures import guard_prompts, variety
+from retune.training.evaluation.guard_pictures import guard_prompts, measure_variety
 from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
@@ -118,7 +118,9 @@ def test_the_rewards_of_two_checks_compare_on_the_scale_of_the_first():
 
 def test_variety_is_that_of_each_prompts_pictures():
     axes = torch.eye(3)
-    found = variety(torch.stack([axes[:2], axes[[2, 2]]]))  # one prompt's pictures all different, the other's equal
+    found = measure_variety(
+        torch.stack([axes[:2], axes[[2, 2]]])
+    )  # one prompt's pictures all different, the other's equal
     assert found["diversity"] == pytest.approx(0.5)
     assert found["vendi"] == pytest.approx(2**1.5)  # eigenvalues 1/2, 1/4, 1/4
     assert found["distance"] == pytest.approx(5 / 6)
