@@ -19,7 +19,7 @@ from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.rewards.scale import PRIOR_COUNT
-from retune.training.runs.outcome import guard_words
+from retune.training.runs.outcome import describe_guard
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 
@@ -211,11 +211,11 @@ def test_what_a_run_without_a_guard_was_it_stays():
 
 def test_what_a_guard_did_is_said_in_words():
     def words(first_step_below, stopped, **status):
-        return guard_words(
+        return describe_guard(
             {"guard": {"floor": 0.8, "share": 0.715, "fell_at": first_step_below, "stopped": stopped}, **status}
         )
 
-    assert guard_words({"state": "finished", "result": "last"}) == ""
+    assert describe_guard({"state": "finished", "result": "last"}) == ""
     assert words(8, True, result="guard", best_step=6) == (
         "; the guard ended it: diversity is 72 % of the start's, below 80 %; the result is that of step 6"
     )

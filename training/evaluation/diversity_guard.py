@@ -24,11 +24,11 @@ MIN_DIVERSITY = 1e-6
 
 @dataclass(frozen=True)
 class GuardMeasurement:
-    """What one check measured.
+    """The measurement of one check.
 
     Attributes:
         raw: term of the reward -> score of every picture.
-        shaped: term -> what is maximised of each score, before weight and scale (see `Term`).
+        shaped: term -> the part of each score that is maximised, before weight and scale (see `Term`).
         variety: "diversity", which the rule is about, and further figures of how different the pictures are.
     """
 
@@ -79,7 +79,7 @@ class Guard:
     (`RunningScale` over its pictures): those of training move, so checks could not be compared.
 
     Args:
-        rule: the floor, and what happens below it.
+        rule: the floor, and the action below it.
         measure: draws pictures and measures them.
         weights: term -> its weight, 0 for one that is held out.
         priors: term -> its typical scale.
@@ -147,7 +147,7 @@ class Guard:
         return f"{measured}, below {100 * self.rule.floor:g} %; {'stopping' if self.should_stop else 'going on'}"
 
     def ending(self) -> dict[str, Any]:
-        """The guard's part of status.json; `outcome.guard_words` is its text."""
+        """The guard's part of status.json; `outcome.describe_guard` is its text."""
         state = self.state
         return {
             "floor": self.rule.floor,

@@ -1,4 +1,4 @@
-"""The denoising objective: loss weightings, distances and masks, and what an objective is."""
+"""The denoising objective with its loss weightings, distances and masks; and the protocol of an objective."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ HUBER_LOSSES = ("huber", "pseudo-huber", "smooth-l1")
 
 def check_objective(settings: TrainingSettings, prediction_type: str) -> None:
     """Raises ValueError for a weighting, schedule or noise level that a model of this prediction type cannot have."""
-    one = torch.ones(1)
-    snr_weight(one, settings, prediction_type)
+    ones = torch.ones(1)
+    snr_weight(ones, settings, prediction_type)
     if settings.loss in HUBER_LOSSES:
-        huber_threshold(one, one, settings, prediction_type)
+        huber_threshold(ones, ones, settings, prediction_type)
     if settings.zero_terminal_snr and prediction_type != "v":
         raise ValueError(
             f"zero_terminal_snr is on for a model of {prediction_type} prediction; expected v prediction (arXiv "
