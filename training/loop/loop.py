@@ -59,7 +59,7 @@ class Loop:
         device: where the objective computes; the CPU without it.
 
     Raises:
-        ValueError: nothing trains at the first step, or the settings need a validation loss and there is no held-out slot.
+        ValueError: nothing trains at the first step, or the settings need a validation loss and nothing is held out.
     """
 
     def __init__(

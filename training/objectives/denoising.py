@@ -37,7 +37,7 @@ class Objective(Protocol):
         ...
 
     def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss:
-        """The loss of (index, loaded slot) pairs, where index numbers the sample within optimiser step `step`."""
+        """The loss of (index, loaded slot) pairs, where index numbers the sample within optimizer step `step`."""
         ...
 
     def validation(self, loaded: list) -> float:
