@@ -11,16 +11,9 @@ from retune.training.data.dataset import from_images
 from retune.training.data.order import Slot
 from retune.training.models.diffusers import SD1_SCHEDULER
 from retune.training.models.protocols import Conditioning
-from retune.training.objectives.denoising import (
-    DenoisingObjective,
-    TrainingSample,
-    check_objective,
-    distance,
-    draw_timestep,
-    huber_threshold,
-    mask_weights,
-    snr_weight,
-)
+from retune.training.objectives.denoising import DenoisingObjective, TrainingSample
+from retune.training.objectives.losses import check_objective, distance, huber_threshold, mask_weights, snr_weight
+from retune.training.objectives.noise import draw_timestep
 
 PLAIN = TrainingSettings(loss_weighting="none", caption_dropout=0.0)
 

@@ -27,7 +27,7 @@ from ..common.distributed import World, world
 from ..common.files import check_free_disk
 from ..config.loop import Batches, LoopConfig, TrainingDiverged
 from ..evaluation.diversity_guard import Guard
-from ..objectives.denoising import Objective
+from ..objectives.objective import Objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import MetricsLog
 from ..runs.outcome import record_failure, result_kind, saved_result, stopped_early

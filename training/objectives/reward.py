@@ -33,7 +33,7 @@ from ..sampling.rollout import (
     stepwise_gradient,
 )
 from ..trainables.base import Trainable
-from .denoising import Loss
+from .objective import Loss
 from .regularizers import OutputConstraint, drift
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config.run import RunConfig
 from ..loop.optimizers import check_optimizer
 from ..models.protocols import TextToImage
-from ..objectives.denoising import check_objective
+from ..objectives.losses import check_objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import check_tensorboard
 
