@@ -53,10 +53,10 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
             f"blocks is {blocks!r}, not a regular expression ({error}); expected for example 'middle|output_blocks'."
         ) from error
     pattern = re.compile(LAYER_PATTERNS[layers])
-    found = [name for name in names if pattern.search(name) and within.search(name)]
-    if not found:
+    selected = [name for name in names if pattern.search(name) and within.search(name)]
+    if not selected:
         log.warning("no parameter matched layers %r within blocks %r", layers, blocks)
-    return found
+    return selected
 
 
 @dataclass(frozen=True)

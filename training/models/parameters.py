@@ -32,7 +32,7 @@ def parameter_refs(module: nn.Module, prefix: str = "") -> dict[str, ParameterRe
 
 
 def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str) -> None:
-    """Raises ValueError, with `owner` as what is incomplete, unless the state dict has all of these names."""
+    """Raises ValueError unless the state dict has all of these names; `owner` names the network in its message."""
     missing = set(names) - state.keys()
     if missing:
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
