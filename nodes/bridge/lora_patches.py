@@ -191,7 +191,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
     names = [*unet.weights, *(text.weights if text else ())]
-    if "=" in row.blocks and (idle := blocks.unmatched(names)):
+    if "=" in row.blocks and (idle := blocks.idle(names)):
         use.notes.append(f"block weights {first_few(idle)} fit no parameter's name.")
     misfits = []
     for module in row.lora.modules.values():
