@@ -42,4 +42,4 @@ def train_loras(work: Path) -> None:
         dataset = from_images(list(images), captions)
         trained = train_lora(build_demo_model(), dataset, lora_config(name), work)
         about = LoraDescription(run=RunFolder(work / name).config() or {}, title=f"Demo: {name}")
-        save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", about=about)
+        save_lora(WEIGHTS / "loras" / f"{name}.safetensors", trained.tensors, dtype="fp16", description=about)
