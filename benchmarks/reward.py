@@ -9,8 +9,7 @@ is ported unchanged.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..training.common.rng import generator
 from ..training.config.checks import check_range
 from ..training.config.reward import RewardTuneConfig
 from ..training.data.prompts import PromptSlot
+from ..training.models.parameters import gradients_required
 from ..training.models.protocols import Conditioning, TextToImage
 from ..training.objectives.reward import RewardObjective
 from ..training.recipes.reward import build_trainable
@@ -177,7 +177,7 @@ def official(bench: Bench, gradient_steps: int) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             original = bench.encode_prompts(tuning.cfg)
-        with bench.trainable.attach(rng_key=(1, 0)), _unfrozen(networks):
+        with bench.trainable.attach(rng_key=(1, 0)), gradients_required(networks, True):
             guidance = bench.encode_prompts(tuning.cfg)
             x = _last_latent(bench, tuning, original, guidance, stop_gradient=False, checkpointed=True)
             score = bench.reward.evaluate(bench.model.autoencoder.decode(x), bench.prompts).total
@@ -231,18 +231,6 @@ def _replace_tensors(guidance: Guidance, tensors: Sequence[Tensor]) -> Guidance:
         return replace(cond, context=next(rest), pooled=None if cond.pooled is None else next(rest))
 
     return Guidance(replaced(guidance.positive), replaced(guidance.negative), guidance.cfg)
-
-
-@contextmanager
-def _unfrozen(networks: Sequence[nn.Module]) -> Iterator[None]:
-    frozen = [p for network in networks for p in network.parameters() if not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 METHODS: dict[str, Method] = {

@@ -1,7 +1,8 @@
-"""The chart of a run: smoothing by its closed form, ticks, and a picture with the curves where they belong."""
+"""Charts: smoothing by its closed form, ticks, and a picture with the curves where they belong."""
 
 import pytest
 import torch
+from retune.training.plots import score_histogram as scores_chart
 from retune.training.plots.canvas import ticks
 from retune.training.plots.run_chart import BANDS, COLOURS, HEIGHT, PANEL, WIDTH, limits, run_chart, smoothed
 
@@ -161,3 +162,24 @@ def test_a_guard_shows_gains_and_diversity_with_its_floor():
     above = curve[curve[:, 0] < height - 1, 1].max() / curve[:, 1].max()
     assert floor[:, 0].max() - floor[:, 0].min() <= 2 and 0.3 < above < 0.6  # 0.8 is crossed at step 8 of 20
     assert torch.equal(run_chart("guarded", steps)[:HEIGHT], image[:HEIGHT])
+
+
+def test_bars_are_as_high_as_their_counts_and_the_mean_is_dashed():
+    image = scores_chart.score_histogram("a reward", [0.0] * 6 + [10.0] * 3, 10 / 3, 4.7)
+    assert image.shape == (scores_chart.HEIGHT, scores_chart.WIDTH, 3)
+    left, top, right, bottom = scores_chart.PLOT
+    bars, mean = (painted(image, colour)[top:bottom, left:right] for colour in (scores_chart.BAR, scores_chart.MEAN))
+    heights = bars.sum(0)
+    first, last = heights[: len(heights) // 2].max().item(), heights[len(heights) // 2 :].max().item()
+    assert first == pytest.approx(bottom - top, abs=2) and last == pytest.approx(first / 2, abs=2)
+    low, high = scores_chart.limits([0.0, 10.0])
+    columns = mean.any(0).nonzero().float()
+    assert columns.mean().item() == pytest.approx((10 / 3 - low) / (high - low) * (right - left), abs=1)
+    assert 0.4 < mean.any(1).float().mean() < 0.8  # dashes and gaps
+
+
+@pytest.mark.parametrize("scores", [[1.0], [0.0, 0.0], [-3.0, -3.0]])
+def test_equal_scores_have_an_axis_too(scores):
+    low, high = scores_chart.limits(scores)
+    assert low < scores[0] < high
+    assert scores_chart.score_histogram("r", scores, scores[0], 0.0).max() == 1

@@ -129,18 +129,18 @@ class ClipTextEncoder:
     def layers(self) -> dict[str, nn.Module]:
         """See `TextEncoder.layers`. transformers 5 has no `text_model.` in its paths."""
         start = f"text_encoders.{self.name}.transformer.text_model."
-        found = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
-        return {start + path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+        layers = {path.removeprefix("text_model."): layer for path, layer in self.network.named_modules()}
+        return {start + path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear)}
 
     @property
     def weights(self) -> dict[str, ParameterRef]:
         start = f"text_encoders.{self.name}.transformer."
         inner = f"{start}text_model."
-        found = {}
-        for path, target in parameter_refs(self.network).items():
+        refs = {}
+        for path, ref in parameter_refs(self.network).items():
             plain = path.removeprefix("text_model.")
-            found[(start if plain.startswith("text_projection.") else inner) + plain] = target
-        return found
+            refs[(start if plain.startswith("text_projection.") else inner) + plain] = ref
+        return refs
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:

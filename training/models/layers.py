@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import generator
+from ..config.checks import compile_regex
 from ..config.reset import ResetConfig
 
 log = logging.getLogger(__name__)
@@ -46,17 +47,12 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     """
     if layers not in LAYER_PATTERNS:
         raise ValueError(f"layers is {layers!r}; expected one of {', '.join(LAYER_PATTERNS)}.")
-    try:
-        within = re.compile(blocks)
-    except re.error as error:
-        raise ValueError(
-            f"blocks is {blocks!r}, not a regular expression ({error}); expected for example 'middle|output_blocks'."
-        ) from error
+    within = compile_regex("blocks", blocks, "middle|output_blocks")
     pattern = re.compile(LAYER_PATTERNS[layers])
-    found = [name for name in names if pattern.search(name) and within.search(name)]
-    if not found:
+    selected = [name for name in names if pattern.search(name) and within.search(name)]
+    if not selected:
         log.warning("no parameter matched layers %r within blocks %r", layers, blocks)
-    return found
+    return selected
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -32,20 +32,25 @@ def parameter_refs(module: nn.Module, prefix: str = "") -> dict[str, ParameterRe
 
 
 def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str) -> None:
-    """Raises ValueError, with `owner` as what is incomplete, unless the state dict has all of these names."""
+    """Raises ValueError unless the state dict has all of these names; `owner` names the network in its message."""
     missing = set(names) - state.keys()
     if missing:
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
 
 
-@contextmanager
-def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
+def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """While entered, no parameter of these module trees requires a gradient."""
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    return gradients_required(networks, False)
+
+
+@contextmanager
+def gradients_required(networks: Iterable[nn.Module], required: bool) -> Iterator[None]:
+    """While entered, all parameters of these module trees require a gradient, or none does."""
+    changed = [p for network in networks for p in network.parameters() if p.requires_grad != required]
     try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(required)
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(not required)

@@ -54,7 +54,7 @@ def score_images(
     """Scores a set of images.
 
     Args:
-        reward: with one term, whose raw scores are returned, or several, whose totals and raw scores are.
+        reward: of one term, for its raw scores, or of several, for their totals and, as `terms`, their raw scores.
         images: (3, H, W) in 0..1, of any sizes; may be an iterator that loads them.
         prompts: one for each image.
         progress: called with the number of images done and of all.

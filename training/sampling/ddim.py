@@ -49,7 +49,7 @@ def ddim_steps(
     guided estimate of the clean latent (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0).
 
     Args:
-        denoiser: gives the noise levels and D.
+        denoiser: the network and its noise levels.
         noise: (B, C, h, w), standard normal.
         guidance: conditionings of batch B and the guidance scale, or a function of the time that returns them.
         steps: their number, 1 to the number of training timesteps.

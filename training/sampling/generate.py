@@ -53,7 +53,7 @@ def draw_latents(
     """One latent (C, h, w) for each prompt, drawn by DDIM; the batch size changes nothing but rounding.
 
     Args:
-        model: what draws.
+        model: draws the pictures.
         prompts: one for each picture.
         width: of the pictures, in pixels.
         height: likewise.

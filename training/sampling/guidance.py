@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), of clean latents and of network outputs alike."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), of clean latents and of network outputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ Prediction = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """The conditionings of one sampler step and how far they are pushed apart; negative None: no guidance."""
+    """The conditionings of a sampler step and their weight; see `guided`."""
 
     positive: Conditioning
     negative: Conditioning | None = None
+    """Usually of the empty prompt; None: no guidance."""
     cfg: float = 1.0
+    """Guidance scale, 1 + w in the paper; 1: no guidance."""
 
     def detached(self) -> Guidance:
         """The same values as leaves of a new graph that require a gradient."""
@@ -40,7 +42,7 @@ def _leaves(conditioning: Conditioning) -> Conditioning:
 
 
 def guided(predict: Prediction, x: Tensor, sigma: Tensor, guidance: Guidance) -> Tensor:
-    """negative + cfg * (positive - negative) of a prediction, arXiv 2207.12598, eq. 6; both in one batch of 2 B."""
+    """negative + cfg * (positive - negative), arXiv 2207.12598, eq. 6, of a prediction; both in one batch of 2 B."""
     if guidance.negative is None or guidance.cfg == 1.0:
         return predict(x, sigma, guidance.positive)
     both = Conditioning.cat([guidance.positive, guidance.negative])

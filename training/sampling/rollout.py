@@ -23,7 +23,7 @@ from .guidance import Guidance, guided
 class Step:
     """One step of a chain: x' = a x + b out, where out is the network's (guided) output at `sigma`.
 
-    sigma, a and b: scalars, or one a sample, sigma (B,) and the others (B, 1, 1, 1).
+    sigma, a and b: scalars, or one per sample, sigma (B,) and the others (B, 1, 1, 1).
     """
 
     sigma: Tensor
@@ -39,7 +39,8 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
     """The steps of `ddim_steps`, noisiest first, as coefficients of x and of the network's output.
 
     x' = (sigma' / sigma) x + (alpha' - sigma' alpha / sigma) D with D = p x + q out. Equal to the expression in
-    `ddim_steps` up to rounding; both are kept, because pictures and tuned models depend on each one's last bits.
+    `ddim_steps` up to rounding; both expressions stay, because pictures and tuned
+    models depend on their last bits.
     """
     alphas, sigmas = noise_schedule(denoiser, count, dtype)
     steps = []
@@ -51,7 +52,7 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
 
 
 def clean_step(denoiser: Denoiser, sigma: Tensor) -> Step:
-    """The step from a noisy latent x straight to the clean one, D = p x + q out; sigma: a scalar or one a sample."""
+    """The step from a noisy latent x straight to the clean one, D = p x + q out; sigma: a scalar or one per sample."""
     return Step(sigma, *_latent_coefficients(denoiser, sigma))
 
 

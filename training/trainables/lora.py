@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.rng import derive_seed
+from ..config.checks import compile_regex
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
 from ..models.parameters import parameter_refs
@@ -54,12 +54,7 @@ def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[s
     Raises ValueError for a malformed regex or when nothing matches.
     """
     pattern = config.target_regex if config.targets == "regex" else TARGETS[config.targets]
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"target_regex is {pattern!r}, not a regular expression ({error}); expected for example 'attn2|proj_in'."
-        ) from error
+    expression = compile_regex("target_regex", pattern, "attn2|proj_in")
     linear_only = config.algorithm in ("LoRA", "DoRA")
     selected = {n: m for n, m in layers.items() if expression.search(n) and not (linear_only and _is_spatial(m))}
     if not selected:
