@@ -25,7 +25,7 @@ class BenchConfig:
     rounds: int = 7
     """Turns of every variant, after one that is not counted."""
     batch_size: int = 0
-    """Pictures or captions at a time; 0: 16, or a study's own number."""
+    """Pictures or captions at a time; 0: 16, or a study's default."""
 
     def __post_init__(self) -> None:
         if self.name and self.name not in descriptions():

@@ -55,7 +55,7 @@ DIFFERENCES = (
 
 
 def run_lora_bench(config: LoraBenchConfig, comfyui: Path | None, callbacks: Callbacks | None = None) -> dict:
-    """Runs the comparison in a ComfyUI of its own.
+    """Runs the comparison in a ComfyUI that it starts and stops.
 
     Args:
         comfyui: The ComfyUI checkout.

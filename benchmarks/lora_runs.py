@@ -31,24 +31,24 @@ Prompt = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraBenchConfig:
-    """Size of the comparison of LoRA trainers; the defaults take about five minutes on two CPU cores."""
+    """Size of the comparison of LoRA trainers; the defaults run about five minutes on two CPU cores."""
 
     steps: int = 100
     """Optimiser steps; a quarter and half as many are trained and judged as well."""
     batch_size: int = 1
-    """Pictures at a time."""
+    """Pictures of a batch."""
     accumulation: int = 2
-    """Batches summed up before an optimiser step."""
+    """Batches of an optimiser step."""
     learning_rates: tuple[float, ...] = (1e-3, 5e-3)
-    """Constant; all of it is trained with each."""
+    """Constant rates; everything is trained with each of them."""
     rank: int = 8
-    """Of all adapters; their alpha is 1."""
+    """Rank of all adapters; their alpha is 1."""
     images: int = 20
     """Training pictures."""
     judged: int = 32
     """Held-out pictures for the validation loss."""
     seeds: int = 1
-    """Trainings of each kind."""
+    """Trainings of each trainer, rate and number of steps."""
 
     def __post_init__(self) -> None:
         check_range(self, steps=(8, 10**5), batch_size=(1, 10**4), accumulation=(1, 1024), rank=(1, 128))
@@ -81,7 +81,7 @@ def model_prompt() -> Prompt:
 
 
 def retune_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
-    """Retune's Train LoRA in API format; the LoRA goes into its run folder."""
+    """Retune's Train LoRA in API format; the LoRA is saved in its run folder."""
     settings = {
         "optimizer": "AdamW",
         "lr_schedule": "constant",
@@ -120,7 +120,7 @@ def retune_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
 
 
 def comfyui_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
-    """ComfyUI's Train LoRA in API format, its LoRA saved by stock SaveLoRA, its losses shown by PreviewAny."""
+    """ComfyUI's Train LoRA in API format, its LoRA saved by stock SaveLoRA, its losses output by PreviewAny."""
     run = {
         **asdict(job),
         "batch_size": config.batch_size,

@@ -44,7 +44,7 @@ OFFICIAL_STEPS = 5
 """The K of TextCraftor's code, whose batch is 4 pictures a GPU."""
 PROMPT = "two small red circles on the left, white background"
 NO_CUDA = (
-    "No CUDA device is here, so memory is what autograd keeps, weights left out, and seconds are processor time of all "
+    "No CUDA device is here, so memory is what autograd saves, without weights, and seconds are processor time of all "
     "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 "
     "--gradient-steps 5 --batch-size 4."
 )
@@ -153,17 +153,12 @@ def step_by_step(bench: Bench, gradient_steps: int) -> Callable[[], None]:
 
 def joint(bench: Bench, gradient_steps: int, checkpointed: bool = False) -> Callable[[], None]:
     """One graph of text encoder, last K steps with the gradient stopped at their input latents, decoder and rewards."""
-    tuning, denoiser = bench.config.tuning(gradient_steps), bench.model.denoiser
-    chain = ddim_chain(denoiser, tuning.sampling_steps)
-    first = len(chain) - gradient_steps
+    tuning = bench.config.tuning(gradient_steps)
 
     def run() -> None:
         with bench.trainable.attach(rng_key=(1, 0)):
             guidance = bench.encode_prompts(tuning.cfg)
-            start = first_latent(denoiser, bench.noise(tuning), chain)
-            x = rollout(denoiser, start, chain[:first], guidance)[-1]
-            for step in chain[first:]:
-                x = _advance(denoiser, x, x.detach(), step, guidance, checkpointed)
+            x = _last_latent(bench, tuning, guidance, guidance, stop_gradient=True, checkpointed=checkpointed)
             score = bench.reward.evaluate(bench.model.autoencoder.pixels(x), bench.prompts).total
             (-score.mean()).backward()
 
@@ -177,23 +172,43 @@ def official(bench: Bench, gradient_steps: int) -> Callable[[], None]:
     gradient not stopped at the latents. Pictures are clamped to 0..1, all rewards are in one graph, and UNet and
     rewards are not frozen: all of their weights get gradients that are never used.
     """
-    tuning, denoiser = bench.config.tuning(gradient_steps), bench.model.denoiser
-    chain = ddim_chain(denoiser, tuning.sampling_steps)
-    first = len(chain) - gradient_steps
+    tuning, networks = bench.config.tuning(gradient_steps), [bench.model.denoiser.network, bench.reward.network]
 
     def run() -> None:
         with torch.no_grad():
             original = bench.encode_prompts(tuning.cfg)
-        with bench.trainable.attach(rng_key=(1, 0)), gradients_required([denoiser.network, bench.reward.network], True):
+        with bench.trainable.attach(rng_key=(1, 0)), gradients_required(networks, True):
             guidance = bench.encode_prompts(tuning.cfg)
-            start = first_latent(denoiser, bench.noise(tuning), chain)
-            x = rollout(denoiser, start, chain[:first], original)[-1]
-            for step in chain[first:]:
-                x = _advance(denoiser, x, x, step, guidance, True)
+            x = _last_latent(bench, tuning, original, guidance, stop_gradient=False, checkpointed=True)
             score = bench.reward.evaluate(bench.model.autoencoder.decode(x), bench.prompts).total
             (-score.mean()).backward()
 
     return run
+
+
+def _last_latent(
+    bench: Bench,
+    tuning: RewardTuneConfig,
+    first: Guidance,
+    last: Guidance,
+    *,
+    stop_gradient: bool,
+    checkpointed: bool,
+) -> Tensor:
+    """The chain's last latent (B, C, h, w), with the graph of its last K steps.
+
+    Args:
+        first, last: Guidance of the steps before the last K, and of those.
+        stop_gradient: The UNet reads each latent detached.
+        checkpointed: Recompute the UNet's activations in the backward pass.
+    """
+    denoiser = bench.model.denoiser
+    chain = ddim_chain(denoiser, tuning.sampling_steps)
+    count = len(chain) - tuning.gradient_steps
+    x = rollout(denoiser, first_latent(denoiser, bench.noise(tuning), chain), chain[:count], first)[-1]
+    for step in chain[count:]:
+        x = _advance(denoiser, x, x.detach() if stop_gradient else x, step, last, checkpointed)
+    return x
 
 
 def _advance(denoiser, x: Tensor, unet_input: Tensor, step: Step, guidance: Guidance, checkpointed: bool) -> Tensor:
@@ -329,7 +344,7 @@ def build_result(
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "rows": rows,
         "flatness": {method: flatness(memory, method) for method in METHODS if method != OFFICIAL},
-        "note": "Memory is the allocator's peak above what lay there before the step." if cuda else NO_CUDA,
+        "note": "Memory is the allocator's peak above the bytes allocated before the step." if cuda else NO_CUDA,
         "table": markdown_table(rows),
     }
 

@@ -44,15 +44,15 @@ class StudyConfig:
     output: Path = Path("output") / "bench"
     """Folder of all studies."""
     budget: float = 0.0
-    """Minutes after which no further trial starts; the same command goes on later. 0 = to the end."""
+    """Minutes after which no further trial starts; the same command resumes later. 0 = to the end."""
     steps: int = 0
-    """Optimiser steps of a trial; projection-start takes up to twelve times as many. 0: the study's own number."""
+    """Optimiser steps of a trial; projection-start runs up to twelve times as many. 0: the study's default."""
     batch_size: int = 0
-    """Pictures per step. 0: the study's own number."""
+    """Pictures per step. 0: the study's default."""
     images: int = 1000
     """Training pictures."""
     judged: int = 0
-    """Pictures of held-out captions drawn and judged. 0: the study's own number."""
+    """Pictures of held-out captions drawn and judged. 0: the study's default."""
     seeds: int = 3
     """Trials of everything that is compared."""
 
@@ -73,7 +73,7 @@ class Trial:
     Attributes:
         labels: The cell of the study, such as {"reset": "QK", "learning rate": 2e-4}.
         seed: Of every random draw.
-        folder: The study's folder, in which the trial's run and its results lie.
+        folder: The study's folder, which holds the trial's run and its results.
     """
 
     config: StudyConfig
@@ -199,7 +199,7 @@ def run_study(name: str, study: Study, config: StudyConfig, callbacks: Callbacks
 
     Args:
         name: Of the study; the start of its folder's name.
-        config: Size of the study; 0 stands for the study's own number.
+        config: Size of the study; 0 stands for the study's default.
 
     Returns:
         {"study", "done", "trials", "rows", "findings", "table", "folder"} over all finished trials; README.md in the

@@ -235,6 +235,12 @@ def place(nodeid: str) -> int:
     return LONG_FILES.index(file) if file in LONG_FILES else len(LONG_FILES)
 
 
+def unit(nodeid: str) -> str:
+    """What one worker runs without a break: a test's file, or all of `LARGE_FILES`."""
+    file = nodeid.split("::")[0]
+    return "large models" if file in LARGE_FILES else file
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """pytest-xdist's scheduler of whole files, in the order of collection; for `-n` without `--dist`."""
@@ -242,8 +248,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return "large models" if file in LARGE_FILES else file
+            return unit(nodeid)
 
     config.option.loadscopereorder = False
     return Files(config, log) if config.getvalue("dist") == "load" else None

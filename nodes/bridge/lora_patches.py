@@ -191,8 +191,8 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
     names = [*unet.weights, *(text.weights if text else ())]
-    if "=" in row.blocks and (idle := blocks.idle(names)):
-        use.notes.append(f"block weights {first_few(idle)} fit no parameter's name.")
+    if "=" in row.blocks and (unmatched := blocks.unmatched(names)):
+        use.notes.append(f"block weights {first_few(unmatched)} fit no parameter's name.")
     misfits = []
     for module in row.lora.modules.values():
         target = unet.find(module)
@@ -220,8 +220,8 @@ def _collect(
     """Whether any patch of a layer has a weight in `owner`; keys of patches that have none are recorded as unused."""
     usable = {key: patch for key, patch in patches.items() if owner.has(key)}
     for key, patch in usable.items():
-        weight = blocks.of(key if isinstance(key, str) else key[0])
-        use.silenced += weight == 0
+        weight = blocks.weight_for(key if isinstance(key, str) else key[0])
+        use.zero_weight_layers += weight == 0
         if strength * weight:
             owner.patches[key].append((strength * weight, patch))
     if len(usable) < len(patches) or not usable:

@@ -7,7 +7,7 @@ do to a CLIP (clone, LoRA, last layer, tokenizer options) is done to each encode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,8 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
     expect_blendable(clips)
     chosen = only_one(weights)
     if chosen is not None:
-        return with_all_concepts(clips[chosen], clips, weights) if _plain(clips) else clips[chosen].clone()
+        no_blends = not any(map(is_blend, clips))
+        return with_all_concepts(clips[chosen], clips, weights) if no_blends else clips[chosen].clone()
     used = [(weight, clip) for weight, clip in _flat(clips, weights) if weight]
     weights, clips = [weight for weight, _ in used], [clip for _, clip in used]
     clips = [with_all_concepts(clip, clips, weights) for clip in clips]
@@ -91,10 +92,6 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
 def is_blend(clip) -> bool:
     """Whether a CLIP comes from `blend_embeddings` of several, or is a clone of one."""
     return hasattr(clip, "retune_members")
-
-
-def _plain(clips: Iterable) -> bool:
-    return not any(is_blend(clip) for clip in clips)
 
 
 def _flat(clips: Sequence, weights: Sequence[float]) -> list[tuple[float, Any]]:
@@ -116,9 +113,9 @@ def _same_tokens(first, clip) -> bool:
         return False
     if not is_t5_clip(first):
         return type(first.tokenizer) is type(clip.tokenizer)
-    one, two = first.cond_stage_model, clip.cond_stage_model
-    sources = [(each.retune_source.tokenizer.fingerprint, each.retune_source.padding) for each in (one, two)]
-    return sources[0] == sources[1] and one.retune_kept is two.retune_kept
+    models = first.cond_stage_model, clip.cond_stage_model
+    sources = [(model.retune_source.tokenizer.fingerprint, model.retune_source.padding) for model in models]
+    return sources[0] == sources[1] and models[0].retune_kept is models[1].retune_kept
 
 
 def _state(patcher) -> tuple:
@@ -137,7 +134,7 @@ class Blended:
         return other
 
     def add_patches(self, patches, *args, **options):
-        """Adds patches to every text encoder that has the weight; the keys that any of them has."""
+        """Adds patches to every text encoder that has their weights; returns the keys that any of them has."""
         added = [member.clip.add_patches(patches, *args, **options) for member in self.retune_members]
         return list(dict.fromkeys(key for keys in added for key in keys))
 

@@ -95,7 +95,7 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
         ValueError: for another T5 or tokenizer than the recorded one, and for a missing keep_clip.
         FileNotFoundError: when the T5 is not found.
     """
-    saved.check_kept(keep_clip is not None)
+    saved.check_keep_clip(keep_clip is not None)
     path = saved.find_t5([*folders, WEIGHTS])
     padding = {"max_tokens": saved.padding.max_tokens, "pad": saved.padding.pad}
     recorded = padding | {"dtype": saved.dtype, "target_std": saved.target_std}

@@ -57,8 +57,8 @@ def t5_tokenizer(source: T5Source, embedding_directory, *, sdxl: bool, keep_clip
                 tokens |= {key: list(tokens[source.name]) for key in SDXL_KEYS}
             return tokens if keep_clip is None else tokens | keep_clip.tokenize(text, return_word_ids, **kwargs)
 
-    segments = _segment_tokenizer(source, embedding_directory)
-    return Tokenizer(tokenizer_data={f"{source.name}_tokenizer_class": segments}, name=source.name)
+    window_tokenizer = _window_tokenizer_class(source, embedding_directory)
+    return Tokenizer(tokenizer_data={f"{source.name}_tokenizer_class": window_tokenizer}, name=source.name)
 
 
 def warn_of_second_text(tokens: dict, source: T5Source) -> None:
@@ -68,26 +68,27 @@ def warn_of_second_text(tokens: dict, source: T5Source) -> None:
         log.warning("text_l differs from text_g; a T5 reads one text, text_g. Put everything there.")
 
 
-def _ids(sections: list[list]) -> list[int]:
-    return [entry[0] for section in sections for entry in section if not isinstance(entry[0], Tensor)]
+def _ids(windows: list[list]) -> list[int]:
+    return [entry[0] for window in windows for entry in window if not isinstance(entry[0], Tensor)]
 
 
-def real_tokens(sections: list[list], source: T5Source) -> Tensor:
+def real_tokens(windows: list[list], source: T5Source) -> Tensor:
     """(L,) bool over T5's states: True for prompt and end tokens, False for pads.
 
     ComfyUI drops vectors of another width (an `embedding:` of another encoder) and adds as many pads at the end.
     """
-    return torch.tensor([real for section in sections for real in _real(section, source)])
+    return torch.tensor([real for window in windows for real in _real(window, source)])
 
 
-def _real(section: list, source: T5Source) -> list[bool]:
+def _real(window: list, source: T5Source) -> list[bool]:
+    """`real_tokens` of one window, a list of (token, weight)."""
     width, end_token = source.config["d_model"], source.config["eos_token_id"]
-    tokens = [entry[0] for entry in section if not (isinstance(entry[0], Tensor) and entry[0].shape[-1] != width)]
+    tokens = [entry[0] for entry in window if not (isinstance(entry[0], Tensor) and entry[0].shape[-1] != width)]
     end = end_index(tokens, end_token)
-    return [i <= end for i in range(len(section))]
+    return [i <= end for i in range(len(window))]
 
 
-def _segment_tokenizer(source: T5Source, embedding_directory):
+def _window_tokenizer_class(source: T5Source, embedding_directory):
     """The class of ComfyUI's tokenizer (prompt weights, `embedding:`) around the T5's, with its length and padding."""
     from comfy import sd1_clip
 
@@ -112,8 +113,8 @@ def _segment_tokenizer(source: T5Source, embedding_directory):
         def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
             (batch,) = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
             end = end_index([entry[0] for entry in batch], self.end_token)
-            kept = truncate_tokens(batch[: end + 1], padding.max_tokens, text)
-            batch = (kept + batch[end + 1 :])[: padding.max_tokens]
+            prompt = truncate_tokens(batch[: end + 1], padding.max_tokens, text)
+            batch = (prompt + batch[end + 1 :])[: padding.max_tokens]
             if padding.pad == "max_tokens":
                 self.pad_tokens(batch, padding.max_tokens - len(batch))
             return [batch if return_word_ids else [entry[:2] for entry in batch]]

@@ -59,7 +59,7 @@ def test_bad_settings_are_named(bad):
         dataclasses.replace(TrainingSettings(), **bad)
 
 
-def test_a_caption_for_once_is_kept_in_memory_only_and_bounded(tmp_path):
+def test_get_in_memory_writes_nothing_to_disk_and_is_bounded(tmp_path):
     encoded = []
 
     def encode(texts):
@@ -72,5 +72,5 @@ def test_a_caption_for_once_is_kept_in_memory_only_and_bounded(tmp_path):
         assert cache.get_in_memory(caption).context.mean() == len(caption)
     assert encoded == ["known", "one", "two"] and len(list(tmp_path.rglob("*.safetensors"))) == 1
     cache.get_in_memory("three"), cache.get_in_memory("four")
-    assert cache.get_in_memory("one").context.mean() == 3 and encoded[-1] == "one"  # it had made room
+    assert cache.get_in_memory("one").context.mean() == 3 and encoded[-1] == "one"  # it was dropped from memory
     assert torch.equal(cache.get("one").context, cache.get_in_memory("one").context)

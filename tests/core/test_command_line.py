@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -34,6 +36,8 @@ CONFIGS = {
     "evaluate": [(ModelConfig, ""), (EvaluateConfig, "")],
     **{verb: [(config, "")] for verb, (config, _) in LORA_VERBS.items()},
 }
+FLAGS_OF_OTHER_PROGRAMS = {"--all", "--no-comfyui", "--port", "--torch-index", "--num_processes", "--verbose"}
+"""Of run.py and accelerate; --verbose stands before the verb."""
 REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]
 
 
@@ -60,6 +64,14 @@ def test_every_field_is_a_flag_with_its_default_choices_and_help(verb):
                 assert action.choices == get_args(hints[field.name])
             assert docs.get(field.name, "") in action.help.replace("%%", "%")
             assert config_fields(config)[field.name].range in action.help
+
+
+def test_the_documentation_names_flags_that_exist():
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    flags = {flag for verb in verbs.choices.values() for action in verb._actions for flag in action.option_strings}
+    unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - flags - FLAGS_OF_OTHER_PROGRAMS
+    assert not unknown
 
 
 def test_plain_flags_give_the_default_configs():

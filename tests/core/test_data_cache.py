@@ -215,7 +215,7 @@ def test_values_are_usable_in_training_although_cached_in_inference_mode(tmp_pat
     assert not text.context.is_inference()
 
 
-def test_text_is_stored_tight_alone_and_in_fp32(tmp_path):
+def test_text_is_stored_without_padding_alone_and_in_fp32(tmp_path):
     encode = Words()
     cache = TextCache(tmp_path, encode, "t5")
     assert cache.fill(["a dog", "", "a", "a dog"][:1] + ["a", "a dog"]) == 2
@@ -235,7 +235,7 @@ def test_text_without_mask_or_pooled(tmp_path):
     assert found.context.shape == (1, 77, 8) and found.pooled is None and found.mask is None
 
 
-def test_tight_keeps_holes_and_at_least_one_token():
+def test_trim_padding_keeps_holes_and_at_least_one_token():
     context = torch.arange(4.0).reshape(1, 4, 1)
     holed = trim_padding(Conditioning(context, None, torch.tensor([[True, False, True, False]])))
     assert holed.context.flatten().tolist() == [0, 1, 2] and holed.mask.tolist() == [[True, False, True]]

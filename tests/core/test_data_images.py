@@ -230,14 +230,14 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_fit_leaves_the_right_size_alone_and_crops_the_middle():
+def test_resize_and_crop_leaves_the_right_size_alone_and_crops_the_middle():
     image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resize_and_crop(image, 16, 16), image)
     assert torch.equal(resize_and_crop(image, 16, 8), image[:, 4:12])
     assert torch.equal(resize_and_crop(image, 8, 16, flip=True), image[:, :, 4:12].flip(-1))
 
 
-def test_fit_is_antialiased_like_pillow():
+def test_resize_and_crop_is_antialiased_like_pillow():
     """Halving noise: close to Pillow's bicubic with its antialiasing, far from plain point sampling."""
     picture = noisy(64, 64)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
@@ -247,7 +247,7 @@ def test_fit_is_antialiased_like_pillow():
 
 
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (7, 9), (333, 80), (64, 64)])
-def test_fit_covers_any_size(size):
+def test_resize_and_crop_covers_any_size(size):
     image = torch.full((3, size[1], size[0]), 0.5)
     fitted = resize_and_crop(image, 64, 48, "random", torch.Generator().manual_seed(1))
     assert fitted.shape == (3, 48, 64)

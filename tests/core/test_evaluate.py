@@ -11,7 +11,8 @@ from retune.training.evaluation.text_gap import BANDS, MAX_EVAL_IMAGES, evaluate
 from retune.training.loop.loop import Loop
 from retune.training.models.protocols import Conditioning
 from retune.training.objectives.denoising import DenoisingObjective
-from retune.training.recipes import denoising, unet
+from retune.training.recipes import denoising
+from retune.training.recipes.unet import train_model
 from retune.training.runs.folder import RunFolder
 
 CAPTIONS = ["a red circle", "two small blue squares", "a green star, white background"]
@@ -132,10 +133,10 @@ def test_a_run_logs_them_beside_the_same_validation_loss(tiny_model, pictures, t
     seen = []
     original = Loop.__init__
     monkeypatch.setattr(Loop, "__init__", lambda self, *a, **k: (seen.append(k), original(self, *a, **k))[1])
-    trained = unet.train_model(tiny_model, pictures, run, tmp_path / "with")
+    trained = train_model(tiny_model, pictures, run, tmp_path / "with")
     assert len(seen[0]["validation"]) >= 2
     monkeypatch.setattr(denoising, "evaluate", lambda *_: {})
-    plain = unet.train_model(tiny_model, pictures, run, tmp_path / "without")
+    plain = train_model(tiny_model, pictures, run, tmp_path / "without")
     rows = [RunFolder(tmp_path / side / "r").rows() for side in ("with", "without")]
     figures = [row for row in rows[0] if row.get("event") == "validation"]
     assert [row["step"] for row in figures] == [0, 2]

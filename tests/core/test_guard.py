@@ -14,12 +14,12 @@ from retune.training.config.run import former_identity, identity
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt
 from retune.training.evaluation.diversity_guard import Guard, GuardMeasurement
-from retune.training.evaluation.guard_pictures import guard_prompts, variety
+from retune.training.evaluation.guard_pictures import guard_prompts, measure_variety
 from retune.training.recipes.reward import tune
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.rewards.scale import PRIOR_COUNT
-from retune.training.runs.outcome import guard_words
+from retune.training.runs.outcome import describe_guard
 
 PROMPTS = [Prompt("a red circle"), Prompt("two small blue squares"), Prompt("a green star, white background")]
 
@@ -118,7 +118,9 @@ def test_the_rewards_of_two_checks_compare_on_the_scale_of_the_first():
 
 def test_variety_is_that_of_each_prompts_pictures():
     axes = torch.eye(3)
-    found = variety(torch.stack([axes[:2], axes[[2, 2]]]))  # one prompt's pictures all different, the other's equal
+    found = measure_variety(
+        torch.stack([axes[:2], axes[[2, 2]]])
+    )  # one prompt's pictures all different, the other's equal
     assert found["diversity"] == pytest.approx(0.5)
     assert found["vendi"] == pytest.approx(2**1.5)  # eigenvalues 1/2, 1/4, 1/4
     assert found["distance"] == pytest.approx(5 / 6)
@@ -209,11 +211,11 @@ def test_what_a_run_without_a_guard_was_it_stays():
 
 def test_what_a_guard_did_is_said_in_words():
     def words(first_step_below, stopped, **status):
-        return guard_words(
+        return describe_guard(
             {"guard": {"floor": 0.8, "share": 0.715, "fell_at": first_step_below, "stopped": stopped}, **status}
         )
 
-    assert guard_words({"state": "finished", "result": "last"}) == ""
+    assert describe_guard({"state": "finished", "result": "last"}) == ""
     assert words(8, True, result="guard", best_step=6) == (
         "; the guard ended it: diversity is 72 % of the start's, below 80 %; the result is that of step 6"
     )

@@ -44,7 +44,7 @@ import torch
 from retune.training.config.run import SamplePrompts, TrainingSettings
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.models.parameters import parameter_refs
-from retune.training.objectives.denoising import Loss
+from retune.training.objectives.objective import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
 

@@ -14,7 +14,7 @@ from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop.checkpoint import load_state
 from retune.training.loop.loop import Loop
 from retune.training.models.parameters import parameter_refs
-from retune.training.objectives.denoising import Loss
+from retune.training.objectives.objective import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.runs.outcome import best_values
 from retune.training.runs.samples import Sampler

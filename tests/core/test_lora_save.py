@@ -357,7 +357,7 @@ def test_other_models_keep_their_names_with_underscores(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
-def test_hashes_are_those_that_other_programs_work_out(tmp_path, format):
+def test_hashes_are_those_that_other_programs_compute(tmp_path, format):
     """Over the file itself: sha256 after the header; and of what lies from 1 MiB on, for a header of ss_* alone."""
     layer = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"
     random = torch.Generator().manual_seed(0)

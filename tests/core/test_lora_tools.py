@@ -97,7 +97,7 @@ def test_resizing_keeps_the_largest_singular_values_and_says_how_much(lora_kinds
     assert torch.equal(read_tensors(one)[0][next(iter(norm))], torch.ones(8))
 
 
-def test_what_has_no_difference_of_its_own_is_refused(lora_kinds, tmp_path):
+def test_layers_whose_difference_depends_on_the_weight_are_refused(lora_kinds, tmp_path):
     config = {"lora": tmp_path / "x.safetensors", "output": tmp_path / "y.safetensors", "rank": 2}
     write_tensors(config["lora"], named(LAYER, lora_kinds.dora(1)(LINEAR_SHAPE, 0)[0]))
     with pytest.raises(ValueError, match=f"{LAYER} is DoRA, which is no difference by itself"):

@@ -11,16 +11,9 @@ from retune.training.data.dataset import from_images
 from retune.training.data.order import Slot
 from retune.training.models.diffusers import SD1_SCHEDULER
 from retune.training.models.protocols import Conditioning
-from retune.training.objectives.denoising import (
-    DenoisingObjective,
-    TrainingSample,
-    check_objective,
-    distance,
-    draw_timestep,
-    huber_knee,
-    mask_weights,
-    snr_weight,
-)
+from retune.training.objectives.denoising import DenoisingObjective, TrainingSample
+from retune.training.objectives.losses import check_objective, distance, huber_threshold, mask_weights, snr_weight
+from retune.training.objectives.noise import draw_timestep
 
 PLAIN = TrainingSettings(loss_weighting="none", caption_dropout=0.0)
 
@@ -76,35 +69,35 @@ def test_distances_by_hand():
 
 
 def test_huber_losses_by_hand():
-    a, b, knee = torch.tensor([[0.3, -4.0], [0.3, 4.0]]), torch.zeros(2, 2), torch.tensor([0.5, 3.0]).double()
+    a, b, threshold = torch.tensor([[0.3, -4.0], [0.3, 4.0]]), torch.zeros(2, 2), torch.tensor([0.5, 3.0]).double()
     expected = {
         "huber": [(0.09 / 1.0 + 4 - 0.25) / 2, (0.09 / 6 + 4 - 1.5) / 2],
         "pseudo-huber": [((0.34**0.5 - 0.5) + (16.25**0.5 - 0.5)) / 2, 6 * ((9.09**0.5 - 3) + (5 - 3)) / 2],
         "smooth-l1": [2 * ((0.34**0.5 - 0.5) + (16.25**0.5 - 0.5)) / 2, 2 * ((9.09**0.5 - 3) + (5 - 3)) / 2],
     }
     for kind, values in expected.items():
-        torch.testing.assert_close(distance(a, b, kind, knee), torch.tensor(values))
+        torch.testing.assert_close(distance(a, b, kind, threshold), torch.tensor(values))
 
 
-def test_a_constant_knee_is_plain_huber_to_the_last_bit():
+def test_a_constant_threshold_is_plain_huber_to_the_last_bit():
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 4, 8, 8, generator=random), torch.randn(3, 4, 8, 8, generator=random)
     plain = torch.nn.functional.huber_loss(a, b, reduction="none", delta=0.1) / 0.1
-    knee = huber_knee(torch.ones(3), torch.ones(3), TrainingSettings(loss="huber"), "flow")
-    assert torch.equal(distance(a, b, "huber", knee), plain.flatten(1).mean(1))
+    threshold = huber_threshold(torch.ones(3), torch.ones(3), TrainingSettings(loss="huber"), "flow")
+    assert torch.equal(distance(a, b, "huber", threshold), plain.flatten(1).mean(1))
     assert torch.equal(distance(a, b, "huber"), plain.flatten(1).mean(1))
 
 
-def test_knees_follow_their_schedule():
+def test_thresholds_follow_their_schedule():
     """sd-scripts: exponential exp(ln(c) t / T); snr (1 - c) / (1 + sigma)^2 + c."""
     sigma, time = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 0.5, 1.0])
     expected = {"constant": [0.2, 0.2, 0.2], "exponential": [1.0, 0.2**0.5, 0.2], "snr": [1.0, 0.4, 0.25]}
     for schedule, values in expected.items():
         settings = TrainingSettings(huber_schedule=schedule, huber_c=0.2)
-        assert huber_knee(sigma, time, settings, "eps").tolist() == pytest.approx(values, rel=1e-6)
+        assert huber_threshold(sigma, time, settings, "eps").tolist() == pytest.approx(values, rel=1e-6)
 
 
-def test_a_knee_by_snr_on_a_flow_model_is_refused_where_it_counts():
+def test_a_threshold_by_snr_on_a_flow_model_is_refused_where_it_counts():
     settings = TrainingSettings(loss="huber", huber_schedule="snr", loss_weighting="none")
     with pytest.raises(ValueError, match="huber_schedule is 'snr' on a flow model; expected 'constant'"):
         check_objective(settings, "flow")
@@ -281,9 +274,9 @@ def test_a_sample_is_the_same_in_any_batch(tiny_model):
 
 def test_captions_are_dropped_at_their_rate(tiny_model):
     made = objective(tiny_model, dataclasses.replace(PLAIN, caption_dropout=0.3))
-    dropped = sum(made._caption("word", step, 0) == "" for step in range(2000)) / 2000
+    dropped = sum(made._drop_caption("word", step, 0) == "" for step in range(2000)) / 2000
     assert dropped == pytest.approx(0.3, abs=0.04)
-    assert all(objective(tiny_model, PLAIN)._caption("word", step, 0) == "word" for step in range(50))
+    assert all(objective(tiny_model, PLAIN)._drop_caption("word", step, 0) == "word" for step in range(50))
 
 
 def test_validation_is_fixed_unweighted_and_draws_nothing_global(tiny_model):

@@ -11,7 +11,7 @@ from retune.training.loop import optimizers as optim
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.loop.optimizers import build_optimizer, check_optimizer, evaluation_weights, library
 from retune.training.models.parameters import parameter_refs
-from retune.training.objectives.denoising import Loss
+from retune.training.objectives.objective import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
 from torch import nn

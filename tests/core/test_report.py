@@ -25,8 +25,8 @@ from retune.training.recipes.unet import train_model
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.runs.folder import RunFolder
-from retune.training.runs.report import MOST_SAMPLES, SIDE, data_url, write_report
-from retune.training.runs.report_words import ending
+from retune.training.runs.report import MAX_SAMPLES, SIDE, data_url, write_report
+from retune.training.runs.report_text import ending
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes'"
 
@@ -102,10 +102,10 @@ def test_large_samples_are_made_smaller_and_only_so_many_moments_are_shown(tmp_p
         folder.add_row({"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": "ab"})
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     shown = [word for word in page.words if re.match(r"step \d+, epoch", word)]
-    assert len(shown) == MOST_SAMPLES and shown[0] == "step 0, epoch 0" and shown[-1] == "step 99, epoch 0"
+    assert len(shown) == MAX_SAMPLES and shown[0] == "step 0, epoch 0" and shown[-1] == "step 99, epoch 0"
     small = [link for link in page.links if link.startswith("data:image/jpeg;base64,")]
     with Image.open(io.BytesIO(base64.b64decode(small[0].partition(",")[2]))) as image:
-        assert image.size == (SIDE // 2, SIDE) and len(small) == MOST_SAMPLES  # those that are gone are left out
+        assert image.size == (SIDE // 2, SIDE) and len(small) == MAX_SAMPLES  # those that are gone are left out
 
 
 def test_every_kind_of_run_reports_itself_in_words(tiny_model, pictures, tmp_path):

@@ -78,8 +78,8 @@ def test_constraints_add_their_own_gradient(tiny_model, train, stop_gradient):
     with trainable.attach(rng_key=(1, 0)):
         plain, held = loss()[1], objective(list(enumerate(loaded)), 1)
         assert held.parts["eps_mse"] > 1e-6
-        now, frozen = objective._now(loaded, 2.0), objective._frozen(loaded, 2.0)
-        chain = objective._drawn([0, 1], loaded, 1, now.detached())
+        now, frozen = objective._guidance_now(loaded, 2.0), objective._frozen_guidance(loaded, 2.0)
+        chain = objective._draw([0, 1], loaded, 1, now.detached())
         x, step = chain.states[chain.chosen[0]], chain.steps[chain.chosen[0]]
         with torch.no_grad(), trainable.disabled():
             expected = guided_output(tiny_model.denoiser, x, step, frozen)
@@ -98,18 +98,18 @@ def test_constraints_add_their_own_gradient(tiny_model, train, stop_gradient):
 
 
 def test_released_is_the_base_model_and_no_more(tiny_model):
-    spoken = Conditioning(torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)))
+    text = Conditioning(torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)))
     x, sigma = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([2.0])
     for train in ("UNet", "UNet LoRA"):
         trainable = build_trainable(tiny_model, config(train=train, lora_rank=2))
         trainable.load(moved(trainable))
         with torch.no_grad():
-            base = tiny_model.denoiser.predict(x, sigma, spoken)
+            base = tiny_model.denoiser.predict(x, sigma, text)
             with trainable.attach(rng_key=(1, 0)):
-                tuned = tiny_model.denoiser.predict(x, sigma, spoken)
+                tuned = tiny_model.denoiser.predict(x, sigma, text)
                 with trainable.disabled():
-                    assert torch.equal(tiny_model.denoiser.predict(x, sigma, spoken), base)
-                assert torch.equal(tiny_model.denoiser.predict(x, sigma, spoken), tuned)
+                    assert torch.equal(tiny_model.denoiser.predict(x, sigma, text), base)
+                assert torch.equal(tiny_model.denoiser.predict(x, sigma, text), tuned)
         assert not torch.equal(tuned, base)
 
 
@@ -153,8 +153,8 @@ def test_direct_tuning_is_autograd_of_equations_4_and_5(tiny_model, train):
         draws = [torch.rand((), generator=generator(0, "timestep", 3, i), dtype=torch.float64) for i in range(2)]
         sigma = denoiser.sigmas[[int(1000 * draw) for draw in draws]].view(-1, 1, 1, 1)
         noisy = latent + sigma * noise
-        spoken = Conditioning.cat([encoder.encode(encoder.tokenize([slot.example.caption])) for slot in slots])
-        clean = noisy - sigma * denoiser.predict(noisy, sigma.view(-1), spoken)
+        text = Conditioning.cat([encoder.encode(encoder.tokenize([slot.example.caption])) for slot in slots])
+        clean = noisy - sigma * denoiser.predict(noisy, sigma.view(-1), text)
         captions = [slot.example.caption for slot in slots]
         expected = -weights * objective.reward.evaluate(tiny_model.autoencoder.pixels(clean), captions).total
         torch.testing.assert_close(found.per_sample.detach(), expected.detach(), rtol=1e-4, atol=1e-4)

@@ -74,11 +74,13 @@ def test_the_gradient_is_that_of_autograd_through_the_last_steps(tiny_model, tra
         parameter.grad = None
     denoiser, chain = tiny_model.denoiser, objective.chain
     with trainable.attach(rng_key=(1, 0)):
-        spoken = [one for _, one in loaded(objective)]
-        heard, noise = objective._now(spoken, chosen.cfg), objective._noise([0, 1], 1)
-        states = rollout(denoiser, first_latent(denoiser, noise, chain), chain, heard)
-        end = joint_end(denoiser, states, chain, 2, heard, stop_gradient)
-        total = objective.reward.evaluate(tiny_model.autoencoder.pixels(end), [one.prompt for one in spoken]).total
+        samples = [sample for _, sample in loaded(objective)]
+        guidance, noise = objective._guidance_now(samples, chosen.cfg), objective._noise([0, 1], 1)
+        states = rollout(denoiser, first_latent(denoiser, noise, chain), chain, guidance)
+        end = joint_end(denoiser, states, chain, 2, guidance, stop_gradient)
+        total = objective.reward.evaluate(
+            tiny_model.autoencoder.pixels(end), [sample.prompt for sample in samples]
+        ).total
         (-total).sum().backward()
     assert loss.per_sample.detach().tolist() == pytest.approx((-total).tolist(), rel=1e-4)
     expected = {name: p.grad for name, p in trainable.parameters.items() if p.grad is not None}
@@ -144,7 +146,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_model, tmp_path, method):
 def test_how_many_steps_are_gone_through(tiny_model):
     def chosen(method):
         objective = RewardObjective(tiny_model, reward(), config(method=method), None, text_trains=False)
-        return [objective._chosen(step) for step in range(1, 30)]
+        return [objective._chosen_steps(step) for step in range(1, 30)]
 
     assert set(map(str, chosen("last K"))) == {"[2, 3]"}
     assert set(map(str, chosen("random K"))) == {"[3]", "[2, 3]"}

@@ -8,7 +8,7 @@ from retune.training.config.training_settings import GROUPS, TrainingSettings
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.models.layers import group_of
 from retune.training.models.parameters import parameter_refs
-from retune.training.objectives.denoising import Loss
+from retune.training.objectives.objective import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
 from torch import nn

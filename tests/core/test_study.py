@@ -131,7 +131,7 @@ def test_a_projection_trial_killed_after_a_judgement_goes_on(tmp_path, monkeypat
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_runs_from_the_command_line(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(projection_study, "STRETCH", 1)
-    monkeypatch.setattr(reward_study, "SIDE", 64)
+    monkeypatch.setattr(reward_study, "IMAGES", 2)
     monkeypatch.setitem(DRAW_OPTIONS, "steps", 2)
     small = SMALL | {"steps": 1, "images": 12}
     sizes = [word for key, value in small.items() for word in ("--" + key.replace("_", "-"), str(value))]

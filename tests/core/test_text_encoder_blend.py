@@ -22,7 +22,7 @@ def drawn(*shape, seed=0):
     return torch.randn(shape, generator=generator(seed, "blend test"))
 
 
-def test_weights_are_read_and_a_sum_other_than_one_is_said(caplog):
+def test_weights_are_parsed_and_a_sum_other_than_one_is_logged(caplog):
     assert parse_weights("0.4, 0.6", 2) == [0.4, 0.6] and parse_weights(" .1;.2\n 0.7 ", 3) == [0.1, 0.2, 0.7]
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
@@ -86,7 +86,7 @@ def test_encodings_blend_in_context_and_pooled():
         blend_conditioning([0.5, 0.5], [a, Conditioning(drawn(1, 4, 7))])
 
 
-def test_a_repeated_context_is_heard_as_itself_and_others_end_with_their_last_token():
+def test_attention_to_a_repeated_context_is_the_same_and_others_end_with_their_last_token():
     context, queries = drawn(1, 7, 8), drawn(1, 5, 8, seed=1)
     attend = torch.nn.functional.scaled_dot_product_attention
     longer = extend_context(context, 21)

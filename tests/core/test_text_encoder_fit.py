@@ -150,7 +150,7 @@ def test_other_methods_are_refused():
         fit_projection(Made(6), Made(6), WORDS, method="lasso")
 
 
-def test_words_are_matched_by_their_share_of_the_prompt():
+def test_tokens_are_aligned_by_their_relative_position():
     states = torch.arange(5.0)[:, None]
     target = torch.tensor([[99.0], [10.0], [20.0], [50.0], [0.0], [0.0]])
     real = torch.tensor([False, True, True, True, False, False])

@@ -106,7 +106,7 @@ def test_a_file_of_xxl_width_gives_the_cores_encodings(models, comfyui, cheap_no
 
 def xxl_tensors(own_bias, cheap_noise):
     """(name, half-precision tensor) of a T5 XXL of two blocks; matrices keep their input's size."""
-    for seed, name in enumerate(expected_names(2, gated=True, own_bias=own_bias)):
+    for seed, name in enumerate(expected_names(2, gated=True, bias_per_layer=own_bias)):
         part = name.split(".")[-2]
         shape = {"wi_0": (10240, 4096), "wi_1": (10240, 4096), "wo": (4096, 10240), "shared": (32128, 4096)}.get(part)
         shape = shape or ((32, 64) if part == "relative_attention_bias" else (4096, 4096))

@@ -45,7 +45,7 @@ DRAW_OPTIONS = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The demo's size; the defaults take about five minutes on two CPU cores."""
+    """The demo's size; the defaults run about five minutes on two CPU cores."""
 
     output: Path = Path("output") / "retune"
     """Folder of all runs."""
@@ -62,11 +62,11 @@ class DemoConfig:
     learning_rate: float = 2e-3
     """Peak learning rate."""
     seed: int = 0
-    """Names the pictures and every random draw."""
+    """Seed of the pictures and of every random draw."""
     start: Literal["fit", "reset"] = "fit"
-    """fit: the projection comes near to the old CLIP, layers are kept. reset: random projection, reset layers."""
+    """fit: the projection is fitted to the old CLIP, no layer is reset. reset: random projection, reset layers."""
     restart: bool = False
-    """Begin again instead of going on with an unfinished run."""
+    """Start again instead of resuming an unfinished run."""
 
     def training(self) -> TrainModelConfig:
         """The retraining's config, as the train node would make it."""
@@ -85,7 +85,7 @@ class DemoConfig:
 
 
 def held_out_captions(count: int) -> list[str]:
-    """Captions of combinations that no training picture shows."""
+    """Captions of held-out combinations, which no training picture has."""
     from ..common.rng import generator
 
     return [caption(scene, generator(1, "judged", i)) for i, scene in enumerate(held_out_scenes(count, 1))]

@@ -28,7 +28,7 @@ def demo_prompt(config: DemoConfig) -> dict:
 
 
 def run_demo_in_comfyui(config: DemoConfig, comfyui: Path, callbacks: Callbacks) -> dict:
-    """Runs the workflow in a ComfyUI of its own, then judges its run.
+    """Runs the workflow in a ComfyUI that it starts and stops, then judges its run.
 
     Args:
         comfyui: The ComfyUI checkout.

@@ -61,13 +61,13 @@ class EvaluateConfig:
     baseline_tuned: tuple[str, ...] = ()
     """Results put into the model to compare with, as --tuned; by default it is the model without --tuned."""
     limit: int = setting(0, low=0, high=10**8)
-    """Prompts to take, as many of each category as far as it has them; 0 takes all."""
+    """Highest number of prompts, spread evenly over the categories; 0 for all."""
     limit_seed: int = 0
-    """Names the prompts that are taken."""
+    """Seed of the choice of prompts."""
     seeds: int = setting(4, low=1, high=1000)
     """Pictures of each prompt, each from different noise; both models start from the same."""
     seed: int = setting(0, low=0, high=2**64 - 1)
-    """Names the noise."""
+    """Seed of the noise."""
     sampling_steps: int = setting(25, low=1, high=1000)
     """Steps of the sampler (DDIM)."""
     cfg: float = setting(7.5, low=0, high=100)
@@ -278,8 +278,8 @@ def draw_prompts(model: TextToImage, texts: Sequence[str], config: EvaluateConfi
 
 def _scores(reward: CombinedReward, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
     """Reward -> (P, S) unscaled scores of (P, S, 3, H, W) images."""
-    table = score_images(reward, images.flatten(0, 1), [text for text in texts for _ in range(images.shape[1])])
-    terms = table.terms or {table.name: table.scores}
+    scored = score_images(reward, images.flatten(0, 1), [text for text in texts for _ in range(images.shape[1])])
+    terms = scored.terms or {scored.name: scored.scores}
     return {name: torch.tensor(values).unflatten(0, images.shape[:2]) for name, values in terms.items()}
 
 

@@ -121,7 +121,7 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
         modules[name] = LoraModule(name, lora_tensors(factors[name], _kernel(module, naming)) | rest, module.keys)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
-    save_lora(config.output, new, format, config.dtype, LoraDescription(kept=lora.metadata))
+    save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
     return {"file": str(config.output), **_figures(lora.name, factors)}
 
 
@@ -252,8 +252,8 @@ def _kernel(module: LoraModule, naming: Naming) -> tuple[int, ...]:
     kernel = kernel_of(module)
     if kernel is not None:
         return kernel
-    layer = naming.layer(module.name)
-    return (layer and naming.kernel(layer)) or ()
+    layer = naming.comfyui_name(module.name)
+    return (layer and naming.kernel_size(layer)) or ()
 
 
 def _figures(name: str, factors: Mapping[str, LowRankFactors]) -> dict:
@@ -261,7 +261,7 @@ def _figures(name: str, factors: Mapping[str, LowRankFactors]) -> dict:
     if not factors:
         raise ValueError(f"{name} has no layer with a rank; expected LoRA, LoCon, LoHa, LoKr or a full difference.")
     ranks = [len(each.down) for each in factors.values()]
-    shares = {layer: each.kept / each.energy if each.energy else 1.0 for layer, each in factors.items()}
+    shares = {layer: each.kept_energy / each.energy if each.energy else 1.0 for layer, each in factors.items()}
     worst = min(shares, key=shares.get)
     return {
         "layers": len(factors),
@@ -276,7 +276,7 @@ def _energy_kept(factors: Iterable[LowRankFactors]) -> float:
     """The share of the squared Frobenius norm of all layers together that the factors keep."""
     factors = list(factors)
     energy = sum(each.energy for each in factors)
-    return sum(each.kept for each in factors) / energy if energy else 1.0
+    return sum(each.kept_energy for each in factors) / energy if energy else 1.0
 
 
 def _check_rank(name: str, rank: int, least: int) -> None:

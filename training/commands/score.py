@@ -32,7 +32,7 @@ class ScoreConfig:
     """Rewards as kind,name=value,... such as "PickScore,file=PickScore_v1.safetensors,weight=2". Names: file,
     image_tower, tokenizer, comfyui, activation, weight, target, form. Several are summed, each divided by its scale."""
     prompts: Path | None = None
-    """Text file: one line for all images, or one a line for each, by name. Without it, the .txt beside each image."""
+    """Text file: one line for all images, or a line for each in the order of names. Without it, each image's .txt."""
     tokenizer: Path | None = None
     """CLIP tokenizer folder of all rewards that name none; the demo's have their own."""
     comfyui: Path | None = None

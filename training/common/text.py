@@ -1,8 +1,10 @@
-"""Lists and counts in messages and reports."""
+"""Lists and counts in messages and reports; lines of JSON files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 
 def first_few(items: Sequence[str], limit: int = 4) -> str:
@@ -14,3 +16,11 @@ def first_few(items: Sequence[str], limit: int = 4) -> str:
 def count_noun(count: int, noun: str) -> str:
     """A count with its noun, such as "1 image" or "3 images"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def parse_json_line(line: str, where: str) -> Any:
+    """The value in a line of a JSON lines file. Raises ValueError, beginning with `where`, for invalid JSON."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error

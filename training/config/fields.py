@@ -1,4 +1,4 @@
-"""A config's field as the one source of a setting: the checks, the command line and the nodes all read it here.
+"""A config's field is the one source of a setting: checks, command line and nodes are derived from it.
 
 `setting` adds a range, the step of an input and whether it is advanced to a dataclass field; the docstring below the
 field in the class's source is its documentation.
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 @dataclasses.dataclass(frozen=True)
 class ConfigField:
-    """What a config says of one of its fields.
+    """A field of a config, with all that is derived from it.
 
     Attributes:
         name: the field's name.
@@ -76,7 +76,7 @@ def setting(
     snap: bool = False,
     advanced: bool = False,
 ) -> Any:
-    """A dataclass field with a default and what `ConfigField` says of low, high, step, snap and advanced."""
+    """A dataclass field with a default and, in its metadata, the attributes of `ConfigField` that are given."""
     metadata = {"low": low, "high": high, "step": step, "snap": snap, "advanced": advanced}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -100,17 +100,17 @@ def side_setting(default: int) -> Any:
 def config_fields(config: type) -> dict[str, ConfigField]:
     """The fields of a config dataclass by name, in order."""
     hints, docs = get_type_hints(config), field_docs(config)
-    found = {}
+    fields = {}
     for field in dataclasses.fields(config):
-        typed = _parse_hint(hints[field.name])
-        found[field.name] = ConfigField(
-            name=field.name, default=field.default, documentation=docs.get(field.name, ""), **typed, **field.metadata
+        hint = _parse_hint(hints[field.name])
+        fields[field.name] = ConfigField(
+            name=field.name, default=field.default, documentation=docs.get(field.name, ""), **hint, **field.metadata
         )
-    return found
+    return fields
 
 
 def _parse_hint(hint: Any) -> dict[str, Any]:
-    """The parts of a `ConfigField` that a type hint gives; of a union such as `int | None` its first type."""
+    """The attributes of a `ConfigField` of a type hint; of a union such as `int | None` its first type."""
     if get_origin(hint) is Literal:
         return {"type": str, "choices": get_args(hint)}
     if get_origin(hint) is tuple:
@@ -126,6 +126,7 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+@functools.cache
 def _docs_in_source(config: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body
     docs = {}

@@ -152,6 +152,7 @@ class LatentCache:
         return Entry(key, size[0] * size[1], name, lambda: self._downscale_mask(example, flip, "center", None))
 
     def _downscale_mask(self, example: Example, flip: bool, crop: str, generator: torch.Generator | None) -> Tensors:
+        """A mask (1, 1, h, w) averaged over each latent cell."""
         pixels = example.load_mask(flip=flip, crop=crop, generator=generator)
         cells = example.height // self._downscale, example.width // self._downscale
         mask = torch.nn.functional.interpolate(pixels[None], cells, mode="area")
@@ -202,6 +203,7 @@ class TextCache:
         return Entry(key, 1.0, caption, lambda: self._encode_caption(caption))
 
     def _encode_caption(self, caption: str) -> Tensors:
+        """Encodes a caption; ValueError unless the text encoder returns a batch of one."""
         with torch.no_grad():
             conditioning = trim_padding(self._encode([caption]))
         if len(conditioning) != 1:
@@ -283,6 +285,7 @@ class _Store:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
+        """The tensors of an entry on disk; None if it is missing or damaged."""
         path = self._path(key)
         try:
             return _unpack(path.read_bytes())
@@ -302,6 +305,7 @@ class _Store:
             raise
 
     def _check_space(self, needed: float) -> None:
+        """Raises OSError (ENOSPC) unless `needed` bytes fit on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < needed + SPARE_DISK:
             raise self._disk_full(needed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
+
+from ..common.text import parse_json_line
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = "metadata.jsonl"
@@ -56,10 +57,7 @@ def read_text(path: Path) -> str:
 
 def _metadata_row(line: str, where: str) -> tuple[str, str]:
     """Parses a line into (relative path, caption); `where` is its position, for messages."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+    row = parse_json_line(line, where)
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise ValueError(f'{where}: no file_name; expected {{"file_name": "a.png", "text": "a caption"}}.')
     caption = row.get("text", row.get("caption"))

@@ -93,9 +93,9 @@ def join_datasets(first: Dataset, second: Dataset, *, regularisation: bool = Fal
         ValueError: The two have different crop or flip, or one is empty.
     """
     for option in ("crop", "flip"):
-        one, other = getattr(first, option), getattr(second, option)
-        if one != other:
-            raise ValueError(f"{option} of the second data set is {other}; expected {one}, as in the first.")
+        expected, value = getattr(first, option), getattr(second, option)
+        if value != expected:
+            raise ValueError(f"{option} of the second data set is {value}; expected {expected}, as in the first.")
     if not len(first) or not len(second):
         raise ValueError(f"the data sets show {len(first)} and {len(second)} images; expected at least one each.")
     added, title = _with_total_repeats(second), "more images"

@@ -227,6 +227,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_tensor(image: Image.Image, name: str | Path) -> Tensor:
+    """A Pillow image of any mode as float (3, H, W) in 0..1."""
     if _is_deep(image):
         return _deep_grey(image, 1 if image.mode == "F" else 65535, name)
     pixels = torch.from_numpy(np.array(_to_rgb(image, name)))

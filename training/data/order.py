@@ -48,6 +48,7 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
         return sum(math.ceil(len(bucket) / self.batch_size) for bucket in self._buckets)
 
     def batch(self, step: int) -> list[Slot]:

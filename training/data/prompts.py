@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import generator
+from ..common.text import parse_json_line
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -116,10 +117,7 @@ def read_prompts(path: Path) -> Sequence[Prompt]:
 
 def _parse_json(line: str, where: str) -> Prompt:
     """The prompt in a line of JSON; `where` is its position, for messages."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+    row = parse_json_line(line, where)
     text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
     weight = row.get("weight", 1.0) if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
@@ -165,13 +163,13 @@ class _PromptsExcept(Sequence[Prompt]):
         return self._prompts[position]
 
 
-def split_held_out(prompts: Sequence[Prompt], fraction: float, most: int) -> tuple[Sequence[Prompt], list[Prompt]]:
+def split_held_out(prompts: Sequence[Prompt], fraction: float, max_count: int) -> tuple[Sequence[Prompt], list[Prompt]]:
     """Holds out every n-th prompt.
 
     Args:
         prompts: All prompts.
         fraction: Share to hold out, 0 to 0.5; above 0, at least one of two or more prompts is held out.
-        most: Largest number to hold out.
+        max_count: Largest number to hold out.
 
     Returns:
         (prompts to train on, held-out prompts).
@@ -179,7 +177,7 @@ def split_held_out(prompts: Sequence[Prompt], fraction: float, most: int) -> tup
     if not fraction or len(prompts) < 2:
         return prompts, []
     stride = max(2, round(1 / fraction))
-    held_out = list(range(stride - 1, len(prompts), stride)[:most]) or [len(prompts) - 1]
+    held_out = list(range(stride - 1, len(prompts), stride)[:max_count]) or [len(prompts) - 1]
     return _PromptsExcept(prompts, held_out), [prompts[i] for i in held_out]
 
 

@@ -52,6 +52,7 @@ def _headline(dataset: Dataset, title: str) -> str:
 
 
 def _bucket_table(examples: Sequence[Example]) -> str:
+    """A bar chart of the number of images per size."""
     if not examples:
         return ""
     counts = Counter((e.width, e.height) for e in examples)
@@ -71,6 +72,7 @@ def _captions(examples: Sequence[Example]) -> str:
 
 
 def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
+    """Images smaller than their target size."""
     pairs = zip(examples, sizes, strict=True)
     small = [f"{e.name} ({w} x {h})" for e, (w, h) in pairs if w < e.width or h < e.height]
     return (
@@ -81,12 +83,14 @@ def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
 
 
 def _folder_repeats(examples: Sequence[Example]) -> str:
+    """Repeats that come from folder names."""
     counts = Counter((e.name.rpartition("/")[0], e.repeats) for e in examples if e.repeats > 1)
     rows = [f"{folder} {images} x {repeats}" for (folder, repeats), images in sorted(counts.items())]
     return f"repeats by folder name: {first_few(rows, LISTED)}" if rows else ""
 
 
 def _duplicates(examples: Sequence[Example]) -> str:
+    """Images with the same content."""
     names: dict[str, dict[str, None]] = {}
     for example in examples:
         names.setdefault(example.key, {})[example.name] = None

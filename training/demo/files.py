@@ -22,7 +22,7 @@ def weights_path(name: str) -> Path:
     path = WEIGHTS / name
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing. Reinstall the package, or build the demo model (about two hours on two CPU cores): "
-            "python -m retune.tools.build_demo"
+            f"{path} is missing. Reinstall the package, or in a checkout build the demo model (two hours on two "
+            "CPU cores): python -m retune.tools.build_demo"
         )
     return path

@@ -1,8 +1,9 @@
-"""The guard of a tuning: when a loss of diversity ends it, and which of its weights are the result.
+"""The guard of a reward tuning: a loss of diversity ends the run, and the guard chooses which weights are the result.
 
-A reward can rise for ever while the pictures of a prompt grow alike, and never shows it. So the guard looks at the same
-pictures again and again: fixed prompts from fixed noise (see `guard_pictures`), scored by every reward, those that are
-never trained on included. Nothing here draws or counts on tensors: a guard's word is a function of what was seen.
+A reward can rise without end while the pictures of a prompt become all the same, which no reward shows. So the guard
+measures the same pictures at every check: fixed prompts from fixed noise (see `guard_pictures`), scored by every
+reward, also by those that are not trained on. Nothing here draws random numbers or computes on tensors: a decision
+depends on the measurements alone.
 """
 
 from __future__ import annotations
@@ -18,27 +19,39 @@ from ..rewards.scale import RunningScale
 FILE_NAMES = {"first_step_below": "fell_at"}
 """Fields that saved runs hold under another name."""
 MIN_DIVERSITY = 1e-6
-"""Diversity that is none: what fp32 leaves of the spread of equal pictures."""
+"""Below it pictures count as equal: what fp32 rounding leaves of the spread of equal pictures."""
 
 
 @dataclass(frozen=True)
 class GuardMeasurement:
-    """One look at the pictures. raw, shaped: by term of the reward, every picture's score, and its share in what is
-    maximised before weight and scale (see `Term`). variety: "diversity", which the rule is about, and further figures
-    of how different the pictures are."""
+    """The measurement of one check.
+
+    Attributes:
+        raw: term of the reward -> score of every picture.
+        shaped: term -> the part of each score that is maximised, before weight and scale (see `Term`).
+        variety: "diversity", which the rule is about, and further figures of how different the pictures are.
+    """
 
     raw: Mapping[str, Sequence[float]]
     shaped: Mapping[str, Sequence[float]]
     variety: Mapping[str, float]
 
+    def means(self) -> dict[str, float]:
+        """Mean raw score of each term."""
+        return {name: _mean(scores) for name, scores in self.raw.items()}
+
 
 @dataclass
 class GuardState:
-    """What a guard remembers from check to check; plain numbers, which JSON keeps exactly.
+    """State that a guard passes from check to check; plain numbers, which JSON holds exactly.
 
-    start: figures of the first check. scales: each term's scale, fixed there. share: diversity at the last check, as a
-    share of the start's. best: highest reward of a check that the rule allows, found at best_step. fell_at: the first
-    step of a check below the floor.
+    Attributes:
+        start: figures of the first check.
+        scales: scale of each term, fixed at the first check.
+        share: diversity at the last check, as a share of the start's.
+        best: highest reward of a check that the rule allows.
+        best_step: the step of that check.
+        first_step_below: the first step whose check was below the floor.
     """
 
     start: dict[str, float] = field(default_factory=dict)
@@ -49,21 +62,27 @@ class GuardState:
     first_step_below: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What a saved state keeps of it."""
+        """The state under the names that files have."""
         return {FILE_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> GuardState:
-        """The state that `to_json` gave."""
-        fields = {name: name for name in values} | {kept: name for name, kept in FILE_NAMES.items()}
-        return cls(**{fields[name]: value for name, value in values.items()})
+        """The state that `to_json` returned."""
+        fields = {in_file: name for name, in_file in FILE_NAMES.items()}
+        return cls(**{fields.get(name, name): value for name, value in values.items()})
 
 
 class Guard:
-    """look: draws and measures. weights, priors: each term's weight, 0 for one that is held out, and typical scale.
+    """Checks diversity during a run and remembers the best step.
 
-    The guard's reward is the weighted sum of the terms' means, as in training, but with scales that stay what the first
-    check gave (`RunningScale` over its pictures): those of training move, and would make checks incomparable.
+    Its reward is the weighted sum of the terms' means, as in training, but with the scales of the first check
+    (`RunningScale` over its pictures): those of training move, so checks could not be compared.
+
+    Args:
+        rule: the floor, and the action below it.
+        measure: draws pictures and measures them.
+        weights: term -> its weight, 0 for one that is held out.
+        priors: term -> its typical scale.
     """
 
     def __init__(
@@ -81,29 +100,29 @@ class Guard:
         """Whether the last check ends the run."""
         return self.rule.should_stop(self.state.share)
 
-    def update(self, step: int, seen: GuardMeasurement) -> dict[str, Any]:
-        """Takes a check in and returns its row for metrics.jsonl; `state.best_step` is then `step` if it is the best.
+    def update(self, step: int, measurement: GuardMeasurement) -> dict[str, Any]:
+        """Records a check; `state.best_step` is then `step` if it is the best so far.
 
-        shares: the figures of variety as shares of the start's. gains: how much each score is above the start's, in the
-        term's scale. Errors: ValueError for pictures that are alike at the start, of which no share can be taken.
+        Returns:
+            The check's row for metrics.jsonl. "shares": the figures of variety as shares of the start's. "gains": how
+            much each score is above the start's, in the term's scale.
+
+        Raises:
+            ValueError: the pictures are equal at the start, so there is no diversity to compare with.
         """
         if not self.state.start:
-            self._begin(seen)
-        state, means = self.state, {name: _mean(scores) for name, scores in seen.raw.items()}
-        reward, start = self._reward(seen), state.start
-        shares = {name: value / start[name] for name, value in seen.variety.items()}
+            self._begin(measurement)
+        state, means, start = self.state, measurement.means(), self.state.start
+        reward = self._reward(measurement)
+        shares = {name: value / start[name] for name, value in measurement.variety.items()}
         gains = {name: (means[name] - start[name]) / state.scales[name] for name in means}
-        state.share = shares["diversity"]
-        if not self.rule.allows(state.share):
-            state.first_step_below = step if state.first_step_below is None else state.first_step_below
-        elif state.best is None or reward > state.best:
-            state.best, state.best_step = reward, step
+        self._decide(step, reward, shares["diversity"])
         return {
             "event": "guard",
             "step": step,
             "reward": reward,
             **means,
-            **seen.variety,
+            **measurement.variety,
             "shares": shares,
             "gains": {"reward": reward - start["reward"], **gains},
             "held_out": [name for name, weight in self._weights.items() if not weight],
@@ -111,15 +130,24 @@ class Guard:
             "best_step": state.best_step,
         }
 
+    def _decide(self, step: int, reward: float, share: float) -> None:
+        """Updates share, best step and the first step below the floor."""
+        state = self.state
+        state.share = share
+        if not self.rule.allows(share):
+            state.first_step_below = step if state.first_step_below is None else state.first_step_below
+        elif state.best is None or reward > state.best:
+            state.best, state.best_step = reward, step
+
     def warning(self, step: int) -> str:
-        """What to say of the check just taken, where it found too little; else ""."""
+        """A message for a last check below the floor; "" for one that the rule allows."""
         if self.rule.allows(self.state.share):
             return ""
-        found = f"diversity at step {step} is {100 * self.state.share:.0f} % of the start's"
-        return f"{found}, below {100 * self.rule.floor:g} %; {'stopping' if self.should_stop else 'going on'}"
+        measured = f"diversity at step {step} is {100 * self.state.share:.0f} % of the start's"
+        return f"{measured}, below {100 * self.rule.floor:g} %; {'stopping' if self.should_stop else 'going on'}"
 
     def ending(self) -> dict[str, Any]:
-        """What status.json says of the guard: `ending.guard_words` puts it into words."""
+        """The guard's part of status.json; `outcome.describe_guard` is its text."""
         state = self.state
         return {
             "floor": self.rule.floor,
@@ -128,23 +156,23 @@ class Guard:
             "stopped": self.should_stop,
         }
 
-    def _begin(self, seen: GuardMeasurement) -> None:
-        if not seen.variety["diversity"] > MIN_DIVERSITY:
+    def _begin(self, measurement: GuardMeasurement) -> None:
+        """Records the first check, which all others are compared with."""
+        if not measurement.variety["diversity"] > MIN_DIVERSITY:
             raise ValueError(
-                f"diversity of the guard's pictures is {seen.variety['diversity']:.2g} at the start; expected more "
-                f"than {MIN_DIVERSITY:g}. The model draws one picture whatever the noise: raise sampling_steps, or set "
-                "guard_diversity to 0."
+                f"diversity of the guard's pictures is {measurement.variety['diversity']:.2g} at the start; expected "
+                f"more than {MIN_DIVERSITY:g}. The model draws one picture whatever the noise: raise sampling_steps, "
+                "or set guard_diversity to 0."
             )
-        for name, scores in seen.raw.items():
+        for name, scores in measurement.raw.items():
             scale = RunningScale(self._priors[name])
             scale.update(scores)
             self.state.scales[name] = scale.scale
-        means = {name: _mean(scores) for name, scores in seen.raw.items()}
-        self.state.start = {"reward": self._reward(seen), **means, **seen.variety}
+        self.state.start = {"reward": self._reward(measurement), **measurement.means(), **measurement.variety}
 
-    def _reward(self, seen: GuardMeasurement) -> float:
-        parts = (weight * _mean(seen.shaped[name]) / self.state.scales[name] for name, weight in self._weights.items())
-        return math.fsum(parts)
+    def _reward(self, measurement: GuardMeasurement) -> float:
+        shaped, scales = measurement.shaped, self.state.scales
+        return math.fsum(weight * _mean(shaped[name]) / scales[name] for name, weight in self._weights.items())
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 CHUNK = "sd-ti-embedding"
+"""Name of the PNG text chunk."""
 TENSOR = "TORCHTENSOR"
+"""Key of a tensor, as nested lists, in A1111's JSON."""
 MAX_JSON_BYTES = 64 * 2**20
 """Limit of the decompressed JSON; 256 vectors of 4096 numbers need half of it."""
 

@@ -94,17 +94,16 @@ def _outputs(concept: Concept, metadata: Mapping, format: str) -> list[_Output]:
         raise ValueError(
             f"format is {format!r} and {token} has vectors for {', '.join(vectors)}; expected safetensors."
         )
-    if format == "diffusers":
-        parts = [{token: vectors[name]} for name in names]
-        endings = [f"{'_2' * i}.safetensors" for i in range(len(parts))]
-        return [
-            _Output(e, part, _file_metadata(concept, metadata, part)) for e, part in zip(endings, parts, strict=True)
-        ]
     single = next(iter(vectors.values())) if len(vectors) == 1 and names else None
     if format == "A1111 pt":
         return [_Output(".pt", vectors if single is None else _a1111_dictionary(token, single, metadata))]
-    content = vectors if single is None else {"emp_params": single}
-    return [_Output(".safetensors", content, _file_metadata(concept, metadata, content))]
+    if format == "diffusers":
+        contents = [{token: vectors[name]} for name in names]
+    else:
+        contents = [vectors if single is None else {"emp_params": single}]
+    endings = [f"{'_2' * i}.safetensors" for i in range(len(contents))]
+    pairs = zip(endings, contents, strict=True)
+    return [_Output(ending, content, _file_metadata(concept, metadata, content)) for ending, content in pairs]
 
 
 def _a1111_dictionary(token: str, vectors: Tensor, metadata: Mapping) -> dict[str, Any]:
@@ -160,6 +159,7 @@ def _is_taken(path: Path, outputs: list[Path]) -> bool:
 
 
 def _write_file(path: Path, output: _Output) -> None:
+    """Writes a pickle or a safetensors file, atomically."""
     if path.suffix == ".pt":
         with atomic_path(path, durable=True) as temporary:
             torch.save(output.content, temporary)

@@ -257,6 +257,7 @@ def _lora_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _loha_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Shape of the Hadamard product of two matrices, each a product of low rank."""
     pairs = (("hada_t1", *LOHA[:2]), ("hada_t2", *LOHA[2:]))
     tucker = "hada_t1" in t or "hada_t2" in t
     first, second = (
@@ -268,6 +269,7 @@ def _loha_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Shape of the Kronecker product of two factors, each whole or a product of low rank."""
     first = _flat_shape(t["lokr_w1"]) if "lokr_w1" in t else _product_shape(t["lokr_w1_a"], t["lokr_w1_b"])
     if "lokr_w2" in t:
         second = _flat_shape(t["lokr_w2"])
@@ -279,11 +281,13 @@ def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _glora_shape(t: Mapping[str, Tensor]) -> None:
+    """None, since a GLoRA's dW depends on the weight; KeyError for a missing tensor."""
     for name in GLORA:
         _ = t[name]
 
 
 def _oft_shape(t: Mapping[str, Tensor]) -> tuple[int, None]:
+    """Number of outputs; an OFT rotates outputs and has no inputs."""
     return math.prod(t["oft_blocks"].shape[-3:-1]), None
 
 

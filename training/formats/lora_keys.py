@@ -10,7 +10,9 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 BIAS = ("diff_b", "b_norm")
+"""Differences of biases and norms."""
 SCALES = ("alpha", "dora_scale", "rescale", "reshape_weight")
+"""Tensors that scale or reshape a layer's difference; on their own they do not make a layer."""
 PEFT = "lora_adapter_metadata"
 """Metadata entry in which diffusers stores peft's LoraConfig, as JSON."""
 

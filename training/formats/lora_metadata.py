@@ -65,6 +65,7 @@ class LoraDescription:
 
     @property
     def unet_config(self) -> Mapping | None:
+        """The UNet2DConditionModel's config recorded by the run, or None."""
         return self.run.get("unet")
 
 

@@ -22,8 +22,9 @@ from .lora_keys import kohya_aliases
 from .lora_report import WIDTHS, base_of_lora
 
 UNET, TEXT = "diffusion_model.", "text_encoders."
+"""Prefixes of ComfyUI's layer names."""
 SECOND_TEXT = TEXT + "clip_g."
-"""SDXL's second text encoder."""
+"""Prefix of the layers of SDXL's second text encoder."""
 FAMILIES = ("SD1.x", "SD2.x", "SDXL")
 _ATTENTION = {"SD1.x": (True, True, True, False), "SD2.x": (True, True, True, False), "SDXL": (False, True, True)}
 """Whether each resolution of a family's UNet has attention, the finest first."""
@@ -228,11 +229,11 @@ def _guess_family(lora: Lora) -> str:
     with_attention = {(side, number) for side, number, module, part in _original_blocks(lora.modules) if module == 1}
     if with_attention & ({("input", n) for n in (1, 2)} | {("output", n) for n in range(6, 12)}):
         return "SD1.x"
-    high = any(number > 8 for _, number, *_ in _original_blocks(lora.modules))
-    if high or re.search(r"down_blocks[._]0[._]attentions|up_blocks[._]3[._]", names):
+    has_late_block = any(number > 8 for _, number, *_ in _original_blocks(lora.modules))
+    if has_late_block or re.search(r"down_blocks[._]0[._]attentions|up_blocks[._]3[._]", names):
         return "SD1.x"
-    deep = re.search(r"transformer_blocks[._][1-9]|up_blocks[._]0[._]attentions", names)
-    if deep or with_attention & {("output", n) for n in (0, 1)}:
+    has_deep_transformer = re.search(r"transformer_blocks[._][1-9]|up_blocks[._]0[._]attentions", names)
+    if has_deep_transformer or with_attention & {("output", n) for n in (0, 1)}:
         return "SDXL"
     has_unet = with_attention or re.search(r"_blocks|unet|diffusion_model", names)
     return "SD1.x" if "text_model" in names and not has_unet else ""

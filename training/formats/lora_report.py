@@ -69,18 +69,18 @@ class LoraReport:
     notes: list[str] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
-        """One line each, beginning with the file's name: no key used, another base, some keys not used."""
+        """Warnings about a LoRA for another model family, and about keys that were not used; one line each."""
         name, base = self.lora.name, base_of_lora(self.lora)
-        found = [f"{name}: {note}" for note in self.notes]
+        lines = [f"{name}: {note}" for note in self.notes]
         if base.family and self.family and base.family != self.family:
-            found.append(f"{name} was made for {base}; the model is {self.family}.")
-        excused = set() if self.has_clip else self._text_keys()
-        idle = [key for key in self.unused if key not in excused]
+            lines.append(f"{name} was made for {base}; the model is {self.family}.")
+        expected = set() if self.has_clip else self._text_keys()
+        unused = [key for key in self.unused if key not in expected]
         if not self.model_layers + self.text_layers:
-            found.append(f"{name}: no key fits this model, nothing was applied: {first_few(self.unused)}.")
-        elif idle:
-            found.append(f"{name}: {len(idle)} of {self.lora.key_count} keys were not used: {first_few(idle)}.")
-        return found
+            lines.append(f"{name}: no key fits this model, nothing was applied: {first_few(self.unused)}.")
+        elif unused:
+            lines.append(f"{name}: {len(unused)} of {self.lora.key_count} keys were not used: {first_few(unused)}.")
+        return lines
 
     def text(self) -> str:
         """Layout, rank, alpha, base model and used keys, as text; warnings come last."""
@@ -101,6 +101,7 @@ class LoraReport:
         return "\n".join(lines + [f"  warning: {line}" for line in self.warnings()])
 
     def _text_keys(self) -> set[str]:
+        """The file's keys for text encoder layers."""
         return {key for module in self.lora.modules.values() if module.is_text for key in module.keys.values()}
 
 
@@ -138,11 +139,13 @@ def base_from_metadata(metadata: Mapping[str, str]) -> Base:
 
 
 def _ranks(lora: Lora) -> str:
+    """The rank of a LoRA's layers, or the smallest and the largest."""
     ranks = {module.rank for module in lora.modules.values()} - {None}
     return f"rank {_span(ranks)}" if ranks else "no rank"
 
 
 def _alphas(lora: Lora) -> str:
+    """The alpha of a LoRA's layers, or the smallest and the largest."""
     ranked = [module for module in lora.modules.values() if module.rank is not None]
     alphas = {module.alpha for module in ranked}
     if None not in alphas and alphas:

@@ -94,6 +94,13 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
         for role, value in reshape_to_weight(module, naming.kernel_size(layer) if layer else None).items():
             if result.setdefault(f"{name}.{role}", value) is not value:
                 raise ValueError(f"{lora.name} has two layers for {name}; expected one. {module.name} is spare.")
+    warnings += _kohya_warnings(lora, naming, unnamed)
+    return result
+
+
+def _kohya_warnings(lora: Lora, naming: Naming, unnamed: list[str]) -> list[str]:
+    """Limitations of a LoRA in kohya's format; `unnamed` has the layers without a name in it."""
+    warnings = []
     if unnamed:
         warnings.append(
             f"kohya's format has no name for {first_few(unnamed)}; they keep theirs, which ComfyUI alone reads."
@@ -105,7 +112,7 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
         )
     if naming == Naming() and any(re.search(r"(in|out)put_blocks|middle_block", name) for name in lora.modules):
         warnings.append("its layers are as well SD1.x's as SDXL's; they have SD1.x's names. Choose the base.")
-    return result
+    return warnings
 
 
 def reshape_to_weight(module: LoraModule, kernel: tuple[int, ...] | None) -> dict[str, Tensor]:
@@ -202,8 +209,8 @@ def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None
         reason = "diffusers' loader takes no such layer"
     elif DOWN not in module.tensors:
         reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
-    elif more := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
-        reason = f"it has {first_few(more)}, for which diffusers' format has no place"
+    elif unsupported := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
+        reason = f"it has {first_few(unsupported)}, for which diffusers' format has no place"
     elif axis == 1:
         reason = "its DoRA has a magnitude per input, and peft knows one per output alone"
     if reason:

@@ -1,1 +1,1 @@
-"""The one training loop with its optimisers and saved states. What trains and what is minimised come from outside."""
+"""The one training loop with its optimizers and saved states. Trainable and objective come from outside."""

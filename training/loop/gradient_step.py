@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import World, world
 from ..config.loop import Batches, LoopConfig
-from ..objectives.denoising import Objective
+from ..objectives.objective import Objective
 from ..trainables.base import Trainable
 from .ema import update_ema
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor

@@ -1,4 +1,4 @@
-"""The one training loop. What trains, what is minimised and where files go come from outside.
+"""The one training loop. Trainable, objective, data and run folder come from outside.
 
     resume from the last saved state, if there is one
     for every optimizer step:
@@ -27,7 +27,7 @@ from ..common.distributed import World, world
 from ..common.files import check_free_disk
 from ..config.loop import Batches, LoopConfig, TrainingDiverged
 from ..evaluation.diversity_guard import Guard
-from ..objectives.denoising import Objective
+from ..objectives.objective import Objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import MetricsLog
 from ..runs.outcome import record_failure, result_kind, saved_result, stopped_early
@@ -42,7 +42,7 @@ from .validation import ValidationRecord, check_held_out
 
 
 class Loop:
-    """One training run in its folder.
+    """One training run.
 
     Args:
         folder: where metrics, samples and states go.
@@ -59,7 +59,7 @@ class Loop:
         device: where the objective computes; the CPU without it.
 
     Raises:
-        ValueError: nothing trains at the first step, or no held-out slot tells when to stop.
+        ValueError: nothing trains at the first step, or the settings need a validation loss and nothing is held out.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Loop:
         self.callbacks.on_step(StepInfo(self.folder.name, step, self.config.steps, loss, rate, pace, row))
 
     def _update(self, row: dict[str, Any]) -> None:
-        """Updates the weights and logs the step's row; an error in between leaves nothing whole to save."""
+        """Updates the weights and logs the step's row. While `updating`, no state is whole enough to be saved."""
         self.updating = True
         self.gradient_step.update(row["step"])
         self.step = row["step"]
@@ -202,7 +202,7 @@ class Loop:
             self.metrics.add({"event": event, "step": self.step, **measure(self)})
 
     def _broadcast_ending(self) -> None:
-        """Tells all processes what ends the run, which the main one alone has measured."""
+        """Gives all processes the decisions of the main one, which alone evaluates."""
         self.validation.stale = self.world.broadcast(self.validation.stale, self.device)
         self.finishing = bool(self.world.broadcast(int(self.finishing), self.device))
         if self.guard:

@@ -15,7 +15,7 @@ MIN_PICTURE_SIZE = 64
 
 
 class OutOfMemory(torch.cuda.OutOfMemoryError):
-    """A step did not fit into the device's memory; the message says what needs less. ComfyUI unloads its models."""
+    """A step did not fit into the device's memory; the message has advice. ComfyUI then unloads its models."""
 
 
 def out_of_memory_message(step: int, saved_step: int, hints: str) -> str:

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules: torch's own, and others from the libraries that keep them (see PACKAGES)."""
+"""Optimizers and learning-rate schedules: torch's own, and others from their libraries (see PACKAGES)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = {
     "Lion": ("pytorch_optimizer", "pytorch-optimizer"),
     "CAME": ("pytorch_optimizer", "pytorch-optimizer"),
 }
-"""Optimiser -> module and pip package; none of them is required. Those not named here are torch's."""
+"""Optimizer -> module and pip package; none of them is required. All others are torch's."""
 
 
 def build_optimizer(
@@ -32,19 +32,24 @@ def build_optimizer(
     settings: TrainingSettings,
     rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimiser named in the settings, over fp32 master parameters by name; one group for each of GROUPS there.
+    """The optimizer named in the settings, over fp32 master parameters.
 
-    rate_of: parameter name -> its rate as a multiple of the others'; groups are split by it, it stands in them as
-    "rate". Raises ValueError when the optimiser's package is missing.
+    Args:
+        parameters: by name. Each of GROUPS becomes a parameter group, split by the rate of its parameters.
+        learning_rate: the run's.
+        settings: optimizer and weight decay.
+        rate_of: parameter name -> its learning rate as a multiple of the run's; each group has it as "rate".
+
+    Raises:
+        ValueError: the optimizer's package is missing.
     """
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group in GROUPS:
         for name, parameter in parameters.items():
             if group_of(name) == group:
                 members.setdefault((group, rate_of(name)), []).append(parameter)
-    # the decay stands in the groups: Prodigy prints a line when it is an argument
-    decay = {"weight_decay": settings.weight_decay}
-    groups = [{"params": found, "name": group, "rate": rate, **decay} for (group, rate), found in members.items()]
+    decay = {"weight_decay": settings.weight_decay}  # in the groups: as an argument Prodigy would print a line
+    groups = [{"params": params, "name": group, "rate": rate, **decay} for (group, rate), params in members.items()]
     match settings.optimizer:
         case "AdamW":
             fused = all(p.is_cuda for p in parameters.values())
@@ -69,7 +74,7 @@ def build_optimizer(
 
 
 def library(optimizer: str) -> ModuleType:
-    """The package of an optimiser that is not torch's. Raises ValueError when it cannot be imported."""
+    """The package of an optimizer that is not torch's. Raises ValueError when it cannot be imported."""
     module, package = PACKAGES[optimizer]
     try:
         return importlib.import_module(module)
@@ -81,7 +86,7 @@ def library(optimizer: str) -> ModuleType:
 
 
 def check_optimizer(settings: TrainingSettings, learning_rate: float, device: torch.device) -> None:
-    """Raises ValueError for an optimiser that cannot run here; warns of a rate or schedule that does not suit it."""
+    """Raises ValueError for an optimizer that cannot run here; warns of a rate or schedule that does not suit it."""
     name = settings.optimizer
     if name in PACKAGES:
         library(name)
@@ -96,7 +101,7 @@ def check_optimizer(settings: TrainingSettings, learning_rate: float, device: to
 
 
 def _check_8bit(settings: TrainingSettings, device: torch.device) -> None:
-    """Takes a step on the smallest tensor whose state is kept in 8 bits; only that shows whether the device can."""
+    """Tries a step on the smallest tensor that gets an 8-bit state: no query tells whether a device can do it."""
     weight = nn.Parameter(torch.zeros(4096, device=device))
     weight.grad = torch.zeros_like(weight)
     optimizer = build_optimizer({"": weight}, 0.0, settings)
@@ -110,10 +115,10 @@ def _check_8bit(settings: TrainingSettings, device: torch.device) -> None:
 
 
 def by_group(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """An optimiser class that takes its groups one by one, and leaves out those without gradients.
+    """A subclass of an optimizer class that steps its groups one by one, without those that have no gradients.
 
-    What `kind` counts or estimates for all groups at once (Prodigy's d and k, schedule-free's k) is then each group's
-    own, from the step at which it begins to train. Prodigy alone would also refuse groups of different rates.
+    Figures that `kind` counts or estimates for all groups together (Prodigy's d and k, schedule-free's k) are then
+    counted for each group, from the step at which it begins to train. Prodigy also refuses groups of different rates.
     """
 
     class ByGroup(kind):
@@ -132,30 +137,31 @@ def by_group(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 @torch.no_grad()
 def evaluation_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What to validate, draw with and keep: the parameters themselves, uncopied, or the average that a schedule-free
-    optimiser keeps beside them (x of arXiv 2405.15682).
+    """The weights to evaluate and to save: the parameters themselves, without copying, or the average of a
+    schedule-free optimizer (x of arXiv 2405.15682).
 
-    The way there and back rounds; the parameters are put back from a copy, so that a look never changes a run.
+    Switching to the average and back rounds, so the parameters are restored from a copy: evaluating never changes a
+    run.
     """
     if not hasattr(optimizer, "eval"):
         return {name: parameter.data for name, parameter in parameters.items()}
-    kept = [parameter.clone() for parameter in parameters.values()]
+    copies = [parameter.clone() for parameter in parameters.values()]
     optimizer.eval()
     averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer.train()
-    for parameter, value in zip(parameters.values(), kept, strict=True):
+    for parameter, value in zip(parameters.values(), copies, strict=True):
         parameter.copy_(value)
     return averages
 
 
 def group_rate(group: str, step: int, settings: TrainingSettings) -> float:
-    """Multiple of the learning rate that one of GROUPS has at `step` (from 1); 0 before it is unfrozen."""
-    begins = getattr(settings, f"unfreeze_{group}")
-    return getattr(settings, f"lr_{group}") if step >= begins else 0.0
+    """Learning rate of one of GROUPS at `step` (from 1), as a multiple of the run's; 0 before it is unfrozen."""
+    first_step = getattr(settings, f"unfreeze_{group}")
+    return getattr(settings, f"lr_{group}") if step >= first_step else 0.0
 
 
 def learning_rate_factor(step: int, steps: int, settings: TrainingSettings) -> float:
-    """Share of the peak learning rate at `step` (1..steps): a line up over the warm-up, then the schedule.
+    """Learning rate at `step` (1..steps) as a share of the peak: linear over the warm-up, then the schedule.
 
     With t from 0 at the first step after the warm-up to 1 just after the last one:
 

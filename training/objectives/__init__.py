@@ -1,1 +1,1 @@
-"""What is minimised: the denoising loss, rewards through the sampler or on images, constraints."""
+"""Losses to minimise: the denoising loss, rewards through the sampler or on images, constraints."""

@@ -1,4 +1,4 @@
-"""What a denoising objective draws: timesteps and noise; and the noise levels of zero terminal SNR."""
+"""The draws of a denoising objective: timesteps and noise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from ..config.training_settings import TrainingSettings
 
 
 def draw_timestep(settings: TrainingSettings, total: int, random: torch.Generator) -> int:
-    """One training timestep in min_timestep..max_timestep.
+    """A training timestep in min_timestep..max_timestep, below `total`.
 
-    With u uniform in 0..1 and n standard normal, the place in that range, 0 (clean) to 1 (noise), is
-    uniform: u. logit-normal: sigmoid(timestep_mean + timestep_std n) (Esser et al. 2024, arXiv 2403.03206, eq. 19).
-    high noise: 1 - u^3 (T2I-Adapter, arXiv 2302.08453, section 3.4; ai-toolkit's "content"), the distribution
-    Beta(1, 1/3). low noise: u^3 (ai-toolkit's "style"), Beta(1/3, 1); OneTrainer's BETA draws the same family.
+    With u uniform in 0..1 and n standard normal, its position in that range, 0 (clean) to 1 (noise), is
+
+        uniform       u
+        logit-normal  sigmoid(timestep_mean + timestep_std n) (Esser et al. 2024, arXiv 2403.03206, eq. 19)
+        high noise    1 - u^3, Beta(1, 1/3) (T2I-Adapter, arXiv 2302.08453, section 3.4; ai-toolkit's "content")
+        low noise     u^3, Beta(1/3, 1) (ai-toolkit's "style"); OneTrainer's BETA draws the same family
     """
     low, high = settings.min_timestep, min(settings.max_timestep, total - 1)
     if settings.timestep_sampling == "logit-normal":
@@ -39,11 +41,18 @@ def draw_noise(shape: torch.Size | tuple[int, ...], settings: TrainingSettings, 
 
 
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, random: torch.Generator) -> Tensor:
-    """Multi-resolution noise: noise of ever coarser grids on top of (C, h, w) `noise`, scaled to unit std.
+    """Multi-resolution noise: adds noise of ever coarser grids to `noise` and scales the sum to unit std.
 
     As `pyramid_noise_like` in sd-scripts' library/custom_train_functions.py (after Whitaker's "Multi-Resolution
-    Noise"): layer i has its sides divided by r^i, r uniform in 2..4 anew for each layer, and enters with discount^i;
-    one that is a single cell wide or high is the last. sd-scripts scales a batch by its common std, this each sample.
+    Noise"): layer i has its sides divided by r^i, with r drawn uniformly in 2..4 for each layer, and is weighted by
+    discount^i. A layer that is one cell wide or high is the last. sd-scripts scales a batch by its common std, this
+    function each sample by its own.
+
+    Args:
+        noise: (C, h, w).
+        iterations: number of layers, at most.
+        discount: weight of each layer relative to the next finer one.
+        random: for all draws.
     """
     channels, height, width = noise.shape
     for i in range(iterations):

@@ -1,4 +1,4 @@
-"""What holds a model that is tuned near the frozen one: by the network's outputs, and by what the text encoder says."""
+"""Constraints that hold a tuned model near the frozen one: by the network's outputs, and by the text's encodings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from ..sampling.guidance import Guidance
 from ..sampling.rollout import Step, guided_output
 
 
-class NearFrozen:
-    """weight x mean over `count` steps of mean((out - out_frozen)^2), per sample: both models' guided outputs on the
-    tuned one's latents, which are taken as given. weights: (B,).
+class OutputConstraint:
+    """weight x mean over `count` sampler steps of mean((out - out_frozen)^2), for each sample.
 
-    The regulariser of NVIDIA's DRaFT+ (NeMo-Aligner, `kl_coeff`): for Gaussian steps of equal variance it is their KL
-    divergence up to a factor. frozen: what the frozen text encoder says of the batch. released: makes the network what
-    it was (`Trainable.disabled`).
+    Both are guided outputs on the tuned model's latents, which count as given. This is the regulariser of NVIDIA's
+    DRaFT+ (NeMo-Aligner, `kl_coeff`): for Gaussian steps of equal variance it is the KL divergence of the steps up to a
+    factor.
+
+    Args:
+        denoiser: the network, with the tuned weights attached.
+        frozen: the batch's conditioning by the frozen text encoder.
+        disabled: makes the network the frozen one (`Trainable.disabled`).
+        weights: (B,).
+        count: number of sampler steps.
     """
 
     def __init__(
@@ -30,40 +36,49 @@ class NearFrozen:
         weights: Tensor,
         count: int,
     ):
-        self._denoiser, self._frozen, self._released = denoiser, frozen, disabled
+        self._denoiser, self._frozen, self._disabled = denoiser, frozen, disabled
         self._weights, self._count = weights, count
         self.error = torch.zeros(len(frozen.positive))
-        """(B,) the mean squared error over the steps gone through so far, unweighted."""
+        """(B,) mean squared error over the steps so far, unweighted."""
 
-    def gradient(self, x: Tensor, step: Step, out: Tensor) -> Tensor:
-        """Of minus the weighted error at `out`, the tuned model's output (B, C, h, w) at latents x."""
-        with torch.no_grad(), self._released():
-            apart = out - guided_output(self._denoiser, x, step, self._frozen)
-        self.error = self.error + apart.square().flatten(1).mean(1).cpu() / self._count
-        return apart * self._weights.to(apart).view(-1, 1, 1, 1) * (-2 / (apart[0].numel() * self._count))
+    def gradient(self, x: Tensor, step: Step, output: Tensor) -> Tensor:
+        """The gradient of minus the weighted error with respect to `output`, and adds the step's error to `error`.
+
+        Args:
+            x: (B, C, h, w) latents that the step begins with.
+            step: the sampler step.
+            output: (B, C, h, w) guided output of the tuned model at x.
+        """
+        with torch.no_grad(), self._disabled():
+            difference = output - guided_output(self._denoiser, x, step, self._frozen)
+        self.error = self.error + difference.square().flatten(1).mean(1).cpu() / self._count
+        weights = self._weights.to(difference).view(-1, 1, 1, 1)
+        return difference * weights * (-2 / (difference[0].numel() * self._count))
 
 
 def drift(tuned: Guidance, frozen: Guidance) -> Tensor:
-    """(B,) how far encodings have moved, differentiable: squared distance over the frozen one's squared length.
+    """(B,) relative change of encodings, differentiable: squared distance over the frozen encoding's squared length.
 
-    Over attended tokens; the mean of context and pooled, and of the prompt and, under guidance, the empty one.
+    Over attended tokens; the mean over context and pooled output, and over the prompt and, under guidance, the empty
+    prompt.
     """
     pairs = [(tuned.positive, frozen.positive)]
     if tuned.negative is not None:
         pairs.append((tuned.negative, frozen.negative))
-    parts = [part for pair in pairs for part in _moved(*pair)]
+    parts = [part for pair in pairs for part in _relative_changes(*pair)]
     return torch.stack(parts).mean(0)
 
 
-def _moved(new: Conditioning, old: Conditioning) -> list[Tensor]:
-    both = [(new.context, old.context)]
+def _relative_changes(new: Conditioning, old: Conditioning) -> list[Tensor]:
+    """(B,) of the context, and of the pooled output if there is one."""
+    pairs = [(new.context, old.context)]
     if new.mask is not None:
         attended = new.mask[..., None].to(new.context)
-        both = [(new.context * attended, old.context * attended)]
+        pairs = [(new.context * attended, old.context * attended)]
     if new.pooled is not None:
-        both.append((new.pooled, old.pooled))
-    return [_square(a.float() - b.float()) / _square(b.float()).clamp(min=1e-12) for a, b in both]
+        pairs.append((new.pooled, old.pooled))
+    return [_squared_length(a.float() - b.float()) / _squared_length(b.float()).clamp(min=1e-12) for a, b in pairs]
 
 
-def _square(x: Tensor) -> Tensor:
+def _squared_length(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)

@@ -1,10 +1,10 @@
-"""What a reward tuning minimises: minus the reward of pictures drawn from prompts, differentiated through the sampler.
+"""Objective of reward tuning: minus the reward of pictures drawn from prompts, differentiated through the sampler.
 
-One step of TextCraftor (arXiv 2403.18978, algorithm 1): prompts become pictures by guided DDIM from noise, the pictures
-a reward, and its gradient goes back through the last sampler steps into what trains. With the gradient stopped at the
-UNet's input each of those steps is gone through on its own (see `rollout`), and the reward and the decoder before them,
-so that no two graphs are in memory at a time. The constraints are in `reward_constraint`, training on images instead of
-prompts in `direct_objective`.
+One step of TextCraftor (arXiv 2403.18978, algorithm 1): guided DDIM draws pictures of prompts from noise, rewards score
+them, and the gradient passes through the last sampler steps to the trained weights. With the gradient stopped at the
+UNet's input each sampler step is differentiated alone (see `rollout`), after decoder and reward, so that no two graphs
+are in memory at a time. Constraints are in `regularizers`, training on images instead of prompts in
+`reward_on_images`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from ..sampling.ddim import initial_noise
 from ..sampling.guidance import Guidance
 from ..sampling.rollout import Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
 from ..trainables.base import Trainable
-from .denoising import Loss
-from .regularizers import NearFrozen, drift
+from .objective import Loss
+from .regularizers import OutputConstraint, drift
 
 
 class PromptSample(NamedTuple):
-    """A prompt as the objective works on it: with its and the empty prompt's encoding by the frozen text encoder, where
-    they are wanted; `latent` (C, h, w) and `weight` only where an image belongs to it."""
+    """A prompt, loaded: with its encoding and the empty prompt's by the frozen text encoder, where they are needed."""
 
     prompt: str
     positive: Conditioning | None = None
     negative: Conditioning | None = None
     latent: Tensor | None = None
+    """(C, h, w), where the prompt is an image's caption."""
     weight: float = 1.0
+    """Factor of its loss."""
 
 
 class Chain(NamedTuple):
-    """Latents before each step and the end, the steps, and the numbers of those that gradients go through."""
+    """A sampler's trajectory: latents before each step and at the end, the steps, and the numbers of those steps that
+    gradients pass through."""
 
     states: list[Tensor]
     steps: list[Step]
@@ -49,14 +51,20 @@ class Chain(NamedTuple):
 
 
 class RewardObjective:
-    """Objective: loss_i = - total reward of picture i, and what the constraints add.
+    """Objective: loss_i = - total reward of picture i + the weighted constraints.
 
-    trainable: whose parameters get the gradient. text_trains: whether the text encoder is among them; the empty prompt
-    of the guidance is then heard with it too, as it is in use. pulse: called before each sampler step.
+    Args:
+        model: draws the pictures.
+        reward: scores them.
+        config: method, size, sampler steps and constraints.
+        trainable: its parameters get the gradient.
+        text_trains: whether the text encoder is among them; the empty prompt of the guidance is then encoded anew too,
+            as it is when the tuned model is used.
+        pulse: called before each sampler step; may raise to cancel.
     """
 
     guided = True
-    """Whether training hears the empty prompt as well, at the config's cfg."""
+    """Whether training pictures are drawn with guidance, at the config's cfg."""
 
     def __init__(
         self,
@@ -70,85 +78,90 @@ class RewardObjective:
     ):
         self.model, self.reward, self.config, self._trainable = model, reward, config, trainable
         self._text_trains, self._pulse = text_trains, pulse
-        self._compares = bool(config.eps_constraint or config.drift_constraint)
+        self._is_constrained = bool(config.eps_constraint or config.drift_constraint)
         self._cfg = config.cfg if self.guided else 1.0
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         reward.reset()
-        self._seen: tuple[int, list[CombinedScores]] = (0, [])
+        self._step_scores: tuple[int, list[CombinedScores]] = (0, [])
+        """Number of the latest step, and its scores, which the running scales have not counted yet."""
 
     def load(self, slots: list[PromptSlot]) -> list[PromptSample]:
-        """Prompts, encoded by the frozen text encoder where that is wanted: encoding may move models about."""
-        if self._text_trains and not self._compares:
+        """Prompts, encoded by the frozen text encoder where that is needed: encoding may move models."""
+        if self._text_trains and not self._is_constrained:
             return [PromptSample(slot.prompt) for slot in slots]
         with torch.no_grad():
-            empty = self._read("")
-            return [PromptSample(slot.prompt, self._read(slot.prompt), empty) for slot in slots]
+            empty = self._encode("")
+            return [PromptSample(slot.prompt, self._encode(slot.prompt), empty) for slot in slots]
 
     def __call__(self, batch: list[tuple[int, PromptSample]], step: int) -> Loss:
-        self._settle(step)
-        indices, spoken = [index for index, _ in batch], [PromptSample(*one) for _, one in batch]
-        heard = self._now(spoken, self._cfg)
-        scores, pull, parts = self._pull(heard, indices, spoken, step)
-        self._seen[1].extend(world().all_gather(_on_cpu(scores)))
+        self._observe_scores(step)
+        indices, samples = [index for index, _ in batch], [PromptSample(*sample) for _, sample in batch]
+        guidance = self._guidance_now(samples, self._cfg)
+        scores, surrogate, parts = self._surrogate(guidance, indices, samples, step)
+        self._step_scores[1].extend(world().all_gather(_on_cpu(scores)))
         value = -scores.total.detach()
         if "eps_mse" in parts:
             value = value + self.config.eps_constraint * parts["eps_mse"].to(value)
         if self.config.drift_constraint:
-            parts["drift"] = drift(heard, self._frozen(spoken, self._cfg))
+            parts["drift"] = drift(guidance, self._frozen_guidance(samples, self._cfg))
             value = value + self.config.drift_constraint * parts["drift"].to(value)
-        loss = value * _weights(spoken).to(value) + (pull - pull.detach()) / len(value)
+        loss = value * _weights(samples).to(value) + (surrogate - surrogate.detach()) / len(value)
         return Loss(loss, scores.means() | {name: part.mean().item() for name, part in parts.items()})
 
-    def _pull(
-        self, heard: Guidance, indices: list[int], spoken: list[PromptSample], step: int
+    def _surrogate(
+        self, guidance: Guidance, indices: list[int], samples: list[PromptSample], step: int
     ) -> tuple[CombinedScores, Tensor, dict[str, Tensor]]:
-        """The scores, a number whose gradient is that of minus their weighted sum, and (B,) figures of constraints, of
-        which it has the gradient as well.
+        """Draws and scores pictures, and carries the gradient back to the conditioning and the trained parameters.
 
-        Where the text encoder trains, all of its gradient comes through what is heard.
+        Where the text encoder trains, all of its gradient passes through the conditioning.
+
+        Returns:
+            The scores; a number whose gradient is that of minus their weighted sum and of the output constraint; and
+            (B,) figures of the output constraint.
         """
-        cut = heard.detached()
+        detached = guidance.detached()
         parameters = [] if self._text_trains else list(self._trainable.parameters.values())
-        chain = self._drawn(indices, spoken, step, cut)
-        near = self._near(spoken, len(chain.chosen))
-        wanted, prompts = [*cut.tensors, *parameters], [one.prompt for one in spoken]
+        chain = self._draw(indices, samples, step, detached)
+        constraint = self._output_constraint(samples, len(chain.chosen))
+        inputs, prompts = [*detached.tensors, *parameters], [sample.prompt for sample in samples]
         random = generator(self.config.seed, "reward augmentation", step, indices[0])
-        scores, end = self._end_gradient(chain.states[-1], prompts, random)
-        end = end * _weights(spoken).to(end).view(-1, 1, 1, 1)
-        gradients = self._joint if self._is_joint else self._stepwise
-        live = [*heard.tensors, *parameters]
-        pairs = zip(live, gradients(chain, cut, end, wanted, near), strict=True)
-        pull = -sum(torch.dot(one.flatten(), gradient.flatten()) for one, gradient in pairs)
-        return scores, pull, {} if near is None else {"eps_mse": near.error}
+        scores, at_end = self._end_gradient(chain.states[-1], prompts, random)
+        at_end = at_end * _weights(samples).to(at_end).view(-1, 1, 1, 1)
+        back_propagate = self._joint_gradients if self._is_joint else self._stepwise_gradients
+        gradients = back_propagate(chain, detached, at_end, inputs, constraint)
+        pairs = zip([*guidance.tensors, *parameters], gradients, strict=True)
+        surrogate = -sum(torch.dot(tensor.flatten(), gradient.flatten()) for tensor, gradient in pairs)
+        return scores, surrogate, {} if constraint is None else {"eps_mse": constraint.error}
 
-    def _drawn(self, indices: list[int], spoken: list[PromptSample], step: int, heard: Guidance) -> Chain:
-        """Pictures of the prompts, as the sampler draws them."""
+    def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
+        """The trajectory of the prompts' pictures, as the sampler draws them."""
         denoiser, noise = self.model.denoiser, self._noise(indices, step)
-        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)
-        chosen = self._chosen(step)
+        states = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, guidance, self._pulse)
+        chosen = self._chosen_steps(step)
         if self.config.method != "one step":
             return Chain(states, self.chain, chosen)
         noisy, single = states[chosen[0]], clean_step(denoiser, self.chain[chosen[0]].sigma)
-        return Chain(rollout(denoiser, noisy, [single], heard), [single], [0])
+        return Chain(rollout(denoiser, noisy, [single], guidance), [single], [0])
 
-    def _chosen(self, step: int) -> list[int]:
-        """The sampler steps that gradients go through; drawn once a step where the method draws."""
-        most, count = self.config.gradient_steps, len(self.chain)
+    def _chosen_steps(self, step: int) -> list[int]:
+        """The sampler steps that gradients pass through; drawn anew at each step where the method draws."""
+        chosen, count = self.config.gradient_steps, len(self.chain)
         if self.config.method != "last K":
-            most = 1 + torch.randint(most, (), generator=generator(self.config.seed, "gradient steps", step)).item()
-        chosen = range(count - most, count)
-        return [chosen[0]] if self.config.method == "one step" else list(chosen)
+            random = generator(self.config.seed, "gradient steps", step)
+            chosen = 1 + torch.randint(chosen, (), generator=random).item()
+        last = range(count - chosen, count)
+        return [last[0]] if self.config.method == "one step" else list(last)
 
-    def _near(self, spoken: list[PromptSample], count: int) -> NearFrozen | None:
+    def _output_constraint(self, samples: list[PromptSample], count: int) -> OutputConstraint | None:
         if not self.config.eps_constraint:
             return None
-        frozen, weights = self._frozen(spoken, self._cfg), self.config.eps_constraint * _weights(spoken)
-        return NearFrozen(self.model.denoiser, frozen, self._trainable.disabled, weights, count)
+        frozen, weights = self._frozen_guidance(samples, self._cfg), self.config.eps_constraint * _weights(samples)
+        return OutputConstraint(self.model.denoiser, frozen, self._trainable.disabled, weights, count)
 
     def _end_gradient(
         self, latents: Tensor, prompts: list[str], random: torch.Generator
     ) -> tuple[CombinedScores, Tensor]:
-        """The scores of the pictures behind latents, and the gradient of their sum at the latents."""
+        """The scores of decoded latents, and the gradient of their sum with respect to the latents."""
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_(True)
             images = self.model.autoencoder.pixels(leaf)
@@ -160,88 +173,108 @@ class RewardObjective:
     def _is_joint(self) -> bool:
         return not self.config.stop_gradient and self.config.method in ("last K", "random K")
 
-    def _stepwise(self, chain: Chain, heard: Guidance, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
-        """Step by step, the gradient stopped at what the UNet reads of the picture."""
-        of_output = near and (lambda number, out: near.gradient(chain.states[number], chain.steps[number], out))
-        return stepwise_gradient(self.model.denoiser, *chain, heard, end, wanted, of_output, self._pulse)
+    def _stepwise_gradients(
+        self,
+        chain: Chain,
+        guidance: Guidance,
+        at_end: Tensor,
+        inputs: Sequence[Tensor],
+        constraint: OutputConstraint | None,
+    ) -> list[Tensor]:
+        """Gradients of `inputs` step by step, stopped at the latent that the UNet reads. at_end: at the chain's end."""
 
-    def _joint(self, chain: Chain, heard: Guidance, end: Tensor, wanted, near: NearFrozen | None) -> list[Tensor]:
-        """Through all of the last steps together, what the UNet reads of the picture included; the constraint still
-        takes the picture as given."""
+        def constraint_gradient(number: int, output: Tensor) -> Tensor:
+            return constraint.gradient(chain.states[number], chain.steps[number], output)
+
+        of_output = constraint and constraint_gradient
+        return stepwise_gradient(self.model.denoiser, *chain, guidance, at_end, inputs, of_output, self._pulse)
+
+    def _joint_gradients(
+        self,
+        chain: Chain,
+        guidance: Guidance,
+        at_end: Tensor,
+        inputs: Sequence[Tensor],
+        constraint: OutputConstraint | None,
+    ) -> list[Tensor]:
+        """Gradients of `inputs` through all of the last steps together, the latents that the UNet reads included; the
+        constraint still treats the latents as given."""
         states, steps, chosen = chain
         with torch.enable_grad():
-            last = joint_end(self.model.denoiser, states, steps, len(chosen), heard, False, self._pulse)
-            found = torch.autograd.grad(last, wanted, end, allow_unused=True)
-        found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
-        if near is None:
-            return found
-        held = self._stepwise(chain, heard, torch.zeros_like(end), wanted, near)
-        return [one + other for one, other in zip(found, held, strict=True)]
+            end = joint_end(self.model.denoiser, states, steps, len(chosen), guidance, False, self._pulse)
+            gradients = torch.autograd.grad(end, inputs, at_end, allow_unused=True)
+        gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        if constraint is None:
+            return gradients
+        constrained = self._stepwise_gradients(chain, guidance, torch.zeros_like(at_end), inputs, constraint)
+        return [gradient + other for gradient, other in zip(gradients, constrained, strict=True)]
 
-    def _now(self, spoken: Sequence[PromptSample], cfg: float) -> Guidance:
-        """What guidance reads of prompts, as the text encoder says it now."""
+    def _guidance_now(self, samples: Sequence[PromptSample], cfg: float) -> Guidance:
+        """Conditioning of prompts by the text encoder as it is now."""
         if not self._text_trains:
-            return self._frozen(spoken, cfg)
-        positive = [self._read(one.prompt) for one in spoken]
-        return self._guidance(positive, None if cfg == 1.0 else self._read(""), cfg)
+            return self._frozen_guidance(samples, cfg)
+        positive = [self._encode(sample.prompt) for sample in samples]
+        return self._guidance(positive, None if cfg == 1.0 else self._encode(""), cfg)
 
-    def _frozen(self, spoken: Sequence[PromptSample], cfg: float) -> Guidance:
-        """What guidance reads of prompts, as the frozen text encoder said it."""
-        return self._guidance([one.positive for one in spoken], None if cfg == 1.0 else spoken[0].negative, cfg)
+    def _frozen_guidance(self, samples: Sequence[PromptSample], cfg: float) -> Guidance:
+        """Conditioning of prompts by the frozen text encoder."""
+        return self._guidance([s.positive for s in samples], None if cfg == 1.0 else samples[0].negative, cfg)
 
     def _guidance(self, positive: list[Conditioning], negative: Conditioning | None, cfg: float) -> Guidance:
         device = self.model.denoiser.device
         empty = None if negative is None else Conditioning.cat([negative] * len(positive)).to(device)
         return Guidance(Conditioning.cat(positive).to(device), empty, cfg)
 
-    def _read(self, text: str) -> Conditioning:
+    def _encode(self, text: str) -> Conditioning:
         encoder = self.model.text_encoder
         return encoder.encode(encoder.tokenize([text]))
 
     def _noise(self, indices: list[int], step: int) -> Tensor:
-        denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
-        height, width = self.config.height // cells, self.config.width // cells
-        seed = self.config.seed
-        shape = (denoiser.latent_channels, height, width)
+        """(B, C, h, w), of sample i from generator (seed, "noise", step, i)."""
+        denoiser, seed = self.model.denoiser, self.config.seed
+        shape = (denoiser.latent_channels, *self._latent_size)
         noise = [torch.randn(shape, generator=generator(seed, "noise", step, i)) for i in indices]
         return torch.stack(noise).to(denoiser.device)
 
-    def _settle(self, step: int) -> None:
-        """Takes an earlier step's scores into the running scales."""
-        number, scores = self._seen
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        downscale = self.model.autoencoder.downscale
+        return self.config.height // downscale, self.config.width // downscale
+
+    def _observe_scores(self, step: int) -> None:
+        """Counts the scores of an earlier step in the running scales."""
+        number, step_scores = self._step_scores
         if step != number:
-            for one in scores:
-                self.reward.observe(one)
-            self._seen = (step, [])
+            for scores in step_scores:
+                self.reward.observe(scores)
+            self._step_scores = (step, [])
 
     def state(self) -> dict[str, Any]:
-        """The running scales, all finished steps taken in."""
-        self._settle(-1)
+        """The running scales after all finished steps."""
+        self._observe_scores(-1)
         return self.reward.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._seen = (0, [])
+        self._step_scores = (0, [])
         self.reward.load_state(state)
 
     @torch.no_grad()
     def validation(self, loaded: list[PromptSample]) -> float:
-        """Minus the mean total over held-out prompts, each from its own fixed noise, in scales that stay; touches no
-        random state."""
-        denoiser, cells = self.model.denoiser, self.model.autoencoder.downscale
-        size = (self.config.height // cells, self.config.width // cells)
-        total = 0.0
-        for number, one in enumerate(loaded):
-            noise = initial_noise(denoiser, *size, 0, number)[None].to(denoiser.device)
-            heard = self._now([one], self.config.cfg)
-            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, heard, self._pulse)[-1]
-            total -= self.reward.comparable(self.model.autoencoder.pixels(end), [one.prompt]).item()
+        """Minus the mean total over held-out prompts, each from its own fixed noise, in fixed scales; draws from no
+        global random state."""
+        denoiser, total = self.model.denoiser, 0.0
+        for number, sample in enumerate(loaded):
+            noise = initial_noise(denoiser, *self._latent_size, 0, number)[None].to(denoiser.device)
+            guidance = self._guidance_now([sample], self.config.cfg)
+            end = rollout(denoiser, first_latent(denoiser, noise, self.chain), self.chain, guidance, self._pulse)[-1]
+            total -= self.reward.comparable(self.model.autoencoder.pixels(end), [sample.prompt]).item()
         return total / len(loaded)
 
 
-def _weights(spoken: Sequence[PromptSample]) -> Tensor:
-    return torch.tensor([one.weight for one in spoken])
+def _weights(samples: Sequence[PromptSample]) -> Tensor:
+    return torch.tensor([sample.weight for sample in samples])
 
 
 def _on_cpu(scores: CombinedScores) -> CombinedScores:
-    raw, normalised = ({name: one.cpu() for name, one in part.items()} for part in (scores.raw, scores.normalised))
+    raw, normalised = ({name: x.cpu() for name, x in part.items()} for part in (scores.raw, scores.normalised))
     return CombinedScores(scores.total.detach().cpu(), raw, normalised)

@@ -1,3 +1,1 @@
-"""One file a training (UNet, LoRA, textual inversion, reward tuning): its trainable, objective and result, run by
-`run`.
-"""
+"""One file for each training: UNet, LoRA, textual inversion, reward tuning. `run` carries all of them out."""

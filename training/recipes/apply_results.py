@@ -1,7 +1,7 @@
-"""Results of earlier runs put into a model that this process loaded for itself: tuning in stages, or apart and merged.
+"""Applies results of earlier runs to a loaded model: to tune it in stages, or to merge what was tuned separately.
 
-What a file holds decides: weights of the UNet or the text encoder and a projection take the place of the model's (or
-are blended with them), a LoRA is added to the weights.
+Weights of the UNet or the text encoder and a projection replace the model's, or are blended with them; a LoRA is added
+to the weights. The tensors in a file decide which of it happens.
 """
 
 from __future__ import annotations
@@ -37,15 +37,20 @@ ARTIFACTS = ("tuned.safetensors", "model.safetensors", "lora.safetensors")
 
 @dataclass(frozen=True)
 class TunedFile:
-    """An earlier result. strength: 0 is the model as it was, 1 the result; between them the weights are interpolated
-    (arXiv 2403.18978, section 3.4) or the LoRA is added with it."""
+    """The result of an earlier run.
+
+    Attributes:
+        path: its file or its run's folder.
+        strength: 0 is the model without it, 1 the result; between them the weights are interpolated (arXiv 2403.18978,
+            section 3.4), or the LoRA is scaled.
+    """
 
     path: Path
     strength: float = 1.0
 
 
 def tuned_file(text: str) -> TunedFile:
-    """From "PATH" or "PATH:STRENGTH"; ValueError for a strength that is no finite number."""
+    """Parses "PATH" or "PATH:STRENGTH". Raises ValueError for a strength that is not finite."""
     path, colon, number = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
@@ -59,44 +64,44 @@ def tuned_file(text: str) -> TunedFile:
 
 
 def result_files(path: Path) -> list[Path]:
-    """The files of a result: a file itself, or what its run left in a folder.
+    """The files of a result: the path itself, or the artifacts in a run's folder.
 
-    Errors: ValueError for a folder without result, FileNotFoundError where there is nothing.
+    Raises ValueError for a folder without a result, FileNotFoundError for a path that does not exist.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"tuned is {path}, which does not exist; expected a run's folder or its result's file.")
-    found = [path / name for name in ARTIFACTS if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in ARTIFACTS if (path / name).is_file()]
+    if not files:
         status = path / "status.json"
         state = f"; its run is {read_json(status).get('state')}" if status.is_file() else ""
         raise ValueError(
             f"{path} holds no result ({', '.join(ARTIFACTS)}){state}; expected the folder of a finished run of "
             "`reward`, `train` or `lora`."
         )
-    return found
+    return files
 
 
 def tuned_identity(texts: Sequence[str]) -> list[list]:
-    """[SHA-256 of a file, strength] of each file, in their order: equal exactly where the same goes into a model."""
-    found = map(tuned_file, texts)
-    return [[file_hash(file), one.strength] for one in found for file in result_files(one.path)]
+    """[SHA-256 of a file, strength] of each file, in order: equal exactly where they change a model equally."""
+    results = map(tuned_file, texts)
+    return [[file_hash(file), result.strength] for result in results for file in result_files(result.path)]
 
 
 def with_tuned(model: TextToImage, texts: Sequence[str]) -> TextToImage:
-    """The model with each result in it, in order. Its weights are changed in place, and its fingerprints with them.
+    """Applies results to a model, in order. Its weights are changed in place, and its fingerprints with them.
 
-    texts: as `tuned_file` reads them. Errors: those of `result_files`; ValueError for a file that holds nothing, or
-    what the model has no place for, before anything of that file is put in.
+    texts: for `tuned_file`. Raises as `result_files`, and ValueError for a file without tensors or with tensors that do
+    not fit the model; nothing of that file is applied then.
     """
-    for one in map(tuned_file, texts):
-        parts = {file: read_lora_tensors(file) for file in result_files(one.path)}
-        if not any(tensors for tensors, _ in parts.values()):
-            raise ValueError(f"{one.path} holds no tensors; expected weights, a projection or a LoRA.")
-        for file, (tensors, metadata) in parts.items():
-            name = file.name if file == one.path else f"{one.path.name}/{file.name}"
-            model = _with_file(model, name, tensors, metadata, one.strength)
+    for result in map(tuned_file, texts):
+        files = {file: read_lora_tensors(file) for file in result_files(result.path)}
+        if not any(tensors for tensors, _ in files.values()):
+            raise ValueError(f"{result.path} holds no tensors; expected weights, a projection or a LoRA.")
+        for file, (tensors, metadata) in files.items():
+            name = file.name if file == result.path else f"{result.path.name}/{file.name}"
+            model = _with_file(model, name, tensors, metadata, result.strength)
     return model
 
 
@@ -110,8 +115,8 @@ def _with_file(
         values = merged(parse_lora(name, tensors, metadata), weights, strength, config)
     else:
         state = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
-        own = {_layer_name(k): v for k, v in tensors.items() if not k.startswith(PROJECTION_PREFIX)}
-        values = interpolated(name, own, weights, strength)
+        tuned = {_layer_name(k): v for k, v in tensors.items() if not k.startswith(PROJECTION_PREFIX)}
+        values = interpolated(name, tuned, weights, strength)
         if state:
             projection = _projection(name, encoder.projection, state, metadata, strength)
             encoder = encoder.with_projection(projection)
@@ -122,7 +127,7 @@ def _with_file(
 
 
 def model_weights(model: TextToImage) -> dict[str, Tensor]:
-    """Every weight of the UNet and of the text encoder by its layer's name in ComfyUI's LoRA files, and `.weight` or
+    """Every weight of the UNet and of the text encoder by its layer's name in ComfyUI's LoRA files, with `.weight` or
     `.bias`: `diffusion_model.input_blocks...`, `text_encoders.clip_l.transformer...`."""
     denoiser = model.denoiser
     unet = {UNET + denoiser.canonical_name(name): value for name, value in denoiser.network.named_parameters()}
@@ -136,9 +141,16 @@ def _layer_name(key: str) -> str:
 def interpolated(
     name: str, tuned: Mapping[str, Tensor], weights: Mapping[str, Tensor], strength: float
 ) -> dict[str, Tensor]:
-    """(1 - strength) W + strength W_tuned by name, fp32; exactly W_tuned at strength 1. name: the file's, for errors.
+    """(1 - strength) W + strength W_tuned by name, fp32; exactly W_tuned at strength 1.
 
-    Raises ValueError for names that are not among `weights`, and for other shapes.
+    Args:
+        name: the file's, for errors.
+        tuned: W_tuned.
+        weights: W, of the whole model.
+        strength: 0 to 1.
+
+    Raises:
+        ValueError: names that are not among `weights`, or other shapes.
     """
     if strange := [key for key in tuned if key not in weights]:
         raise ValueError(
@@ -155,7 +167,7 @@ def interpolated(
 def _projection(
     name: str, own: Projection | None, state: Mapping[str, Tensor], metadata: Mapping[str, str], strength: float
 ) -> Projection:
-    """The projection of a file, or the blend of the model's own and it."""
+    """The projection of a file, or its blend with `own`, the model's."""
     if own is None:
         raise ValueError(
             f"{name} holds a projection and the text encoder has none; expected the T5 that its run had. Use --t5."
@@ -183,22 +195,28 @@ def merged(
 ) -> dict[str, Tensor]:
     """W + strength dW by name of every weight and bias that the LoRA changes, fp32; DoRA as `_with_magnitude`.
 
-    Layers that are not among `weights` are left out with a warning. unet_config: UNet2DConditionModel's, for the names
-    of layers. Raises ValueError when none is, for other shapes, and for kinds that do not merge (OFT, GLoRA).
+    Args:
+        lora: layers that are not among `weights` are left out with a warning.
+        weights: W, of the whole model.
+        strength: 0 to 1.
+        unet_config: UNet2DConditionModel's, for the names of layers.
+
+    Raises:
+        ValueError: no layer is among `weights`, other shapes, or kinds that do not merge (OFT, GLoRA).
     """
     naming = detect_naming(lora, unet_config=unet_config)
-    known = {plain_layer(name): name for name in weights}
+    by_layer = {plain_layer(name): name for name in weights}
     values, idle = {}, []
     for module in lora.modules.values():
         layer = plain_layer(naming.comfyui_name(module.name) or module.name)
-        parts = {known[key]: part for part in ("weight", "bias") if (key := f"{layer}.{part}") in known}
+        parts = {by_layer[key]: part for part in ("weight", "bias") if (key := f"{layer}.{part}") in by_layer}
         try:
-            found = {name: _changed(module, weights[name], part, strength) for name, part in parts.items()}
+            changed = {name: _changed(module, weights[name], part, strength) for name, part in parts.items()}
         except ValueError as error:
             raise ValueError(f"{lora.name}: {error}") from error
-        found = {name: value for name, value in found.items() if value is not None}
-        values |= found
-        if not found:
+        changed = {name: value for name, value in changed.items() if value is not None}
+        values |= changed
+        if not changed:
             idle.append(module.name)
     if not values:
         raise ValueError(
@@ -210,9 +228,9 @@ def merged(
 
 
 def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> Tensor | None:
-    """A layer's weight or bias with its module's change; None where that has none."""
-    wanted = BIAS if part == "bias" else ("w_norm",)
-    vector = next((module.tensors[role] for role in wanted if role in module.tensors), None)
+    """A layer's weight or bias with the module's change; None where the module does not change it."""
+    roles = BIAS if part == "bias" else ("w_norm",)
+    vector = next((module.tensors[role] for role in roles if role in module.tensors), None)
     if vector is not None:
         return weight.float() + strength * vector.float().reshape(weight.shape)
     if part == "bias" or not (module.tensors.keys() - set(BIAS)):
@@ -230,6 +248,6 @@ def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
     """m W / |W|, the norm over everything but the axis that has magnitudes (DoRA, arXiv 2402.09353, eq. 5)."""
     axis = dora_axis(magnitude, tuple(weight.shape))
-    others = [one for one in range(weight.ndim) if one != axis]
+    others = [dim for dim in range(weight.ndim) if dim != axis]
     norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True) + torch.finfo(weight.dtype).eps
     return weight * magnitude.reshape(norm.shape) / norm

@@ -1,16 +1,17 @@
-"""What is checked before a training begins, since it could only fail after long work."""
+"""Checks before a training begins, of what would otherwise fail only after long work."""
 
 from __future__ import annotations
 
 from ..config.run import RunConfig
 from ..loop.optimizers import check_optimizer
 from ..models.protocols import TextToImage
-from ..objectives.denoising import check_objective
+from ..objectives.losses import check_objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import check_tensorboard
 
 
 def check_steps(folder: RunFolder, steps: int) -> None:
+    """Raises ValueError when a run has done more steps than it is asked for."""
     done = folder.status()["step"]
     if done > steps:
         raise ValueError(
@@ -19,7 +20,7 @@ def check_steps(folder: RunFolder, steps: int) -> None:
 
 
 def check_fit(model: TextToImage, config: RunConfig) -> None:
-    """Raises ValueError for what could only fail after long work: widths, precision, loss weighting, channels."""
+    """Raises ValueError when model and settings do not fit: widths, precision, loss weighting, channels, optimizer."""
     check_tensorboard(config.settings)
     check_width(model)
     check_pooled(model)
@@ -37,7 +38,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
 
 
 def check_width(model: TextToImage) -> None:
-    """Raises ValueError when the text encoder's width is not what the UNet's cross-attention reads."""
+    """Raises ValueError when the text encoder's width differs from that of the UNet's cross-attention."""
     width, expected = model.text_encoder.width, model.denoiser.context_width
     if width != expected:
         raise ValueError(
@@ -47,7 +48,7 @@ def check_width(model: TextToImage) -> None:
 
 
 def check_pooled(model: TextToImage) -> None:
-    """Raises ValueError when the UNet reads a pooled text (SDXL) that the text encoder does not give."""
+    """Raises ValueError when the UNet needs a pooled output (SDXL) that the text encoder does not have."""
     width, expected = model.text_encoder.pooled_width, model.denoiser.pooled_width
     if expected and width != expected:
         raise ValueError(

@@ -93,7 +93,7 @@ def _text_functions(
     cache = TextCache(cache_folder / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
     if world().is_main:
         cache.fill(texts, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-    return cache.get, cache.once
+    return cache.get, cache.get_in_memory
 
 
 def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:

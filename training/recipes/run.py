@@ -22,7 +22,7 @@ from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
-from ..runs.outcome import guard_words, is_finished, record_failure
+from ..runs.outcome import describe_guard, is_finished, record_failure
 from ..runs.report import write_report
 from ..trainables.base import Trainable
 from .checks import check_steps
@@ -41,7 +41,7 @@ class TrainingJob:
     write: Callable[[RunFolder, Mapping[str, Tensor], dict], None]
     """Writes the result from the trained values; the last argument tells how the run ended."""
     identity: dict = field(default_factory=dict)
-    """What else must be equal for a run to resume."""
+    """Further entries of the run's identity, which must be equal for it to resume."""
     details: dict = field(default_factory=dict)
     """JSON for config.json besides the settings."""
     text_trains: bool = False
@@ -65,7 +65,7 @@ def run_training(
 
     Args:
         job: the recipe's part.
-        model: what trains, as it is before the run.
+        model: the base model.
         config: settings of the run; `config.resume` decides what happens to an earlier one of this name.
         root: folder of all runs.
         callbacks: progress display and cancelling.
@@ -83,7 +83,7 @@ def run_training(
         here.barrier()
         if _is_finished(folder, config, job.artifact):
             callbacks.on_state("finished", folder.status()["step"])
-            callbacks.on_end(f"run {folder.name} is finished; reading its result{guard_words(folder.status())}")
+            callbacks.on_end(f"run {folder.name} is finished; reading its result{describe_guard(folder.status())}")
             return folder.path
         with record_failure(folder, callbacks):
             loop = build_loop(folder, callbacks)
@@ -105,7 +105,7 @@ def _finish(
     folder.set_status("finished", loop.step, **loop.ending)
     write_report(folder)
     callbacks.on_state("finished", loop.step)
-    callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{guard_words(loop.ending)}")
+    callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{describe_guard(loop.ending)}")
 
 
 def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]:
@@ -116,7 +116,7 @@ def open_run(root: Path, config: RunConfig) -> AbstractContextManager[RunFolder]
 
 
 def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
-    """What must be equal for a run to resume, its data aside. kind: `TrainingJob.name`."""
+    """Everything that must be equal for a run to resume, apart from its data. kind: `TrainingJob.name`."""
     projection = model.text_encoder.projection
     start = tensors_sketch(projection.state_dict().items()) if projection is not None else None
     return {
@@ -130,7 +130,7 @@ def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
 
 
 def environment(model: TextToImage) -> dict:
-    """What the last bits of a result depend on."""
+    """Machine and versions, on which the last bits of a result depend."""
     device = str(model.denoiser.device)
     about = {"python": platform.python_version(), "system": platform.platform()}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **about}
@@ -142,7 +142,7 @@ def loop_config(config: RunConfig, largest: tuple[int, int], steps_per_epoch: fl
     Args:
         config: the run's.
         largest: width and height of its largest picture in pixels.
-        steps_per_epoch: optimizer steps in which every image is seen once; infinite where there are no images.
+        steps_per_epoch: optimizer steps per pass over the images; infinite where there are no images.
     """
     return LoopConfig(
         steps=config.steps,

@@ -1,8 +1,8 @@
-"""All runs of a folder, as a list, a chart or a report shows them. Nothing here writes, apart from `delete_run`, a
-missing or outdated report, and locks.
+"""All runs of a folder, for a list, a chart or a report. Nothing here writes, apart from `delete_run`, a missing or
+outdated report, and locks.
 
-A run or a file is asked for by a name, and found by comparing that name with what a fresh listing has: no part of a
-path is ever made from it. Links in a run folder, which may come from anywhere, are not followed.
+A run or a file is looked up by comparing its name with a fresh listing: no path is ever built from a name that came
+from outside. Links in a run folder, which may have been copied from anywhere, are not followed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from filelock import FileLock, Timeout
 from .folder import LOCK_TIMEOUT, RunFolder
 
 POINTS = 600
-"""About so many steps are enough for a chart."""
+"""Approximate number of steps in a chart."""
 SMOOTHING = 0.95
-"""Weight of the moving average in charts, as `chart.smoothed` has it."""
+"""Weight of the moving average in charts; see `run_chart.smoothed`."""
 TAIL = 2**18
 """Bytes at the end of metrics.jsonl that are read for a list."""
 
 _DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
-"""What reading a run's files raises when they are gone, cut, or hold other things than expected."""
-_LOOKING = threading.Lock()
-"""Threads look at locks of runs one by one, or one would take another for a training."""
+"""Errors of reading a run's files when they are missing, truncated, or have other content than expected."""
+_PROBING = threading.Lock()
+"""Held while a run's lock is probed: two threads that probe at once would each mistake the other for a training."""
 
 
 class NoSuchRun(LookupError):
@@ -39,32 +39,34 @@ class NoSuchRun(LookupError):
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """A summary of every run in `root`, those that changed last first; see `summary`."""
-    found = [summary(root, folder) for folder in _folders(root).values()]
-    there = [run for run in found if run["state"] != "damaged" or (root / run["id"]).exists()]  # not deleted just now
-    return sorted(there, key=lambda run: (-run["changed"], run["id"]))
+    """A summary of every run in `root`, the latest changed first; see `summary`."""
+    runs = [summary(root, folder) for folder in _folders(root).values()]
+    existing = [run for run in runs if run["state"] != "damaged" or (root / run["id"]).exists()]  # not deleted just now
+    return sorted(existing, key=lambda run: (-run["changed"], run["id"]))
 
 
 def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
-    """What a list shows of a run.
+    """A run's entry in a list.
 
-    id, kind; state: that of status.json, "preparing" while a run that does not step is held by somebody, "interrupted"
-    when nobody holds one that says it is running, "damaged" when its files cannot be read; message; step, steps; loss
-    and reward of the last step; changed: seconds since 1970; grid: the last sheet of samples; version: another one for
-    pictures of the same names in a run that began again; workflow: whether `workflow_of` has one.
+    Returns:
+        "id", "kind", "message", "step", "steps"; "loss" and "reward" of the last step. "state": that of status.json,
+        but "preparing" for a run that is locked and does not step yet, "interrupted" for a "running" one that nobody
+        has locked, and "damaged" when its files cannot be read. "changed": seconds since 1970. "grid": the last sheet
+        of samples. "version": changes when the run begins again, since its pictures then have the same names.
+        "workflow": whether `workflow_of` has one.
     """
     run = {"id": folder.name, "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None, "state": "damaged"}
     run |= {"message": "", "loss": None, "reward": None, "workflow": False, "version": 0}
     try:
         run["changed"] = _changed(folder)
         _check_links(folder)
-        return finite(run | _found(root, folder))
+        return finite(run | _summary_from_files(root, folder))
     except _DAMAGED as error:
         return run | {"message": _reason(error)}
 
 
-def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
-    """What the files of a run hold of its summary."""
+def _summary_from_files(root: Path, folder: RunFolder) -> dict[str, Any]:
+    """The part of a run's summary that its files have."""
     config, status, last = folder.config() or {}, folder.status(), _last_step(folder)
     run = {"version": (folder.path / "config.json").stat().st_mtime_ns // 10**6, "grid": _last_grid(folder)}
     run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
@@ -74,7 +76,7 @@ def _found(root: Path, folder: RunFolder) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Why files cannot be read; errors of `read_json` name the file and what to do."""
+    """A message about files that cannot be read; errors of `read_json` name the file and the remedy."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return f"files of this run are not as Retune writes them ({error!r}). Put them back, or begin the run again."
@@ -82,7 +84,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _as_written() -> Iterator[None]:
-    """Raises ValueError for files that hold other things than expected; a NoSuchRun goes through."""
+    """Turns errors of unexpected file content into ValueError; a NoSuchRun passes."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -92,9 +94,13 @@ def _as_written() -> Iterator[None]:
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
     """The summary of a run with its `config`, `environment`, `status` and rows, for charts.
 
-    rows: about `points` of its steps, each with `smoothed` loss; count: of all steps; smoothing: the average's weight,
-    so that a chart can go on from the last row; validation, samples: rows of these events. All of it is empty for a
-    damaged run. Raises NoSuchRun.
+    Returns:
+        The summary and, empty for a damaged run: "rows": about `points` of its steps, each with "smoothed" loss.
+        "count": number of all steps. "smoothing": the moving average's weight, to continue it after the last row.
+        "validation", "samples": rows of these events.
+
+    Raises:
+        NoSuchRun: there is no such run.
     """
     folder = _folder(root, name)
     run = summary(root, folder)
@@ -107,7 +113,7 @@ def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
 
 
 def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
-    """What `run_details` has besides the summary."""
+    """The part of `run_details` that is not in the summary."""
     from ..plots.run_chart import smoothed
 
     _check_links(folder)
@@ -126,27 +132,27 @@ def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
 
 
 def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
-    """About `points` of the rows: the lowest and the highest loss of equal stretches, so that spikes stay, and the last
-    row."""
+    """About `points` of the rows: the lowest and the highest loss of equal intervals, so that spikes remain, and the
+    last row."""
     if len(rows) <= points:
         return rows
-    size, kept = math.ceil(2 * len(rows) / points), {}
+    size, selected = math.ceil(2 * len(rows) / points), {}
     for start in range(0, len(rows), size):
-        stretch = range(start, min(start + size, len(rows)))
-        kept |= dict.fromkeys(sorted({pick(stretch, key=lambda i: rows[i]["loss"]) for pick in (min, max)}))
-    return [rows[i] for i in kept | {len(rows) - 1: None}]
+        interval = range(start, min(start + size, len(rows)))
+        selected |= dict.fromkeys(sorted({pick(interval, key=lambda i: rows[i]["loss"]) for pick in (min, max)}))
+    return [rows[i] for i in selected | {len(rows) - 1: None}]
 
 
 def sample_file(root: Path, name: str, file: str) -> Path:
     """The path of a run's sample picture. Raises NoSuchRun, and ValueError for a run with links."""
-    found = _readable(root, name).pictures()
-    if file not in found:
+    pictures = _readable(root, name).pictures()
+    if file not in pictures:
         raise NoSuchRun(f"run {name!r} has no sample {file!r}.")
-    return found[file]
+    return pictures[file]
 
 
 def report_file(root: Path, name: str) -> Path:
-    """The path of a run's report.html, made anew when steps came after it. Raises as `sample_file`."""
+    """The path of a run's report.html, written again when steps came after it. Raises as `sample_file`."""
     from .report import write_report
 
     folder = _readable(root, name)
@@ -154,9 +160,9 @@ def report_file(root: Path, name: str) -> Path:
     if path.is_file() and (not metrics.exists() or path.stat().st_mtime >= metrics.stat().st_mtime):
         return path
     run = summary(root, folder)
-    shown = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
+    figures = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
     with _as_written():
-        return write_report(folder, {"Run": [shown]})
+        return write_report(folder, {"Run": [figures]})
 
 
 def workflow_of(root: Path, name: str) -> dict[str, Any]:
@@ -175,18 +181,18 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 def delete_run(root: Path, name: str) -> None:
     """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
     folder = _folder(root, name)
-    with _held(root, name, LOCK_TIMEOUT) as free:
+    with _locked(root, name, LOCK_TIMEOUT) as free:
         if not free:
             raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
-        gone = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
-        if gone.exists():
-            shutil.rmtree(gone)
-        folder.path.rename(gone)
-    shutil.rmtree(gone)
+        trash = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
+        if trash.exists():
+            shutil.rmtree(trash)
+        folder.path.rename(trash)
+    shutil.rmtree(trash)
 
 
 def _folders(root: Path) -> dict[str, RunFolder]:
-    """Run folders by name: true folders with a record in them, no links."""
+    """Run folders by name: folders with a config.json, no links."""
     if not root.is_dir():
         return {}
     with os.scandir(root) as entries:
@@ -195,7 +201,7 @@ def _folders(root: Path) -> dict[str, RunFolder]:
 
 
 def _has_record(path: Path) -> bool:
-    """Also of a folder that nobody may look into: a list tells of it as damaged."""
+    """Whether a folder has a config.json, or must not be read: a list then has it as damaged."""
     try:
         return (path / "config.json").is_file()
     except PermissionError:
@@ -203,14 +209,14 @@ def _has_record(path: Path) -> bool:
 
 
 def _folder(root: Path, name: str) -> RunFolder:
-    found = _folders(root)
-    if name not in found:
+    folders = _folders(root)
+    if name not in folders:
         raise NoSuchRun(f"there is no run {name!r}.")
-    return found[name]
+    return folders[name]
 
 
 def _check_links(folder: RunFolder) -> None:
-    """Raises ValueError where a file that is read here is a link, in a folder copied from elsewhere."""
+    """Raises ValueError where a file that is read here is a link."""
     for name in ("config.json", "status.json", "metrics.jsonl", "report.html", "samples"):
         if (folder.path / name).is_symlink():
             raise ValueError(f"{name} of run {folder.name!r} is a link; expected the run's own. Put a copy there.")
@@ -233,24 +239,24 @@ def _changed(folder: RunFolder) -> float:
 
 
 def _state(root: Path, name: str, written: str) -> str:
-    """The state of status.json, checked against who holds the run; a killed process leaves "running" behind."""
-    with _held(root, name) as free:
+    """The state of status.json, checked against the run's lock: a killed process leaves "running" in the file."""
+    with _locked(root, name) as free:
         if free:
             return "interrupted" if written in ("running", "new") else written
     return "running" if written == "running" else "preparing"
 
 
 @contextmanager
-def _held(root: Path, name: str, patience: float = 0.0) -> Iterator[bool]:
-    """Keeps trainings of a run out, shorter than they wait for it; gives False when one is going on.
+def _locked(root: Path, name: str, timeout: float = 0.0) -> Iterator[bool]:
+    """Locks a run, for less time than a training waits for it; yields False when a training has it.
 
-    patience: seconds to wait for another program that looks at the same lock.
+    timeout: seconds to wait for another program that probes the same lock.
     """
     lock = root / ".locks" / f"{name}.lock"
     lock.parent.mkdir(exist_ok=True)  # a folder copied from elsewhere has no locks
-    with _LOOKING:
+    with _PROBING:
         try:
-            with FileLock(lock).acquire(timeout=patience, poll_interval=LOCK_TIMEOUT / 10):
+            with FileLock(lock).acquire(timeout=timeout, poll_interval=LOCK_TIMEOUT / 10):
                 yield True
         except Timeout:
             yield False
@@ -269,20 +275,20 @@ def _last_step(folder: RunFolder) -> dict[str, Any]:
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL))
-        lines = file.read().split(b"\n")[:-1]  # none at the end that is being written
-    for line in reversed(lines[1:] if size > TAIL else lines):  # nor one whose start is cut off
+        lines = file.read().split(b"\n")[:-1]  # without a last row that is being written
+    for line in reversed(lines[1:] if size > TAIL else lines):  # and a first row whose start is cut off
         if line.strip() and "event" not in (row := json.loads(line)):
             return row
     return {}
 
 
 def _whole_lines(data: bytes) -> list[dict[str, Any]]:
-    """Rows, without one at the end that is being written."""
+    """Rows, without a last one that is being written."""
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines() if line]
 
 
 def finite(value: Any) -> Any:
-    """The same value with null for numbers that JSON does not know."""
+    """The value with None for numbers that JSON has no notation for (NaN, infinity)."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

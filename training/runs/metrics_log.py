@@ -1,4 +1,4 @@
-"""Where the figures of a run go while it trains: metrics.jsonl and, where it is asked for, events for TensorBoard."""
+"""The log of a running training: metrics.jsonl and, if asked for, events for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..config.training_settings import TrainingSettings
 from .folder import RunFolder
 
 FLUSH_SECONDS = 5
-"""How old TensorBoard's view of a run may be."""
+"""Seconds between writes of TensorBoard's events."""
 
 
 def check_tensorboard(settings: TrainingSettings) -> None:
-    """Raises ValueError when events are asked for and the package that writes them is not there."""
+    """Raises ValueError when events are asked for and the package that writes them is not installed."""
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "tensorboard is on, but the package is not installed; expected it. `pip install tensorboard` in this "
@@ -24,7 +24,7 @@ def check_tensorboard(settings: TrainingSettings) -> None:
 
 
 class MetricsLog:
-    """Takes a run's rows. Begin it at the step that the run goes on from, and close it at the end."""
+    """Writes a run's rows. Begin it at the step that the run resumes from, and close it at the end."""
 
     def __init__(self, folder: RunFolder, settings: TrainingSettings, callbacks: Callbacks):
         self._folder, self._wanted, self._callbacks = folder, settings.tensorboard, callbacks
@@ -47,9 +47,9 @@ class MetricsLog:
 
 
 class TensorboardEvents:
-    """A run's rows as TensorBoard's events, in <run>/tensorboard; it shows them as metrics.jsonl has them.
+    """A run's rows as TensorBoard's events, in <run>/tensorboard.
 
-    Where a run goes on at an earlier step than it had come to, TensorBoard is told to forget what came after it.
+    When a run resumes from an earlier step than it had reached, TensorBoard discards the later events (purge_step).
     """
 
     def __init__(self, folder: RunFolder, step: int):
@@ -77,12 +77,12 @@ class TensorboardEvents:
         self._writer.close()
 
 
-def figures(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a row under their names, those in lists and dictionaries below with a stroke between; no step."""
+def figures(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a row but the step, by name; those in lists and dictionaries by "name/key"."""
     for name, value in row.items():
         if isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict):
-            yield from figures(value, f"{before}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and (before or name != "step"):
-            yield f"{before}{name}", value
+            yield from figures(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and (prefix or name != "step"):
+            yield f"{prefix}{name}", value

@@ -1,8 +1,7 @@
-"""When a run ends, and which of its weights are the result. What is asked for may change later, without training anew.
+"""When a run ends, and which weights are its result. Both are decided again when a finished run is asked for anew.
 
-`stale` is the number of validations in a row that brought no lower loss; status.json keeps it, and what a guard (see
-`guard`) said last. A run that was asked to finish before its end is as good as one that stopped early, until more steps
-are asked for than before.
+`stale` is the number of validations in a row that brought no lower loss; status.json has it, and the guard's last
+measurement. A run that was asked to finish early counts as finished until more steps are asked for than before.
 """
 
 from __future__ import annotations
@@ -29,8 +28,14 @@ def stopped_early(stale: int, settings: TrainingSettings) -> bool:
 def result_kind(
     stale: int, settings: TrainingSettings, rule: GuardRule | None = None, guard_stopped: bool = False
 ) -> str:
-    """The weights that are the result, "last", "best" or the "guard"'s choice. "best" after an early stop, whatever was
-    asked for; rule: of the run's guard, whose choice goes before."""
+    """Which weights are the result: "last", "best" or the "guard"'s choice.
+
+    Args:
+        stale: validations in a row without a lower loss.
+        settings: the result that is asked for; an early stop makes it "best".
+        rule: of the run's guard; its choice comes first.
+        guard_stopped: whether the guard ended the run.
+    """
     if rule is not None and rule.chooses(guard_stopped):
         return "guard"
     return "best" if stopped_early(stale, settings) else settings.result
@@ -39,7 +44,7 @@ def result_kind(
 def is_finished(
     status: Mapping[str, Any], steps: int, settings: TrainingSettings, rule: GuardRule | None = None
 ) -> bool:
-    """Whether a run with this status.json ended as it would with these steps and settings, and with that result."""
+    """Whether a run with this status.json has the end and the result that these steps and settings ask for."""
     stale = status.get("stale", 0)
     on_request = status.get("finished_on_request", False) and steps <= status["steps_asked"]
     guard_stopped = rule is not None and rule.should_stop(status.get("guard", {}).get("share", 1.0))
@@ -68,8 +73,11 @@ def saved_result(folder: RunFolder, kind: str, guard_step: int | None) -> tuple[
 
 
 def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
-    """Weights of the guard's best step. Raises ValueError for those of another step: a run that was killed after it and
-    then asked for fewer steps than it had done."""
+    """Weights of the guard's best step.
+
+    Raises ValueError when the file is of another step: the run was killed after that step, and then asked for fewer
+    steps than it had done.
+    """
     tensors, about = read_tensors(folder.guarded)
     if int(about["step"]) != step:
         raise ValueError(
@@ -79,19 +87,19 @@ def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
     return tensors
 
 
-def guard_words(status: Mapping[str, Any]) -> str:
-    """What the guard of a run with this status.json did, as the rest of a sentence; "" for a run without one."""
+def describe_guard(status: Mapping[str, Any]) -> str:
+    """What the guard of a run with this status.json did, to follow a sentence; "" for a run without a guard."""
     guard = status.get("guard")
     if guard is None:
         return ""
     floor, share = f"{100 * guard['floor']:.0f} %", f"{100 * guard['share']:.0f} % of the start's"
-    kept = f"the result is that of step {status.get('best_step')}{'' if status.get('best_step') else ', untuned'}"
+    result = f"the result is that of step {status.get('best_step')}{'' if status.get('best_step') else ', untuned'}"
     if guard["stopped"]:
-        return f"; the guard ended it: diversity is {share}, below {floor}; {kept}"
+        return f"; the guard ended it: diversity is {share}, below {floor}; {result}"
     if status["result"] != "guard":
         return f"; its guard found diversity at {share}"
     fell = "never" if guard["fell_at"] is None else f"at step {guard['fell_at']}"
-    return f"; the guard chose among its checks: diversity fell below {floor} of the start's {fell}; {kept}"
+    return f"; the guard chose among its checks: diversity fell below {floor} of the start's {fell}; {result}"
 
 
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -101,9 +109,12 @@ def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] |
 
 @contextmanager
 def record_failure(folder: RunFolder, callbacks: Callbacks, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Whatever is raised inside goes on up, and stands in status.json: interrupted or failed, at which step, and why.
+    """Records an exception in status.json (interrupted or failed, at which step, and why), and raises it again.
 
-    step: steps done; 0 leaves it to what status.json says already.
+    Args:
+        folder: the run's.
+        callbacks: their `interrupts` are exceptions that mean "interrupted"; `on_state` is called.
+        step: number of finished steps; for 0 the step in status.json stays.
     """
     try:
         yield

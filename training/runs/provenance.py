@@ -1,4 +1,4 @@
-"""What a saved file says of the run in a folder."""
+"""Metadata of saved files about the run in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained page of what was asked for, its curves, its samples and how it ended."""
+"""report.html of a run: one self-contained page with its settings, curves, samples and how it ended."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..common.files import write_text
 from ..data.images import to_pil
 from ..plots.run_chart import run_chart
 from .folder import RunFolder
-from .report_words import Row, ending, outcome, settings_tables, summary, surroundings, words_learned
+from .report_text import Row, ending, environment_table, outcome, settings_tables, summary, token_table
 
-MOST_SAMPLES = 24
-"""Moments of a run whose samples are shown, the first and the last among them."""
+MAX_SAMPLES = 24
+"""Steps whose samples are in the report, the first and the last among them."""
 SIDE = 256
-"""Pixels: larger samples are shown that large."""
+"""Pixels; larger samples are scaled down to it."""
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1040px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
@@ -47,24 +47,26 @@ def write_report(
 ) -> Path:
     """Writes report.html into a run folder and returns its path.
 
-    tables: title -> rows of equal keys, which come first. pictures: title -> pairs of caption and picture (3, H, W) to
-    show besides the run's own samples.
+    Args:
+        folder: the run's.
+        tables: title -> rows of equal keys, for the top of the page.
+        pictures: title -> pairs of caption and picture (3, H, W), besides the run's samples.
     """
     rows, about = folder.rows(), folder.config() or {}
     parts = [f"<h1>{html.escape(folder.name)}</h1>", _paragraph(ending(folder.status()))]
     parts += [_paragraph(summary(about))] if about else []
     parts += [_table(title, table) for title, table in (tables or {}).items()]
-    parts += [_table("Figures", outcome(rows)), _table("New words", words_learned(rows))]
+    parts += [_table("Figures", outcome(rows)), _table("New words", token_table(rows))]
     chart = data_url(run_chart(folder.name, rows, rates=True).movedim(-1, 0))
     parts.append(f'<h2>Curves</h2><figure><img alt="curves of the run" src="{chart}"></figure>')
-    parts += [_pictures(title, shown) for title, shown in (pictures or {}).items()]
+    parts += [_pictures(title, pairs) for title, pairs in (pictures or {}).items()]
     parts.append("<h2>Samples while training</h2>")
-    there = folder.pictures()
-    parts += [_strip(there, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
+    files = folder.pictures()
+    parts += [_strip(files, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
     if about:
         changed, usual = settings_tables(about)
         parts += [_table("Settings that are not the defaults", changed), _folded("All other settings", usual)]
-        parts.append(_table("Made with", surroundings(about)))
+        parts.append(_table("Made with", environment_table(about)))
     return _page(folder, "".join(parts))
 
 
@@ -76,10 +78,10 @@ def _page(folder: RunFolder, body: str) -> Path:
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:
-    """At most MOST_SAMPLES of them, evenly spread."""
-    if len(rows) <= MOST_SAMPLES:
+    """At most MAX_SAMPLES of them, evenly spread."""
+    if len(rows) <= MAX_SAMPLES:
         return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    return [rows[round(i * (len(rows) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
 
 
 def _paragraph(text: str) -> str:
@@ -87,7 +89,7 @@ def _paragraph(text: str) -> str:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
-    """Nothing at all for no rows."""
+    """A titled table, or nothing where there are no rows."""
     return f"<h2>{html.escape(title)}</h2>{_cells(rows)}" if rows else ""
 
 
@@ -106,17 +108,17 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
 
-def _strip(there: Mapping[str, Path], row: Mapping) -> str:
-    """The pictures of one moment that are still there; names in a row may be anything."""
+def _strip(files: Mapping[str, Path], row: Mapping) -> str:
+    """The samples of one step, without deleted ones. Names in the row are only compared, since they may be anything."""
     pairs = zip(row["prompts"], row["files"], strict=True)
-    shown = [(prompt, *_sample(there[file])) for prompt, file in pairs if file in there]
-    wide = " wide" if any(larger for *_, larger in shown) else ""
-    figures = "".join(_figure(prompt, url) for prompt, url, _ in shown)
+    samples = [(prompt, *_sample(files[file])) for prompt, file in pairs if file in files]
+    wide = " wide" if any(larger for *_, larger in samples) else ""
+    figures = "".join(_figure(prompt, url) for prompt, url, _ in samples)
     return f'<h3>step {row["step"]}, epoch {row["epoch"]:g}</h3><div class="strip{wide}">{figures}</div>'
 
 
 def _sample(path: Path) -> tuple[str, bool]:
-    """A sample as a data: URL, and whether it is larger than SIDE; then it is made smaller, for a page that opens."""
+    """A sample as a data: URL, and whether it is larger than SIDE; it is then scaled down to keep the page small."""
     with Image.open(path) as image:
         if max(image.size) <= SIDE:
             return _url(path.read_bytes(), "png"), False
@@ -126,8 +128,8 @@ def _sample(path: Path) -> tuple[str, bool]:
     return _url(buffer.getvalue(), "jpeg"), True
 
 
-def _pictures(title: str, shown: Sequence[tuple[str, Tensor]]) -> str:
-    figures = "".join(_figure(caption, data_url(image)) for caption, image in shown)
+def _pictures(title: str, pairs: Sequence[tuple[str, Tensor]]) -> str:
+    figures = "".join(_figure(caption, data_url(image)) for caption, image in pairs)
     return f'<h2>{html.escape(title)}</h2><div class="strip">{figures}</div>'
 
 

@@ -1,4 +1,4 @@
-"""Sample pictures of a run: how they are drawn, and the files and the row of metrics.jsonl that show them."""
+"""Sample pictures of a run: how they are drawn, their files and their row of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from .folder import RunFolder
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sample pictures in two moves: `draw` runs with the trained weights attached, `decode` without them.
+    """Draws sample pictures.
 
-    `judge` gives figures of the pictures and their prompts for the samples' row.
+    Attributes:
+        draw: latents of all prompts; runs with the trained weights attached.
+        decode: latents -> pictures (3, H, W) in 0..1; runs without them.
+        judge: (pictures, prompts) -> figures for the samples' row.
     """
 
     draw: Callable[[], list[Tensor]]
@@ -27,7 +30,16 @@ class Sampler:
 def write_samples(
     folder: RunFolder, sampler: Sampler, images: list[Tensor], prompts: Sequence[str], step: int, epoch: float
 ) -> dict[str, Any]:
-    """Writes pictures (3, H, W) in 0..1, one of each prompt, and a sheet of them; returns their row."""
+    """Writes sample pictures and a contact sheet of them, and returns their row of metrics.jsonl.
+
+    Args:
+        folder: the run's.
+        sampler: its judge adds figures to the row.
+        images: (3, H, W) in 0..1, one of each prompt.
+        prompts: in the pictures' order.
+        step: at which they were drawn.
+        epoch: likewise.
+    """
     files = []
     for index, image in enumerate(images):
         files.append(f"{step:06d}_{index:02d}.png")

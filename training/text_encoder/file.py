@@ -21,8 +21,11 @@ from .t5_file import file_hash
 
 FORMAT_VERSION = 1
 METADATA = "retune.text_encoder"
+"""Metadata entry with the description, as JSON."""
 RUN = "retune.run"
+"""Metadata entry with facts about the run, as JSON."""
 PREFIX = "projection."
+"""Prefix of the projection's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)

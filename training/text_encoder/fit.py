@@ -143,8 +143,8 @@ def fit_projection(
     _set_linear(projection.linear, weight, bias)
     pooled_explained = None
     if pooled_width:
-        targets = [_pooled_target(reference, prompt, pooled_width) for prompt in prompts]
         means = [state[real].double().cpu().mean(0, keepdim=True) for state, real in states]
+        targets = [_pooled_target(reference, prompt, pooled_width) for prompt in prompts]
         weight, bias, pooled_metrics = _fit_and_evaluate(list(zip(means, targets, strict=True)), targets, solve)
         _set_linear(projection.pooled, weight, bias)
         pooled_explained = pooled_metrics.explained

@@ -21,6 +21,7 @@ BANDS = 23
 """Number of timestep ranges of a timestep resampler; ComfyUI gets one conditioning for each. It is a prime, so that
 evenly spaced sampler steps rarely fall on a border, where ComfyUI would average two ranges."""
 METADATA = "retune.projection"
+"""Metadata entry with the config, as JSON."""
 PROJECTION_PREFIX = "projection."
 """Of the names of a projection's tensors in the result of a training."""
 
@@ -92,6 +93,7 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
+        """Draws all weights from generator(seed, "projection"); the pooled map has a generator of its own."""
         random = generator(seed, "projection")
         self._initialise_linear(self.linear, random)
         if self.kind == "mlp":

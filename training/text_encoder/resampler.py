@@ -115,6 +115,7 @@ class ResamplerBlock(nn.Module):
         return queries + self.narrow(gelu(self.widen(_modulate(self.norm_hidden(queries), for_hidden))))
 
     def _attention(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Multi-head attention of the queries over states and queries."""
         inputs = torch.cat([states, queries], dim=1)
         q, k, v = (self._split_heads(x) for x in (self.to_q(queries), self.to_k(inputs), self.to_v(inputs)))
         if mask is not None:

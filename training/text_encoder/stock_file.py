@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.files import read_tensors, write_tensors
 
 METADATA = "retune.run"
+"""Metadata entry with facts about the run, as JSON."""
 CLIPS = ("clip_l", "clip_g", "clip_h")
 """ComfyUI's names of the CLIPs: SD1.x's and SDXL's first, SDXL's second, SD2.x's."""
 _NAMES = re.compile(r"(?:text_encoders\.)?(clip_[lgh]|t5base|t5xxl)\.transformer\.(.+)")

@@ -127,16 +127,17 @@ class T5TextEncoder:
         return self.tokenizer.encode(text)[:-1]
 
     def with_concepts(self, concepts: Iterable[Concept]) -> T5TextEncoder:
-        other = copy.copy(self)
-        other.concepts = add_concepts(self.concepts, concepts)
-        expect_vectors(other.concepts, {self.name: self.model.config.d_model})
-        return other
+        """A copy, sharing the T5's weights, whose prompts may contain further concepts."""
+        result = copy.copy(self)
+        result.concepts = add_concepts(self.concepts, concepts)
+        expect_vectors(result.concepts, {self.name: self.model.config.d_model})
+        return result
 
     def refreshed(self) -> T5TextEncoder:
         """The encoder with a new fingerprint, after its weights were changed in place."""
         source = tensors_fingerprint(self.model.named_parameters(), "changed")
-        other = T5TextEncoder(self.model, self.tokenizer, self.projection, self.padding, source)
-        return other.with_concepts(self.concepts)
+        result = T5TextEncoder(self.model, self.tokenizer, self.projection, self.padding, source)
+        return result.with_concepts(self.concepts)
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
@@ -192,8 +193,8 @@ class T5TextEncoder:
 
     def with_projection(self, projection: Projection) -> T5TextEncoder:
         """A copy, sharing the T5's weights, with another projection."""
-        other = T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
-        return other.with_concepts(self.concepts)
+        result = T5TextEncoder(self.model, self.tokenizer, projection, self.padding, self.file_hash)
+        return result.with_concepts(self.concepts)
 
     def _batch(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Padded ids (B, L), and (B, L) bool of the real tokens."""

@@ -176,6 +176,7 @@ def _open_safe(file: Path, stack: ExitStack) -> _Source:
 
 
 def _open_torch(file: Path) -> _Source:
+    """Opens a pickled state dict of tensors only."""
     import pickle
     import zipfile
 

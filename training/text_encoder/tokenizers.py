@@ -170,6 +170,7 @@ def _check_size(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenize
 
 
 def _from_json(file: Path, end_token: int, pad_token: int) -> T5Tokenizer:
+    """Reads a tokenizer.json of the tokenizers library."""
     from tokenizers import Tokenizer
 
     text = file.read_text(encoding="utf-8")

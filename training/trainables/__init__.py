@@ -1,1 +1,1 @@
-"""What trains, as fp32 masters that are put in effect for a step: weights, adapters, token embeddings."""
+"""Trainables: fp32 masters of weights, adapters and token embeddings, put in effect for a step."""

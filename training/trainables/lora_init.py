@@ -1,4 +1,4 @@
-"""Adapters that begin where another LoRA, of any tool, ended."""
+"""Initial values of adapters from another LoRA, of any tool."""
 
 from __future__ import annotations
 
@@ -19,27 +19,34 @@ log = logging.getLogger(__name__)
 
 
 def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = None) -> None:
-    """Gives adapters the values with which their layers add what `start` adds.
+    """Sets adapters to the change of weights that another LoRA makes.
 
-    Layers of the same kind and size are taken over; LoRA and LoCon take any other kind that does not depend on the
-    weight as its nearest product of their rank (SVD), and smaller ranks exactly. Layers of `start` without an adapter
-    are left out with a warning, adapters without a layer begin at nothing. Raises ValueError when none or not all of
-    the layers that have an adapter can be taken. unet_config: UNet2DConditionModel's, for the names of layers.
+    Modules of the same kind and size are copied. LoRA and LoCon adapters approximate any other kind that does not
+    depend on the weight by the nearest product of their rank (SVD); smaller ranks are exact. Layers of `start` without
+    an adapter are left out with a warning; adapters of other layers begin without a change.
+
+    Args:
+        adapters: to set.
+        start: the other LoRA.
+        unet_config: UNet2DConditionModel's, for the names of layers.
+
+    Raises:
+        ValueError: no layer of `start` has an adapter, or one that has cannot be converted.
     """
     naming = detect_naming(start, unet_config=unet_config)
-    known = {plain_layer(name): name for name in adapters.modules}
+    by_layer = {plain_layer(name): name for name in adapters.modules}
     values, idle, misfits = dict(adapters.values()), [], []
     for module in start.modules.values():
-        name = known.get(plain_layer(naming.comfyui_name(module.name) or module.name))
+        name = by_layer.get(plain_layer(naming.comfyui_name(module.name) or module.name))
         if name is None:
             idle.append(module.name)
             continue
-        own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-        taken = _taken(module, own, adapters.modules[name].scale)
-        if taken is None:
+        masters = {key.removeprefix(f"{name}."): v for key, v in values.items() if key.startswith(f"{name}.")}
+        converted = _convert(module, masters, adapters.modules[name].scale)
+        if converted is None:
             misfits.append(f"{module.name} ({module.kind}, rank {module.rank})")
         else:
-            values |= {f"{name}.{role}": value for role, value in taken.items()}
+            values |= {f"{name}.{role}": value for role, value in converted.items()}
     if misfits:
         raise ValueError(
             f"{start.name} has layers that this training's adapters cannot begin from: {first_few(misfits)}; expected "
@@ -55,22 +62,28 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
 
 
 def plain_layer(layer: str) -> str:
-    """A layer's name in which every T5 is `t5`: it has several names in ComfyUI."""
+    """A layer's name with `t5` for every name that ComfyUI has for a T5."""
     return re.sub(rf"^{re.escape(TEXT)}t5\w*\.", f"{TEXT}t5.", layer)
 
 
-def _taken(module: LoraModule, own: Mapping[str, Tensor], scale: float) -> dict[str, Tensor] | None:
-    """Values for an adapter with tensors `own`, by role; None when it cannot add what the module adds."""
-    given = {role: value.detach().float() for role, value in module.tensors.items() if role != "alpha"}
-    if {r: v.numel() for r, v in given.items()} == {r: v.numel() for r, v in own.items()}:
-        whole = module.rank is None or module.alpha is None
-        ratio = (1.0 if whole else module.alpha / module.rank) / scale
-        scaled = next(role for role in SCALED if role in own)
-        given[scaled] = given[scaled] * ratio
-        return {role: given[role].reshape(value.shape).to(value.device) for role, value in own.items()}
-    if own.keys() != {"lora_down.weight", "lora_up.weight"} or module.kind not in LINEAR_KINDS:
+def _convert(module: LoraModule, masters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor] | None:
+    """Values for an adapter that then changes its layer as the module does; None where it cannot.
+
+    Args:
+        module: of the other LoRA.
+        masters: the adapter's tensors by role.
+        scale: the adapter's alpha / rank.
+    """
+    tensors = {role: value.detach().float() for role, value in module.tensors.items() if role != "alpha"}
+    if {r: v.numel() for r, v in tensors.items()} == {r: v.numel() for r, v in masters.items()}:
+        unscaled = module.rank is None or module.alpha is None
+        ratio = (1.0 if unscaled else module.alpha / module.rank) / scale
+        scaled = next(role for role in SCALED if role in masters)
+        tensors[scaled] = tensors[scaled] * ratio
+        return {role: tensors[role].reshape(value.shape).to(value.device) for role, value in masters.items()}
+    if masters.keys() != {"lora_down.weight", "lora_up.weight"} or module.kind not in LINEAR_KINDS:
         return None
-    down, up = own["lora_down.weight"], own["lora_up.weight"]
+    down, up = masters["lora_down.weight"], masters["lora_up.weight"]
     if module.shape != (up.shape[0], down[0].numel()):
         return None
     nearest = low_rank_delta(module, rank=len(down))
@@ -82,4 +95,4 @@ def _taken(module: LoraModule, own: Mapping[str, Tensor], scale: float) -> dict[
 
 
 SCALED = ("lora_up.weight", "hada_w2_a", "lokr_w2_b", "lokr_w2", "lokr_w1_b", "lokr_w1")
-"""Which tensor takes up a difference in scale, the first that there is."""
+"""Tensors that a difference in scale is multiplied into: the first of them that an adapter has."""

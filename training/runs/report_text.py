@@ -1,4 +1,4 @@
-"""A run in words: what was asked for, how it ended, what came of it."""
+"""Texts and tables of a run's report: its settings, how it ended, its figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import TrainingSettings
 from ..plots.run_chart import smoothed
-from .outcome import guard_words
+from .outcome import describe_guard
 
 KINDS: dict[str, type[RunConfig]] = {
     "model": TrainModelConfig,
@@ -22,12 +22,12 @@ KINDS: dict[str, type[RunConfig]] = {
     "embedding": EmbeddingConfig,
     "reward": RewardTuneConfig,
 }
-"""What identity's "kind" in config.json stands for."""
+"""Config class of each "kind" in a run's identity."""
 Row = dict[str, Any]
 
 
 def ending(status: Mapping[str, Any]) -> str:
-    """How a run ended, or how it stands, from its status.json."""
+    """How a run ended, or its present state, from its status.json."""
     state, step = status["state"], status["step"]
     if state == "new":
         return "Nothing was trained yet."
@@ -36,21 +36,21 @@ def ending(status: Mapping[str, Any]) -> str:
     if state != "finished":
         how = {"interrupted": "Stopped by the user"}.get(state, f"Failed: {status.get('message', '')}".rstrip(". "))
         return f"{how}, after step {step}. The same run goes on from its last state when it is queued again."
-    said = [f"Finished after {step} steps."]
+    sentences = [f"Finished after {step} steps."]
     if status.get("finished_on_request"):
-        said.append(f"It was asked to end there, before all of its {status['steps_asked']} steps.")
+        sentences.append(f"It was asked to end there, before all of its {status['steps_asked']} steps.")
     if status.get("stopped_early"):
-        said.append(f"It stopped early: {status['stale']} validations in a row brought no lower loss.")
+        sentences.append(f"It stopped early: {status['stale']} validations in a row brought no lower loss.")
     if status.get("guard") and status.get("result") != "best":
-        words = guard_words(status).removeprefix("; ")
-        said.append(f"{words[0].upper()}{words[1:]}.")
+        words = describe_guard(status).removeprefix("; ")
+        sentences.append(f"{words[0].upper()}{words[1:]}.")
     elif "best_step" in status:
-        said.append(f"The result is the weights after step {status['best_step']}, of the lowest validation loss.")
-    return " ".join(said)
+        sentences.append(f"The result is the weights after step {status['best_step']}, of the lowest validation loss.")
+    return " ".join(sentences)
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """What a run is, in a few sentences; about: what config.json holds."""
+    """A run's kind and main settings in a few sentences, from its config.json."""
     config, kind = about["config"], about["identity"]["kind"]
     settings = config["settings"]
     batches = settings["total_batch"] // config["batch_size"] or settings["gradient_accumulation"]
@@ -68,7 +68,7 @@ def summary(about: Mapping[str, Any]) -> str:
 
 
 def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """What trains, by kind of run."""
+    """A sentence about what trains."""
     if kind == "model":
         along = config["train_projection"] and identity.get("projection") is not None
         projection = " and the text encoder's projection" if along else ""
@@ -92,22 +92,22 @@ def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) 
 
 
 def settings_tables(about: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
-    """Every setting with its value and what it means: those that differ from their defaults, and the others."""
+    """Every setting with its value and meaning: those that differ from their defaults, and the others."""
     config, kind = about["config"], KINDS[about["identity"]["kind"]]
     changed, usual = [], []
-    for group, values, before in (
+    for group, values, prefix in (
         (kind, config, ""),
         (TrainingSettings, config["settings"], ""),
         (SamplePrompts, config["samples"], "sample "),
     ):
-        for name, value, default, words in _explained(group, values):
-            row = {"setting": before + name, "value": _said(value), "default": _said(default), "what it is": words}
+        for name, value, default, doc in _settings(group, values):
+            row = {"setting": prefix + name, "value": _text(value), "default": _text(default), "what it is": doc}
             (usual if value == default else changed).append(row)
     return changed, usual
 
 
-def _explained(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
-    """Name, value, default (None without one) and meaning of each field that is no dataclass itself."""
+def _settings(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """Name, value, default (None without one) and documentation of each field that is no dataclass itself."""
     docs = field_docs(kind)
     for field in fields(kind):
         default = None if field.default is MISSING else field.default
@@ -116,7 +116,8 @@ def _explained(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any
             yield field.name, values[field.name], default, docs.get(field.name, "")
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
+    """A setting's value for a table."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
@@ -125,34 +126,34 @@ def _said(value: Any) -> str:
 
 
 def outcome(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """First, last and best of what a run's rows of metrics.jsonl measure."""
+    """First, last and best value of each figure in a run's rows of metrics.jsonl."""
     steps = [row for row in rows if "event" not in row]
     sign, name = (-1.0, "reward") if steps and "reward" in steps[-1] else (1.0, "loss")
-    held = [sign * row["loss"] for row in rows if row.get("event") == "validation"]
-    read = [row["alignment"] for row in rows if row.get("event") == "sample" and "alignment" in row]
+    held_out = [sign * row["loss"] for row in rows if row.get("event") == "validation"]
+    alignment = [row["alignment"] for row in rows if row.get("event") == "sample" and "alignment" in row]
     figures = [
         (f"{name}, smoothed", smoothed([row[name] for row in steps]), sign),
-        (f"held-out {name}", held, sign),
-        ("alignment of the samples", read, -1.0),
+        (f"held-out {name}", held_out, sign),
+        ("alignment of the samples", alignment, -1.0),
     ]
     return [
-        {"figure": title, "first": values[0], "last": values[-1], "best": (min if way > 0 else max)(values)}
-        for title, values, way in figures
+        {"figure": title, "first": values[0], "last": values[-1], "best": (min if sign > 0 else max)(values)}
+        for title, values, sign in figures
         if values
     ]
 
 
-def words_learned(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How the vectors of new words lie at the last look: their norm and nearest words. Empty for other runs."""
-    seen = [row["tokens"] for row in rows if row.get("event") == "watch" and "tokens" in row]
-    found = []
-    for token, about in (seen[-1] if seen else {}).items():
+def token_table(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Norm and nearest words of the vectors of new tokens at their last measurement. Empty for other runs."""
+    measured = [row["tokens"] for row in rows if row.get("event") == "watch" and "tokens" in row]
+    table = []
+    for token, about in (measured[-1] if measured else {}).items():
         for number, (norm, nearest) in enumerate(zip(about["norm"], about["nearest"], strict=True), 1):
             words = ", ".join(f"{word or '(blank)'} {cosine:.2f}" for word, cosine in nearest)
-            found.append({"word / encoder": token, "vector": number, "norm / median": norm, "nearest words": words})
-    return found
+            table.append({"word / encoder": token, "vector": number, "norm / median": norm, "nearest words": words})
+    return table
 
 
-def surroundings(about: Mapping[str, Any]) -> list[Row]:
-    """The machine and programs that the run was made with."""
+def environment_table(about: Mapping[str, Any]) -> list[Row]:
+    """The machine and the versions of programs that the run was made with."""
     return [{"name": name, "value": value} for name, value in about.get("environment", {}).items()]

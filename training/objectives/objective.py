@@ -1,0 +1,45 @@
+"""The protocol of an objective, and the loss that it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch.
+
+    Attributes:
+        per_sample: (B,) differentiable, already weighted.
+        parts: further figures to log, as plain numbers.
+    """
+
+    per_sample: Tensor
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A loss to minimise."""
+
+    def load(self, slots: list) -> list:
+        """Reads and encodes the data of slots. The trained weights are not attached, so models may move here."""
+        ...
+
+    def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss:
+        """The loss of (index, loaded slot) pairs, where index numbers the sample within optimizer step `step`."""
+        ...
+
+    def validation(self, loaded: list) -> float:
+        """The loss of loaded held-out slots; draws from no global random state."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """State that one step passes to the next, as JSON; empty where there is none."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        ...
