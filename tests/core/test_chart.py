@@ -129,7 +129,7 @@ def test_a_reward_rises_in_the_picture_also_below_zero_with_a_panel_for_each_ter
 
 
 @pytest.mark.parametrize("values", [(20.0, 22.0), (-22.0, -20.0)])
-def test_an_axis_of_scores_far_from_0_holds_them_with_a_little_room(values):
+def test_an_axis_of_scores_far_from_0_has_a_small_margin(values):
     steps = list(enumerate(values))
     low, high = limits(steps, steps, from_zero=False).y
     assert (low, high) == (pytest.approx(values[0] - 0.16), pytest.approx(values[1] + 0.16))

@@ -1,4 +1,4 @@
-"""Words that stand for vectors: found in prompts, read by the core's text encoders."""
+"""Tokens that stand for vectors: split off in prompts, encoded by the core's text encoders."""
 
 import pytest
 import torch
@@ -51,32 +51,32 @@ def test_a_token_reads_as_its_vectors(tiny_model):
     ids = vocabulary.ids("red circle")
     assert vocabulary.word(vocabulary.ids("circle")[-1])
     vectors = vocabulary.table[ids].detach().clone().requires_grad_(True)
-    knowing = encoder.with_concepts([Concept("<it>", {"clip_l": vectors})])
+    with_concepts = encoder.with_concepts([Concept("<it>", {"clip_l": vectors})])
 
     def encode(chosen, text):
         return chosen.encode(chosen.tokenize([text])).context
 
-    assert torch.equal(encode(knowing, "a <it> on the left"), encode(encoder, "a red circle on the left"))
-    assert torch.equal(encode(knowing, "a red circle"), encode(encoder, "a red circle"))
-    assert not torch.equal(encode(encoder, "a <it>"), encode(knowing, "a <it>"))
-    encode(knowing, "<it> <it>").square().sum().backward()
+    assert torch.equal(encode(with_concepts, "a <it> on the left"), encode(encoder, "a red circle on the left"))
+    assert torch.equal(encode(with_concepts, "a red circle"), encode(encoder, "a red circle"))
+    assert not torch.equal(encode(encoder, "a <it>"), encode(with_concepts, "a <it>"))
+    encode(with_concepts, "<it> <it>").square().sum().backward()
     assert (vectors.grad.abs().sum(dim=1) > 0).all()
     assert vocabulary.table.grad is None
-    assert knowing.fingerprint != encoder.fingerprint
+    assert with_concepts.fingerprint != encoder.fingerprint
 
 
 def test_vectors_count_against_the_window(tiny_model):
     encoder = tiny_model.text_encoder
-    room = encoder.window - 2
-    knowing = encoder.with_concepts([concept("<short>", count=5), concept("<long>", count=20, seed=1)])
-    text = "a " * (room - 3)
+    most = encoder.window - 2
+    with_concepts = encoder.with_concepts([concept("<short>", count=5), concept("<long>", count=20, seed=1)])
+    text = "a " * (most - 3)
     word = len(encoder.vocabularies["clip_l"].ids("a"))
     assert word == 1
-    (short,) = knowing.tokenize([text + "<short>"])
+    (short,) = with_concepts.tokenize([text + "<short>"])
     assert [sum(token >= 0 for token in window) for window in short] == [encoder.window] * 2
     first = len(encoder.token_embedding.weight)
     assert [sum(token >= first for token in window) for window in short] == [0, 5]
-    (long,) = knowing.tokenize([text + "<long>"])
+    (long,) = with_concepts.tokenize([text + "<long>"])
     assert [sum(token >= first for token in window) for window in long] == [3, 17]
 
 

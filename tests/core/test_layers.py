@@ -1,4 +1,4 @@
-"""Which layers: counts on Stable Diffusion's UNet, and what a reset changes and leaves alone."""
+"""Selection of layers: counts on Stable Diffusion's UNet, and what a reset changes and leaves alone."""
 
 import logging
 import math

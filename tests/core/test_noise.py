@@ -83,10 +83,11 @@ def test_zero_terminal_sigmas_are_those_of_diffusers():
     from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    alphas_cumprod = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
     plain = training_sigmas(SD1_SCHEDULER)
     rescaled = zero_terminal_sigmas(plain)
-    torch.testing.assert_close(rescaled[:-1].double(), ((1 - kept) / kept).sqrt()[:-1], rtol=1e-4, atol=0)
+    expected = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    torch.testing.assert_close(rescaled[:-1].double(), expected[:-1], rtol=1e-4, atol=0)
     assert rescaled[0] == pytest.approx(plain[0].item(), rel=1e-4) and (rescaled.diff() > 0).all()
     assert rescaled[-1].item() == pytest.approx(4.8973451890853435e-08**-0.5, rel=1e-5)
     assert torch.equal(zero_terminal_sigmas(rescaled), rescaled)

@@ -1,4 +1,4 @@
-"""What can be wrong with a reward tuning is said before it begins, and a reward that breaks leaves the run's state."""
+"""Mistakes in a reward tuning are reported before it begins, and a reward that fails leaves the run's state."""
 
 import json
 import math
@@ -42,8 +42,8 @@ def test_a_missing_or_wrong_reward_file_names_itself_its_source_and_its_folder(v
         (f"CLIP,file={wrong}", (wrong.name, "https://huggingface.co/openai/clip-vit-large-patch14")),
     ):
         assert main([verb, *flags, "--rewards", reward]) == 2
-        said = capsys.readouterr().err
-        assert all(word in said for word in (*words, "models/retune_rewards")), said
+        message = capsys.readouterr().err
+        assert all(word in message for word in (*words, "models/retune_rewards")), message
     assert not (tmp_path / "r").exists()
 
 
@@ -82,7 +82,7 @@ def test_a_reward_without_gradient_is_refused_and_may_be_logged(tiny_model, tmp_
 def test_a_reward_that_gives_nan_leaves_the_state(tiny_model, tmp_path):
     reward = combined("demo aesthetic")
     parameter = next(reward.network.parameters())
-    kept = parameter.detach().clone()
+    original = parameter.detach().clone()
 
     class Breaks(Callbacks):
         def on_step(self, info):
@@ -93,7 +93,7 @@ def test_a_reward_that_gives_nan_leaves_the_state(tiny_model, tmp_path):
         tune(tiny_model, reward, PROMPTS, config(), tmp_path / "broken", Breaks())
     status = json.loads((tmp_path / "broken" / "r" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 2) and "demo aesthetic" in status["message"]
-    parameter.data.copy_(kept)
+    parameter.data.copy_(original)
     again = tune(tiny_model, reward, PROMPTS, config(), tmp_path / "broken")
     whole = tune(tiny_model, combined("demo aesthetic"), PROMPTS, config(), tmp_path / "whole")
     assert all(torch.equal(value, whole.lora[name]) for name, value in again.lora.items())

@@ -161,12 +161,12 @@ def test_clip_is_transformers_cosine(clip, clip_file, words):
     torch.testing.assert_close(reward.scores(noise(), PROMPTS), wanted, rtol=0, atol=1e-5)
 
 
-def test_the_view_is_that_of_transformers_image_processor():
+def test_preprocessing_is_that_of_transformers_image_processor():
     from transformers import CLIPImageProcessor
 
     picture = (noise(1, 224, 224)[0] * 255).round().byte()
-    shown = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    wanted = CLIPImageProcessor()(images=shown, return_tensors="pt").pixel_values
+    pil_image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    wanted = CLIPImageProcessor()(images=pil_image, return_tensors="pt").pixel_values
     torch.testing.assert_close(Preprocess(224)(picture[None] / 255), wanted, rtol=0, atol=1e-5)
 
 
@@ -282,8 +282,8 @@ def test_full_size_pictures_score_as_after_8_bit_pillow_preprocessing(published,
 def test_the_gradient_of_published_kinds_reaches_every_value_in_and_out_of_range(published, kind):
     reward, images = published(kind), (3 * noise(2, 224, 320) - 1).requires_grad_()
     reward.scores(images, PROMPTS[:2]).sum().backward()
-    shown = centre_crop(images.grad, 224)
-    assert torch.isfinite(images.grad).all() and (shown != 0).float().mean() > 0.999
+    gradient = centre_crop(images.grad, 224)
+    assert torch.isfinite(images.grad).all() and (gradient != 0).float().mean() > 0.999
     assert all(parameter.grad is None for parameter in reward.network.parameters())
 
 

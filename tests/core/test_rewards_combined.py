@@ -159,8 +159,8 @@ def test_diversity_of_images_on_a_rewards_tower(pair):
     images = noise(5)
     found = diversity(images, pair[1])
     assert found.vendi == pytest.approx(vendi_score(pair[1].image_embeddings(images)))
-    alike = diversity(images[:1].repeat(5, 1, 1, 1), CombinedReward([Term(reward=pair[0])]))
-    assert alike.vendi == pytest.approx(1, abs=1e-5) and alike.distance == pytest.approx(0, abs=1e-5)
+    same_images = diversity(images[:1].repeat(5, 1, 1, 1), CombinedReward([Term(reward=pair[0])]))
+    assert same_images.vendi == pytest.approx(1, abs=1e-5) and same_images.distance == pytest.approx(0, abs=1e-5)
     assert found.spread == pytest.approx((found.vendi - 1) / 4)
     assert found.vendi > 1.001 and found.distance > 0.001
     assert "5 images" in found.text() and "left out" in found.text()

@@ -17,10 +17,10 @@ def test_gradient_reaches_every_value_and_those_outside_0_to_1(kind):
     reward = load_reward(RewardConfig(kind=kind))
     images = (3 * noise(2, 96, 160) - 1).requires_grad_()  # two thirds of the values are below 0 or above 1
     reward.scores(images, PROMPTS[:2]).sum().backward()
-    shown = centre_crop(images.grad, 96)  # the rest of a wide picture is cut off
-    assert torch.isfinite(images.grad).all() and (shown != 0).float().mean() > 0.999
+    gradient = centre_crop(images.grad, 96)  # the rest of a wide picture is cut off
+    assert torch.isfinite(images.grad).all() and (gradient != 0).float().mean() > 0.999
     outside = (centre_crop(images.detach(), 96) - 0.5).abs() > 0.5
-    assert 0.5 < shown[outside].abs().mean() / shown[~outside].abs().mean() < 2
+    assert 0.5 < gradient[outside].abs().mean() / gradient[~outside].abs().mean() < 2
     assert torch.equal(reward.scores(images, PROMPTS[:2]), reward.scores(images.clamp(0, 1), PROMPTS[:2]))
 
 
@@ -35,7 +35,7 @@ def test_gradient_equals_finite_differences():
     assert ((up - down) / 2e-5).item() == pytest.approx((images.grad * direction).sum().item(), rel=1e-5)
 
 
-def test_saturated_limits_values_and_keeps_the_gradient():
+def test_clamp_straight_through_limits_values_and_keeps_the_gradient():
     x = torch.tensor([-0.5, 0.25, 1.5], requires_grad=True)
     y = clamp_straight_through(x)
     y.sum().backward()
@@ -63,19 +63,19 @@ def test_nothing_of_a_reward_trains_and_autocast_does_not_reach_it():
 
 def saved_bytes(towers, pixels):
     """Bytes of the tensors that autograd keeps for the backward pass, weights left out; and the gradient."""
-    weights, kept = {p.untyped_storage().data_ptr() for p in towers.parameters()}, {}
+    weights, saved = {p.untyped_storage().data_ptr() for p in towers.parameters()}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     pixels = pixels.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total = towers.image_embeddings(pixels)[:, 0].sum()
     total.backward()
-    return sum(kept.values()), pixels.grad
+    return sum(saved.values()), pixels.grad
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
@@ -85,17 +85,17 @@ def test_checkpointing_keeps_less_gives_the_same_gradient_and_memory_figures_are
     sizes = {"num_hidden_layers": 12, "image_size": 96, "patch_size": 8, "hidden_act": act}
     network = seeded(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION | sizes)))
     towers = Towers(tower_state(network.state_dict()), {"vision_config": VISION | sizes})
-    gradients, kept, estimates = [], [], []
+    gradients, saved, estimates = [], [], []
     for enabled in (False, True, False):
         towers.checkpoint(enabled)
         size, gradient = saved_bytes(towers, noise(4, 96, 96))
         gradients.append(gradient)
-        kept.append(size)
+        saved.append(size)
         estimates.append(towers.activation_bytes(4))
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
-    assert kept[1] < 0.3 * kept[0] and kept[2] == kept[0]
-    assert kept[0] < estimates[0] < 1.5 * kept[0]
-    assert kept[0] - kept[1] == pytest.approx(estimates[0] - estimates[1], rel=0.1)
+    assert saved[1] < 0.3 * saved[0] and saved[2] == saved[0]
+    assert saved[0] < estimates[0] < 1.5 * saved[0]
+    assert saved[0] - saved[1] == pytest.approx(estimates[0] - estimates[1], rel=0.1)
     assert towers.activation_bytes(4, gradient=False) < estimates[1]
 
 

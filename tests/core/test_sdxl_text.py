@@ -205,8 +205,8 @@ def test_incomplete_models_are_named(folder, checkpoint, tmp_path):
     tokenizer = tmp_path / "clip_tokenizer"
     tensors, metadata = read_tensors(checkpoint)
     for index, prefix in enumerate(ldm.SDXL_CLIP_PREFIXES):
-        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-        write_tensors(tmp_path / "cut.safetensors", kept, metadata)
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        write_tensors(tmp_path / "cut.safetensors", rest, metadata)
         with pytest.raises(
             ValueError, match=rf"lacks SDXL's text encoder conditioner.embedders.{index}; expected both"
         ):
