@@ -1,4 +1,4 @@
-// Helpers: elements, numbers, requests to the server. Text is never inserted as HTML.
+// Elements, numbers, requests to the server. Text is never inserted as HTML.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -21,7 +21,7 @@ export function fillSelect(select, pairs) {
   select.replaceChildren(...pairs.map(([value, textContent]) => el("option", "", { value, textContent })));
 }
 
-/** Sets an element's text; unchanged text costs no layout. */
+/** Unchanged text costs no layout. */
 export function say(element, text) {
   if (element.textContent !== text) element.title = element.textContent = text;
 }
@@ -50,7 +50,7 @@ export const remark = (run) => ({ interrupted: "queue it again to go on", finish
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 
-/** Shows a sample; its URL has a version, since file names recur after a restart. */
+/** Shows a sample. File names recur after a restart, hence the version. */
 export function picture(image, { id, version }, file, title) {
   const src = api.apiURL(`${address(id, "samples", file)}?v=${version}`);
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
@@ -58,7 +58,7 @@ export function picture(image, { id, version }, file, title) {
   return image;
 }
 
-/** The JSON of a route, null for no run; throws the server's error message. */
+/** A route's JSON, null for no run; throws the server's error. */
 export async function ask(path, method = "GET") {
   const answer = await api.fetchApi(path, { method });
   if (answer.status === 204) return null;
@@ -70,7 +70,7 @@ export async function ask(path, method = "GET") {
 export const toast = (severity, detail) =>
   app.extensionManager.toast.add({ severity, summary: "Retune", detail, life: 6000 });
 
-/** The result of an action; an error is shown to the user. */
+/** The result of an action; shows its error. */
 export async function attempt(action) {
   try {
     return await action();

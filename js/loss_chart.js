@@ -1,10 +1,10 @@
-// Curves on a canvas: two y axes, linear or log, and values under the pointer. Drawn only after changes.
+// Curves on a canvas: two y axes, linear or log, values under the pointer. Drawn only after changes.
 import { button, el, figure } from "./dom.js";
 
 const TOP = 18, BOTTOM = 20, SIDE = 44; // margins in CSS pixels
 const charts = new Set();
 
-// The colour theme is a class and style of the page itself.
+// The theme is a class and style of the page.
 const palette = new MutationObserver(() => charts.forEach((chart) => chart.redraw()));
 for (const page of [document.documentElement, document.body])
   palette.observe(page, { attributeFilter: ["class", "style"] });
@@ -136,8 +136,8 @@ export class LineChart {
       entry.style.setProperty("--key", this.colour(colour));
       this.tip.append(entry);
     }
-    const isLeft = this.x(step) < this.element.clientWidth / 2;
-    [this.tip.style.left, this.tip.style.right] = isLeft ? ["auto", "8px"] : ["8px", "auto"];
+    const sides = this.x(step) < this.element.clientWidth / 2 ? ["auto", "8px"] : ["8px", "auto"];
+    [this.tip.style.left, this.tip.style.right] = sides;
   }
 
   colour(name) {
@@ -161,7 +161,7 @@ function scale(low, high, from, to) {
   return Object.assign(place, { high, back: (pixel) => low + ((pixel - from) / (to - from)) * (high - low) });
 }
 
-/** value -> height in pixels, with `ticks`; log only where every value is above 0. */
+/** value -> height, with `ticks`; log only where all values are above 0. */
 function yScale(series, log, box) {
   let [low, high] = limits(series);
   const count = Math.max(2, (box.bottom - box.top) / 34), isLog = log && low > 0, to = isLog ? Math.log10 : (v) => v;
@@ -172,7 +172,7 @@ function yScale(series, log, box) {
   return Object.assign((v) => linear(to(v)), { ticks: (isLog ? logTicks : ticks)(low, high, count) });
 }
 
-/** Lowest and highest value; of faint series without the outer 2 % at each end. */
+/** Lowest and highest value; faint series without 2 % at each end. */
 function limits(series) {
   const ends = series.flatMap(({ points, faint }) => {
     const values = points.map((p) => p[1]).sort((a, b) => a - b), cut = faint ? Math.floor(values.length / 50) : 0;

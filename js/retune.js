@@ -6,7 +6,7 @@ import { RunsPanel } from "./runs_panel.js";
 
 let panel = null;
 
-// Before setup: a run may be in progress, and ComfyUI warns about events without a listener.
+// Before setup: a run may be in progress; ComfyUI warns of events without listeners.
 for (const kind of ["step", "sample", "state"])
   api.addCustomEventListener(`retune.${kind}`, ({ detail }) => {
     views.forEach((view) => view.event(kind, detail));
@@ -49,7 +49,7 @@ app.registerExtension({
     });
   },
 
-  /** ComfyUI does not call onRemoved for nodes in subgraphs of the previous workflow. */
+  /** ComfyUI calls no onRemoved in subgraphs of an old workflow. */
   afterConfigureGraph() {
     const root = app.rootGraph ?? app.graph, graphs = [root, ...root.subgraphs.values()];
     views.forEach((view) => graphs.includes(view.node.graph) || view.dispose());

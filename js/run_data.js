@@ -1,4 +1,4 @@
-// The data of a run: as the server sent it, and of the events since.
+// A run's data from the server and from events since.
 import { words } from "./dom.js";
 
 const POINTS = 2400; // more steps are thinned
@@ -9,7 +9,7 @@ export class RunData {
     this.average = this.rows.length ? this.rows.at(-1).smoothed * (1 - this.smoothing ** this.count) : 0;
   }
 
-  /** Adds a retune.step event, unless the step is in the data already. */
+  /** A retune.step event, unless the step is here already. */
   addStep({ validation, ...row }) {
     if (row.step <= (this.rows.at(-1)?.step ?? 0)) return;
     this.count += 1;

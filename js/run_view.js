@@ -14,7 +14,7 @@ export class RunView {
   constructor(node) {
     this.node = node;
     this.run = null; // RunData, once the server has the run
-    this.recent = []; // the last steps, some of which a request may miss
+    this.recent = []; // the last steps, which a request may miss
     this.build();
     views.add(this);
     const options = { serialize: false, getMinHeight: () => this.height + MARGIN };
@@ -44,7 +44,7 @@ export class RunView {
     };
   }
 
-  /** The run's name in the node's widget; null where it comes by a link. */
+  /** The run's name in the node's widget; null where it is linked. */
   get name() {
     const { node } = this, slot = node.findInputSlot("run_name");
     return slot >= 0 && node.isInputConnected(slot) ? null : nameWidget(node)?.value ?? null;
@@ -56,14 +56,14 @@ export class RunView {
     this.chart.dispose();
   }
 
-  /** Requests a run soon, and once more if called in the meantime. */
+  /** Requests a run soon, and again if called meanwhile. */
   load(id, after = 50) {
     this.again = true;
     if (id && id === this.loading) return;
     clearTimeout(this.waiting);
     this.loading = id;
     const { properties } = this.node;
-    if (id) properties.retune_run = id; // the only way to find a linked name after a reload
+    if (id) properties.retune_run = id; // finds a linked name after a reload
     const ticket = (this.waiting = setTimeout(async () => {
       this.again = false;
       const wanted = id ?? this.name ?? this.run?.id ?? properties.retune_run;
@@ -77,7 +77,7 @@ export class RunView {
     }, after));
   }
 
-  /** Handles an event of its run or, where the name comes by a link, of its node. */
+  /** An event of its run or, where the name is linked, of its node. */
   event(kind, event) {
     const { name, run } = this;
     if (name === null ? nodeAt(event.node) !== this.node : event.run !== name) return;
@@ -134,7 +134,7 @@ export class RunView {
     this.chart.show(this.run.series(this.choice.value));
   }
 
-  /** The slider stays where the user placed it, or at its end. */
+  /** The slider stays where it is, or at its end. */
   fillSamples({ id, samples }) {
     const { slider } = this, last = String(samples.length - 1), follows = slider.value === slider.max;
     slider.max = last;
@@ -152,7 +152,7 @@ export class RunView {
     while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
-  /** Makes the node high enough; never shrinks it. */
+  /** Grows the node; never shrinks it. */
   fit(height) {
     if (height === this.height) return;
     const { node } = this;
