@@ -133,7 +133,7 @@ def test_every_study_runs_from_the_command_line(tmp_path, capsys, monkeypatch, n
     monkeypatch.setattr(projection_study, "STRETCH", 1)
     monkeypatch.setattr(reward_study, "IMAGES", 2)
     monkeypatch.setitem(DRAW_OPTIONS, "steps", 2)
-    small = SMALL | {"steps": 1, "images": 12}
+    small = SMALL | {"steps": 1, "batch_size": 1, "images": 12}
     sizes = [word for key, value in small.items() for word in ("--" + key.replace("_", "-"), str(value))]
     command = [name, "--json", "--seeds", "1", "--output", str(tmp_path), *sizes]
     assert main(command) == 0
