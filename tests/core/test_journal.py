@@ -32,12 +32,12 @@ class Dies(Callbacks):
 
 def test_events_are_the_rows_also_after_a_run_was_killed(tiny_model, pictures, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    from retune.training.loop import loop
+    from retune.training.loop import checkpoint
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    save = loop.save_state
+    save = checkpoint.save_state
     monkeypatch.setattr(
-        loop, "save_state", lambda folder, step, *more: save(folder, step, *more) if step != 3 else None
+        checkpoint, "save_state", lambda folder, step, *more: save(folder, step, *more) if step != 3 else None
     )
     with pytest.raises(Killed):
         train_model(tiny_model, pictures, config(), tmp_path, Dies())
