@@ -1,4 +1,4 @@
-"""Random layers of every LoRA algorithm by LyCORIS's names, each with the weight that comes of it worked out by hand.
+"""Random layers of every LoRA algorithm by LyCORIS's names, each with the weight that comes of it computed by hand.
 
 Loaded by the fixture `lora_kinds`: every test file gets the same ones.
 """

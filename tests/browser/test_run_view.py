@@ -47,7 +47,7 @@ def check_slider(editor) -> None:
 
 
 def hovered(editor) -> str:
-    """What is said of the middle of the chart."""
+    """The text shown for the middle of the chart."""
     box = editor.page.locator(".retune-view canvas").bounding_box()
     editor.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     return editor.page.locator(".retune-tip").inner_text()

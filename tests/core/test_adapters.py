@@ -122,18 +122,18 @@ def test_dropout_comes_from_its_name_alone(layers):
     adapters.load(filled(adapters))
     x = torch.randn(4, 12)
 
-    def heard(*draw, values=None):
+    def output(*draw, values=None):
         with adapters.attach(values, rng_key=draw):
             return torch.cat([layers["lin"](x) for _ in range(8)])
 
     state = torch.random.get_rng_state()
-    one = heard(1, 0)
+    one = output(1, 0)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.randn(7)
-    assert torch.equal(heard(1, 0), one) and not torch.equal(heard(1, 2), one) and not torch.equal(heard(2, 0), one)
-    sure = heard(values=adapters.values())
-    assert torch.equal(sure, heard(5, values=adapters.values())) and torch.equal(sure[:4], sure[4:8])
-    mean = torch.stack([heard(i, 0) for i in range(60)]).mean((0,))
+    assert torch.equal(output(1, 0), one) and not torch.equal(output(1, 2), one) and not torch.equal(output(2, 0), one)
+    sure = output(values=adapters.values())
+    assert torch.equal(sure, output(5, values=adapters.values())) and torch.equal(sure[:4], sure[4:8])
+    mean = torch.stack([output(i, 0) for i in range(60)]).mean((0,))
     kept = 0.8  # module dropout takes whole adapters away, the other two keep the mean
     plain = layers["lin"](x).repeat(8, 1)
     assert (mean.reshape(8, 4, -1).mean(0) - (plain + kept * 0.7 * (sure - plain))[:4]).abs().max() < 0.15

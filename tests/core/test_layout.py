@@ -41,5 +41,5 @@ def test_every_folder_says_in_three_lines_at_most_what_lives_there():
     assert len(folders()) <= MOST_FOLDERS
     for folder in folders():
         tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-        said = ast.get_docstring(tree) or ""
-        assert said and len(said.splitlines()) <= 3, f"{folder.relative_to(ROOT)}/__init__.py"
+        description = ast.get_docstring(tree) or ""
+        assert description and len(description.splitlines()) <= 3, f"{folder.relative_to(ROOT)}/__init__.py"

@@ -1,4 +1,4 @@
-"""The loop on a quadratic whose every step can be worked out by hand."""
+"""The loop on a quadratic whose every step can be computed by hand."""
 
 import dataclasses
 import json

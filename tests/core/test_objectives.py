@@ -1,4 +1,4 @@
-"""The denoising objective against numbers worked out by hand and by diffusers."""
+"""The denoising objective against numbers computed by hand and by diffusers."""
 
 import dataclasses
 from statistics import NormalDist

@@ -81,7 +81,7 @@ CASES = [
 
 
 def random_weights(model, cheap_noise):
-    """bfloat16 tensors of a model without its tied names. Every part is loud enough to be heard in the output."""
+    """bfloat16 tensors of a model without its tied names. Every part is large enough to change the output."""
     state = {}
     for seed, (name, tensor) in enumerate(model.state_dict().items()):
         if name.endswith("embed_tokens.weight") or (name == "lm_head.weight" and model.config.tie_word_embeddings):

@@ -92,8 +92,8 @@ def test_a_t5s_projection():
     saved = read_text_encoder(FILES / "t5_projection.safetensors")
     encoder = load_t5(saved.find_t5([FIXTURES]), saved.projection, padding=saved.padding)
     saved.check_tokenizer(encoder.tokenizer.fingerprint)
-    heard = encoder.encode(encoder.tokenize([PROMPT]))
-    found = {**saved.projection.state_dict(), "context": heard.context, "pooled": heard.pooled}
+    conditioning = encoder.encode(encoder.tokenize([PROMPT]))
+    found = {**saved.projection.state_dict(), "context": conditioning.context, "pooled": conditioning.pooled}
     check_tensors(found, {k: v for k, v in expected_of("t5_projection").items() if not k.startswith("comfyui")})
     assert (saved.target_std, saved.padding.max_tokens, saved.padding.pad) == (0.2, 64, "max_tokens")
     assert (saved.dtype, saved.keeps_clip) == ("fp32", False)

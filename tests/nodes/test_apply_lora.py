@@ -1,4 +1,4 @@
-"""LoRA files of every layout and kind on ComfyUI's models: W' as worked out by hand, evaluated as ComfyUI does."""
+"""LoRA files of every layout and kind on ComfyUI's models: W' as computed by hand, evaluated as ComfyUI does."""
 
 import json
 import logging

@@ -100,15 +100,15 @@ def test_each_step_hears_the_encoder_of_its_side(demo):
     at_a_step = 1 - sampling.timestep(sigmas[2]).item() / 999
     for start in (0.1, 0.3, 0.4, 0.8, at_a_step):
         border = sampling.percent_to_sigma(start)
-        heard = sum(sigma > border * (1 + 1e-6) for sigma in sigmas[:-1].tolist())
-        if heard:
-            first = sample(model, original, negative, last=heard)
-            expected = sample(model, tuned, negative, first, start=heard, noise=False)["samples"]
+        with_original = sum(sigma > border * (1 + 1e-6) for sigma in sigmas[:-1].tolist())
+        if with_original:
+            first = sample(model, original, negative, last=with_original)
+            expected = sample(model, tuned, negative, first, start=with_original, noise=False)["samples"]
         else:
             expected = sample(model, tuned, negative)["samples"]
         found = sample(model, window(original, tuned, start), negative)["samples"]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert heard == 2
+    assert with_original == 2
     for start, same in ((0.0, tuned), (1.0, original)):
         pictures = [sample(model, each, negative)["samples"] for each in (window(original, tuned, start), same)]
         assert torch.equal(*pictures)
@@ -134,10 +134,10 @@ def test_a_step_on_the_border_hears_one_encoder_on_flow_models_too(comfyui, step
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)[:-1]
     for start in (0.2, 0.4, 0.6, 0.8):
         ((_, first), (_, last)) = window([[None, {}]], [[None, {}]], start)
-        heard = [sigma >= sampling.percent_to_sigma(first["end_percent"]) for sigma in sigmas]
+        with_original = [sigma >= sampling.percent_to_sigma(first["end_percent"]) for sigma in sigmas]
         then = [sigma <= sampling.percent_to_sigma(last["start_percent"]) for sigma in sigmas]
-        assert [bool(a) != bool(b) for a, b in zip(heard, then, strict=True)] == [True] * steps
-        assert sum(map(bool, heard)) == round(start * steps)
+        assert [bool(a) != bool(b) for a, b in zip(with_original, then, strict=True)] == [True] * steps
+        assert sum(map(bool, with_original)) == round(start * steps)
 
 
 def test_ranges_that_entries_have_are_kept_within():

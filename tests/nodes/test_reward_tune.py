@@ -85,12 +85,12 @@ def test_the_node_hands_out_what_was_tuned(demo, judge, sampled, train):
     values |= {"train": train, "run_name": f"tuned {train} of a test", "clip_constraint": 0.0}
     values["prompts"] = "\n".join(prompt.text for prompt in PROMPTS)
 
-    def heard(one):
+    def encoded(one):
         return one.encode_from_tokens(one.tokenize("a red circle on the left"))
 
     with torch.inference_mode():
         tuned_model, tuned_clip, lora, run = node.execute(model, clip, vae, judge, **values).args
-        assert torch.equal(heard(tuned_clip), heard(clip)) == train.startswith("UNet")
+        assert torch.equal(encoded(tuned_clip), encoded(clip)) == train.startswith("UNet")
         assert torch.equal(sampled(tuned_model, clip), sampled(model, clip)) == train.startswith("text")
     assert bool(lora) == train.endswith("LoRA")
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

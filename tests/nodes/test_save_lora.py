@@ -1,4 +1,4 @@
-"""Save LoRA: every algorithm's file gives W' as worked out by hand, through ComfyUI's own loader and through ours."""
+"""Save LoRA: every algorithm's file gives W' as computed by hand, through ComfyUI's own loader and through ours."""
 
 import base64
 import io

@@ -58,7 +58,7 @@ def saved(clip, **options):
     return [Path(line) for line in output.result[0].splitlines()], output
 
 
-def heard(clip):
+def encoded(clip):
     with torch.inference_mode():
         return clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
 
@@ -90,9 +90,9 @@ def test_stock_loaders_say_what_the_tuned_encoder_says(clips, pair, family):
     paths, _ = saved(clip)
     assert [path.stem.split("_", 2)[2] for path in paths] == (["clip_l", "clip_g"] if family == "SDXL" else ["clip_l"])
     stock = loaded_pair(paths) if family == "SDXL" else loaded(paths[0])
-    (context, pooled), (again, pooled_again) = heard(clip), heard(stock)
+    (context, pooled), (again, pooled_again) = encoded(clip), encoded(stock)
     assert torch.equal(context, again)
-    assert not torch.equal(context, heard(pair if family == "SDXL" else clips[family])[0])
+    assert not torch.equal(context, encoded(pair if family == "SDXL" else clips[family])[0])
     if family == "SDXL":
         assert torch.equal(pooled, pooled_again)
 
@@ -145,7 +145,7 @@ def test_a_lora_is_part_of_the_file(clips):
     plain, merged = (load_file(saved(one)[0][0]) for one in (clip, with_lora))
     assert [n for n in plain if not torch.equal(plain[n], merged[n])] == [f"{name}.weight"]
     torch.testing.assert_close(merged[f"{name}.weight"], plain[f"{name}.weight"] + 0.5 * up @ down)
-    assert torch.equal(heard(loaded(saved(with_lora)[0][0]))[0], heard(with_lora)[0])
+    assert torch.equal(encoded(loaded(saved(with_lora)[0][0]))[0], encoded(with_lora)[0])
 
 
 def test_the_demos_own_file_is_loaded_again(demo, comfyui):
@@ -161,9 +161,9 @@ def test_the_demos_own_file_is_loaded_again(demo, comfyui):
         (again,) = RetuneLoadTextEncoder.execute(f"test/{path.name}").result
         stock = load_demo_clip(Path(folder_paths.get_output_directory()) / "demo clip_clip_l_00001_.safetensors")
         ready = RetuneLoadTextEncoder.execute("demo: glossy").result[0]
-    assert torch.equal(heard(again)[0], heard(clip)[0]) and torch.equal(heard(stock)[0], heard(clip)[0])
-    assert not torch.equal(heard(ready)[0], heard(demo[1])[0])
-    assert torch.equal(heard(again.clone())[0], heard(clip)[0])
+    assert torch.equal(encoded(again)[0], encoded(clip)[0]) and torch.equal(encoded(stock)[0], encoded(clip)[0])
+    assert not torch.equal(encoded(ready)[0], encoded(demo[1])[0])
+    assert torch.equal(encoded(again.clone())[0], encoded(clip)[0])
     patcher_again = again.patcher.cached_patcher_init[0](*again.patcher.cached_patcher_init[1])
     state = again.patcher.model.state_dict()
     read = {name: value for name, value in patcher_again.model.state_dict().items() if ".text_model." in name}
@@ -246,13 +246,13 @@ def test_a_tuned_lora_is_read_by_the_stock_loader(demo, tmp_path):
     model, clip, lora, run = tune_demo(demo, tmp_path, train="text encoder LoRA", lora_rank=2, lora_alpha=4.0)
     with torch.inference_mode():
         written = RetuneSaveLora.execute(lora, "kohya", "test/tuned", run=run).result[0]
-    expected, plain = heard(clip)[0], heard(demo[1])[0]
+    expected, plain = encoded(clip)[0], encoded(demo[1])[0]
     assert (expected - plain).abs().max() > 1e-3
     for file in (written, run / "lora.safetensors", run / "told.safetensors"):
         tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
         with torch.inference_mode():
             stock = comfy.sd.load_lora_for_models(demo[0], demo[1], tensors, 1.0, 1.0)[1]
-        torch.testing.assert_close(heard(stock)[0], expected, rtol=0, atol=1e-5, msg=str(file))
+        torch.testing.assert_close(encoded(stock)[0], expected, rtol=0, atol=1e-5, msg=str(file))
     with safe_open(written, "pt") as file:
         assert file.metadata()["ss_text_encoder_lr"] == "0.01" and len(file.keys()) == len(lora)
         assert {name.split("_layers_")[0] for name in file.keys()} == {"lora_te_text_model_encoder"}
@@ -277,7 +277,7 @@ def test_at_real_size(comfyui, tmp_path):
         assert len(load_file(path)) == 196 and path.stat().st_size == pytest.approx(492.2e6, rel=0.01)
         with torch.inference_mode():
             again = comfy.sd.load_clip([str(path)], model_options={"dtype": torch.float32})
-        assert torch.equal(heard(again)[0], heard(clip)[0])
+        assert torch.equal(encoded(again)[0], encoded(clip)[0])
         config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
         CLIPTextConfig(**config).save_pretrained(tmp_path)
         path.rename(tmp_path / "model.safetensors")

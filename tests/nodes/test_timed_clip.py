@@ -79,10 +79,10 @@ def test_every_sampler_step_hears_its_own_range(demo, clip):
     """What enters the UNet at a step is what the core projects for that step's timestep."""
     import comfy.sample
 
-    model, heard = demo[0].clone(), []
+    model, calls = demo[0].clone(), []
 
     def listen(apply, given):
-        heard.append((given["timestep"][0].item(), given["c"]["c_crossattn"].clone(), given["cond_or_uncond"]))
+        calls.append((given["timestep"][0].item(), given["c"]["c_crossattn"].clone(), given["cond_or_uncond"]))
         return apply(given["input"], given["timestep"], **given["c"])
 
     model.set_model_unet_function_wrapper(listen)
@@ -92,8 +92,8 @@ def test_every_sampler_step_hears_its_own_range(demo, clip):
         options = {"denoise": 1.0, "disable_pbar": True, "seed": 1}
         comfy.sample.sample(model, noise, 6, 4.0, "euler", "normal", positive, negative, latent, **options)
     sampling = model.get_model_object("model_sampling")
-    assert len(heard) >= 6 and len({round(sigma, 4) for sigma, _, _ in heard}) == 6
-    for sigma, contexts, which in heard:
+    assert len(calls) >= 6 and len({round(sigma, 4) for sigma, _, _ in calls}) == 6
+    for sigma, contexts, which in calls:
         time = sampling.timestep(torch.tensor([sigma])).float().item() / 999
         for row, unconditional in enumerate(which):
             text = "" if unconditional else PROMPT
