@@ -162,6 +162,13 @@ def _t5_part(clip):
     if clip.layer_idx is not None:
         raise ValueError("the T5 stops at an earlier layer (CLIP Set Last Layer); expected one without that node.")
     source, encoder = t5_parts(clip).source, core_text_encoder(clip)
+    _check_without_kept_clip(clip, encoder)
+    comfyui = Path(comfy.sd.__file__).parents[1]
+    return T5Part(encoder=encoder, tokenizer=find_tokenizer_file(source.path, source.tokenizer.fingerprint, comfyui))
+
+
+def _check_without_kept_clip(clip, encoder) -> None:
+    """Raises ValueError if the CLIP's context is not that of its T5 and projection, `encoder`, alone."""
     tokens = encoder.tokenize(["a"])[0]
     length = encoder.padding.max_tokens if encoder.padding.pad == "max_tokens" else len(tokens)
     length = encoder.projection.tokens or length
@@ -171,8 +178,6 @@ def _t5_part(clip):
             f"the CLIP encodes 'a' to {shape}; its T5 and projection alone give {(1, length, encoder.width)}. Export "
             "a T5 without a kept CLIP."
         )
-    comfyui = Path(comfy.sd.__file__).parents[1]
-    return T5Part(encoder=encoder, tokenizer=find_tokenizer_file(source.path, source.tokenizer.fingerprint, comfyui))
 
 
 def left_out(model) -> list[str]:

@@ -149,18 +149,22 @@ def save_t5(clip, prefix: str, about: dict) -> tuple[list[Path], list[str]]:
     saved = saved_text_encoder(clip)
     path = output_path("clip", prefix, ".safetensors")
     save_text_encoder(path, saved, about)
+    return [path], _missing_from_file(path.name, t5_parts(clip).patched, saved.keeps_clip)
+
+
+def _missing_from_file(name: str, patched: bool, keeps_clip: bool) -> list[str]:
+    """Warnings of what the file of a T5 CLIP lacks: its patches and its kept CLIP."""
     warnings = []
-    if t5_parts(clip).patched:
+    if patched:
         warnings.append(
-            f"{path.name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale and "
+            f"{name} lacks the LoRA (or other patches) that this CLIP has on its T5: only projection, scale and "
             "padding are saved. Apply the LoRA again after Load Text Encoder; a tuned T5 lies in its run's folder."
         )
-    if saved.keeps_clip:
+    if keeps_clip:
         warnings.append(
-            f"{path.name} lacks the kept CLIP. Save or keep it elsewhere, and connect it to keep_clip of Load Text "
-            "Encoder."
+            f"{name} lacks the kept CLIP. Save or keep it elsewhere, and connect it to keep_clip of Load Text Encoder."
         )
-    return [path], warnings
+    return warnings
 
 
 def keep_clip_input(tooltip: str):

@@ -90,8 +90,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.reserve_for_dataset(view, dataset, config.batch_size)
-            details = made_by(cls.hidden)
-            trained = train_embedding(view, dataset, config, runs_folder(), callbacks, details)
+            trained = train_embedding(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden))
         clip = with_concepts(clip, trained.embedding.concepts)
         if trained.lora:
             model, _, _ = apply_loras(model, None, [Row(lora_of(config.run_name, trained.lora), 1.0, 1.0)])

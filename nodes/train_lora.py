@@ -103,8 +103,7 @@ class RetuneTrainLora(io.ComfyNode):
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.reserve_for_dataset(view, dataset, config.batch_size)
             first = None if start is None else lora_of("start", start)
-            details = made_by(cls.hidden)
-            trained = train_lora(view, dataset, config, runs_folder(), callbacks, details, first)
+            trained = train_lora(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden), first)
         row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
         model, patched, _ = apply_loras(model, clip, [row])
         clip, run = patched if config.trains_text else clip, trained.path.parent

@@ -43,15 +43,19 @@ def reward_with_constraint(reward, weight: float, constraint, held_out) -> Manag
     expect_reward(reward)
     parts = [reward]
     if weight:
-        if not isinstance(constraint, ManagedReward) or not isinstance(constraint.terms[0].reward, ClipReward):
-            raise ValueError(
-                f"clip_constraint is {weight:g} and constraint is no reward of kind CLIP; expected one from Load "
-                "Reward (CLIP, PickScore, HPSv2 or demo CLIP), or clip_constraint 0."
-            )
+        _check_constraint(constraint, weight)
         parts.append(with_weight(constraint, weight))
     if held_out is not None:
         parts.append(with_weight(held_out, 0.0))
     return ManagedReward.joined(parts, reward.augmentation)
+
+
+def _check_constraint(constraint, weight: float) -> None:
+    if not isinstance(constraint, ManagedReward) or not isinstance(constraint.terms[0].reward, ClipReward):
+        raise ValueError(
+            f"clip_constraint is {weight:g} and constraint is no reward of kind CLIP; expected one from Load "
+            "Reward (CLIP, PickScore, HPSv2 or demo CLIP), or clip_constraint 0."
+        )
 
 
 def with_weight(reward: ManagedReward, weight: float) -> ManagedReward:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -113,16 +113,21 @@ def with_all_concepts(result, clips: Sequence, weights: Sequence[float]):
     pairs = [(weight, concept) for weight, clip in zip(weights, clips, strict=True) for concept in concepts_of(clip)]
     if not pairs:
         return result.clone()
+    by_weight = [concept for _, concept in sorted(pairs, key=lambda pair: -pair[0])]
+    return with_concepts(result, _one_per_token(by_weight, embedding_widths(result)))
+
+
+def _one_per_token(concepts: Iterable[Concept], widths: Mapping[str, int]) -> Iterable[Concept]:
+    """The first concept of each token that has vectors of these widths; logs those that are left out."""
     chosen: dict[str, Concept] = {}
-    widths = embedding_widths(result)
-    for _, concept in sorted(pairs, key=lambda pair: -pair[0]):
+    for concept in concepts:
         if any(name not in concept.vectors or concept.vectors[name].shape[1] != widths[name] for name in widths):
             log.warning("%s is left out: it has no vectors for all of %s", concept.token, ", ".join(widths))
             continue
         first = chosen.setdefault(concept.token.lower(), concept)
         if first.fingerprint != concept.fingerprint:
             log.warning("%s differs between the encoders; that of the largest weight counts", concept.token)
-    return with_concepts(result, chosen.values())
+    return chosen.values()
 
 
 def shapes_of(clip) -> dict[str, torch.Size]:

@@ -78,6 +78,11 @@ def blend_embeddings(clips: Sequence, weights: Sequence[float]):
     if chosen is not None:
         no_blends = not any(map(is_blend, clips))
         return with_all_concepts(clips[chosen], clips, weights) if no_blends else clips[chosen].clone()
+    return _blended(clips, weights)
+
+
+def _blended(clips: Sequence, weights: Sequence[float]):
+    """A clone of the first CLIP of weight other than 0 that encodes with all of these and blends the results."""
     used = [(weight, clip) for weight, clip in _flat(clips, weights) if weight]
     weights, clips = [weight for weight, _ in used], [clip for _, clip in used]
     clips = [with_all_concepts(clip, clips, weights) for clip in clips]

@@ -48,7 +48,13 @@ def blend_entries(weights: Sequence[float], entries: Sequence[Sequence]) -> list
     """
     options = [entry[1] for entry in entries]
     keys = dict.fromkeys(key for entry_options in options for key in entry_options)
-    differing = [key for key in keys if not _agree(key, options)]
+    _check_differing([key for key in keys if not _agree(key, options)])
+    blend = blend_conditioning(weights, [Conditioning(entry[0], entry[1].get(POOLED)) for entry in entries])
+    return [blend.context, options[0] | ({POOLED: blend.pooled} if POOLED in keys else {})]
+
+
+def _check_differing(differing: Sequence[str]) -> None:
+    """Raises ValueError for options of `WHERE` that differ, and logs others."""
     if wrong := [key for key in differing if key in WHERE]:
         raise ValueError(
             f"the conditionings differ in {', '.join(wrong)}; expected the same. Blend first, and set area, mask, "
@@ -56,8 +62,6 @@ def blend_entries(weights: Sequence[float], entries: Sequence[Sequence]) -> list
         )
     if others := [key for key in differing if key != POOLED]:
         log.warning("the conditionings differ in %s; the first one's are kept", ", ".join(others))
-    blend = blend_conditioning(weights, [Conditioning(entry[0], entry[1].get(POOLED)) for entry in entries])
-    return [blend.context, options[0] | ({POOLED: blend.pooled} if POOLED in keys else {})]
 
 
 def blend_conditionings(a: Sequence, b: Sequence, amount: float) -> list:

@@ -58,7 +58,6 @@ def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynam
 
     Args:
         path: the checkpoint; None for the built-in one.
-        with_clip: whether the CLIP is loaded.
         disable_dynamic: whether ComfyUI's dynamic VRAM is not used for MODEL and CLIP.
 
     Returns:
@@ -110,20 +109,11 @@ def _load_clip_patcher(path: Path | None, disable_dynamic: bool = False):
 
 
 def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
-    import comfy.latent_formats
-    import comfy.model_detection
     import comfy.model_management
     import comfy.model_patcher
-    import comfy.supported_models
 
     state = {name: value for name, value in tensors.items() if name.startswith(ldm.UNET_PREFIX)}
-    shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
-    model_config = _demo_config_class(config["scheduler"], comfy.supported_models.SD15)(shape)
-    widths = config["unet"]["block_out_channels"]
-    model_config.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
-    model_config.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
-    model_config.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
-    model_config.set_inference_dtype(torch.float32, None)
+    model_config = _model_config(state, config)
     offload = comfy.model_management.unet_offload_device()
     network = model_config.get_model(state, ldm.UNET_PREFIX, device=offload)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -146,25 +136,45 @@ def is_demo(model) -> bool:
     return type(model.model.model_config).__name__ == DEMO_CLASS
 
 
+def _model_config(state: dict[str, Tensor], config: dict):
+    """ComfyUI's model config for the UNet's tensors `state`."""
+    import comfy.latent_formats
+    import comfy.model_detection
+    import comfy.supported_models
+
+    shape = comfy.model_detection.detect_unet_config(state, ldm.UNET_PREFIX)
+    model_config = _demo_config_class(config["scheduler"], comfy.supported_models.SD15)(shape)
+    widths = config["unet"]["block_out_channels"]
+    model_config.unet_config["channel_mult"] = [Ratio(width, widths[0]) for width in widths]
+    model_config.unet_config["num_heads"] = config["unet"]["attention_head_dim"]
+    model_config.latent_format = comfy.latent_formats.SD15(scale_factor=config["vae"]["scaling_factor"])
+    model_config.set_inference_dtype(torch.float32, None)
+    return model_config
+
+
 def _vae(tensors: dict[str, Tensor], config: dict):
     import comfy.sd
 
-    channels = config["vae"]["block_out_channels"]
-    ddconfig = {
+    state = {n.removeprefix(ldm.VAE_PREFIX): v for n, v in tensors.items() if n.startswith(ldm.VAE_PREFIX)}
+    params = {"ddconfig": _ddconfig(config["vae"]), "embed_dim": config["vae"]["latent_channels"]}
+    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
+
+
+def _ddconfig(vae: dict) -> dict:
+    """The original layout's config of the autoencoder, from diffusers' config."""
+    channels = vae["block_out_channels"]
+    return {
         "double_z": True,
-        "z_channels": config["vae"]["latent_channels"],
+        "z_channels": vae["latent_channels"],
         "resolution": 128,
         "in_channels": 3,
         "out_ch": 3,
         "ch": channels[0],
         "ch_mult": [c // channels[0] for c in channels],
-        "num_res_blocks": config["vae"]["layers_per_block"],
+        "num_res_blocks": vae["layers_per_block"],
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    state = {n.removeprefix(ldm.VAE_PREFIX): v for n, v in tensors.items() if n.startswith(ldm.VAE_PREFIX)}
-    params = {"ddconfig": ddconfig, "embed_dim": config["vae"]["latent_channels"]}
-    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
 
 
 def _clip(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):

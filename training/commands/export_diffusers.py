@@ -342,16 +342,10 @@ _TOKENIZERS = {
 def readme(encoder: T5TextEncoder, tokenizer: str) -> str:
     """README.md of an exported folder with a T5: diffusers and torch code that loads and runs it.
 
-    Args:
-        tokenizer: A key of `_TOKENIZERS`.
+    tokenizer: A key of `_TOKENIZERS`.
     """
     loading, ids, package = _TOKENIZERS[tokenizer]
-    state, padding = encoder.projection.state_dict(), encoder.padding
-    bias = 'p["linear.bias"]' if "linear.bias" in state else "None"
-    projected = f'torch.nn.functional.linear(x, p["linear.weight"], {bias})'
-    if "hidden.weight" in state:
-        hidden = 'torch.nn.functional.gelu(torch.nn.functional.linear(x, p["hidden.weight"], p["hidden.bias"]))'
-        projected = f'({projected} + {hidden} @ p["output.weight"].T)'
+    padding = encoder.padding
     return README.format(
         t5=type(encoder.model).__name__,
         packages="torch diffusers transformers safetensors" + package,
@@ -361,5 +355,15 @@ def readme(encoder: T5TextEncoder, tokenizer: str) -> str:
         end=encoder.tokenizer.end_token,
         max_prompt_tokens=padding.max_tokens - 1,
         pads=f"({padding.max_tokens} - len(ids))" if padding.pad == "max_tokens" else "0",
-        projected=projected + ' * p["scale"]',
+        projected=_projection_code(encoder.projection.state_dict()),
     )
+
+
+def _projection_code(state: Mapping[str, Tensor]) -> str:
+    """A torch expression for the projection of states x, with the tensors of its state dict in p."""
+    bias = 'p["linear.bias"]' if "linear.bias" in state else "None"
+    projected = f'torch.nn.functional.linear(x, p["linear.weight"], {bias})'
+    if "hidden.weight" in state:
+        hidden = 'torch.nn.functional.gelu(torch.nn.functional.linear(x, p["hidden.weight"], p["hidden.bias"]))'
+        projected = f'({projected} + {hidden} @ p["output.weight"].T)'
+    return projected + ' * p["scale"]'

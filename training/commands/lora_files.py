@@ -110,6 +110,15 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
         ValueError: For DoRA, OFT and other kinds whose difference depends on the weight.
     """
     lora = read_lora(config.lora)
+    modules, factors = _resize_modules(lora, config)
+    new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
+    format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
+    save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
+    return {"file": str(config.output), **_figures(lora.name, factors)}
+
+
+def _resize_modules(lora: Lora, config: ResizeLoraConfig) -> tuple[dict[str, LoraModule], dict]:
+    """The layers of smaller rank, and the factors of those that have a rank, by name."""
     naming = detect_naming(lora)
     modules, factors = {}, {}
     for name, module in lora.modules.items():
@@ -119,10 +128,7 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
             continue
         factors[name] = low_rank_delta(module, config.rank, config.energy)
         modules[name] = LoraModule(name, lora_tensors(factors[name], _kernel(module, naming)) | rest, module.keys)
-    new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
-    format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
-    save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
-    return {"file": str(config.output), **_figures(lora.name, factors)}
+    return modules, factors
 
 
 def extract_lora(config: ExtractLoraConfig) -> dict:

@@ -81,15 +81,20 @@ def prompts_for(file: Path | None, images: Sequence[Path], needed: bool) -> list
         ValueError: For another number of prompts than images, or a missing .txt.
     """
     if file is not None:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if len(lines) not in (1, len(images)):
-            raise ValueError(f"{file.name} has {len(lines)} prompts; expected 1 or {len(images)}, one for each image.")
-        return lines * len(images) if len(lines) == 1 else lines
+        return _read_prompts(file, len(images))
     captions = [image.with_suffix(".txt") for image in images]
     missing = [path.name for path in captions if not path.is_file()]
     if missing and needed:
         raise ValueError(f"{missing[0]} does not exist; expected a prompt for each image. Use --prompts with a file.")
     return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in captions]
+
+
+def _read_prompts(file: Path, count: int) -> list[str]:
+    """The file's prompts, or its only one `count` times."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) not in (1, count):
+        raise ValueError(f"{file.name} has {len(lines)} prompts; expected 1 or {count}, one for each image.")
+    return lines * count if len(lines) == 1 else lines
 
 
 def load_equal_sized(files: Sequence[Path]) -> Tensor:

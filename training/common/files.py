@@ -97,14 +97,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             save_file(ready, temporary, dict(metadata or {}))
             temporary.chmod(_MODE)  # safetensors creates files that only their owner may read
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise ValueError(
-            f"free disk space under {path.parent} is too small for {path.name} ({size / 2**20:.0f} MB). "
-            "Make room, then queue the same run again: it goes on from its last state."
-        ) from error
+        raise _disk_full(path, size) from error
+
+
+def _disk_full(path: Path, size: int) -> ValueError:
+    """The error for a file of `size` bytes that does not fit on its disk."""
+    return ValueError(
+        f"free disk space under {path.parent} is too small for {path.name} ({size / 2**20:.0f} MB). "
+        "Make room, then queue the same run again: it goes on from its last state."
+    )
 
 
 def existing_file(path: str | Path) -> Path:

@@ -47,6 +47,12 @@ class EmbeddingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_tokens()
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0; expected one above 0. 1e-3 to 5e-3 is usual for tokens.")
+        self._check_template()
+
+    def _check_tokens(self) -> None:
         lowered = [token.lower() for token in self.tokens]
         if len(set(lowered)) < len(lowered):
             raise ValueError(f"token is {self.token!r}; expected different words. Upper and lower case are alike.")
@@ -55,8 +61,8 @@ class EmbeddingConfig(RunConfig):
                 f"initial_text has {len(self.starts)} texts for {len(self.tokens)} tokens; expected as many, or none. "
                 "Put commas between them."
             )
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate is 0; expected one above 0. 1e-3 to 5e-3 is usual for tokens.")
+
+    def _check_template(self) -> None:
         if self.template == "own" and not any("{}" in line for line in self.lines):
             raise ValueError("lines hold no {}; expected sentences with {} in place of the token for template 'own'.")
         if len(self.tokens) > 1 and self.template in ("object", "style", "own"):

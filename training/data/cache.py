@@ -79,12 +79,7 @@ class LatentCache:
         self._store = _Store(Path(folder), memory)
 
     def get(
-        self,
-        example: Example,
-        flip: bool = False,
-        *,
-        crop: str = "center",
-        generator: torch.Generator | None = None,
+        self, example: Example, flip: bool = False, *, crop: str = "center", generator: torch.Generator | None = None
     ) -> Tensor:
         """The latent (C, h, w) of an image, encoded first if it is not on disk.
 
@@ -99,12 +94,7 @@ class LatentCache:
         return self._store.get(self._latent_entry(example, flip))["latent"][0].clone()
 
     def mask(
-        self,
-        example: Example,
-        flip: bool = False,
-        *,
-        crop: str = "center",
-        generator: torch.Generator | None = None,
+        self, example: Example, flip: bool = False, *, crop: str = "center", generator: torch.Generator | None = None
     ) -> Tensor | None:
         """The mask (1, h, w) of an image, averaged over each latent cell; None for an image without a mask.
 

@@ -199,18 +199,22 @@ def _mask_per_image(masks: Sequence[Tensor], sizes: Sequence[Size]) -> list[Mask
             "or one per image."
         )
     values *= len(sizes) // len(values)
-    for number, (mask, size) in enumerate(zip(values, sizes, strict=True), start=1):
+    _check_mask_sizes(values, sizes)
+    if black := [number for number, mask in enumerate(values, start=1) if not mask.any()]:
+        log.warning(
+            "mask %d is black, so nothing of its image counts more. Invert a mask of what to leave out.", *black[:1]
+        )
+    return [Mask(tensor_key(mask), source=mask) for mask in values]
+
+
+def _check_mask_sizes(masks: Sequence[Tensor], sizes: Sequence[Size]) -> None:
+    for number, (mask, size) in enumerate(zip(masks, sizes, strict=True), start=1):
         width, height = mask.shape[2], mask.shape[1]
         if (width, height) != size:
             raise ValueError(
                 f"mask {number} is {width} x {height}, its image {size[0]} x {size[1]}; expected the same size. Load "
                 "Image gives a mask of 64 x 64 for a picture without transparency: leave that out."
             )
-    if black := [number for number, mask in enumerate(values, start=1) if not mask.any()]:
-        log.warning(
-            "mask %d is black, so nothing of its image counts more. Invert a mask of what to leave out.", *black[:1]
-        )
-    return [Mask(tensor_key(mask), source=mask) for mask in values]
 
 
 def _mask_values(tensor: Tensor) -> list[Tensor]:

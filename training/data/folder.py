@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -87,17 +87,25 @@ def find_images(folder: Path, mask_files: bool = False) -> list[str]:
     Raises:
         ValueError: The folder does not exist or has no images; the message lists what it has.
     """
+    _check_folder(folder)
+    files = [name for name in _visible_files(folder) if not (mask_files and is_mask_file(name))]
+    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    if not images:
+        content = _count_extensions(files)
+        raise ValueError(f"folder {folder} holds no images; found {content}. Expected {', '.join(EXTENSIONS)} files.")
+    return images
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"folder {folder} {state}; expected a folder of images.")
-    files = _visible_files(folder)
-    files = [name for name in files if not (mask_files and is_mask_file(name))]
-    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
-    if not images:
-        kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
-        content = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
-        raise ValueError(f"folder {folder} holds no images; found {content}. Expected {', '.join(EXTENSIONS)} files.")
-    return images
+
+
+def _count_extensions(files: Iterable[str]) -> str:
+    """The most frequent extensions, as in "3 x .txt, 1 x no extension"; "nothing" without files."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
 
 
 def folder_repeats(name: str) -> int:
@@ -124,12 +132,7 @@ def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, 
     notes = []
     if config.captions == "metadata.jsonl":
         rows = read_metadata(folder)
-        unlisted = sorted(set(images) - {name for name, _ in rows})
-        notes = (
-            [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
-            if unlisted
-            else []
-        )
+        notes = _unlisted_images(images, rows)
     else:
         rows = [(name, _caption(folder / name, config)) for name in images]
     missing = [name for name, caption in rows if not caption]
@@ -140,6 +143,14 @@ def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, 
             "a caption."
         )
     return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
+
+
+def _unlisted_images(images: Sequence[str], rows: Iterable[tuple[str, str]]) -> list[str]:
+    """A note about images without a line in metadata.jsonl, if there are any."""
+    unlisted = sorted(set(images) - {name for name, _ in rows})
+    if not unlisted:
+        return []
+    return [f"not in {METADATA}: {len(unlisted)} of {len(images)} images ({first_few(unlisted, LISTED)})"]
 
 
 def _caption(image: Path, config: FolderConfig) -> str:

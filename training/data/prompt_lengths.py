@@ -42,18 +42,20 @@ def warn_of_long_prompts(encoder: TextEncoder, prompts: Sequence[Prompt]) -> Non
         return
     examples = "; ".join(f"prompt {number} has {tokens} ({text:.60}...)" for number, tokens, text in rows[:MAX_LISTED])
     more = f" and {len(rows) - MAX_LISTED} more" if len(rows) > MAX_LISTED else ""
-    limit = encoder.max_prompt_tokens
-    effect = (
-        f"the text encoder reads them in windows of {limit}, as ComfyUI does; diffusers would cut them"
-        if encoder.chunks_long_prompts
-        else f"the text encoder cuts them to {limit}: raise max_tokens to keep more"
-    )
     log.warning(
         "%d prompts have more than %d tokens, the longest first: %s%s. What happens: %s. Rewards that read prompts cut "
         "them to their own windows, 75 tokens of a CLIP, in any case. Shorten what should count.",
         len(rows),
-        limit,
+        encoder.max_prompt_tokens,
         examples,
         more,
-        effect,
+        _effect(encoder),
     )
+
+
+def _effect(encoder: TextEncoder) -> str:
+    """What the text encoder does with a prompt that does not fit into one window."""
+    limit = encoder.max_prompt_tokens
+    if encoder.chunks_long_prompts:
+        return f"the text encoder reads them in windows of {limit}, as ComfyUI does; diffusers would cut them"
+    return f"the text encoder cuts them to {limit}: raise max_tokens to keep more"

@@ -90,7 +90,6 @@ def read_embedding(path: str | Path, token: str = "") -> EmbeddingFile:
     """Reads an embedding of any layout: safetensors, a pickle that holds tensors only, or a picture.
 
     Args:
-        path: The file.
         token: The embedding to read from a file that holds several.
 
     Raises:
@@ -103,14 +102,18 @@ def read_embedding(path: str | Path, token: str = "") -> EmbeddingFile:
     if suffix in IMAGES:
         storage, content = read_embedding_image(path)
         return parse_embedding(path.name, content, token=token, picture=storage)
+    content, metadata = _read_container(path, suffix)
+    return parse_embedding(path.name, content, metadata, token)
+
+
+def _read_container(path: Path, suffix: str) -> tuple[Any, dict[str, str]]:
+    """Content and metadata of a safetensors file or a pickle."""
     _check_container(path, suffix)
     if suffix in SAFETENSORS:
-        content, metadata = read_tensors(path)
-    else:
-        # old files of the first implementation store their vectors in a ParameterDict; unpickling it runs no code
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            content, metadata = read_pickle(path), {}
-    return parse_embedding(path.name, content, metadata, token)
+        return read_tensors(path)
+    # old files of the first implementation store their vectors in a ParameterDict; unpickling it runs no code
+    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+        return read_pickle(path), {}
 
 
 def parse_embedding(

@@ -71,8 +71,13 @@ def _matching_encoder(
         return free[0]
     if fitting:
         raise ValueError(f"{source.name} brings vectors for {fitting[0]}, which has some already; expected them once.")
+    raise _other_model(source, encoder, width, widths)
+
+
+def _other_model(source: EmbeddingFile, encoder: str, width: int, widths: Mapping[str, int]) -> ValueError:
+    """The error for a part that fits no encoder; arguments as in `_matching_encoder`."""
     part = f"{encoder}, {width} wide" if encoder else f"{width} wide"
-    raise ValueError(
+    return ValueError(
         f"{source.name} is for {_describe_width(width)} ({part}); expected one for this text encoder, which is "
         f"{_describe_encoders(widths)}. Use it with the model it was trained for."
     )

@@ -102,17 +102,16 @@ def embedding_report(files: Sequence[EmbeddingFile], concept: Concept, vocabular
         vocabularies: The model's text encoders: name -> vocabulary.
     """
     lines = [f"{' + '.join(file.name for file in files)}: {files[0].layout}, token {concept.token}"]
-    for file in files:
-        entries = {
-            "name": file.token,
-            "base": str(base_of_embedding(file)),
-            "checkpoint": file.checkpoint,
-            "step": file.step,
-        }
-        lines.append(f"  {file.name} says: " + ", ".join(f"{key} {value}" for key, value in entries.items() if value))
+    lines += [f"  {file.name} says: {_file_entries(file)}" for file in files]
     for name, vectors in concept.vectors.items():
         count, width = vectors.shape
         lines.append(f"  {name}: {count} vector{'s' * (count > 1)} of {width} numbers")
         statistics = vector_statistics(vocabularies[name], vectors)
         lines += [f"    {number}: {line}" for number, line in enumerate(statistics, start=1)]
     return "\n".join(lines + [f"  warning: {line}" for line in embedding_warnings(files, concept, vocabularies)])
+
+
+def _file_entries(file: EmbeddingFile) -> str:
+    base = str(base_of_embedding(file))
+    entries = {"name": file.token, "base": base, "checkpoint": file.checkpoint, "step": file.step}
+    return ", ".join(f"{key} {value}" for key, value in entries.items() if value)

@@ -89,21 +89,27 @@ def _outputs(concept: Concept, metadata: Mapping, format: str) -> list[_Output]:
     """The files of one concept in a format; ValueError if the format cannot hold its text encoders."""
     token = check_token(concept.token)
     vectors = {name: value.detach().float().cpu().contiguous().clone() for name, value in concept.vectors.items()}
-    names = [name for name in ("clip_l", "clip_h", "clip_g") if name in vectors]
-    if format != "safetensors" and len(names) < len(vectors):
-        raise ValueError(
-            f"format is {format!r} and {token} has vectors for {', '.join(vectors)}; expected safetensors."
-        )
-    single = next(iter(vectors.values())) if len(vectors) == 1 and names else None
+    clips = _clip_names(token, vectors, format)
+    single = next(iter(vectors.values())) if len(vectors) == 1 and clips else None
     if format == "A1111 pt":
         return [_Output(".pt", vectors if single is None else _a1111_dictionary(token, single, metadata))]
     if format == "diffusers":
-        contents = [{token: vectors[name]} for name in names]
+        contents = [{token: vectors[name]} for name in clips]
     else:
         contents = [vectors if single is None else {"emp_params": single}]
     endings = [f"{'_2' * i}.safetensors" for i in range(len(contents))]
     pairs = zip(endings, contents, strict=True)
     return [_Output(ending, content, _file_metadata(concept, metadata, content)) for ending, content in pairs]
+
+
+def _clip_names(token: str, vectors: Mapping[str, Tensor], format: str) -> list[str]:
+    """The CLIPs with vectors; ValueError if other encoders have vectors too and the format holds CLIPs only."""
+    names = [name for name in ("clip_l", "clip_h", "clip_g") if name in vectors]
+    if format != "safetensors" and len(names) < len(vectors):
+        raise ValueError(
+            f"format is {format!r} and {token} has vectors for {', '.join(vectors)}; expected safetensors."
+        )
+    return names
 
 
 def _a1111_dictionary(token: str, vectors: Tensor, metadata: Mapping) -> dict[str, Any]:

@@ -337,13 +337,17 @@ def _add_peft_alphas(lora: Lora) -> None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{lora.name}: the metadata {PEFT} is no JSON ({error}). Save the file again.") from error
     for module in lora.modules.values():
-        component = module.name.partition(".")[0]
-        prefix = f"{component}."
+        prefix = module.name.partition(".")[0] + "."
         config = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)} or settings
-        patterns = config.get("alpha_pattern") or {}
-        names = (module.name, module.name.partition(".")[2])  # a pattern may begin with ^ before the component's path
-        matching = (v for k, v in patterns.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in names))
-        alpha = next(matching, config.get("lora_alpha"))
+        alpha = _peft_alpha(config, module.name)
         if alpha is not None and module.rank and "alpha" not in module.tensors:
             alpha *= math.sqrt(module.rank) if config.get("use_rslora") else 1
             module.tensors["alpha"] = torch.tensor(float(alpha))
+
+
+def _peft_alpha(config: Mapping, layer: str) -> float | None:
+    """A layer's alpha in peft's LoraConfig of its component, without rsLoRA's factor; None if there is none."""
+    patterns = config.get("alpha_pattern") or {}
+    names = (layer, layer.partition(".")[2])  # a pattern may begin with ^ before the component's path
+    matching = (v for k, v in patterns.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in names))
+    return next(matching, config.get("lora_alpha"))

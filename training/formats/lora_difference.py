@@ -41,12 +41,8 @@ def delta_weight(module: LoraModule) -> Tensor:
     Raises:
         ValueError: The kind is unknown, or its dW depends on the weight (DoRA, OFT).
     """
+    _check_has_delta(module)
     t = {name: value.detach().float().cpu() for name, value in module.tensors.items()}
-    if module.kind not in LINEAR_KINDS or "set_weight" in t or not (t.keys() & {DOWN, "diff", *LOHA, *LOKR}):
-        raise ValueError(
-            f"layer {module.name} is {module.kind}, which is no difference by itself: what it does depends on the "
-            "weight it is put on. Expected LoRA, LoCon, LoHa, LoKr or a full difference."
-        )
     if "diff" in t:
         return t["diff"].flatten(1)
     if DOWN in t:
@@ -54,6 +50,15 @@ def delta_weight(module: LoraModule) -> Tensor:
     if "hada_w1_a" in t:
         return _scale(module) * _loha_factor(t, "1") * _loha_factor(t, "2")
     return _lokr_delta(module, t)
+
+
+def _check_has_delta(module: LoraModule) -> None:
+    roles = module.tensors.keys()
+    if module.kind not in LINEAR_KINDS or "set_weight" in roles or not (roles & {DOWN, "diff", *LOHA, *LOKR}):
+        raise ValueError(
+            f"layer {module.name} is {module.kind}, which is no difference by itself: what it does depends on the "
+            "weight it is put on. Expected LoRA, LoCon, LoHa, LoKr or a full difference."
+        )
 
 
 def kernel_of(module: LoraModule) -> tuple[int, ...] | None:

@@ -39,6 +39,14 @@ STABILITY = "https://github.com/Stability-AI/generative-models"
 _ALGORITHMS = {"LoHa": "loha", "LoKr": "lokr", "full diff": "full"} | dict.fromkeys(("LoRA", "LoCon", "DoRA"), "locon")
 _PREDICTION = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v", "v": "v"}
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_DENOISING_ENTRIES = (
+    "ss_loss_type",
+    "ss_min_snr_gamma",
+    "ss_debiased_estimation",
+    "ss_noise_offset",
+    "ss_caption_dropout_rate",
+)
+"""Settings of the denoising loss, which a reward tuning does not have."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,7 @@ def build_metadata(
 
     Args:
         tensors: The tensors as they are stored in the file.
-        lora: The LoRA.
-        naming: The layer naming of its model.
-        description: Facts about it; keys without a known value are left out.
+        description: Facts about the LoRA; keys without a known value are left out.
         format: "kohya" or "diffusers".
     """
     inherited = {k: v for k, v in description.file_metadata.items() if k not in ("format", "lora_adapter_metadata")}
@@ -203,17 +209,10 @@ def _reward_entries(run: Mapping, config: Mapping) -> dict[str, object]:
 
     `ss_training_comment` names method and rewards; `retune.run` has all settings (see `about_run`).
     """
-    unused = (
-        "ss_loss_type",
-        "ss_min_snr_gamma",
-        "ss_debiased_estimation",
-        "ss_noise_offset",
-        "ss_caption_dropout_rate",
-    )
     rate, trains_text = config["learning_rate"], config["train"].startswith("text encoder")
     terms = ", ".join(f"{term['weight']:g} x {term['reward']}" for term in run["rewards"])
     method = f"{config['method']}, K {config['gradient_steps']} of {config['sampling_steps']}, cfg {config['cfg']:g}"
-    return dict.fromkeys(unused) | {
+    return dict.fromkeys(_DENOISING_ENTRIES) | {
         "ss_unet_lr": None if trains_text else rate,
         "ss_text_encoder_lr": rate if trains_text else None,
         "ss_training_comment": f"reward tuning ({method}): {terms}",

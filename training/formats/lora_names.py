@@ -118,6 +118,10 @@ class Naming:
             path = layer.removeprefix(UNET)
             path = ldm.rename(path, self._to_diffusers) if self.family != "SDXL" and _in_unet(path) else path
             return "lora_unet_" + path.replace(".", "_")
+        return self._kohya_text_name(layer)
+
+    def _kohya_text_name(self, layer: str) -> str | None:
+        """kohya's name for a layer of a text encoder; None if there is none."""
         text = _TEXT_LAYER.fullmatch(layer)
         path = text and _text_path(text["path"])
         if not path:
@@ -226,6 +230,14 @@ def _guess_family(lora: Lora) -> str:
         return "SDXL"
     if "clip_h" in names:
         return "SD2.x"
+    return _family_of_unet(lora, names)
+
+
+def _family_of_unet(lora: Lora, names: str) -> str:
+    """SD1.x or SDXL, by the UNet blocks that have attention; "" if nothing decides it.
+
+    names: The names of all layers, separated by spaces.
+    """
     with_attention = {(side, number) for side, number, module, part in _original_blocks(lora.modules) if module == 1}
     if with_attention & ({("input", n) for n in (1, 2)} | {("output", n) for n in range(6, 12)}):
         return "SD1.x"

@@ -121,20 +121,26 @@ def reshape_to_weight(module: LoraModule, kernel: tuple[int, ...] | None) -> dic
     ComfyUI's trainer stores convolutions flat, (r, in k k) and (out, r).
 
     Args:
-        module: The layer.
         kernel: Kernel of its weight as `Naming.kernel_size` returns it.
     """
     tensors = dict(module.tensors)
     if module.rank is not None and "alpha" not in tensors:
         tensors["alpha"] = torch.tensor(float(module.rank))
     if DOWN in tensors and MID not in tensors:
-        down, up = tensors[DOWN], tensors[UP]
+        down = tensors[DOWN]
         kernel = down.shape[2:] if kernel is None or math.prod(down.shape[2:]) > 1 else kernel
-        tensors[DOWN] = down.reshape(down.shape[0], -1, *kernel)
-        tensors[UP] = up.reshape(up.shape[0], up.shape[1], *(1 for _ in kernel))
+        tensors |= _reshape_pair(down, tensors[UP], kernel)
     if "dora_scale" in tensors:
         tensors["dora_scale"] = _expand_magnitude(module, tensors["dora_scale"], kernel or ())
     return tensors
+
+
+def _reshape_pair(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    """lora_down as (r, in, *kernel) and lora_up as (out, r, 1, ...)."""
+    return {
+        DOWN: down.reshape(down.shape[0], -1, *kernel),
+        UP: up.reshape(up.shape[0], up.shape[1], *(1 for _ in kernel)),
+    }
 
 
 def diffusers_tensors(lora: Lora, naming: Naming) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,15 +185,17 @@ def peft_settings(name: str, modules: Mapping[str, LoraModule]) -> dict:
     doras = {"dora_scale" in module.tensors for module in modules.values()}
     if len(doras) > 1:
         raise ValueError(f"{name} is DoRA in a part of its layers; diffusers takes all or none. Save it as kohya.")
+    other = {"target_modules": sorted(ranks), "use_dora": doras == {True}, "bias": "none"}
+    return _ranks_and_alphas(ranks, alphas) | other
+
+
+def _ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": _int_if_whole(alpha),
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: _int_if_whole(value) for path, value in alphas.items() if value != alpha},
-        "target_modules": sorted(ranks),
-        "use_dora": doras == {True},
-        "bias": "none",
     }
 
 
@@ -196,26 +204,29 @@ def _int_if_whole(alpha: float) -> int | float:
 
 
 def _check_peft(lora: Lora, module: LoraModule, has_name: bool, axis: int | None) -> None:
-    """Raises ValueError for a layer that diffusers' format cannot express.
-
-    Args:
-        lora: The LoRA, for messages.
-        module: The layer.
-        has_name: Whether the layer has a name in diffusers.
-        axis: Axis of its DoRA magnitude, see `dora_axis`.
-    """
-    reason = None
-    if not has_name:
-        reason = "diffusers' loader takes no such layer"
-    elif DOWN not in module.tensors:
-        reason = f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
-    elif unsupported := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
-        reason = f"it has {first_few(unsupported)}, for which diffusers' format has no place"
-    elif axis == 1:
-        reason = "its DoRA has a magnitude per input, and peft knows one per output alone"
+    """Raises ValueError for a layer that diffusers' format cannot express; arguments as in `_reason_against_peft`."""
+    reason = _reason_against_peft(module, has_name, axis)
     if reason:
         hint = " (resize-lora turns LoHa, LoKr and full differences into LoRA)" if "LoRA and DoRA" in reason else ""
         raise ValueError(f"{lora.name} has {module.name}: {reason}. Save it as kohya{hint}.")
+
+
+def _reason_against_peft(module: LoraModule, has_name: bool, axis: int | None) -> str:
+    """Why diffusers' format cannot express a layer; "" if it can.
+
+    Args:
+        has_name: Whether the layer has a name in diffusers.
+        axis: Axis of its DoRA magnitude, see `dora_axis`.
+    """
+    if not has_name:
+        return "diffusers' loader takes no such layer"
+    if DOWN not in module.tensors:
+        return f"it is {module.kind}, and diffusers' format holds LoRA and DoRA alone"
+    if unsupported := [role for role in module.tensors if role in (*BIAS, "reshape_weight", "diff", "set_weight")]:
+        return f"it has {first_few(unsupported)}, for which diffusers' format has no place"
+    if axis == 1:
+        return "its DoRA has a magnitude per input, and peft knows one per output alone"
+    return ""
 
 
 def _merge_tucker_core(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,18 +266,23 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, warnings: list[str]
         tensor = tensor.detach().cpu()
         if name.endswith(".alpha"):
             result[name] = tensor.reshape(()).to(torch.float32, copy=True)
-            continue
-        if not tensor.is_floating_point():
+        elif not tensor.is_floating_point():
             result[name] = tensor.clone()
-            continue
-        result[name] = tensor.to(dtype, copy=True)
-        if not torch.isfinite(result[name].float()).all():
-            largest = tensor.float().abs().max().item()
-            raise ValueError(f"{name} holds {largest:.3g}; fp16 ends at 65504. Choose dtype bf16 or fp32.")
-        if ((result[name] == 0) & (tensor != 0)).float().mean() > 0.01:
-            underflowed.append(name)
+        else:
+            result[name] = _cast_weight(name, tensor, dtype)
+            if ((result[name] == 0) & (tensor != 0)).float().mean() > 0.01:
+                underflowed.append(name)
     if underflowed:
         warnings.append(
             f"a part of {first_few(underflowed)} is too small for {str(dtype)[6:]} and becomes 0; fp32 keeps it."
         )
+    return result
+
+
+def _cast_weight(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast copy; ValueError if a value overflows."""
+    result = tensor.to(dtype, copy=True)
+    if not torch.isfinite(result.float()).all():
+        largest = tensor.float().abs().max().item()
+        raise ValueError(f"{name} holds {largest:.3g}; fp16 ends at 65504. Choose dtype bf16 or fp32.")
     return result

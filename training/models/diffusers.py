@@ -45,18 +45,21 @@ def training_sigmas(scheduler: Mapping) -> Tensor:
     """
     if scheduler.get("trained_betas"):
         raise ValueError("scheduler's trained_betas is set; expected a plain beta schedule. Its noise levels differ.")
+    alphas_cumprod = torch.cumprod(1 - _betas(scheduler), dim=0)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
+    return zero_terminal_sigmas(sigmas) if scheduler.get("rescale_betas_zero_snr") else sigmas
+
+
+def _betas(scheduler: Mapping) -> Tensor:
+    """(T,) in fp64."""
     start, end = scheduler["beta_start"], scheduler["beta_end"]
     count = scheduler.get("num_train_timesteps", 1000)
     kind = scheduler.get("beta_schedule", "scaled_linear")
     if kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    elif kind == "linear":
-        betas = torch.linspace(start, end, count, dtype=torch.float64)
-    else:
-        raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
-    return zero_terminal_sigmas(sigmas) if scheduler.get("rescale_betas_zero_snr") else sigmas
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    if kind == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
 
 
 class DiffusersDenoiser:

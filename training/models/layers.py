@@ -73,11 +73,6 @@ def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[d
     implementations of a model get the same values. Raises ValueError when nothing was selected.
     """
     zero = _names_to_reset(weights, config)
-    if not zero:
-        raise ValueError(
-            f"no attention layer matches layers {config.layers!r} within blocks {config.blocks!r}; expected one. "
-            "Use a part of a block's name that exists, or a model with cross-attention."
-        )
     new, rows = {}, []
     for name, becomes_zero in zero.items():
         old = weights[name].detach().float()
@@ -89,7 +84,7 @@ def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[d
 
 
 def _names_to_reset(names: Iterable[str], config: ResetConfig) -> dict[str, bool]:
-    """The selected weights by name -> whether their new value is zero rather than drawn."""
+    """The selected weights by name -> whether their new value is zero rather than drawn; ValueError for none."""
     names = list(names)
     selected = select(names, config.layers, config.blocks)
     if not config.include_output:
@@ -98,6 +93,11 @@ def _names_to_reset(names: Iterable[str], config: ResetConfig) -> dict[str, bool
     if config.init == "zero output":
         whole = select(names, _WITH_OUTPUT.get(config.layers, "cross-attention"), config.blocks)
         zero |= dict.fromkeys([name for name in whole if _OUTPUT.search(name)], True)
+    if not zero:
+        raise ValueError(
+            f"no attention layer matches layers {config.layers!r} within blocks {config.blocks!r}; expected one. "
+            "Use a part of a block's name that exists, or a model with cross-attention."
+        )
     return zero
 
 

@@ -76,8 +76,7 @@ def _unet_layer(ldm: str, diffusers: str, number: int, kind: str) -> dict[str, s
 
 def vae_names(config: Mapping) -> dict[str, str]:
     """LDM module prefix -> diffusers module prefix for an AutoencoderKL config."""
-    levels = len(config["block_out_channels"])
-    layers = config["layers_per_block"]
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     names = {name: name for name in ("quant_conv", "post_quant_conv")}
     for side, blocks, per_level in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
         names |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out"}
@@ -87,12 +86,11 @@ def vae_names(config: Mapping) -> dict[str, str]:
             names |= _children(f"{side}.mid.block_{j + 1}", f"{side}.mid_block.resnets.{j}", _VAE_RESNET)
         for i in range(levels):
             ldm = f"{side}.{blocks}.{i if side == 'encoder' else levels - 1 - i}"
-            ours = f"{side}.{blocks}_blocks.{i}"
+            diffusers = f"{side}.{blocks}_blocks.{i}"
             for j in range(per_level):
-                names |= _children(f"{ldm}.block.{j}", f"{ours}.resnets.{j}", _VAE_RESNET)
+                names |= _children(f"{ldm}.block.{j}", f"{diffusers}.resnets.{j}", _VAE_RESNET)
             if i < levels - 1:
-                sample = "downsample" if side == "encoder" else "upsample"
-                names[f"{ldm}.{sample}.conv"] = f"{ours}.{sample}rs.0.conv"
+                names[f"{ldm}.{blocks}sample.conv"] = f"{diffusers}.{blocks}samplers.0.conv"
     return names
 
 
@@ -179,6 +177,11 @@ def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
             "AutoencoderKL as in SD1.x, SD2 and SDXL. TAESD and other kinds do not go."
         )
     levels, layers = (1 + max(int(m[group]) for m in blocks) for group in (1, 2))
+    return _vae_config(shapes, levels, layers)
+
+
+def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> dict:
+    """The config; `layers` is the number of residual blocks per level of the decoder."""
     return {
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "block_out_channels": [shapes[f"decoder.up.{i}.block.0.conv2.weight"][0] for i in range(levels)],

@@ -29,15 +29,19 @@ def score_histogram(name: str, scores: Sequence[float], mean: float, std: float)
     canvas, axes = Canvas(WIDTH, HEIGHT, NODE), Axes((low, high), (0, max(counts)), PLOT)
     canvas.y_grid(axes, [value for value in ticks(*axes.y, 4) if value == int(value)], ".0f")
     _bars(canvas, axes, counts)
-    canvas.x_marks(axes, ticks(low, high, 5))
-    canvas.x_labels(axes, ticks(low, high, 5), ".4g", below=12)
-    canvas.x_axis(axes)
-    canvas.x_title(axes, "score")
+    _score_axis(canvas, axes)
     left, top, _, bottom = PLOT
     canvas.dashed_vertical(axes.place((mean, 0))[0], top - 12, bottom, MEAN)
     canvas.text((left, 14), name)
     canvas.text((left, 46), f"mean {mean:.4g}   std {std:.3g}   of {len(scores)}", MEAN)
     return canvas.tensor()
+
+
+def _score_axis(canvas: Canvas, axes: Axes) -> None:
+    canvas.x_marks(axes, ticks(*axes.x, 5))
+    canvas.x_labels(axes, ticks(*axes.x, 5), ".4g", below=12)
+    canvas.x_axis(axes)
+    canvas.x_title(axes, "score")
 
 
 def limits(scores: Sequence[float]) -> Range:

@@ -42,9 +42,7 @@ def token_histogram(distributions: Mapping[str, Distribution]) -> Tensor:
         raise ValueError(f"statistics is {names}; expected one or more of {', '.join(COLOURS)}.")
     canvas = Canvas(WIDTH, HEIGHT, NODE)
     axes = Axes(limits(distributions.values()), (0, 1), PLOT, log_x=True)
-    canvas.x_grid(axes, log_ticks(*axes.x))
-    canvas.x_labels(axes, log_ticks(*axes.x), "g")
-    canvas.x_title(axes, "RMS per token (dashed: std of all elements)")
+    _label(canvas, axes)
     for row, (name, distribution) in enumerate(distributions.items()):
         _draw(canvas, axes, distribution, COLOURS[name])
         _legend(canvas, row, name, distribution)
@@ -65,6 +63,12 @@ def shares(values: Sequence[float], low: float, high: float) -> list[float]:
     logs = torch.tensor([math.log(value) for value in values if value > 0], dtype=torch.float64)
     counts = torch.histc(logs, BINS, math.log(low), math.log(high))
     return (counts / counts.max().clamp(min=1)).tolist()
+
+
+def _label(canvas: Canvas, axes: Axes) -> None:
+    canvas.x_grid(axes, log_ticks(*axes.x))
+    canvas.x_labels(axes, log_ticks(*axes.x), "g")
+    canvas.x_title(axes, "RMS per token (dashed: std of all elements)")
 
 
 def _draw(canvas: Canvas, axes: Axes, distribution: Distribution, colour: str) -> None:

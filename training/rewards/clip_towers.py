@@ -70,12 +70,7 @@ class Towers(nn.Module):
     """
 
     def __init__(self, state: TowerState, config: Mapping[str, Any] | None = None, activation: Activation = "auto"):
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            CLIPVisionConfig,
-            CLIPVisionModelWithProjection,
-        )
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         super().__init__()
         self._checkpointed = False
@@ -85,10 +80,7 @@ class Towers(nn.Module):
         self.vision = load_clip_network(CLIPVisionModelWithProjection, vision, state.vision, VISION, IMAGE_TOWER)
         self.text = None
         if state.text:
-            expect_tensors(state.text, ("embeddings.token_embedding.weight", "text_projection.weight"), TEXT_TOWER)
-            values = config["text_config"] if config else clip_config(state.text) | {"hidden_act": vision.hidden_act}
-            text = CLIPTextConfig(**values)
-            self.text = load_clip_network(CLIPTextModelWithProjection, text, state.text, TEXT, TEXT_TOWER)
+            self.text = _text_network(state.text, config["text_config"] if config else None, vision.hidden_act)
             _expect_equal_widths(self.width, self.text.config.projection_dim)
 
     @property
@@ -125,6 +117,16 @@ class Towers(nn.Module):
         layers = config.num_hidden_layers * saved if gradient else 0
         pixels = 4 * 3 * config.image_size**2
         return batch * (tokens * (layers + 8 * width + 3 * hidden) + pixels) * self.weight.dtype.itemsize
+
+
+def _text_network(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, activation: str) -> nn.Module:
+    """The text tower. config: CLIPTextConfig values; None reads them from tensor shapes, with `activation`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    expect_tensors(state, ("embeddings.token_embedding.weight", "text_projection.weight"), TEXT_TOWER)
+    values = clip_config(state) | {"hidden_act": activation} if config is None else config
+    text = CLIPTextConfig(**values)
+    return load_clip_network(CLIPTextModelWithProjection, text, state, TEXT, TEXT_TOWER)
 
 
 def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -117,11 +117,7 @@ def _by_prompt(config: RewardConfig) -> Reward:
     source = SOURCES[config.kind]
     given = [path for path in (config.file, config.image_tower) if path is not None]
     states = [tower_state(_read(path, config.kind, "towers", source)) for path in given or [None]]
-    state = TowerState(
-        next((part.vision for part in reversed(states) if part.vision), {}),
-        next((part.text for part in states if part.text), {}),
-        next((part.logit_scale for part in states if part.logit_scale is not None), None),
-    )
+    state = _join_towers(states)
     with _file_errors(given[0], source):
         if not state.text:
             raise ValueError("it holds no text tower; expected image and text tower in one file.")
@@ -132,6 +128,15 @@ def _by_prompt(config: RewardConfig) -> Reward:
     tokens = ClipTokens(_tokenizer(config), text.vocab_size, text.max_position_embeddings, pad)
     scale = TYPICAL_SCALE[config.kind]
     return ClipReward(config.kind, towers, tokens, Preprocess(towers.side), factor=factor, typical_scale=scale)
+
+
+def _join_towers(states: Sequence[TowerState]) -> TowerState:
+    """The last file's image tower, and the first file's text tower and logit scale, of the files that have one."""
+    return TowerState(
+        next((part.vision for part in reversed(states) if part.vision), {}),
+        next((part.text for part in states if part.text), {}),
+        next((part.logit_scale for part in states if part.logit_scale is not None), None),
+    )
 
 
 def _factor(kind: RewardKind, state: TowerState) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,20 @@ def read_rewards(texts: Sequence[str], tokenizer: Path | None = None, comfyui: P
         ValueError: a name is unknown or a value is no number; also as `load_reward`.
         FileNotFoundError: as `load_reward`.
     """
-    terms = []
-    for text in texts:
-        kind, *given = (part.strip() for part in text.split(","))
-        values: dict[str, Any] = dict(part.partition("=")[::2] for part in given)
-        names = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
-        for name in values.keys() - names:
-            raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(names))}.")
-        values |= {name: Path(values[name]) for name in _PATHS if name in values}
-        values |= {name: _number(text, name, values[name]) for name in ("weight", "target") if name in values}
-        shape = {name: values.pop(name) for name in _TERM if name in values}
-        config = RewardConfig(kind=kind, **{"tokenizer": tokenizer, "comfyui": comfyui} | values)
-        terms.append(Term(reward=load_reward(config), **shape))
-    return CombinedReward(terms)
+    return CombinedReward([_read_term(text, {"tokenizer": tokenizer, "comfyui": comfyui}) for text in texts])
+
+
+def _read_term(text: str, defaults: Mapping[str, Any]) -> Term:
+    """Loads one reward; `defaults` are values of RewardConfig for those that the text lacks."""
+    kind, *given = (part.strip() for part in text.split(","))
+    values: dict[str, Any] = dict(part.partition("=")[::2] for part in given)
+    names = {field.name for field in fields(RewardConfig)} - {"kind"} | set(_TERM)
+    for name in values.keys() - names:
+        raise ValueError(f"reward {text!r} has {name!r}; expected {', '.join(sorted(names))}.")
+    values |= {name: Path(values[name]) for name in _PATHS if name in values}
+    values |= {name: _number(text, name, values[name]) for name in ("weight", "target") if name in values}
+    shape = {name: values.pop(name) for name in _TERM if name in values}
+    return Term(reward=load_reward(RewardConfig(kind=kind, **defaults | values)), **shape)
 
 
 def _number(text: str, name: str, value: str) -> float:

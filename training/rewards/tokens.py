@@ -33,12 +33,7 @@ class ClipTokens:
         from transformers import CLIPTokenizer
 
         folder = Path(folder)
-        present = [folder / name for name in FILES if (folder / name).is_file()]
-        if not present:
-            raise ValueError(
-                f"the reward's tokenizer folder is {folder}, without {FILES[0]} or {FILES[2]}; expected a CLIP "
-                "tokenizer, such as comfy/sd1_tokenizer of an installed ComfyUI."
-            )
+        files = _tokenizer_files(folder)
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self._begin, self._end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if self._end != vocabulary - 1:
@@ -47,7 +42,7 @@ class ClipTokens:
                 "of the reward's text tower. Use the tokenizer that belongs to it."
             )
         self.window, self.pad = window, self._end if pad is None else pad
-        self.fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in present)).hexdigest()
+        self.fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         self._warned = False
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -63,3 +58,14 @@ class ClipTokens:
             log.warning("a prompt of %d tokens is cut to %d for the reward: %.80s", len(tokens), most, prompt)
         tokens = tokens[:most]
         return [self._begin, *tokens, self._end] + [self.pad] * (most - len(tokens))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a CLIP tokenizer in a folder; ValueError if there are none."""
+    present = [folder / name for name in FILES if (folder / name).is_file()]
+    if not present:
+        raise ValueError(
+            f"the reward's tokenizer folder is {folder}, without {FILES[0]} or {FILES[2]}; expected a CLIP "
+            "tokenizer, such as comfy/sd1_tokenizer of an installed ComfyUI."
+        )
+    return present

@@ -91,9 +91,7 @@ def rollout(
     """Runs a whole chain without gradients.
 
     Args:
-        denoiser: the network of the chain.
         x: (B, C, h, w), the latent before the first step, as `first_latent` returns it.
-        chain: the steps.
         guidance: the conditionings of all steps.
         pulse: called before each step; may raise to cancel.
 

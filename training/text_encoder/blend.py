@@ -29,13 +29,7 @@ def parse_weights(text: str, count: int) -> list[float]:
     Raises:
         ValueError: The count differs, a part is no finite number, or all weights are 0.
     """
-    parts = [part for part in re.split(r"[\s,;]+", text) if part]
-    try:
-        weights = [float(part) for part in parts]
-    except ValueError:
-        weights = []
-    if len(weights) != len(parts) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights is {text!r}; expected numbers such as 0.4, 0.6.")
+    weights = _parse_numbers(text)
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers ({text!r}); expected {count}, one for each text encoder.")
     if not any(weights):
@@ -43,6 +37,17 @@ def parse_weights(text: str, count: int) -> list[float]:
     if not is_close_to_one(sum(weights)):
         log.warning("the weights sum to %g, not to 1: the output's std is another one than the encoders'", sum(weights))
     return weights
+
+
+def _parse_numbers(text: str) -> list[float]:
+    parts = [part for part in re.split(r"[\s,;]+", text) if part]
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(parts) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"weights is {text!r}; expected numbers such as 0.4, 0.6.")
+    return numbers
 
 
 def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -99,14 +104,10 @@ def expect_same_shapes(first: Mapping[str, Sequence[int]], other: Mapping[str, S
 
 
 def blend_conditioning(weights: Sequence[float], conditionings: Sequence[Conditioning]) -> Conditioning:
-    """sum_i w_i c_i of contexts and of pooled outputs.
+    """sum_i w_i c_i of the contexts and of the pooled outputs, for weights w_i and conditionings c_i.
 
     Conditionings of weight 0 are ignored. Shorter contexts are extended (`extend_context`). If only some conditionings
     have a pooled output, their weights are renormalised for it (`renormalised_weights`). Masks are dropped.
-
-    Args:
-        weights: w_i.
-        conditionings: c_i.
 
     Raises:
         ValueError: Contexts or pooled outputs differ in width or batch size.
@@ -155,16 +156,20 @@ def blend_projections(weights: Sequence[float], projections: Sequence[Projection
     Raises:
         ValueError: The projections differ in kind or size.
     """
+    _check_projections(projections)
+    with torch.inference_mode(False), torch.no_grad():
+        states = [_unscaled_state(projection) for projection in projections]
+        state = {name: weighted_sum(weights, [state[name] for state in states]) for name in states[0]}
+        return Projection.from_state(projections[0].config(), state)
+
+
+def _check_projections(projections: Sequence[Projection]) -> None:
     for number, projection in enumerate(projections[1:], 2):
         if projection.config() != projections[0].config():
             raise ValueError(
                 f"the projection of text encoder {number} is {projection.config()}; expected that of text encoder 1, "
                 f'{projections[0].config()}. Blend these in space "embeddings".'
             )
-    with torch.inference_mode(False), torch.no_grad():
-        states = [_unscaled_state(projection) for projection in projections]
-        state = {name: weighted_sum(weights, [state[name] for state in states]) for name in states[0]}
-        return Projection.from_state(projections[0].config(), state)
 
 
 def _unscaled_state(projection: Projection) -> dict[str, Tensor]:

@@ -106,17 +106,20 @@ class SavedTextEncoder:
         folders = [Path(folder) for folder in folders]
         candidates = [path for folder in folders for path in _find_by_name(folder, Path(self.t5_file).name)]
         if not candidates:
-            searched = ", ".join(str(folder) for folder in folders)
-            raise FileNotFoundError(
-                f"text encoder {self.name} needs the T5 {self.t5_file} (SHA-256 {self.t5_sha256[:16]}...), which is "
-                f"not in {searched}. Put it there."
-            )
+            raise self._t5_not_in(folders)
         for path in candidates:
             with suppress(FileNotFoundError):  # a folder of this name may have other content, or lack shards
                 if file_hash(path) == self.t5_sha256:
                     return path
         self.check_t5(candidates[0])
         raise AssertionError("check_t5 accepted a T5 of another hash")
+
+    def _t5_not_in(self, folders: Iterable[Path]) -> FileNotFoundError:
+        searched = ", ".join(str(folder) for folder in folders)
+        return FileNotFoundError(
+            f"text encoder {self.name} needs the T5 {self.t5_file} (SHA-256 {self.t5_sha256[:16]}...), which is "
+            f"not in {searched}. Put it there."
+        )
 
 
 def _find_by_name(root: Path, name: str) -> list[Path]:
@@ -165,12 +168,7 @@ def read_text_encoder(path: str | Path) -> SavedTextEncoder:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
-    if METADATA not in metadata:
-        raise ValueError(f"{path.name} is no saved text encoder; expected a file written by Save Text Encoder")
-    description = json.loads(metadata[METADATA])
-    version = description.get("format_version", 0)
-    if version > FORMAT_VERSION:
-        raise ValueError(f"{path.name} has format version {version}; expected at most {FORMAT_VERSION}. Update retune.")
+    description = _description(path.name, metadata)
     try:
         return _from_description(path.name, description, tensors)
     except KeyError as error:
@@ -179,6 +177,17 @@ def read_text_encoder(path: str | Path) -> SavedTextEncoder:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
+
+
+def _description(name: str, metadata: Mapping[str, str]) -> dict:
+    """The text encoder's description in a file's metadata; ValueError if there is none or its version is newer."""
+    if METADATA not in metadata:
+        raise ValueError(f"{name} is no saved text encoder; expected a file written by Save Text Encoder")
+    description = json.loads(metadata[METADATA])
+    version = description.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{name} has format version {version}; expected at most {FORMAT_VERSION}. Update retune.")
+    return description
 
 
 def _from_description(name: str, description: dict, tensors: dict) -> SavedTextEncoder:

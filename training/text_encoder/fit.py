@@ -182,12 +182,17 @@ def _fit_and_evaluate(
     training = [index for index in range(len(pairs)) if index % HOLD_OUT_EVERY]
     weight, bias = solve([pairs[i] for i in training], [reference[i] for i in training])
     x, y = (torch.cat(part) for part in zip(*pairs[::HOLD_OUT_EVERY], strict=True))
-    outputs, expected = x @ weight.T + bias, torch.cat(reference[::HOLD_OUT_EVERY])
-    error = (outputs - y).square().sum() / (y - y.mean(0)).square().sum()
+    metrics = _fit_metrics(x @ weight.T + bias, y, torch.cat(reference[::HOLD_OUT_EVERY]))
+    return *solve(pairs, reference), metrics
+
+
+def _fit_metrics(outputs: Tensor, targets: Tensor, expected: Tensor) -> FitMetrics:
+    """R^2 of outputs (N, D) for their targets (N, D), and their std and covariance against the reference's outputs."""
+    error = (outputs - targets).square().sum() / (targets - targets.mean(0)).square().sum()
     std = outputs.std(correction=0) / expected.std(correction=0)
     covariance = _covariance(expected)
     distance = torch.linalg.norm(_covariance(outputs) - covariance) / torch.linalg.norm(covariance)
-    return *solve(pairs, reference), FitMetrics(1 - error.item(), std.item(), distance.item())
+    return FitMetrics(1 - error.item(), std.item(), distance.item())
 
 
 def _set_linear(linear: torch.nn.Linear, weight: Tensor, bias: Tensor) -> None:

@@ -169,17 +169,23 @@ def _check_size(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenize
     return tokenizer
 
 
-def _from_json(file: Path, end_token: int, pad_token: int) -> T5Tokenizer:
-    """Reads a tokenizer.json of the tokenizers library."""
+def _parse_tokenizer(file: Path, text: str):
+    """The tokenizers library's Tokenizer of a tokenizer.json, without truncation and padding. file: for the message."""
     from tokenizers import Tokenizer
 
-    text = file.read_text(encoding="utf-8")
     try:
-        backend = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{file.name} in {file.parent.name} is no tokenizer.json ({error})") from error
-    backend.no_truncation()
-    backend.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_json(file: Path, end_token: int, pad_token: int) -> T5Tokenizer:
+    """Reads a tokenizer.json of the tokenizers library."""
+    text = file.read_text(encoding="utf-8")
+    backend = _parse_tokenizer(file, text)
     fingerprint = hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
     return T5Tokenizer(
         lambda prompt: backend.encode(prompt, add_special_tokens=False).ids,
