@@ -81,10 +81,10 @@ def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
     from retune.nodes.bridge.device import training_mode
     from retune.nodes.bridge.text_encoder import ComfyTextEncoder
 
-    class Beside:
+    class LoadedWith:
         """As much of a denoiser as a text encoder that trains asks for."""
 
-        beside: list = []
+        keep_loaded: list = []
 
         def load(self):
             import comfy.model_management
@@ -93,7 +93,7 @@ def test_gradients_of_both_encoders_of_sdxl(small_sdxl_clip):
 
     core, text = core_sdxl(small_sdxl_clip), "two <it> on the left, red <it>"
     with torch.inference_mode(), training_mode():
-        encoder = ComfyTextEncoder(small_sdxl_clip, Beside())
+        encoder = ComfyTextEncoder(small_sdxl_clip, LoadedWith())
         ours, expected = (gradients(each, text, pooled=True) for each in (encoder, core))
     assert ours.keys() == expected.keys() == {"clip_l", "clip_g"}
     for name, reference in expected.items():
