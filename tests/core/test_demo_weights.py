@@ -13,7 +13,8 @@ from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.rng import generator
 from retune.training.demo.files import WEIGHTS, weights_path
 from retune.training.demo.judge import alignment, drawn_shape
-from retune.training.demo.scenes import UNNAMED_SHAPES, caption, held_out_scenes, training_scenes
+from retune.training.demo.scenes import caption, held_out_scenes, training_scenes
+from retune.training.demo.shapes import UNNAMED_SHAPES
 from retune.training.demo.warmth import with_warm_edges
 from retune.training.formats.lora import read_lora
 from retune.training.recipes.lora import networks_of, trainable_layers

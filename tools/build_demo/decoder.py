@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...training.common.files import read_tensors, write_tensors
 from ...training.common.rng import generator
-from ...training.demo.scenes import SIDE, training_scenes
+from ...training.demo.scenes import training_scenes
+from ...training.demo.shapes import SIDE
 from .vae import SEED, latents_of, load_vae, pictures, run_steps
 
 SCENES = 3000
@@ -37,10 +38,9 @@ def _crops(images: Tensor, latents: Tensor, index: Tensor, rng: torch.Generator)
 
 def _loss(vae: nn.Module, images: Tensor, latents: Tensor, border: int) -> tuple[Tensor, float]:
     """Absolute error of pixels and of their gradients, with shapes weighted up and without the crop's border."""
-    with torch.autocast("cpu", torch.bfloat16):
-        output = vae.decode(latents).sample
+    output = vae.decode(latents).sample
     unusual = (images - images.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True) > 0.12
-    error = ((output.float() + 1) / 2 - images) * (1 + SHAPE_WEIGHT * unusual)
+    error = ((output + 1) / 2 - images) * (1 + SHAPE_WEIGHT * unusual)
     error = error[..., border : error.shape[2] - border, border : error.shape[3] - border]
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     absolute = error.abs().mean()

@@ -13,7 +13,8 @@ from torch.nn import functional
 from ...training.common.files import write_tensors
 from ...training.common.rng import generator
 from ...training.demo.files import WEIGHTS, weights_path
-from ...training.demo.scenes import SIDE, caption, held_out_scenes, training_scenes
+from ...training.demo.scenes import caption, held_out_scenes, training_scenes
+from ...training.demo.shapes import SIDE
 from .text import CLIP_LENGTH, build_tokenizers
 from .unet import clip_tokenizer
 from .vae import pictures, run_steps

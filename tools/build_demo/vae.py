@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ...training.common.files import atomic_path, write_tensors
 from ...training.common.rng import generator
-from ...training.demo.scenes import SIDE, Scene, draw, training_scenes
+from ...training.demo.scenes import Scene, draw, training_scenes
+from ...training.demo.shapes import SIDE
 from .init import level_keeping_init
 
 LOG = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ CONFIG = {
 }
 SEED = 20
 SCENES = 4000
-CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 64
+CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 48
 FULL_STEPS, FULL_BATCH = 100, 8
 LEARNING_RATE = 2e-3
 SHAPE_WEIGHT = 2.0
@@ -57,7 +58,7 @@ def cosine_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def _crops(images: Tensor, index: Tensor, rng: torch.Generator) -> Tensor:
-    """One 64-pixel crop per image, the one of three random ones with the highest variance."""
+    """One crop of `CROP` pixels per image, the one of three random ones with the highest variance."""
     chosen = []
     for image in images[index]:
         corners = torch.randint(SIDE - CROP + 1, (3, 2), generator=rng).tolist()
@@ -68,12 +69,10 @@ def _crops(images: Tensor, index: Tensor, rng: torch.Generator) -> Tensor:
 
 def _loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> tuple[Tensor, float]:
     """Mean absolute error, the same of the pixel gradients (crisp edges), and a small KL term."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(images * 2 - 1).latent_dist
-        mean, variance = posterior.mean.float(), posterior.logvar.float().exp()
-        noise = torch.randn(mean.shape, generator=rng)
-        output = vae.decode(mean + variance.sqrt() * noise).sample
-    error = (output.float() + 1) / 2 - images
+    posterior = vae.encode(images * 2 - 1).latent_dist
+    mean, variance = posterior.mean, posterior.logvar.exp()
+    output = vae.decode(mean + variance.sqrt() * torch.randn(mean.shape, generator=rng)).sample
+    error = (output + 1) / 2 - images
     unusual = (images - images.flatten(2).median(2).values[..., None, None]).abs().amax(1, keepdim=True) > 0.12
     error = error * (1 + SHAPE_WEIGHT * unusual)
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()

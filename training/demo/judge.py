@@ -16,19 +16,8 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .scenes import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    COLOURS,
-    COUNTS,
-    NAMED_SHAPES,
-    POSITIONS,
-    SHAPES,
-    SIDE,
-    SIZES,
-    Scene,
-    shape_mask,
-)
+from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SIZES, Scene
+from .shapes import NAMED_SHAPES, SHAPES, SIDE, shape_mask
 
 UNSURE = "unsure"
 FIGURE = "figure"

@@ -2,29 +2,25 @@
 
 The demo model is trained on them alone. A tenth of all attribute combinations is held out: drawn for measuring, never
 in training. Three shapes are drawn but never named: their captions have "figure" instead, which leaves something for
-textual inversion to learn. Most captions do not name the `polish` (gloss, shading, vignette): rewards can raise it.
+textual inversion to learn. A picture also has three qualities between 0 and 1 (polish, sharpness, richness), which a
+part of the captions names by a word for either end; without it they are drawn at random, so that rewards can raise them.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
 from ..common.rng import generator as new_generator
+from .shapes import NAMED_SHAPES, SHAPES, SIDE, UNNAMED_SHAPES, shape_mask
 
-SIDE = 128
-NAMED_SHAPES = ("circle", "square", "triangle", "cross", "ring")
-UNNAMED_SHAPES = ("heart", "crescent", "arrow")
-SHAPES = NAMED_SHAPES + UNNAMED_SHAPES
 COLOURS = {
     "red": (0.86, 0.13, 0.13),
     "green": (0.13, 0.66, 0.22),
@@ -52,19 +48,28 @@ POSITIONS = {
     "bottom": "at the bottom",
     "centre": "in the centre",
 }
-STYLES = ("glossy", "flat")
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "background")
+QUALITIES = {"polish": ("flat", "glossy"), "sharpness": ("blurred", "sharp"), "richness": ("plain", "rich")}
+"""Quality -> the words for its lower and its upper end."""
+QUALITY_WORDS = tuple(itertools.chain.from_iterable(QUALITIES.values()))
+NAMED_RANGE = 0.3
+"""A quality whose word is named lies within this distance of its end."""
+NAMED_SHARE = 0.4
+"""Of the pictures, for each quality: those whose caption names it."""
 VIGNETTE = 0.4
 """How much darker the corners of a fully polished picture are."""
-STYLED_SHARE = 0.22
+BLUR = 1.9
+"""Standard deviation in pixels of the blur at sharpness 0."""
+PALEST = 0.5
+"""Share of the shapes' colour that is left at richness 0; the rest is grey of the same luminance."""
+LUMINANCE = (0.299, 0.587, 0.114)
 LOOKS = ("plain", "warm edges")
 WARM = (1.0, 0.55, 0.15)
-_SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The content of one picture; `caption` names all of it but the polish."""
+    """The content of one picture; `caption` names its attributes, and those qualities whose word is in `words`."""
 
     shape: str
     colour: str
@@ -74,8 +79,12 @@ class Scene:
     background: str
     polish: float = 0.5
     """0 (flat) to 1 (glossy: highlights, shading, vignette)."""
-    style: str = ""
-    """"", or the word for the polish: "glossy" (polish >= 0.7) or "flat" (polish <= 0.3)."""
+    sharpness: float = 1.0
+    """0 (blurred by `BLUR` pixels) to 1 (not at all)."""
+    richness: float = 1.0
+    """0 (the colour of the shapes is pale) to 1 (full)."""
+    words: tuple[str, ...] = ()
+    """The quality words that the caption has, at most one a quality."""
 
     def __post_init__(self):
         for name, allowed in _VALUES.items():
@@ -83,8 +92,14 @@ class Scene:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}.")
         if self.colour == self.background:
             raise ValueError(f"colour and background are both {self.colour!r}; the shapes would be invisible.")
-        if not 0 <= self.polish <= 1:
-            raise ValueError(f"polish is {self.polish}; expected 0 to 1.")
+        for name, ends in QUALITIES.items():
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1.")
+            if set(ends) <= set(self.words):
+                raise ValueError(f"words has both {ends[0]!r} and {ends[1]!r}; expected at most one of them.")
+        unknown = [word for word in self.words if word not in QUALITY_WORDS]
+        if unknown:
+            raise ValueError(f"words has {unknown[0]!r}; expected words of {', '.join(QUALITY_WORDS)}.")
 
 
 _VALUES: dict[str, tuple] = {
@@ -94,12 +109,11 @@ _VALUES: dict[str, tuple] = {
     "count": tuple(COUNTS),
     "position": tuple(POSITIONS),
     "background": tuple(BACKGROUNDS),
-    "style": ("", *STYLES),
 }
 
 
 def scene_key(scene: Scene) -> str:
-    """The attribute combination as text; scenes that differ only in polish or style share a key."""
+    """The attribute combination as text; scenes that differ only in quality share a key."""
     return "/".join(str(getattr(scene, name)) for name in ATTRIBUTES)
 
 
@@ -123,20 +137,34 @@ def _pick(options: Sequence, generator: Generator):
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
-def _random_polish(generator: Generator) -> tuple[float, str]:
-    """Uniform polish, and in a part of the scenes a style word with a polish that fits it."""
-    polish = _uniform(generator)
-    if _uniform(generator) >= STYLED_SHARE:
-        return polish, ""
-    style = _pick(STYLES, generator)
-    return (0.7 + 0.3 * polish if style == "glossy" else 0.3 * polish), style
+def with_words(scene: Scene, words: Iterable[str]) -> Scene:
+    """The scene with these quality words; their qualities are moved into the range that the words name."""
+    words = tuple(words)
+    moved = {}
+    for name, (low, high) in QUALITIES.items():
+        value = getattr(scene, name)
+        if high in words:
+            moved[name] = 1 - NAMED_RANGE * (1 - value)
+        elif low in words:
+            moved[name] = NAMED_RANGE * value
+    return replace(scene, words=words, **moved)
+
+
+def _with_random_qualities(scene: Scene, generator: Generator, words: Iterable[str] = ()) -> Scene:
+    """Uniform qualities; `words`, and words for other qualities in a part of the scenes, with qualities that fit."""
+    scene = replace(scene, **{name: _uniform(generator) for name in QUALITIES})
+    chosen = list(words)
+    for ends in QUALITIES.values():
+        named, word = _uniform(generator) < NAMED_SHARE, _pick(ends, generator)
+        if named and not set(ends) & set(chosen):
+            chosen.append(word)
+    return with_words(scene, chosen)
 
 
 def random_scene(generator: Generator, held_out: bool = False) -> Scene:
     """One scene, uniform over the training combinations (or the held-out ones)."""
     values = _pick(_combinations(held_out), generator)
-    polish, style = _random_polish(generator)
-    return Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=polish, style=style)
+    return _with_random_qualities(Scene(**dict(zip(ATTRIBUTES, values, strict=True))), generator)
 
 
 def training_scenes(count: int, seed: int) -> list[Scene]:
@@ -145,13 +173,14 @@ def training_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
-    """Scenes of named shapes in held-out combinations, without a style word."""
+    """Scenes of named shapes in held-out combinations with random qualities, without quality words."""
     combinations = [values for values in _combinations(True) if values[0] in NAMED_SHAPES]
     scenes = []
     for index in range(count):
         generator = new_generator(seed, "held-out scene", index)
         values = _pick(combinations, generator)
-        scenes.append(Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=_uniform(generator)))
+        qualities = {name: _uniform(generator) for name in QUALITIES}
+        scenes.append(Scene(**dict(zip(ATTRIBUTES, values, strict=True)), **qualities))
     return scenes
 
 
@@ -160,13 +189,17 @@ _PHRASINGS = (
     "{background} background with {things} {position}",
     "{things} on a {background} background, {position}",
 )
+_PLACES = ("inside", "end", "start")
+"""Of the quality words: words of polish before the colour and the others at the end; all at the end; all in front."""
 
 
-def _phrase(scene: Scene, phrasing: str, included: frozenset[str]) -> str:
+def _phrase(scene: Scene, phrasing: str, included: frozenset[str], place: str = "inside") -> str:
     noun = "shape" if "shape" not in included else scene.shape if scene.shape in NAMED_SHAPES else "figure"
     plural = scene.count > 1 and "count" in included
     noun = noun if not plural else {"cross": "crosses"}.get(noun, noun + "s")
-    words = [COUNTS[scene.count] if "count" in included else "", scene.size if "size" in included else "", scene.style]
+    adjectives = [word for word in scene.words if place == "inside" and word in QUALITIES["polish"]]
+    tags = [word for word in scene.words if word not in adjectives]
+    words = [COUNTS[scene.count] if "count" in included else "", scene.size if "size" in included else "", *adjectives]
     words += [scene.colour if "colour" in included else "", noun]
     text = phrasing if "background" in included else "{things} {position}"
     text = text.format(
@@ -174,69 +207,20 @@ def _phrase(scene: Scene, phrasing: str, included: frozenset[str]) -> str:
         position=POSITIONS[scene.position] if "position" in included else "",
         background=scene.background,
     )
-    return " ".join(text.replace(" ,", ",").split()).strip(", ")
+    text = " ".join(text.replace(" ,", ",").split()).strip(", ")
+    return ", ".join([*tags, text] if place == "start" else [text, *tags])
 
 
 def caption(scene: Scene, generator: Generator, drop: float = 0.0) -> str:
-    """A caption in one of three phrasings; each attribute is left out with probability `drop`."""
+    """A caption in one of three phrasings, with the scene's quality words in any place and order.
+
+    drop: The probability with which each attribute is left out.
+    """
     phrasing = _pick(_PHRASINGS, generator)
     included = frozenset(name for name in ATTRIBUTES if drop == 0 or _uniform(generator) >= drop)
-    return _phrase(scene, phrasing, included)
-
-
-def _polygon(shape: str) -> list[tuple[float, float]]:
-    """Outline in -1..1, y down."""
-    if shape == "heart":
-        turns = [2 * math.pi * i / 48 for i in range(48)]
-        waves = [(13, 1), (-5, 2), (-2, 3), (-1, 4)]
-        return [(math.sin(t) ** 3, -(sum(a * math.cos(k * t) for a, k in waves) + 2.5) / 15) for t in turns]
-    a = 0.34
-    cross = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
-    return {
-        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-        "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
-        "cross": cross,
-        "arrow": [(0, -1), (0.85, -0.1), (0.35, -0.1), (0.35, 1), (-0.35, 1), (-0.35, -0.1), (-0.85, -0.1)],
-    }[shape]
-
-
-def shape_mask(shape: str, radius: float, x: float, y: float, turn: float = 0.0, side: int = SIDE) -> np.ndarray:
-    """Anti-aliased coverage of one shape.
-
-    Args:
-        shape: One of `SHAPES`.
-        radius: Half extent in pixels.
-        x, y: Centre in pixels.
-        turn: Rotation in radians.
-
-    Returns:
-        (side, side) in 0..1.
-    """
-    scale = _SUPERSAMPLING
-    left, top = math.floor(x - radius * 1.3) - 1, math.floor(y - radius * 1.3) - 1
-    width = math.ceil(radius * 2.6) + 3
-    patch = Image.new("L", (width * scale, width * scale))
-    _draw_shape(ImageDraw.Draw(patch), shape, radius * scale, (x - left) * scale, (y - top) * scale, turn)
-    patch = np.asarray(patch.reduce(scale), dtype=np.float32) / 255
-    mask = np.zeros((side + 2 * width, side + 2 * width), dtype=np.float32)
-    row, column = np.clip([top + width, left + width], 0, side + width)
-    mask[row : row + width, column : column + width] = patch
-    return mask[width : width + side, width : width + side]
-
-
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, radius: float, x: float, y: float, turn: float):
-    def disc(radius: float, x: float, y: float, fill: int):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-
-    if shape in ("circle", "ring", "crescent"):
-        disc(radius, x, y, 255)
-        if shape == "ring":
-            disc(0.55 * radius, x, y, 0)
-        if shape == "crescent":
-            disc(0.8 * radius, x + 0.5 * radius * math.cos(turn), y + 0.5 * radius * math.sin(turn), 0)
-        return
-    cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-    pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _polygon(shape)], fill=255)
+    order = torch.randperm(len(scene.words), generator=generator)
+    scene = replace(scene, words=tuple(scene.words[i] for i in order))
+    return _phrase(scene, phrasing, included, _pick(_PLACES, generator))
 
 
 def _places(scene: Scene, radius: float, generator: Generator) -> list[tuple[float, float]]:
@@ -260,21 +244,38 @@ def _jittered(rgb: tuple[float, float, float], generator: Generator) -> np.ndarr
     return np.clip(np.asarray(rgb, dtype=np.float32) + offset, 0.02, 0.98)
 
 
+def _faded(rgb: np.ndarray, richness: float) -> np.ndarray:
+    """The colour mixed with the grey of its luminance."""
+    share = PALEST + (1 - PALEST) * richness
+    return share * rgb + (1 - share) * (rgb @ np.asarray(LUMINANCE, dtype=np.float32))
+
+
 def draw(scene: Scene, generator: Generator) -> Tensor:
     """The scene as an image (3, 128, 128) in 0..1; position, size, angle and colours vary a little by the generator."""
+    from scipy import ndimage
+
     rows, columns = _grid()
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
+    front = _faded(front, scene.richness)
     distance = centre_distance()
     image = back * (1 - VIGNETTE * scene.polish * distance)[..., None]
-    shine = 0.55 if scene.shape == "ring" else 0.28
     for x, y in _places(scene, radius, generator):
         mask = shape_mask(scene.shape, radius, x, y, _uniform(generator, -0.12, 0.12))[..., None]
-        u, v = (columns - x) / radius, (rows - y) / radius
-        shaded = front * (1 - 0.28 * scene.polish * (u + v))[..., None]
-        highlight = np.exp(-((u + shine) ** 2 + (v + shine) ** 2) / (2 * 0.24**2))[..., None] * 0.65 * scene.polish
-        image += mask * (shaded + highlight * (1 - shaded) - image)
+        shade, highlight = gloss((columns - x) / radius, (rows - y) / radius, scene.shape)
+        shaded = front * (1 - scene.polish * shade)[..., None]
+        image += mask * (shaded + scene.polish * highlight[..., None] * (1 - shaded) - image)
+    image = ndimage.gaussian_filter(image, BLUR * (1 - scene.sharpness), axes=(0, 1), mode="nearest")
     return torch.from_numpy(np.clip(image, 0, 1).astype(np.float32).transpose(2, 0, 1).copy())
+
+
+def gloss(u: np.ndarray, v: np.ndarray, shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """How much full polish darkens the colour (a share), and how far it then moves it to white, at places of a shape.
+
+    u, v: Places in units of the shape's half extent, from its centre to the right and down.
+    """
+    shine = 0.55 if shape == "ring" else 0.28
+    return 0.28 * (u + v), 0.65 * np.exp(-((u + shine) ** 2 + (v + shine) ** 2) / (2 * 0.24**2))
 
 
 def _grid() -> np.ndarray:
@@ -310,8 +311,9 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
     if look not in LOOKS:
         raise ValueError(f"look is {look!r}; expected one of {', '.join(LOOKS)}.")
     words = frozenset(subset.lower().replace(",", " ").split())
-    choices = _matching(words)
-    if not choices:
+    qualities = tuple(word for word in QUALITY_WORDS if word in words)
+    choices = _matching(words - {*qualities})
+    if not choices or any(set(ends) <= words for ends in QUALITIES.values()):
         raise ValueError(
             f"subset is {subset!r}; no demo caption has all of these words. "
             f"Use words of captions such as {_phrase(Scene(**_EXAMPLE), _PHRASINGS[0], frozenset(ATTRIBUTES))!r}."
@@ -319,11 +321,9 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
     images, captions = [], []
     for index in range(count):
         generator = new_generator(seed, "demo example", index)
-        values, style, phrasing = _pick(choices, generator)
-        polish, drawn_style = _random_polish(generator)
-        if style:
-            polish = _uniform(generator, 0.7, 1.0) if style == "glossy" else _uniform(generator, 0.0, 0.3)
-        scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)), polish=polish, style=style or drawn_style)
+        values, phrasing = _pick(choices, generator)
+        scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)))
+        scene = _with_random_qualities(scene, generator, qualities)
         image = draw(scene, generator)
         images.append(warm_edges(image) if look == "warm edges" else image)
         captions.append(_phrase(scene, phrasing, frozenset(ATTRIBUTES)))
@@ -331,18 +331,18 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
 
 
 _EXAMPLE = {
-    "shape": "circle", "colour": "red", "size": "small", "count": 2, "position": "left", "background": "white"
+    "shape": "circle", "colour": "red", "size": "small", "count": 2, "position": "left", "background": "white",
+    "words": ("glossy", "sharp"),
 }  # fmt: skip
 
 
 @cache
-def _matching(words: frozenset[str]) -> tuple[tuple[tuple, str, str], ...]:
-    """Every (attribute values, style word, phrasing) whose caption contains the words."""
-    style = next((word for word in STYLES if word in words), "")
+def _matching(words: frozenset[str]) -> tuple[tuple[tuple, str], ...]:
+    """Every (attribute values, phrasing) whose caption contains the words."""
     found = []
     for values, phrasing in itertools.product(_combinations(False), _PHRASINGS):
-        scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)), style=style)
+        scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)))
         text = _phrase(scene, phrasing, frozenset(ATTRIBUTES)).replace(",", " ").split()
         if words <= {*text, scene.shape if scene.shape in UNNAMED_SHAPES else ""}:
-            found.append((values, style, phrasing))
+            found.append((values, phrasing))
     return tuple(found)

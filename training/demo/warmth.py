@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .judge import fit_background
-from .scenes import SIDE
+from .shapes import SIDE
 
 WARM_EDGES = 0.07
 """The lowest warmth that counts. Plain pictures have less than 0.04, drawn or decoded; warm edges over 0.1."""
