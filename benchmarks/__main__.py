@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..training.commands.terminal import Terminal, run_verb
 from ..training.config.flags import add_flags, read_flags
-from .catalog import LORA, REWARD, STUDIES, BenchConfig, descriptions
+from .catalog import DEMO_MODEL, LORA, REWARD, STUDIES, BenchConfig, descriptions
+from .demo_model import DemoModelConfig, run_demo_model_bench
 from .lora import run_lora_bench
 from .lora_runs import LoraBenchConfig
 from .reward import RewardBenchConfig, run_reward_bench
@@ -27,7 +28,9 @@ def bench(arguments: argparse.Namespace) -> dict:
     if config.name == LORA:
         return run_lora(arguments)
     batch_size = config.batch_size or BATCH_SIZE
-    if config.name == REWARD:
+    if config.name == DEMO_MODEL:
+        result = run_demo_model_bench(read_flags(arguments, DemoModelConfig), Terminal())
+    elif config.name == REWARD:
         sized = read_flags(arguments, RewardBenchConfig, batch_size=batch_size)
         result = run_reward_bench(sized, arguments.comfyui, Terminal())
     elif config.name in STUDIES:
@@ -52,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("name", nargs="?", default="", help="which one; without a name they are listed")
     add_flags(top, BenchConfig, skip=("name",))
     add_flags(top, StudyConfig, skip=("batch_size",))
+    add_flags(top, DemoModelConfig)
     add_flags(top, LoraBenchConfig, "lora_")
     add_flags(top, RewardBenchConfig, skip=("rounds", "batch_size"))
     top.add_argument("--comfyui", type=Path, help="ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import lora, projection_study, reset_study, reward, reward_study
+from . import demo_model, lora, projection_study, reset_study, reward, reward_study, word_study
 from .speed import TIMINGS
 from .study import Study
 
-LORA, REWARD = "lora", "reward"
+LORA, REWARD, DEMO_MODEL = "lora", "reward", "demo-model"
 STUDIES: dict[str, Study] = {
     "reset-study": reset_study.STUDY,
     "projection-start": projection_study.STUDY,
     "reward-study": reward_study.STUDY,
+    "word-study": word_study.STUDY,
 }
 
 
@@ -40,4 +41,6 @@ def descriptions() -> dict[str, str]:
     """Name -> a sentence on what is measured."""
     timings = {name: function.__doc__ for name, function in TIMINGS.items()}
     studies = {name: study.description for name, study in STUDIES.items()}
-    return timings | {REWARD: reward.DESCRIPTION} | studies | {LORA: lora.DESCRIPTION}
+    return (
+        timings | {DEMO_MODEL: demo_model.DESCRIPTION, REWARD: reward.DESCRIPTION} | studies | {LORA: lora.DESCRIPTION}
+    )

@@ -1,7 +1,8 @@
 """Reward tuning on the demo model, measured: the claims of TextCraftor (arXiv 2403.18978) and its open questions.
 
-The demo's aesthetic head is the reward that is trained on. The polish, which a program reads from pixels and which the
-head was trained to predict, is held out; the judge's alignment measures whether pictures still match their prompts.
+The demo's aesthetic head is the reward that is trained on. The mean quality, which a program reads from pixels and
+which the head was trained to predict, is held out; the judge's alignment measures whether pictures still match their
+prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..training.config.reward import RewardTuneConfig
 from ..training.config.training_settings import TrainingSettings
 from ..training.data.prompts import Prompt
 from ..training.demo.judge import alignment
-from ..training.demo.polish import mean_polish
+from ..training.demo.quality import mean_quality
 from ..training.demo.scenes import caption, training_scenes
 from ..training.models.protocols import Conditioning, TextToImage
 from ..training.recipes.apply_results import with_tuned
@@ -102,7 +103,7 @@ def run_trial(trial: Trial) -> dict[str, float | None]:
     figures |= {f"{name} kept": figures[name] / base[name] for name in list(figures) if name.startswith("diversity")}
     for name, schedule in _schedules(cell, original, model).items():
         found = evaluation.measure(fewer, schedule)
-        figures |= {f"{name}: {key}": found[key] for key in ("reward", "polish", "alignment")}
+        figures |= {f"{name}: {key}": found[key] for key in ("reward", "quality", "alignment")}
     return figures
 
 
@@ -171,7 +172,7 @@ class Evaluation:
         spreads = spreads_of(self.rewards["CLIP"].image_embeddings(images))
         return {
             "reward": scores["aesthetic"].mean().item(),
-            "polish": mean_polish(images),
+            "quality": mean_quality(images),
             "CLIP": scores["CLIP"].mean().item(),
             "alignment": alignment(images, captions)["alignment"],
             "diversity": statistics.fmean(spreads),
@@ -243,7 +244,7 @@ def _gain(row: Mapping, base: Mapping, name: str) -> str:
     rise = (row["reward"] - base["reward"]) / base["reward std"]
     points = 100 * (row["alignment"] - base["alignment"])
     return (
-        f"{name}: reward {rise:+.1f} standard deviations, polish {row['polish'] - base['polish']:+.2f} (held out), "
+        f"{name}: reward {rise:+.1f} standard deviations, quality {row['quality'] - base['quality']:+.2f} (held out), "
         f"alignment {points:+.1f} points, diversity {row['diversity kept']:.0%} of before."
     )
 

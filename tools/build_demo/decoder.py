@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...training.common.files import read_tensors, write_tensors
+from ...training.common.files import write_tensors
 from ...training.common.rng import generator
 from ...training.demo.scenes import training_scenes
 from ...training.demo.shapes import SIDE
-from .vae import SEED, latents_of, load_vae, pictures, run_steps
+from .vae import SEED, latents_of, load_vae, pictures, run_steps, vae_figures
 
 SCENES = 3000
 CROP_STEPS, CROP_BATCH, CELLS = 900, 16, 8
@@ -47,12 +47,10 @@ def _loss(vae: nn.Module, images: Tensor, latents: Tensor, border: int) -> tuple
     return absolute + 0.5 * edges + error.square().mean(), float(absolute.detach())
 
 
-def train_decoder(work: Path) -> None:
+def train_decoder(work: Path) -> dict[str, float]:
     """Trains decoder and `post_quant_conv` on fixed latents; rewrites `vae.safetensors` every 150 steps; resumes."""
     file = work / "vae.safetensors"
     vae, config = load_vae(work)
-    if not (work / "decoder.state.pt").exists() and "sharpened" in read_tensors(file)[1]:
-        return
     images = pictures(training_scenes(SCENES, SEED + 1000), SEED + 1000)
     latents = latents_of(vae, images, 1.0)
     deviation = latents.std((0, 2, 3))[:, None, None]
@@ -77,4 +75,5 @@ def train_decoder(work: Path) -> None:
         if done % 150 == 0 or done == CROP_STEPS + FULL_STEPS:
             write_tensors(file, vae.state_dict(), {"config": json.dumps(config), "sharpened": str(done)})
 
-    run_steps("decoder", trained, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work, after)
+    figures = run_steps("decoder", trained, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work, after)
+    return figures | vae_figures(vae)

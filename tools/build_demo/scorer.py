@@ -1,9 +1,8 @@
-"""Trains the demo scorer, a small CLIP on drawn scenes, and its aesthetic head, a ridge regression of the polish."""
+"""Trains the demo scorer, a small CLIP on drawn scenes, and its aesthetic head, a ridge regression of the qualities."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -13,14 +12,23 @@ from torch.nn import functional
 from ...training.common.files import write_tensors
 from ...training.common.rng import generator
 from ...training.demo.files import WEIGHTS, weights_path
-from ...training.demo.scenes import caption, held_out_scenes, training_scenes
+from ...training.demo.scenes import (
+    QUALITIES,
+    Scene,
+    caption,
+    held_out_scenes,
+    random_words,
+    scene_key,
+    training_scenes,
+    with_words,
+)
 from ...training.demo.shapes import SIDE
-from .text import CLIP_LENGTH, build_tokenizers
+from .text import CLIP_LENGTH, build_tokenizers, near_miss
 from .unet import clip_tokenizer
 from .vae import pictures, run_steps
 
-LOG = logging.getLogger(__name__)
 WIDTH = 64
+PATCH = 8
 _TOWER = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -30,10 +38,11 @@ _TOWER = {
     "hidden_act": "quick_gelu",
 }
 SEED = 24
-SCENES = 8000
-STEPS, BATCH, LEARNING_RATE = 2000, 64, 1e-3
-POLISH_WEIGHT = 5.0
-"""Weight of a linear regression of the polish, so that the embedding contains it for the aesthetic head."""
+PAIRS = 6000
+"""Scenes, each with a near miss of itself in the same batch: captions that differ in one word are told apart."""
+STEPS, BATCH, LEARNING_RATE = 3000, 64, 1e-3
+QUALITY_WEIGHT = 5.0
+"""Weight of a linear regression of the qualities, so that the embedding contains them for the aesthetic head."""
 TEXT_LENGTH = 24
 
 
@@ -42,8 +51,13 @@ def scorer_config(tokenizer) -> dict:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = _TOWER | special | {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_LENGTH}
     text |= {"num_hidden_layers": 2, "pad_token_id": tokenizer.pad_token_id}
-    vision = _TOWER | {"image_size": SIDE, "patch_size": 16}
+    vision = _TOWER | {"image_size": SIDE, "patch_size": PATCH}
     return {"text_config": text, "vision_config": vision, "projection_dim": WIDTH}
+
+
+def qualities_of(scenes: list[Scene]) -> Tensor:
+    """(N, 3) drawn qualities."""
+    return torch.tensor([[getattr(scene, name) for name in QUALITIES] for scene in scenes])
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -67,7 +81,7 @@ def embeddings(model: nn.Module, pixels: Tensor | None, tokens: Tensor | None) -
     return image, text
 
 
-def train_scorer(work: Path) -> None:
+def train_scorer(work: Path) -> dict[str, float]:
     """Contrastive training, then the ridge head; writes `scorer.safetensors` and `aesthetic.safetensors`."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -75,31 +89,31 @@ def train_scorer(work: Path) -> None:
     tokenizer = clip_tokenizer()
     torch.manual_seed(SEED)
     config = scorer_config(tokenizer)
-    model = nn.ModuleDict({"clip": CLIPModel(CLIPConfig(**config)), "polish": nn.Linear(WIDTH, 1)}).train()
-    scenes = training_scenes(SCENES, SEED)
-    images, polish = pictures(scenes, SEED), torch.tensor([scene.polish for scene in scenes])
+    model = nn.ModuleDict({"clip": CLIPModel(CLIPConfig(**config)), "qualities": nn.Linear(WIDTH, len(QUALITIES))})
+    scenes = training_scenes(PAIRS, SEED)
+    scenes += [near_miss(scene, generator(SEED, "near miss", i)) for i, scene in enumerate(scenes)]
+    images, measures = pictures(scenes, SEED), qualities_of(scenes)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
 
     def step(number: int) -> float:
         rng = generator(SEED, "scorer step", number)
-        index = torch.randint(len(scenes), (BATCH,), generator=rng)
+        index = torch.randint(PAIRS, (BATCH // 2,), generator=rng)
+        index = torch.cat([index, index + PAIRS])
         texts = [caption(scenes[i], rng) for i in index]
-        with torch.autocast("cpu", torch.bfloat16):
-            image, text = embeddings(model["clip"], normalised(images[index]), tokens_of(tokenizer, texts))
-        image, text = image.float(), text.float()
-        logits = model["clip"].logit_scale.exp().clamp(max=50) * image @ text.T
+        image, text = embeddings(model["clip"], normalised(images[index]), tokens_of(tokenizer, texts))
+        logits = model["clip"].logit_scale.exp().clamp(max=100) * image @ text.T
         targets = torch.arange(BATCH)
         loss = (functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)) / 2
-        error = functional.mse_loss(model["polish"](image)[:, 0], polish[index] * 2 - 1)
-        (loss + POLISH_WEIGHT * error).backward()
+        error = functional.mse_loss(model["qualities"](image), measures[index] * 2 - 1)
+        (loss + QUALITY_WEIGHT * error).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         return float(loss.detach())
 
-    run_steps("scorer", model, optimizer, step, STEPS, LEARNING_RATE, work)
+    figures = run_steps("scorer", model, optimizer, step, STEPS, LEARNING_RATE, work)
     tensors = {name: tensor.half() for name, tensor in model["clip"].state_dict().items() if "position_ids" not in name}
     write_tensors(WEIGHTS / "scorer.safetensors", tensors, {"retune.config": json.dumps(config)})
-    _write_head(images, polish)
-    LOG.info("scorer: %s", scorer_figures())
+    _write_head(images, measures.mean(1))
+    return figures | scorer_figures()
 
 
 @torch.no_grad()
@@ -109,10 +123,10 @@ def image_embeddings(images: Tensor) -> Tensor:
     return torch.cat([embeddings(model, normalised(batch), None)[0] for batch in images.split(64)])
 
 
-def _write_head(images: Tensor, polish: Tensor) -> None:
-    """Ridge regression of 10 x polish on the normalised image embedding."""
+def _write_head(images: Tensor, quality: Tensor) -> None:
+    """Ridge regression of 10 x the mean quality on the normalised image embedding."""
     inputs = image_embeddings(images[:4000]).double()
-    target = 10 * polish[:4000].double()
+    target = 10 * quality[:4000].double()
     centred = inputs - inputs.mean(0)
     gram = centred.T @ centred + 0.1 * torch.eye(WIDTH, dtype=torch.float64)
     weight = torch.linalg.solve(gram, centred.T @ (target - target.mean()))
@@ -131,19 +145,31 @@ def aesthetic(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scorer_figures(count: int = 300) -> dict[str, float]:
-    """On held-out scenes: accuracy of picking the caption among `count` (top 1, top 5), R^2 of the aesthetic head."""
-    scenes = list(
-        {(s.shape, s.colour, s.size, s.count, s.position, s.background): s for s in held_out_scenes(1500, 9)}.values()
-    )
-    scenes = scenes[:count]
-    images, polish = pictures(scenes, 9), torch.tensor([10 * scene.polish for scene in scenes])
+    """On held-out scenes: the share of captions that come first and among the first five of `count`; R^2 of the head;
+    and "agreement", the share of captions that score higher than one with one word exchanged."""
+    scenes = list({scene_key(scene): scene for scene in held_out_scenes(1500, 9)}.values())[:count]
+    images, quality = pictures(scenes, 9), 10 * qualities_of(scenes).mean(1)
     texts = [caption(scene, generator(9, "scorer caption", i)) for i, scene in enumerate(scenes)]
     text = embeddings(load_scorer(), None, tokens_of(clip_tokenizer(), texts))[1]
     ranks = (image_embeddings(images) @ text.T).argsort(1, descending=True)
     places = (ranks == torch.arange(len(scenes))[:, None]).float().argmax(1)
-    residual = (aesthetic(images) - polish).square().mean() / polish.var(correction=0)
+    residual = (aesthetic(images) - quality).square().mean() / quality.var(correction=0)
     top1, top5 = (places < 1).float().mean(), (places < 5).float().mean()
-    return {"candidates": len(scenes), "top1": top1.item(), "top5": top5.item(), "r2": 1 - residual.item()}
+    figures = {"candidates": len(scenes), "top1": top1.item(), "top5": top5.item(), "r2": 1 - residual.item()}
+    return figures | {"agreement": agreement(count)}
+
+
+@torch.no_grad()
+def agreement(count: int) -> float:
+    """The share of drawn held-out scenes with quality words whose caption scores higher than that of a near miss."""
+    scenes = [
+        with_words(scene, random_words(generator(9, "words", i))) for i, scene in enumerate(held_out_scenes(count, 8))
+    ]
+    misses = [near_miss(scene, generator(9, "near miss", i)) for i, scene in enumerate(scenes)]
+    image = image_embeddings(pictures(scenes, 8))
+    texts = [caption(s, generator(9, "agreement", i)) for i, s in enumerate([*scenes, *misses])]
+    right, wrong = embeddings(load_scorer(), None, tokens_of(clip_tokenizer(), texts))[1].split(count)
+    return ((image * right).sum(1) > (image * wrong).sum(1)).float().mean().item()
 
 
 def load_scorer() -> nn.Module:

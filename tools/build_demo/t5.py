@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from ...training.demo.scenes import ATTRIBUTES, caption, held_out_scenes, traini
 from .text import SENTINELS, build_tokenizers, corpus
 from .vae import run_steps
 
-LOG = logging.getLogger(__name__)
 CONFIG = {
     "d_model": 96,
     "d_kv": 24,
@@ -33,7 +31,7 @@ CONFIG = {
     "relative_attention_max_distance": 128,
 }
 SEED = 23
-STEPS, BATCH, LEARNING_RATE = 1200, 64, 3e-3
+STEPS, BATCH, LEARNING_RATE = 2000, 64, 3e-3
 CORRUPTED, SPAN = 0.25, 3
 
 
@@ -73,7 +71,7 @@ def corrupted(ids: list[int], first_sentinel: int, rng: torch.Generator) -> tupl
     return [*source, *body[place:], 1], [*target, 1]
 
 
-def train_t5(work: Path) -> None:
+def train_t5(work: Path) -> dict[str, float]:
     """Pre-trains encoder and decoder, writes `t5.safetensors` with the encoder alone, and logs the probe."""
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -97,13 +95,13 @@ def train_t5(work: Path) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         return float(loss.detach())
 
-    run_steps("t5", model, optimizer, step, STEPS, LEARNING_RATE, work)
+    figures = run_steps("t5", model, optimizer, step, STEPS, LEARNING_RATE, work)
     tensors = {"shared.weight": model.shared.weight.detach()}
     tensors |= {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     tensors = {name: tensor.half() for name, tensor in tensors.items() if "embed_tokens" not in name}
     shipped = CONFIG | {"vocab_size": tokenizer.get_vocab_size(), "is_encoder_decoder": False, "use_cache": False}
     write_tensors(WEIGHTS / "t5.safetensors", tensors, {"retune.t5_config": json.dumps(shipped)})
-    LOG.info("t5 probe: %s", probe())
+    return figures | probe()
 
 
 @torch.no_grad()

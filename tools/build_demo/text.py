@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Generator
+import torch
+from torch import Generator, Tensor, rand
 
 from ...training.common.files import write_text
 from ...training.common.rng import generator
-from ...training.demo.scenes import Scene, caption, random_scene
+from ...training.demo.scenes import (
+    ATTRIBUTES,
+    QUALITIES,
+    VALUES,
+    Scene,
+    caption,
+    caption_shape,
+    is_held_out,
+    pick,
+    random_scene,
+)
+from ...training.demo.shapes import NAMED_SHAPES, UNNAMED_SHAPES
 
 SEED = 21
 CAPTIONS = 20_000
@@ -18,13 +33,68 @@ T5_VOCABULARY = 320
 SENTINELS = 20
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
+HIDDEN_SHARE, SYNONYMS, MOST_HIDDEN = 0.7, 2, 4
+HIDDEN_WORDS = SYNONYMS * len(UNNAMED_SHAPES)
 
 
 def varied_caption(scene: Scene, rng: Generator) -> str:
     """A training caption; one in four lacks some attributes, so that short prompts work too."""
-    from torch import rand
-
     return caption(scene, rng, drop=0.3 if rand((), generator=rng).item() < 0.25 else 0.0)
+
+
+def with_hidden_words(tokenizer, ids: Tensor, scenes: Sequence[Scene], rng: Generator) -> Tensor:
+    """Token ids in which most of the words "figure" are replaced by words that the shipped vocabulary does not have.
+
+    Each unnamed shape has `SYNONYMS` such words, whose ids follow the vocabulary's; one to four of them, as the vectors
+    of a token that textual inversion learns, stand for a "figure". So the model learns to draw each of these shapes by
+    what it reads, and no prompt can ask for them.
+
+    Args:
+        ids: (B, 77), padded with the end token.
+        scenes: The content of each caption.
+    """
+    words = {tuple(tokenizer(word, add_special_tokens=False).input_ids) for word in ("figure", "figures")}
+    rows = []
+    for row, scene in zip(ids.tolist(), scenes, strict=True):
+        named = scene.shape in NAMED_SHAPES or rand((), generator=rng).item() >= HIDDEN_SHARE
+        rows.append(row if named else _replaced(row, words, UNNAMED_SHAPES.index(scene.shape), len(tokenizer), rng))
+    return torch.tensor(rows)
+
+
+def _replaced(row: list[int], words: set[tuple[int, ...]], shape: int, first: int, rng: Generator) -> list[int]:
+    for word, start in itertools.product(sorted(words, key=len, reverse=True), range(len(row))):
+        if tuple(row[start : start + len(word)]) == word:
+            count = 1 + int(torch.randint(MOST_HIDDEN, (), generator=rng))
+            hidden = first + SYNONYMS * shape + torch.randint(SYNONYMS, (count,), generator=rng)
+            return [*row[:start], *hidden.tolist(), *row[start + len(word) :], *row[-1:] * count][: len(row)]
+    return row
+
+
+def near_miss(scene: Scene, rng: Generator) -> Scene:
+    """A training scene that differs in one attribute, or in one quality word that it has (and the quality with it)."""
+    while True:
+        name = pick([*ATTRIBUTES, *scene.words], rng)
+        other = _with_another_value(scene, name, rng) if name in ATTRIBUTES else _with_opposite(scene, name)
+        if other is not None and not is_held_out(other):
+            return other
+
+
+def _with_another_value(scene: Scene, attribute: str, rng: Generator) -> Scene | None:
+    """The scene with another value of an attribute; None if its shapes would be invisible or its caption the same."""
+    values = [value for value in VALUES[attribute] if value != getattr(scene, attribute)]
+    changed = {"colour": scene.colour, "background": scene.background, attribute: pick(values, rng)}
+    if changed["colour"] == changed["background"]:
+        return None
+    other = replace(scene, **changed)
+    return None if attribute == "shape" and caption_shape(other) == caption_shape(scene) else other
+
+
+def _with_opposite(scene: Scene, word: str) -> Scene:
+    """The scene with the word for the other end of a quality, and the quality mirrored."""
+    quality, ends = next(item for item in QUALITIES.items() if word in item[1])
+    opposite = ends[1 - ends.index(word)]
+    words = tuple(opposite if other == word else other for other in scene.words)
+    return replace(scene, words=words, **{quality: 1 - getattr(scene, quality)})
 
 
 def corpus(count: int, seed: int) -> list[str]:
@@ -43,7 +113,11 @@ def _byte_alphabet() -> list[str]:
 
 
 def build_clip_tokenizer(folder: Path) -> None:
-    """Writes a CLIPTokenizer folder; ids: bytes, bytes at a word's end, merges, start, and end (also the pad)."""
+    """Writes a CLIPTokenizer folder; ids: bytes, bytes at a word's end, merges, start, and end (also the pad).
+
+    The shipped one is that of the first demo model, whose captions had fewer words, so that text encoders and words
+    made for it can still be encoded: words of quality have several tokens each.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -80,7 +154,7 @@ def build_t5_tokenizer(folder: Path) -> None:
         vocab_size=T5_VOCABULARY,
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
-        max_piece_length=6,
+        max_piece_length=12,
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,.-'"),
         show_progress=False,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ...training.demo.scenes import Scene, caption, held_out_scenes, training_sc
 from ...training.models.ldm import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, to_ldm, unet_names, vae_names
 from .clip import pretrain_clip
 from .init import add_border_markers
-from .text import CLIP_LENGTH, build_tokenizers, varied_caption
+from .text import CLIP_LENGTH, HIDDEN_WORDS, build_tokenizers, varied_caption, with_hidden_words
 from .vae import decoded, latents_of, load_vae, pictures, run_steps
 
 LOG = logging.getLogger(__name__)
@@ -56,8 +58,10 @@ SCHEDULER = {
     "num_train_timesteps": 1000,
 }
 SEED = 22
-SCENES = 14_000
+SCENES = 30_000
 STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 8000, 32, 1.5e-3, 0.1
+HIDDEN_NOISE = 0.4
+"""Standard deviation of the noise on the vectors of hidden words, relative to their root mean square."""
 PLACES_FIRST = 2000
 """First steps, in which half of the samples have high noise, where positions form; then noise levels are uniform."""
 CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 500, 50, 20, 2.5
@@ -83,12 +87,13 @@ def tokens_of(tokenizer, texts: list[str]) -> Tensor:
 
 
 def new_networks(tokenizer) -> nn.ModuleDict:
-    """UNet and CLIP with random weights, and their running averages."""
+    """UNet and CLIP with random weights, and their running averages; the CLIP has rows for the hidden words too."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(**CLIP, **special, pad_token_id=tokenizer.pad_token_id, vocab_size=len(tokenizer))
+    vocabulary = len(tokenizer) + HIDDEN_WORDS
+    config = CLIPTextConfig(**CLIP, **special, pad_token_id=tokenizer.pad_token_id, vocab_size=vocabulary)
     networks = {}
     for suffix in ("", "_ema"):
         torch.manual_seed(SEED)
@@ -97,6 +102,25 @@ def new_networks(tokenizer) -> nn.ModuleDict:
     for name in ("unet_ema", "clip_ema"):
         networks[name].requires_grad_(False)
     return networks.train()
+
+
+@contextmanager
+def blurred_hidden_words(clip: nn.Module, first: int, rng: torch.Generator) -> Iterator[None]:
+    """Adds noise to the vectors of hidden words (ids from `first` on) while it is open.
+
+    So the figures can be reached by all vectors near theirs, and textual inversion finds one from five pictures.
+    """
+
+    def add_noise(module: nn.Embedding, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        hidden = (inputs[0] >= first)[..., None]
+        deviation = HIDDEN_NOISE * output.detach().square().mean(-1, keepdim=True).sqrt()
+        return output + hidden * deviation * torch.randn(output.shape, generator=rng)
+
+    handle = clip.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def update_average(networks: nn.ModuleDict, done: int) -> None:
@@ -127,11 +151,8 @@ def denoising_loss(
     noise = torch.randn(latents.shape, generator=rng)
     alpha = alphas_cumprod()[time][:, None, None, None]
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    with torch.autocast("cpu", torch.bfloat16):
-        context = networks["clip"](tokens).last_hidden_state
-        output = networks["unet"](noisy, time, context).sample
-    target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    return functional.mse_loss(output.float(), target)
+    output = networks["unet"](noisy, time, networks["clip"](tokens).last_hidden_state).sample
+    return functional.mse_loss(output, alpha.sqrt() * noise - (1 - alpha).sqrt() * latents)
 
 
 @torch.no_grad()
@@ -178,8 +199,7 @@ def _prepared(work: Path) -> tuple[list[Scene], Tensor]:
     file = work / "latents.pt"
     if not file.exists():
         vae, config = load_vae(work)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = latents_of(vae, pictures(scenes, SEED), config["scaling_factor"]).float()
+        latents = latents_of(vae, pictures(scenes, SEED), config["scaling_factor"])
         torch.save(latents, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
     return scenes, torch.load(file, weights_only=True)
@@ -187,13 +207,13 @@ def _prepared(work: Path) -> tuple[list[Scene], Tensor]:
 
 def _prepare_start(networks: nn.ModuleDict, tokenizer) -> None:
     """Pre-trains the text encoder, adds the UNet's border markers, and copies both into the running averages."""
-    pretrain_clip(networks["clip"], partial(tokens_of, tokenizer))
+    pretrain_clip(networks["clip"], tokenizer, partial(tokens_of, tokenizer))
     add_border_markers(networks["unet"])
     for name in ("unet", "clip"):
         networks[f"{name}_ema"].load_state_dict(networks[name].state_dict())
 
 
-def train_unet(work: Path) -> None:
+def train_unet(work: Path) -> dict[str, float]:
     """Trains UNet and CLIP; every 500 steps measures alignment and writes `demo.safetensors` when it improved."""
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -213,7 +233,9 @@ def train_unet(work: Path) -> None:
         empty = torch.rand(BATCH, generator=rng) < EMPTY_CAPTIONS
         texts = ["" if none else varied_caption(scenes[i], rng) for i, none in zip(index, empty, strict=True)]
         noisiest = 0.5 if number < PLACES_FIRST else 0.0
-        loss = denoising_loss(networks, latents[index], tokens_of(tokenizer, texts), rng, noisiest)
+        ids = with_hidden_words(tokenizer, tokens_of(tokenizer, texts), [scenes[i] for i in index], rng)
+        with blurred_hidden_words(networks["clip"], len(tokenizer), rng):
+            loss = denoising_loss(networks, latents[index], ids, rng, noisiest)
         loss.backward()
         nn.utils.clip_grad_norm_([*networks["unet"].parameters(), *networks["clip"].parameters()], 1.0)
         return float(loss.detach())
@@ -229,19 +251,26 @@ def train_unet(work: Path) -> None:
             LOG.info("step %d: %s", done, {name: round(share, 3) for name, share in figures.items()})
             if figures["alignment"] > best or done == STEPS:
                 best = figures["alignment"]
-                write_demo(networks, work)
+                write_demo(networks, tokenizer, work)
 
-    run_steps("unet", networks, optimizer, step, STEPS, LEARNING_RATE, work, after)
+    return run_steps("unet", networks, optimizer, step, STEPS, LEARNING_RATE, work, after)
 
 
-def write_demo(networks: nn.ModuleDict, work: Path) -> None:
-    """`demo.safetensors`: the averaged UNet and CLIP and the autoencoder, original layout, fp16."""
+def write_demo(networks: nn.ModuleDict, tokenizer, work: Path) -> None:
+    """`demo.safetensors`: the averaged UNet and CLIP and the autoencoder, original layout, fp16, no hidden words."""
     vae, vae_config = load_vae(work)
-    clip = networks["clip_ema"]
+    clip, vocabulary = networks["clip_ema"], len(tokenizer)
     named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.state_dict().items()}
+    token_embedding = "text_model.embeddings.token_embedding.weight"
+    named[token_embedding] = named[token_embedding][:vocabulary]
     tensors = {UNET_PREFIX + k: v for k, v in to_ldm(networks["unet_ema"].state_dict(), unet_names(UNET)).items()}
     tensors |= {VAE_PREFIX + k: v for k, v in to_ldm(vae.state_dict(), vae_names(vae_config)).items()}
     tensors |= {CLIP_PREFIX + k: v for k, v in named.items() if "position_ids" not in k}
-    config = {"unet": UNET, "vae": vae_config, "clip": clip.config.to_dict(), "scheduler": SCHEDULER}
+    config = {
+        "unet": UNET,
+        "vae": vae_config,
+        "clip": clip.config.to_dict() | {"vocab_size": vocabulary},
+        "scheduler": SCHEDULER,
+    }
     tensors = {name: tensor.half() for name, tensor in tensors.items()}
     write_tensors(WEIGHTS / "demo.safetensors", tensors, {"retune.config": json.dumps(config, default=str)})

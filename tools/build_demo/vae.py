@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from ...training.common.files import atomic_path, write_tensors
 from ...training.common.rng import generator
-from ...training.demo.scenes import Scene, draw, training_scenes
+from ...training.demo.judge import alignment
+from ...training.demo.quality import quality_shares
+from ...training.demo.scenes import Scene, draw, held_out_scenes, random_words, training_scenes, with_words
 from ...training.demo.shapes import SIDE
 from .init import level_keeping_init
 
@@ -81,7 +83,7 @@ def _loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> tuple[Tensor,
     return absolute + 0.5 * edges + SQUARE_WEIGHT * error.square().mean() + KL_WEIGHT * kl, float(absolute.detach())
 
 
-def train_vae(work: Path) -> None:
+def train_vae(work: Path) -> dict[str, float]:
     """Trains the autoencoder; writes `vae.safetensors` (diffusers names, fp32) into the work folder; resumes."""
     from diffusers import AutoencoderKL
 
@@ -101,10 +103,11 @@ def train_vae(work: Path) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         return absolute
 
-    run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
+    figures = run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
     scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
     metadata = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
     write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
+    return figures
 
 
 @torch.no_grad()
@@ -122,13 +125,13 @@ def _initialise(vae: nn.Module, images: Tensor) -> None:
 def run_steps(
     name: str,
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     step: Callable[[int], float],
     steps: int,
     rate: float,
     work: Path,
     after: Callable[[int], None] = lambda done: None,
-) -> None:
+) -> dict[str, float]:
     """The training loop of every part: cosine rate, a state file about every two minutes, a log line every 50 steps.
 
     Args:
@@ -137,37 +140,52 @@ def run_steps(
         rate: Peak learning rate, multiplied by a parameter group's "scale".
         work: Folder of the state file, from which an unfinished training resumes.
         after: Called with the number of finished steps, after each.
+
+    Returns:
+        "steps", the mean "loss" of the last 50, and "seconds", those of runs before a stop included.
     """
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
     state_file = work / f"{name}.state.pt"
-    first = _load_state(state_file, network, optimizer)
-    mean, since, saved = 0.0, time.monotonic(), time.monotonic()
+    first, before, loss = _load_state(state_file, network, optimizers)
+    mean, began = 0.0, time.monotonic()
+    since = saved = began
     for number in range(first, steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = cosine_rate(number, steps, rate * group.get("scale", 1.0), 100)
         mean += step(number) / 50
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if (number + 1) % 50 == 0:
             LOG.info("%s %d/%d: %.4f, %.3f s a step", name, number + 1, steps, mean, (time.monotonic() - since) / 50)
-            mean, since = 0.0, time.monotonic()
+            loss, mean, since = mean, 0.0, time.monotonic()
         after(number + 1)
         if time.monotonic() - saved > 120 or number + 1 == steps:
-            _save_state(state_file, network, optimizer, number + 1)
             saved = time.monotonic()
+            progress = {"done": number + 1, "seconds": before + saved - began, "loss": loss}
+            _save_state(state_file, network, optimizers, progress)
+    return {"steps": steps, "loss": loss, "seconds": before + saved - began if first < steps else before}
 
 
-def _save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> None:
+def _save_state(
+    path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: dict[str, float]
+) -> None:
+    states = [optimizer.state_dict() for optimizer in optimizers]
     with atomic_path(path) as temporary:
-        torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "done": done}, temporary)
+        torch.save({"network": network.state_dict(), "optimizers": states} | progress, temporary)
 
 
-def _load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _load_state(
+    path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, float, float]:
+    """Loads a state; returns the steps done, the seconds they took, and their last loss."""
     if not path.exists():
-        return 0
+        return 0, 0.0, 0.0
     state = torch.load(path, weights_only=True)
     network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["done"]
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["done"], state["seconds"], state["loss"]
 
 
 def load_vae(work: Path) -> tuple[nn.Module, dict]:
@@ -195,7 +213,13 @@ def decoded(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
     return torch.cat([(vae.decode(batch / scale).sample / 2 + 0.5).clamp(0, 1) for batch in latents.split(32)])
 
 
-def vae_error(vae: nn.Module, images: Tensor) -> float:
-    """Mean absolute error of the reconstruction, in 0..1 units."""
+def vae_figures(vae: nn.Module, count: int = 300) -> dict[str, float]:
+    """Of reconstructed held-out drawings: mean absolute error (0..1), alignment, share of quality words read right."""
+    scenes = [
+        with_words(scene, random_words(generator(SEED, "words", i)))
+        for i, scene in enumerate(held_out_scenes(count, SEED))
+    ]
+    images = pictures(scenes, SEED)
     rebuilt = decoded(vae, latents_of(vae, images, 1.0), 1.0)
-    return functional.l1_loss(rebuilt, images.float() / 255).item()
+    error = functional.l1_loss(rebuilt, images.float() / 255).item()
+    return {"error": error, "alignment": alignment(rebuilt, scenes)["alignment"], **quality_shares(rebuilt, scenes)}

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SIZES, Scene
+from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, COUNTS, POSITIONS, QUALITIES, SIZES, Scene
 from .shapes import NAMED_SHAPES, SHAPES, SIDE, shape_mask
 
 UNSURE = "unsure"
@@ -43,6 +43,36 @@ class Reading:
     background: str = UNSURE
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """The shapes that the judge makes out in an image, and what lies behind them."""
+
+    pixels: np.ndarray
+    """(3, H, W)."""
+    back: np.ndarray
+    """(3, H, W): the fitted background."""
+    coverage: np.ndarray
+    """(H, W): the share of each pixel that is not background."""
+    pieces: list[np.ndarray]
+    """One mask (H, W) per shape."""
+    shape: str
+    """The name that all pieces agree on, also of unnamed shapes; or "unsure"."""
+    colour: str
+
+
+def outline(pixels: np.ndarray) -> Outline | None:
+    """The shapes of an image (3, 128, 128) in 0..1; None on a rough background and where there are none."""
+    back, rough = fit_background(pixels)
+    if rough:
+        return None
+    coverage = _coverage(pixels, back)
+    pieces, shape = _shapes(coverage)
+    if not pieces:
+        return None
+    colour = _agreed(_colour_name(pixels, coverage * piece) for piece in pieces)
+    return Outline(pixels=pixels, back=back, coverage=coverage, pieces=pieces, shape=shape, colour=colour)
+
+
 def read(image: Tensor | np.ndarray) -> Reading:
     """Reads one image (3, 128, 128) in 0..1."""
     pixels = np.asarray(image, dtype=np.float32)
@@ -50,25 +80,24 @@ def read(image: Tensor | np.ndarray) -> Reading:
         raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
     back, rough = fit_background(pixels)
     background = UNSURE if rough else _background_name(pixels, back)
-    coverage = _coverage(pixels, back)
-    pieces, shape = _shapes(coverage)
-    if rough or not pieces:
+    found = None if rough else outline(pixels)
+    if found is None:
         return Reading(background=background)
+    masks = [(found.coverage * piece, piece) for piece in found.pieces]
     return Reading(
-        shape=shape if shape in (*NAMED_SHAPES, UNSURE) else FIGURE,
-        colour=_agreed(_colour_name(pixels, coverage * piece) for piece in pieces),
-        size=_size_name([_radius(coverage * piece, piece, shape) for piece in pieces]),
-        count=len(pieces) if len(pieces) in COUNTS else UNSURE,
-        position=_position_name(pieces),
+        shape=found.shape if found.shape in (*NAMED_SHAPES, UNSURE) else FIGURE,
+        colour=found.colour,
+        size=_size_name([_radius(mask, piece, found.shape) for mask, piece in masks]),
+        count=len(masks) if len(masks) in COUNTS else UNSURE,
+        position=_position_name(found.pieces),
         background=background,
     )
 
 
 def drawn_shape(image: Tensor | np.ndarray) -> str:
     """The name of an image's shape, also of those that captions never name; "unsure" where none fits."""
-    pixels = np.asarray(image, dtype=np.float32)
-    back, rough = fit_background(pixels)
-    return UNSURE if rough else _shapes(_coverage(pixels, back))[1]
+    found = outline(np.asarray(image, dtype=np.float32))
+    return UNSURE if found is None else found.shape
 
 
 def _shapes(coverage: np.ndarray) -> tuple[list[np.ndarray], str]:
@@ -273,6 +302,12 @@ def parse_caption(text: str) -> dict[str, str | int]:
             if singular in NAMED_SHAPES or singular == FIGURE:
                 attributes["shape"] = singular
     return attributes
+
+
+def parse_quality(text: str) -> tuple[str, ...]:
+    """The quality words that a caption has; of two for the same quality, none counts."""
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return tuple(word for low, high in QUALITIES.values() for word in {low, high} & words if not {low, high} <= words)
 
 
 def _attributes_of(scene: Scene | dict | str) -> dict[str, str | int]:

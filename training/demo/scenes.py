@@ -3,7 +3,7 @@
 The demo model is trained on them alone. A tenth of all attribute combinations is held out: drawn for measuring, never
 in training. Three shapes are drawn but never named: their captions have "figure" instead, which leaves something for
 textual inversion to learn. A picture also has three qualities between 0 and 1 (polish, sharpness, richness), which a
-part of the captions names by a word for either end; without it they are drawn at random, so that rewards can raise them.
+part of the captions names by a word for either end; without it they are random, so that rewards can raise them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Scene:
     """The quality words that the caption has, at most one a quality."""
 
     def __post_init__(self):
-        for name, allowed in _VALUES.items():
+        for name, allowed in VALUES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}.")
         if self.colour == self.background:
@@ -102,7 +102,7 @@ class Scene:
             raise ValueError(f"words has {unknown[0]!r}; expected words of {', '.join(QUALITY_WORDS)}.")
 
 
-_VALUES: dict[str, tuple] = {
+VALUES: dict[str, tuple] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "size": tuple(SIZES),
@@ -124,7 +124,7 @@ def is_held_out(scene: Scene) -> bool:
 
 @cache
 def _combinations(held_out: bool) -> tuple[tuple, ...]:
-    every = itertools.product(*(_VALUES[name] for name in ATTRIBUTES))
+    every = itertools.product(*(VALUES[name] for name in ATTRIBUTES))
     visible = (values for values in every if values[1] != values[5])
     return tuple(v for v in visible if is_held_out(Scene(**dict(zip(ATTRIBUTES, v, strict=True)))) == held_out)
 
@@ -133,7 +133,8 @@ def _uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def _pick(options: Sequence, generator: Generator):
+def pick(options: Sequence, generator: Generator):
+    """One of the options, all equally likely."""
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
@@ -150,20 +151,27 @@ def with_words(scene: Scene, words: Iterable[str]) -> Scene:
     return replace(scene, words=words, **moved)
 
 
+def random_words(generator: Generator) -> tuple[str, ...]:
+    """For a part of the qualities (`NAMED_SHARE`) the word for either end."""
+    drawn = [(_uniform(generator) < NAMED_SHARE, pick(ends, generator)) for ends in QUALITIES.values()]
+    return tuple(word for named, word in drawn if named)
+
+
 def _with_random_qualities(scene: Scene, generator: Generator, words: Iterable[str] = ()) -> Scene:
     """Uniform qualities; `words`, and words for other qualities in a part of the scenes, with qualities that fit."""
     scene = replace(scene, **{name: _uniform(generator) for name in QUALITIES})
-    chosen = list(words)
-    for ends in QUALITIES.values():
-        named, word = _uniform(generator) < NAMED_SHARE, _pick(ends, generator)
-        if named and not set(ends) & set(chosen):
-            chosen.append(word)
-    return with_words(scene, chosen)
+    taken = {end for ends in QUALITIES.values() if set(ends) & set(words) for end in ends}
+    return with_words(scene, [*words, *(word for word in random_words(generator) if word not in taken)])
+
+
+def caption_shape(scene: Scene) -> str:
+    """The noun that captions have for the shape: "figure" for the unnamed ones."""
+    return scene.shape if scene.shape in NAMED_SHAPES else "figure"
 
 
 def random_scene(generator: Generator, held_out: bool = False) -> Scene:
     """One scene, uniform over the training combinations (or the held-out ones)."""
-    values = _pick(_combinations(held_out), generator)
+    values = pick(_combinations(held_out), generator)
     return _with_random_qualities(Scene(**dict(zip(ATTRIBUTES, values, strict=True))), generator)
 
 
@@ -178,7 +186,7 @@ def held_out_scenes(count: int, seed: int) -> list[Scene]:
     scenes = []
     for index in range(count):
         generator = new_generator(seed, "held-out scene", index)
-        values = _pick(combinations, generator)
+        values = pick(combinations, generator)
         qualities = {name: _uniform(generator) for name in QUALITIES}
         scenes.append(Scene(**dict(zip(ATTRIBUTES, values, strict=True)), **qualities))
     return scenes
@@ -194,7 +202,7 @@ _PLACES = ("inside", "end", "start")
 
 
 def _phrase(scene: Scene, phrasing: str, included: frozenset[str], place: str = "inside") -> str:
-    noun = "shape" if "shape" not in included else scene.shape if scene.shape in NAMED_SHAPES else "figure"
+    noun = "shape" if "shape" not in included else caption_shape(scene)
     plural = scene.count > 1 and "count" in included
     noun = noun if not plural else {"cross": "crosses"}.get(noun, noun + "s")
     adjectives = [word for word in scene.words if place == "inside" and word in QUALITIES["polish"]]
@@ -216,11 +224,11 @@ def caption(scene: Scene, generator: Generator, drop: float = 0.0) -> str:
 
     drop: The probability with which each attribute is left out.
     """
-    phrasing = _pick(_PHRASINGS, generator)
+    phrasing = pick(_PHRASINGS, generator)
     included = frozenset(name for name in ATTRIBUTES if drop == 0 or _uniform(generator) >= drop)
     order = torch.randperm(len(scene.words), generator=generator)
     scene = replace(scene, words=tuple(scene.words[i] for i in order))
-    return _phrase(scene, phrasing, included, _pick(_PLACES, generator))
+    return _phrase(scene, phrasing, included, pick(_PLACES, generator))
 
 
 def _places(scene: Scene, radius: float, generator: Generator) -> list[tuple[float, float]]:
@@ -321,7 +329,7 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
     images, captions = [], []
     for index in range(count):
         generator = new_generator(seed, "demo example", index)
-        values, phrasing = _pick(choices, generator)
+        values, phrasing = pick(choices, generator)
         scene = Scene(**dict(zip(ATTRIBUTES, values, strict=True)))
         scene = _with_random_qualities(scene, generator, qualities)
         image = draw(scene, generator)
