@@ -6,8 +6,7 @@ from retune.training.common.rng import generator
 from retune.training.demo.judge import correct, parse_caption, read
 from retune.training.demo.scenes import (
     ATTRIBUTES,
-    NAMED_SHAPES,
-    UNNAMED_SHAPES,
+    QUALITIES,
     Scene,
     caption,
     demo_examples,
@@ -16,7 +15,9 @@ from retune.training.demo.scenes import (
     is_held_out,
     scene_key,
     training_scenes,
+    with_words,
 )
+from retune.training.demo.shapes import NAMED_SHAPES, UNNAMED_SHAPES
 
 RED = {"shape": "circle", "colour": "red", "size": "small", "count": 2, "position": "left", "background": "blue"}
 
@@ -74,12 +75,14 @@ def test_dropping_leaves_attributes_out():
     assert min(sizes) <= 2 and max(sizes) >= 4
 
 
-@pytest.mark.parametrize("subset", ["red", "two circles", "glossy ring", "heart"])
+@pytest.mark.parametrize("subset", ["red", "two circles", "glossy ring", "heart", "rich, sharp cross"])
 def test_subset_holds_in_every_caption(subset):
     images, captions = demo_examples(6, 0, subset)
     assert images.shape == (6, 3, 128, 128) and len(captions) == 6
     for text in captions:
-        assert all(word in text.replace(",", " ").split() for word in subset.split() if word != "heart")
+        assert all(
+            word in text.replace(",", " ").split() for word in subset.replace(",", "").split() if word != "heart"
+        )
     if subset == "heart":
         assert all("figure" in text for text in captions)
 
@@ -97,12 +100,48 @@ def test_glossy_captions_have_brighter_spots_than_flat_ones():
     assert brightest("glossy") > brightest("flat") + 0.2
 
 
-def test_impossible_subset_is_refused():
-    with pytest.raises(ValueError, match="subset is 'red two three'"):
-        demo_examples(3, 0, "red two three")
+def test_sharp_edges_are_steeper_than_blurred_ones():
+    def steepest(word):
+        images, _ = demo_examples(12, 1, f"{word} red black large")
+        return images.diff(dim=3).abs().amax((1, 2, 3)).mean()
+
+    assert steepest("sharp") > 2 * steepest("blurred")
 
 
-@pytest.mark.parametrize("wrong", [{"shape": "blob"}, {"colour": "blue"}, {"count": 4}, {"polish": 1.5}])
+def test_rich_colours_are_further_from_grey_than_plain_ones():
+    def chroma(word):
+        images, _ = demo_examples(12, 1, f"{word} red black large")
+        return (images.amax(1) - images.amin(1)).amax((1, 2)).mean()
+
+    assert chroma("rich") > 1.3 * chroma("plain")
+
+
+@pytest.mark.parametrize("words", [("glossy",), ("flat", "sharp"), ("blurred", "rich"), ("glossy", "sharp", "plain")])
+def test_words_of_quality_move_it_into_their_range_and_come_in_any_place(words):
+    scene = Scene(**RED, polish=0.9, sharpness=0.1, richness=0.5)
+    named = with_words(scene, words)
+    for quality, (low, high) in QUALITIES.items():
+        value = getattr(named, quality)
+        if low in words or high in words:
+            assert value >= 0.7 if high in words else value <= 0.3
+        else:
+            assert value == getattr(scene, quality)
+    texts = {caption(named, generator(i, "caption")) for i in range(60)}
+    assert all(set(words) <= set(text.replace(",", " ").split()) for text in texts)
+    assert all(parse_caption(text) == RED for text in texts) and len(texts) >= 6
+
+
+@pytest.mark.parametrize("subset", ["red two three", "glossy flat", "shiny"])
+def test_impossible_subset_is_refused(subset):
+    with pytest.raises(ValueError, match=f"subset is '{subset}'"):
+        demo_examples(3, 0, subset)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"shape": "blob"}, {"colour": "blue"}, {"count": 4}, {"polish": 1.5}, {"richness": -0.1}, {"words": ("shiny",)},
+     {"words": ("sharp", "blurred")}],
+)  # fmt: skip
 def test_wrong_scene_is_refused(wrong):
     with pytest.raises(ValueError):
         Scene(**RED | wrong)
