@@ -26,7 +26,7 @@ def measured():
     }
 
 
-@pytest.mark.parametrize(("name", "error"), [("polish", 0.05), ("sharpness", 0.12), ("richness", 0.1)])
+@pytest.mark.parametrize(("name", "error"), [("polish", 0.05), ("light", 0.08), ("richness", 0.1)])
 def test_it_reads_what_was_drawn(measured, name, error):
     read, true = measured[name].double().T
     assert (read - true).abs().mean() < error
@@ -41,7 +41,7 @@ def test_a_drawn_word_is_read_back(word):
 
 
 def test_the_middle_and_pictures_without_shapes_are_unsure():
-    middle = [Scene(**BLUE, polish=0.5, sharpness=0.5, richness=0.5)] * 8
+    middle = [Scene(**BLUE, polish=0.5, light=0.5, richness=0.5)] * 8
     assert sum(quality_words(image)["polish"] == "unsure" for image in drawn(middle)) >= 6
     noise = torch.rand(3, 128, 128, generator=generator(0, "noise"))
     for image in (torch.full((3, 128, 128), 0.5), torch.zeros(3, 128, 128), noise):
@@ -50,7 +50,7 @@ def test_the_middle_and_pictures_without_shapes_are_unsure():
 
 
 def test_the_mean_leaves_out_what_cannot_be_told():
-    full = drawn([Scene(**BLUE, polish=1.0, sharpness=1.0, richness=1.0)])
+    full = drawn([Scene(**BLUE, polish=1.0, light=1.0, richness=1.0)])
     blank = torch.full((3, 128, 128), 0.5)
     assert mean_quality([*full, blank]) == mean_quality(full) > 0.85
     assert mean_quality(full, ["polish"]) == pytest.approx(qualities(full[0])["polish"])
@@ -58,14 +58,14 @@ def test_the_mean_leaves_out_what_cannot_be_told():
 
 
 def test_shares_count_only_what_a_caption_says():
-    (sharp,) = drawn([Scene(**BLUE, polish=0.0, sharpness=1.0, richness=1.0)])
-    assert quality_shares([sharp] * 2, ["sharp, two circles", "blurred circles, flat"]) == {
-        "sharp": 1.0, "blurred": 0.0, "flat": 1.0
+    (lit,) = drawn([Scene(**BLUE, polish=0.0, light=1.0, richness=1.0)])
+    assert quality_shares([lit] * 2, ["sunlit, two circles", "dim circles, flat"]) == {
+        "sunlit": 1.0, "dim": 0.0, "flat": 1.0
     }  # fmt: skip
-    assert quality_shares([sharp], ["two circles"]) == {}
+    assert quality_shares([lit], ["two circles"]) == {}
 
 
 def test_words_of_captions_are_parsed():
-    assert parse_quality("two glossy red circles, Rich, sharp") == ("glossy", "sharp", "rich")
+    assert parse_quality("two glossy red circles, Rich, sunlit") == ("glossy", "sunlit", "rich")
     assert parse_quality("glossy flat circles, plain") == ("plain",)
-    assert parse_quality("sharper, enriched") == ()
+    assert parse_quality("dimmer, enriched") == ()

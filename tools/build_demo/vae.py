@@ -21,6 +21,7 @@ from ...training.demo.quality import quality_shares
 from ...training.demo.scenes import Scene, draw, held_out_scenes, random_words, training_scenes, with_words
 from ...training.demo.shapes import SIDE
 from .init import level_keeping_init
+from .muon import muon_and_adamw
 
 LOG = logging.getLogger(__name__)
 CONFIG = {
@@ -36,9 +37,10 @@ CONFIG = {
 }
 SEED = 20
 SCENES = 4000
-CROP_STEPS, CROP_BATCH, CROP = 3000, 16, 48
+CROP_STEPS, CROP_BATCH, CROP = 2500, 16, 48
 FULL_STEPS, FULL_BATCH = 100, 8
 LEARNING_RATE = 2e-3
+OUTER = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv")
 SHAPE_WEIGHT = 2.0
 """Extra weight of pixels that differ from the median colour: the shapes, which cover a small area."""
 SQUARE_WEIGHT = 4.0
@@ -91,7 +93,7 @@ def train_vae(work: Path) -> dict[str, float]:
     vae = AutoencoderKL(**CONFIG)
     images = pictures(training_scenes(SCENES, SEED), SEED)
     _initialise(vae, images[:16].float() / 127.5 - 1)
-    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-3)
+    optimizers = muon_and_adamw(vae, OUTER, LEARNING_RATE)
 
     def step(number: int) -> float:
         rng = generator(SEED, "vae step", number)
@@ -103,7 +105,7 @@ def train_vae(work: Path) -> dict[str, float]:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         return absolute
 
-    figures = run_steps("vae", vae, optimizer, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
+    figures = run_steps("vae", vae, optimizers, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
     scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
     metadata = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
     write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)

@@ -1,7 +1,7 @@
 """Reads a drawn scene's attributes back from pixels with classical image processing; no network.
 
-The background is the median colour, corrected for a vignette; what differs from it is labelled into shapes; each shape
-is compared with drawn templates. Weak evidence reads as "unsure", which never counts as correct.
+The background is the median colour, corrected for a vignette and light from above; what differs from it is labelled
+into shapes; each shape is compared with drawn templates. Weak evidence reads as "unsure", which never counts as correct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, COUNTS, POSITIONS, QUALITIES, SIZES, Scene
+from .scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    QUALITIES,
+    SIZES,
+    Scene,
+    centre_distance,
+    edge_shares,
+)
 from .shapes import NAMED_SHAPES, SHAPES, SIDE, shape_mask
 
 UNSURE = "unsure"
@@ -43,14 +54,33 @@ class Reading:
     background: str = UNSURE
 
 
+@dataclass(frozen=True)
+class Background:
+    """A fitted background.
+
+    Attributes:
+        pixels: (3, H, W).
+        rough: Whether the picture has no such background; the colours mean nothing then.
+        centre: (3,) its colour in the centre.
+        vignette: (3,) by how much the corners differ from it.
+        top, bottom: (3,) by how much the upper and the lower edge do.
+    """
+
+    pixels: np.ndarray
+    rough: bool
+    centre: np.ndarray
+    vignette: np.ndarray
+    top: np.ndarray
+    bottom: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outline:
     """The shapes that the judge makes out in an image, and what lies behind them."""
 
     pixels: np.ndarray
     """(3, H, W)."""
-    back: np.ndarray
-    """(3, H, W): the fitted background."""
+    back: Background
     coverage: np.ndarray
     """(H, W): the share of each pixel that is not background."""
     pieces: list[np.ndarray]
@@ -62,10 +92,10 @@ class Outline:
 
 def outline(pixels: np.ndarray) -> Outline | None:
     """The shapes of an image (3, 128, 128) in 0..1; None on a rough background and where there are none."""
-    back, rough = fit_background(pixels)
-    if rough:
+    back = fit_background(pixels)
+    if back.rough:
         return None
-    coverage = _coverage(pixels, back)
+    coverage = _coverage(pixels, back.pixels)
     pieces, shape = _shapes(coverage)
     if not pieces:
         return None
@@ -78,9 +108,9 @@ def read(image: Tensor | np.ndarray) -> Reading:
     pixels = np.asarray(image, dtype=np.float32)
     if pixels.shape != (3, SIDE, SIDE):
         raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
-    back, rough = fit_background(pixels)
-    background = UNSURE if rough else _background_name(pixels, back)
-    found = None if rough else outline(pixels)
+    back = fit_background(pixels)
+    background = UNSURE if back.rough else _background_name(back)
+    found = None if back.rough else outline(pixels)
     if found is None:
         return Reading(background=background)
     masks = [(found.coverage * piece, piece) for piece in found.pieces]
@@ -120,24 +150,26 @@ def _agreed(names: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else UNSURE
 
 
-def fit_background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The background (3, H, W) as colour * (1 + a r^2), fitted near the median; and whether it is rough."""
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
-    distance = ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
-    basis = np.stack([np.ones_like(distance), distance], -1).reshape(-1, 2)
+def fit_background(pixels: np.ndarray) -> Background:
+    """Fits centre + vignette r^2 + top a + bottom b near the median, by least squares; a and b as in `edge_shares`."""
+    terms = (np.ones((SIDE, SIDE)), centre_distance(), *edge_shares())
+    basis = np.stack(terms, -1).reshape(-1, len(terms))
     flat = pixels.reshape(3, -1)
     fit = np.median(flat, axis=1, keepdims=True) + np.zeros_like(flat)
+    rates = np.stack([fit[:, 0], *np.zeros((3, 3))])
     for tolerance in (0.25, 0.12, 0.1):
         near = np.abs(flat - fit).max(0) < tolerance
         if near.mean() < 0.5:
-            return fit.reshape(pixels.shape), True
-        fit = (basis @ np.linalg.lstsq(basis[near], flat[:, near].T, rcond=None)[0]).T
+            return Background(fit.reshape(pixels.shape), True, *rates)
+        rates = np.linalg.lstsq(basis[near], flat[:, near].T, rcond=None)[0]
+        fit = (basis @ rates).T
     near = np.abs(flat - fit).max(0) < 0.12
-    return fit.reshape(pixels.shape), bool(near.mean() < 0.6 or np.abs(flat - fit)[:, near].mean() > 0.045)
+    rough = bool(near.mean() < 0.6 or np.abs(flat - fit)[:, near].mean() > 0.045)
+    return Background(fit.reshape(pixels.shape), rough, *rates)
 
 
-def _background_name(pixels: np.ndarray, back: np.ndarray) -> str:
-    colour = back[:, SIDE // 2, SIDE // 2].clip(0, 1)
+def _background_name(back: Background) -> str:
+    colour = back.centre.clip(0, 1)
     distances = {name: float(np.abs(colour - rgb).max()) for name, rgb in BACKGROUNDS.items()}
     best, second = sorted(distances, key=distances.get)[:2]
     clear = distances[best] < 0.2 and distances[second] - distances[best] > 0.1

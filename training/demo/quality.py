@@ -1,4 +1,4 @@
-"""A judge beside judge.py: measures the qualities of a picture (polish, sharpness, richness) from its pixels.
+"""A judge beside judge.py: measures the qualities of a picture (polish, light, richness) from its pixels.
 
 The demo's aesthetic head was trained to predict their mean. This program has no gradient that a reward tuning could
 exploit, so it measures independently what tuning for the head does to pictures.
@@ -12,16 +12,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from .judge import UNSURE, Outline, outline, parse_quality
-from .scenes import COLOURS, LUMINANCE, PALEST, QUALITIES, VIGNETTE, Scene, gloss
+from .judge import UNSURE, Background, Outline, outline, parse_quality
+from .scenes import COLOURS, LIGHT, LUMINANCE, PALEST, QUALITIES, VIGNETTE, Scene, gloss
 
 DARKEST = 0.15
 """Mean of a background's colour below which its vignette cannot be measured."""
 UNDECIDED = 0.05
 """A quality this close to the middle is read as no word."""
 _DEEP = 3.0
-_SHARPEST, _BLURREST = 0.55, 2.0
-"""Pixels: standard deviations that `_edge_width` measures on drawn pictures of sharpness 1 and 0."""
+"""Pixels from the edge, from which on a shape has its colour even where an autoencoder blurs it."""
 
 
 def qualities(image: Tensor | np.ndarray) -> dict[str, float]:
@@ -32,7 +31,7 @@ def qualities(image: Tensor | np.ndarray) -> dict[str, float]:
     found = outline(np.asarray(image, dtype=np.float32))
     if found is None:
         return dict.fromkeys(QUALITIES, math.nan)
-    values = {"polish": _polish(found), "sharpness": _sharpness(found), "richness": _richness(found)}
+    values = {"polish": _polish(found), "light": _light(found.back), "richness": _richness(found)}
     return {name: min(max(value, 0.0), 1.0) if value == value else value for name, value in values.items()}
 
 
@@ -71,16 +70,15 @@ def mean_quality(images: Iterable[Tensor], names: Sequence[str] = tuple(QUALITIE
 
 def _polish(found: Outline) -> float:
     """From the vignette, or on a dark background from the gloss of the shapes."""
-    middle = found.back.shape[1] // 2
-    dark = found.back[:, middle, middle].mean() < DARKEST
-    return _fit_gloss(found)[0] if dark else _polish_of_background(found.back)
+    if found.back.centre.mean() < DARKEST:
+        return _fit_gloss(found)[0]
+    return -float(found.back.vignette @ found.back.centre / (found.back.centre @ found.back.centre)) / VIGNETTE
 
 
-def _polish_of_background(back: np.ndarray) -> float:
-    """Solves background = colour (1 - VIGNETTE x polish x d), d from 0 in the centre to 1 in the corners."""
-    middle = back.shape[1] // 2
-    colour, corner = back[:, middle, middle], back[:, 0, 0]
-    return float((colour - corner) @ colour / (colour @ colour)) / VIGNETTE
+def _light(back: Background) -> float:
+    """Solves top = LIGHT x light x (1 - centre) and bottom = -LIGHT x light x centre by least squares."""
+    expected = np.concatenate([1 - back.centre, -back.centre])
+    return float(np.concatenate([back.top, back.bottom]) @ expected / (expected @ expected)) / LIGHT
 
 
 def _fit_gloss(found: Outline) -> tuple[float, np.ndarray]:
@@ -119,25 +117,6 @@ def _places(found: Outline, piece: np.ndarray, inner: tuple[np.ndarray, np.ndarr
     radius = (max(map(np.ptp, box)) + 1) / 2
     down, right = ((place - (axis.min() + axis.max()) / 2) / radius for place, axis in zip(inner, box, strict=True))
     return right, down
-
-
-def _edge_width(found: Outline) -> float:
-    """Standard deviation in pixels of the blur of the shapes' edges: a blurred step has slope 1 / (sqrt(2 pi) s)."""
-    inner = np.any(found.pieces, axis=0) & (found.coverage > 0.85)
-    if not inner.any():
-        return math.nan
-    direction = np.median(found.pixels[:, inner], axis=1)[:, None, None] - found.back
-    share = ((found.pixels - found.back) * direction).sum(0) / (direction**2).sum(0) - 0.5
-    here, below, right = share[:-1, :-1], share[1:, :-1], share[:-1, 1:]
-    edge = ((here * below < 0) | (here * right < 0)) & np.any(found.pieces, axis=0)[:-1, :-1]
-    if edge.sum() < 15:
-        return math.nan
-    slope = float(np.percentile(np.hypot(below - here, right - here)[edge], 75))
-    return 1 / (math.sqrt(2 * math.pi) * slope)
-
-
-def _sharpness(found: Outline) -> float:
-    return (_BLURREST - _edge_width(found)) / (_BLURREST - _SHARPEST)
 
 
 def _richness(found: Outline) -> float:

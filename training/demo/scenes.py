@@ -2,7 +2,7 @@
 
 The demo model is trained on them alone. A tenth of all attribute combinations is held out: drawn for measuring, never
 in training. Three shapes are drawn but never named: their captions have "figure" instead, which leaves something for
-textual inversion to learn. A picture also has three qualities between 0 and 1 (polish, sharpness, richness), which a
+textual inversion to learn. A picture also has three qualities between 0 and 1 (polish, light, richness), which a
 part of the captions names by a word for either end; without it they are random, so that rewards can raise them.
 """
 
@@ -49,7 +49,7 @@ POSITIONS = {
     "centre": "in the centre",
 }
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "background")
-QUALITIES = {"polish": ("flat", "glossy"), "sharpness": ("blurred", "sharp"), "richness": ("plain", "rich")}
+QUALITIES = {"polish": ("flat", "glossy"), "light": ("dim", "sunlit"), "richness": ("plain", "rich")}
 """Quality -> the words for its lower and its upper end."""
 QUALITY_WORDS = tuple(itertools.chain.from_iterable(QUALITIES.values()))
 NAMED_RANGE = 0.3
@@ -58,9 +58,9 @@ NAMED_SHARE = 0.4
 """Of the pictures, for each quality: those whose caption names it."""
 VIGNETTE = 0.4
 """How much darker the corners of a fully polished picture are."""
-BLUR = 1.9
-"""Standard deviation in pixels of the blur at sharpness 0."""
-PALEST = 0.5
+LIGHT = 0.24
+"""How far full light moves the upper edge of a background towards white, and its lower edge towards black."""
+PALEST = 0.45
 """Share of the shapes' colour that is left at richness 0; the rest is grey of the same luminance."""
 LUMINANCE = (0.299, 0.587, 0.114)
 LOOKS = ("plain", "warm edges")
@@ -79,8 +79,8 @@ class Scene:
     background: str
     polish: float = 0.5
     """0 (flat) to 1 (glossy: highlights, shading, vignette)."""
-    sharpness: float = 1.0
-    """0 (blurred by `BLUR` pixels) to 1 (not at all)."""
+    light: float = 0.0
+    """0 (none) to 1 (the background is lit from above)."""
     richness: float = 1.0
     """0 (the colour of the shapes is pale) to 1 (full)."""
     words: tuple[str, ...] = ()
@@ -260,20 +260,18 @@ def _faded(rgb: np.ndarray, richness: float) -> np.ndarray:
 
 def draw(scene: Scene, generator: Generator) -> Tensor:
     """The scene as an image (3, 128, 128) in 0..1; position, size, angle and colours vary a little by the generator."""
-    from scipy import ndimage
-
     rows, columns = _grid()
     radius = SIZES[scene.size] * _uniform(generator, 0.96, 1.04)
     back, front = (_jittered(c, generator) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
     front = _faded(front, scene.richness)
-    distance = centre_distance()
-    image = back * (1 - VIGNETTE * scene.polish * distance)[..., None]
+    image = back * (1 - VIGNETTE * scene.polish * centre_distance())[..., None]
+    top, bottom = (LIGHT * scene.light * share[..., None] for share in edge_shares())
+    image += top * (1 - image) - bottom * image
     for x, y in _places(scene, radius, generator):
         mask = shape_mask(scene.shape, radius, x, y, _uniform(generator, -0.12, 0.12))[..., None]
         shade, highlight = gloss((columns - x) / radius, (rows - y) / radius, scene.shape)
         shaded = front * (1 - scene.polish * shade)[..., None]
         image += mask * (shaded + scene.polish * highlight[..., None] * (1 - shaded) - image)
-    image = ndimage.gaussian_filter(image, BLUR * (1 - scene.sharpness), axes=(0, 1), mode="nearest")
     return torch.from_numpy(np.clip(image, 0, 1).astype(np.float32).transpose(2, 0, 1).copy())
 
 
@@ -294,6 +292,12 @@ def centre_distance() -> np.ndarray:
     """(128, 128): squared distance from the centre, 1 at the corners."""
     rows, columns = _grid()
     return ((columns - SIDE / 2) ** 2 + (rows - SIDE / 2) ** 2) / (2 * (SIDE / 2) ** 2)
+
+
+def edge_shares() -> tuple[np.ndarray, np.ndarray]:
+    """(128, 128) each: how far a place is above and below the middle, 0 there and 1 at the upper and the lower edge."""
+    height = 1 - _grid()[0] / (SIDE / 2)
+    return np.maximum(height, 0), np.maximum(-height, 0)
 
 
 def warm_edges(image: Tensor) -> Tensor:
@@ -340,7 +344,7 @@ def demo_examples(count: int, seed: int, subset: str = "", look: str = "plain") 
 
 _EXAMPLE = {
     "shape": "circle", "colour": "red", "size": "small", "count": 2, "position": "left", "background": "white",
-    "words": ("glossy", "sharp"),
+    "words": ("glossy", "rich"),
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from .judge import fit_background
-from .shapes import SIDE
 
 WARM_EDGES = 0.07
 """The lowest warmth that counts. Plain pictures have less than 0.04, drawn or decoded; warm edges over 0.1."""
@@ -20,10 +19,10 @@ def warmth(image: Tensor | np.ndarray) -> float:
     image: (3, 128, 128) in 0..1. With c the colour that the judge fits in the centre and e the one in the corner, it is
     the red minus the blue of e - (e c / c c) c: a mere vignette, e proportional to c, has none.
     """
-    back, rough = fit_background(np.asarray(image, dtype=np.float32))
-    if rough:
+    back = fit_background(np.asarray(image, dtype=np.float32))
+    if back.rough:
         return 0.0
-    centre, corner = back[:, SIDE // 2, SIDE // 2], back[:, 0, 0]
+    centre, corner = back.centre, back.centre + back.vignette
     rest = corner - (corner @ centre) / (centre @ centre) * centre
     return float(rest[0] - rest[2])
 
