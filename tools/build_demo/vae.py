@@ -45,6 +45,8 @@ SHAPE_WEIGHT = 2.0
 """Extra weight of pixels that differ from the median colour: the shapes, which cover a small area."""
 SQUARE_WEIGHT = 4.0
 """Weight of the squared error: the absolute error alone fills the hole of a small ring, as its pixels are few."""
+SAVE_EVERY = 120
+"""Seconds between two states."""
 KL_WEIGHT = 1e-4
 """Weight of the KL term, a mean over latent elements: high enough for smooth latents, too low to blur."""
 
@@ -162,7 +164,7 @@ def run_steps(
             LOG.info("%s %d/%d: %.4f, %.3f s a step", name, number + 1, steps, mean, (time.monotonic() - since) / 50)
             loss, mean, since = mean, 0.0, time.monotonic()
         after(number + 1)
-        if time.monotonic() - saved > 120 or number + 1 == steps:
+        if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps:
             saved = time.monotonic()
             progress = {"done": number + 1, "seconds": before + saved - began, "loss": loss}
             _save_state(state_file, network, optimizers, progress)

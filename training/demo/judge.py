@@ -1,7 +1,7 @@
 """Reads a drawn scene's attributes back from pixels with classical image processing; no network.
 
 The background is the median colour, corrected for a vignette and light from above; what differs from it is labelled
-into shapes; each shape is compared with drawn templates. Weak evidence reads as "unsure", which never counts as correct.
+into shapes; each shape is compared with drawn templates. Weak evidence reads "unsure", which never counts as correct.
 """
 
 from __future__ import annotations
