@@ -60,11 +60,11 @@ SCHEDULER = {
 }
 SEED = 22
 SCENES = 20_000
-STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 10_000, 32, 1.5e-3, 0.1
+STEPS, BATCH, LEARNING_RATE, EMPTY_CAPTIONS = 7000, 32, 1.5e-3, 0.1
 OUTER = ("conv_in", "conv_out", "time_embedding")
 HIDDEN_NOISE = 0.4
 """Standard deviation of the noise on the vectors of hidden words, relative to their root mean square."""
-PLACES_FIRST = 2000
+PLACES_FIRST = 1500
 """First steps, in which half of the samples have high noise, where positions form; then noise levels are uniform."""
 CHECK_EVERY, CHECK_IMAGES, SAMPLING_STEPS, CFG = 1000, 100, 12, 2.5
 
