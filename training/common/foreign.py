@@ -338,6 +338,8 @@ def _expect_plain(content: Any, size: int) -> None:
             needed += _dense_bytes(item)
         elif isinstance(item, Mapping):
             waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, torch.nn.ParameterDict):  # of the first implementation of embeddings
+            waiting += [(part, depth + 1) for part in item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             waiting += [(part, depth + 1) for part in item]
     if needed > 4 * size + 64 * MB:

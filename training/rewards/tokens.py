@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.foreign import read_bytes, reading, whole_characters
-from ..models.clip import load_clip_tokenizer
+from ..models.clip_tokenizer import load_clip_tokenizer
 
 log = logging.getLogger(__name__)
 FILES = ("vocab.json", "merges.txt", "tokenizer.json")
