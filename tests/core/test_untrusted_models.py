@@ -224,7 +224,7 @@ HEAD = {"weight": torch.ones(1, 24), "bias": torch.ones(1)}
     [
         ({"weight": torch.full((1, 24), float("nan"))}, "its head holds NaN"),
         ({"weight": torch.ones(1, 24, dtype=torch.int64)}, "its head holds NaN, infinity or whole numbers"),
-        ({"weight": torch.ones(24)}, "expected a matrix and a value a row"),
+        ({"weight": torch.ones(24)}, "expected a matrix and a value for each"),
         ({"bias": torch.ones(2)}, "shapes (1, 24) and (2,)"),
         ({"weight": torch.ones(3, 24), "bias": torch.ones(3)}, "its head gives 3 values an image"),
     ],

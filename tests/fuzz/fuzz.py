@@ -128,6 +128,8 @@ def _wait(child: int) -> bool:
 def _child(loader: Loader, path: Path, file: Path, size: int, writer: int) -> None:
     """Reads the file under limits, reports how it ended, and ends the process."""
     os.setsid()
+    for stream in (1, 2):  # progress bars of libraries
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     wrongs: list[str] = []
@@ -192,7 +194,7 @@ def fuzz(options: argparse.Namespace) -> dict:
     begun, results = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         folder = Path(name).resolve()
-        known = [one for one in loaders(folder) if options.loader in one.name]
+        known = [one for one in loaders(folder) if any(word in one.name for word in options.loader.split(","))]
         _expect_valid(known)
         numbers = [options.case] if options.case is not None else range(options.first, options.first + options.cases)
         for case in numbers:
@@ -228,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="this case alone, with its message")
-    parser.add_argument("--loader", default="", help="only loaders with this in their name")
+    parser.add_argument("--loader", default="", help="only loaders with one of these words, separated by commas")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line, nothing before it")
     return parser.parse_args(arguments)
 

@@ -167,7 +167,7 @@ def _tokenizers(folder: Path) -> Iterator[Loader]:
 def _sentencepiece(folder: Path) -> Path:
     import sentencepiece
 
-    options = {"vocab_size": 40, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    options = {"vocab_size": 30, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
     words = [WORDS, "two small blue squares", "a green star, white background"]
     prefix = str(folder / "spiece")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), model_prefix=prefix, **options)
