@@ -40,14 +40,13 @@ def mutate(path: Path, random: Random, others: Sequence[Path]) -> str:
         random: Draws what is changed.
         others: Valid files of other kinds.
     """
-    names = []
-    for _ in range(random.choice((1, 1, 1, 2))):
-        if not path.is_file() or path.is_symlink():
-            break
-        mutator = random.choice(_mutators(path))
-        names.append(mutator.__name__.strip("_"))
-        mutator(path, random, others)
-    return " + ".join(names)
+    mutators = [random.choice(_mutators(path))]
+    if random.random() < 0.25:  # the second one finds a file that may be broken already
+        mutators.append(random.choice((overwritten, _container)))
+    for mutator in mutators:
+        if path.is_file() and not path.is_symlink():
+            mutator(path, random, others)
+    return " + ".join(mutator.__name__.strip("_") for mutator in mutators)
 
 
 def _mutators(path: Path) -> list[Callable[[Path, Random, Sequence[Path]], None]]:
@@ -89,11 +88,8 @@ def _container(path: Path, random: Random, others: Sequence[Path]) -> None:
 
 
 def _json(path: Path, random: Random, others: Sequence[Path]) -> None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return overwritten(path, random, others)
-    path.write_text(json.dumps(changed(value, random)), encoding="utf-8", errors="surrogatepass")
+    value = changed(json.loads(path.read_bytes()), random)
+    path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
 
 
 def _text(path: Path, random: Random, others: Sequence[Path]) -> None:
