@@ -225,6 +225,9 @@ def test_distilled_sdxl_is_described_by_its_shapes(kind):
         "cross_attention_dim": 32,
         "attention_head_dim": [1, 1, 1],
         "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 1600,
     }
     with torch.device("meta"):
         state = UNet2DConditionModel(**shape, **DISTILLED[kind]).state_dict()

@@ -24,11 +24,10 @@ from ..formats.lora_report import layout_of
 from ..formats.lora_save import save_lora
 from ..models import ldm
 from ..models.open_clip import to_transformers
+from ..models.quantised import unfolded
 from ..trainables.lora import TARGETS
 
 log = logging.getLogger(__name__)
-
-CLIP_H_PREFIX = "cond_stage_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +211,11 @@ def _folder_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
 def _file_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     first, second = ldm.SDXL_CLIP_PREFIXES
     for prefix, encoder in ((ldm.CLIP_PREFIX, "clip_l"), (first, "clip_l")):
-        for name, value in read_tensors(path, prefix)[0].items():
+        for name, value in unfolded(*read_tensors(path, prefix)).items():
             yield encoder, _hugging_face(name.removeprefix(prefix)), value
-    for prefix, encoder in ((second, "clip_g"), (CLIP_H_PREFIX, "clip_h")):
-        state = {name.removeprefix(prefix): value for name, value in read_tensors(path, prefix)[0].items()}
+    for prefix, encoder in ((second, "clip_g"), *((prefix, "clip_h") for prefix in ldm.SD2_CLIP_PREFIXES)):
+        tensors = unfolded(*read_tensors(path, prefix))
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()}
         for name, value in to_transformers(state).items():
             yield encoder, _hugging_face(name), value
 

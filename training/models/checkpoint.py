@@ -38,8 +38,8 @@ SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 """By its std ComfyUI tells SD2.x models of v prediction."""
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 _BARE = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
-_BY_SHAPE = ("attention_head_dim", "addition_embed_type", "addition_time_embed_dim")
-"""Values of a UNet's config that its shapes do not tell, or only for real models."""
+_DESCRIBED = ("attention_head_dim", "addition_embed_type", "addition_time_embed_dim", "mid_block_type")
+"""Values of a UNet's config that its shapes do not tell, or only for real and complete models."""
 _VAE_PARTS = ("encoder.", "decoder.", "quant", "post_quant")
 
 
@@ -79,7 +79,7 @@ class Checkpoint:
         """The UNet2DConditionModel config."""
         read = ldm.unet_config({name: value.shape for name, value in self.unet.items()})
         given = _object(self.config, "unet")
-        return given | read | {name: given[name] for name in _BY_SHAPE if name in given}
+        return given | read | {name: given[name] for name in _DESCRIBED if name in given}
 
     def build_unet(self) -> nn.Module:
         """The UNet2DConditionModel, fp32."""

@@ -4,7 +4,7 @@ tensors are called, and what to use instead."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import ldm
@@ -29,6 +29,7 @@ TENSOR_KINDS = (
     (r"(emp_params|string_to_param|clip_g|clip_l)$", "an embedding", _CHECKPOINT),
 )
 """(pattern at the beginning of a tensor's name, what such a file is, what to use)."""
+MOST_NAMES = 20_000
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _CONVERT = "Load it in ComfyUI and save it with Save Checkpoint, which writes .safetensors."
 FILE_KINDS = {
@@ -51,10 +52,11 @@ def kind_of_tensors(names: Iterable[str]) -> tuple[str, str] | None:
     return _kind(names, TENSOR_KINDS)
 
 
-def _kind(names: list[str], kinds: tuple[tuple[str, str, str], ...]) -> tuple[str, str] | None:
+def _kind(names: list[str], kinds: Sequence[tuple[str, str, str]]) -> tuple[str, str] | None:
+    """The first kind that one of the names is of; of a file of very many names, the first ones decide."""
     for pattern, kind, instead in kinds:
         matches = re.compile(pattern).match
-        if any(matches(name[:300]) for name in names):
+        if any(matches(name[:300]) for name in names[:MOST_NAMES]):
             return kind, instead
     return None
 

@@ -20,6 +20,8 @@ CLIP_PREFIX = "cond_stage_model.transformer."
 SDXL_CLIP_PREFIXES = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 SD2_CLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
 """Of the original repository, and of SDXL's (sgm)."""
+MOST_BLOCKS = 64
+"""Input blocks of a UNet; known ones have up to 12."""
 
 _UNET_RESNET = {
     "in_layers.0": "norm1",
@@ -176,8 +178,8 @@ class _Level:
 def _block_types(shapes: Mapping[str, torch.Size], levels: list[_Level]) -> dict:
     """The kinds of blocks and the depths of their transformers.
 
-    Distilled models (SSD-1B, Segmind Vega, KOALA) have other depths on the way up than on the way down, and a smaller
-    middle or none.
+    Distilled SDXL (SSD-1B, Segmind Vega, KOALA) has other depths on the way up than on the way down, and a smaller
+    middle or none. Another model without a middle is an incomplete file.
     """
     layers = len(levels[0].depths)
     down = [level.depths for level in levels]
@@ -193,8 +195,9 @@ def _block_types(shapes: Mapping[str, torch.Size], levels: list[_Level]) -> dict
     config = {
         "down_block_types": ["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in down],
         "up_block_types": ["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in up],
-        "mid_block_type": _mid_block_type(shapes),
     }
+    if "label_emb.0.0.weight" in shapes:
+        config["mid_block_type"] = _mid_block_type(shapes)
     if all(len({*depths, *back}) == 1 for depths, back in zip(down, reversed(up), strict=True)):
         return config | {"transformer_layers_per_block": [max(depths[0], 1) for depths in down]}
     return config | {
@@ -231,11 +234,10 @@ def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
 def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> dict:
     """The config; `layers` is the number of residual blocks per level of the decoder."""
     widths = [f"decoder.up.{i}.block.0.conv2.weight" for i in range(levels)]
-    needed = {"decoder.conv_in.weight", *widths} - shapes.keys()
-    if needed:
-        raise ValueError(f"VAE in the checkpoint lacks {len(needed)} tensors such as {min(needed)!r}.")
-    return {
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+    if missing := set(widths) - shapes.keys():
+        raise ValueError(f"VAE in the checkpoint lacks {len(missing)} tensors such as {min(missing)!r}.")
+    first = shapes.get("decoder.conv_in.weight")
+    return ({} if first is None else {"latent_channels": first[1]}) | {
         "block_out_channels": [shapes[width][0] for width in widths],
         "layers_per_block": layers - 1,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -246,7 +248,7 @@ def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> d
 
 
 def _levels(shapes: Mapping[str, torch.Size]) -> list[_Level]:
-    """One per resolution, from the input blocks in order."""
+    """One per resolution, from the input blocks in order. Raises ValueError for more blocks than any model has."""
     levels, block = [_Level(0, [])], 1
     while any(f"input_blocks.{block}.0.{part}.weight" in shapes for part in ("op", "in_layers.2")):
         if f"input_blocks.{block}.0.op.weight" in shapes:
@@ -255,4 +257,6 @@ def _levels(shapes: Mapping[str, torch.Size]) -> list[_Level]:
             width = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][0]
             levels[-1] = _Level(width, [*levels[-1].depths, _depth(shapes, f"input_blocks.{block}.1.")])
         block += 1
+        if block > MOST_BLOCKS:
+            raise ValueError(f"the UNet has more than {MOST_BLOCKS} input blocks; expected SD1.x's, SD2.x's or SDXL's.")
     return levels

@@ -33,6 +33,7 @@ _VISION_OUTSIDE_BLOCKS = {
     "ln_post.bias": "post_layernorm.bias",
 }
 VISUAL = "visual."
+VIT_H_WIDTH, VIT_H_LAYERS = 1024, 24
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
@@ -57,7 +58,9 @@ def penultimate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers = count_numbered(result, "encoder.layers.")
     if layers < 2:
         raise ValueError(f"the text encoder has {layers} layers; expected OpenCLIP's ViT-H. Use a complete checkpoint.")
-    left_out = (f"encoder.layers.{layers - 1}.", "text_projection.")
+    real = state["ln_final.weight"].shape == (VIT_H_WIDTH,)
+    used = min(layers, VIT_H_LAYERS - 1) if real else layers - 1  # some files of SD2.x lack the last layer
+    left_out = (*(f"encoder.layers.{number}." for number in range(used, layers)), "text_projection.")
     return {name: tensor for name, tensor in result.items() if not name.startswith(left_out)}
 
 
