@@ -20,8 +20,24 @@ from retune.training.recipes.apply_results import with_tuned
 from retune.training.recipes.unet import read_trained_model, train_model
 
 SD1_LAST, ZERO_LAST = 14.6146, 4518.76
-SGM = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.modules.%s}}}}}"
-V_OF_SD2 = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: v\n"
+SGM = """model:
+  target: sgm.models.diffusion.DiffusionEngine
+  params:
+    denoiser_config:
+      target: sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser
+      params:
+        num_idx: 1000
+        scaling_config:
+          target: sgm.modules.diffusionmodules.denoiser_scaling.%s
+"""
+V_OF_SD2 = """model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 0.00085
+    linear_end: 0.0120
+    timesteps: 1000
+    parameterization: "v"  # velocity
+"""
 
 
 def number(value):
@@ -54,9 +70,9 @@ SAYS = {
     "sd-scripts": ({"metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}}, "v", ZERO_LAST),
     "flow": ({"metadata": {"modelspec.prediction_type": "flow"}}, "flow", 1),
     "SD2's YAML": ({"yaml": V_OF_SD2}, "v", SD1_LAST),
-    "a YAML of eps": ({"yaml": V_OF_SD2.replace(": v", ": eps")}, "eps", SD1_LAST),
-    "SDXL's YAML": ({"yaml": SGM % "denoiser_scaling.VScaling"}, "v", SD1_LAST),
-    "CosXL's YAML": ({"yaml": SGM % "denoiser_scaling.VScalingWithEDMcNoise"}, "v", 120),
+    "a YAML of eps": ({"yaml": V_OF_SD2.replace('"v"', "eps")}, "eps", SD1_LAST),
+    "SDXL's YAML": ({"yaml": SGM % "VScaling"}, "v", SD1_LAST),
+    "CosXL's YAML": ({"yaml": SGM % "VScalingWithEDMcNoise"}, "v", 120),
     "a YAML of something else": ({"yaml": "general:\n  seed: 1\n"}, "eps", SD1_LAST),
     "its own": (
         {"scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"}},
@@ -137,8 +153,9 @@ DAMAGED = {
     "num_train_timesteps is 1000000000000; expected": {
         "scheduler": {"beta_start": 0.1, "beta_end": 0.2, "num_train_timesteps": 10**12}
     },
-    "parameterization is 'x1'; expected eps or v": {"yaml": "model: {params: {parameterization: x1}}"},
-    "tiny.yaml is damaged or no YAML": {"yaml": "[" * 5000},
+    "parameterization is 'x1'; expected eps or v": {"yaml": V_OF_SD2.replace('"v"', "x1")},
+    "tiny.yaml: linear_start is 'low'": {"yaml": V_OF_SD2.replace("0.00085", "low")},
+    "tiny.yaml: its size is 2 MB": {"yaml": "#" * (1 << 21)},
 }
 
 
@@ -147,6 +164,11 @@ def test_what_is_no_number_or_of_another_kind_is_named(single_file, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_denoiser(rewritten(single_file, **DAMAGED[message]))
     assert "tiny." in str(raised.value)
+
+
+def saved(scheduler):
+    """The values of a scheduler as scheduler_config.json has them."""
+    return json.loads(scheduler.to_json_string())
 
 
 def drawn():
@@ -160,7 +182,7 @@ def test_continuous_levels_are_those_of_diffusers_edm(tiny_model):
     from diffusers import EDMEulerScheduler
 
     theirs = EDMEulerScheduler(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction")
-    denoiser = DiffusersDenoiser(tiny_model.denoiser.network, theirs.config)
+    denoiser = DiffusersDenoiser(tiny_model.denoiser.network, saved(theirs))
     (latent, noise), sigma = drawn(), denoiser.sigmas[[3, 500, 999]]
     assert (denoiser.sigmas[0].item(), denoiser.sigmas[-1].item()) == (pytest.approx(0.002), pytest.approx(120))
     noisy, words = denoiser.add_noise(latent, noise, sigma), Conditioning(torch.randn(3, 4, 32))
@@ -184,11 +206,12 @@ def test_flow_levels_are_those_of_diffusers(tiny_model, shift):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
-    denoiser = DiffusersDenoiser(tiny_model.denoiser.network, theirs.config)
+    denoiser = DiffusersDenoiser(tiny_model.denoiser.network, saved(theirs))
     torch.testing.assert_close(denoiser.sigmas, theirs.sigmas.flip(0), rtol=1e-5, atol=1e-6)
     (latent, noise), sigma = drawn(), denoiser.sigmas[[3, 500, 999]]
     noisy = denoiser.add_noise(latent, noise, sigma)
-    torch.testing.assert_close(noisy, theirs.scale_noise(latent, sigma * 1000, noise), rtol=1e-5, atol=1e-5)
+    levels = sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy, levels * noise + (1 - levels) * latent)
     words = Conditioning(torch.randn(3, 4, 32))
     output = denoiser.network(noisy, sigma * 1000, encoder_hidden_states=words.context).sample
     torch.testing.assert_close(denoiser.predict(noisy, sigma, words), output)

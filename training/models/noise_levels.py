@@ -121,7 +121,7 @@ def _edm_sigmas(scheduler: Mapping) -> Tensor:
     names = ("sigma_min", "sigma_max")
     low, high = (_positive(scheduler.get(*pair), pair[0]) for pair in zip(names, EDM_RANGE, strict=True))
     if low >= high:
-        raise ValueError(f"the scheduler's sigma_min is {low} and sigma_max {high}; expected a range.")
+        raise ValueError(f"the scheduler's sigma_min is {low:g} and sigma_max {high:g}; expected a range.")
     return torch.linspace(math.log(low), math.log(high), EDM_LEVELS).exp()
 
 

@@ -13,6 +13,7 @@ The file's weights do not say it. In this order, the first that speaks decides:
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.foreign import MB, is_file, label, read_text, reading, short
+from ..common.foreign import MB, finite_number, is_file, label, read_text, reading, short
 from .noise_levels import (
     EDM_RANGE,
     SD1_SCHEDULER,
@@ -46,6 +47,10 @@ NAMES = {
 """diffusers' name of a prediction -> names of it in metadata and YAML files, in lower case."""
 SGM_SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction", "VScalingWithEDMcNoise": "edm"}
 """Class in an SDXL YAML file -> the prediction."""
+_YAML_MODEL = re.compile(r"^model[ \t]*:", re.MULTILINE)
+_YAML_LINE = re.compile(
+    r"^[ \t]*(parameterization|linear_start|linear_end|timesteps|target)[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE
+)
 V_SCHEDULER = SD1_SCHEDULER | {"prediction_type": "v_prediction"}
 EDM_SCHEDULER = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0}
 SD2_V_STD = 0.09
@@ -229,38 +234,37 @@ def _plain_scheduler(name: str, zero_terminal_snr: bool = False) -> dict[str, An
 
 
 def _from_yaml(path: Path) -> tuple[dict[str, Any], str]:
-    """The `model.params` of a YAML file beside the checkpoint; nothing of one that describes something else."""
+    """The settings of a YAML file beside the checkpoint; nothing of one that describes something else."""
     file = next((file for ending in (".yaml", ".yml") if is_file(file := path.with_suffix(ending))), None)
     if file is None:
         return {}, ""
-    import yaml
-
-    with reading(file, "no YAML"):
-        content = yaml.safe_load(read_text(file, MB))
-        params = _entry(content, "model", "params")
-        return (_yaml_scheduler(params) if isinstance(params, dict) else {}), f"{file.name} beside it"
+    text = read_text(file, MB)
+    with reading(file):
+        return (_yaml_scheduler(text) if _YAML_MODEL.search(text) else {}), f"{file.name} beside it"
 
 
-def _yaml_scheduler(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the original repository of SD1 and SD2, or of SDXL's (sgm)."""
-    target = str(_entry(params, "denoiser_config", "params", "scaling_config", "target") or "").rpartition(".")[2]
-    kind = SGM_SCALINGS.get(target) or params.get("parameterization")
+def _yaml_scheduler(text: str) -> dict[str, Any]:
+    """Of the original repository of SD1 and SD2, or of SDXL's (sgm).
+
+    Their few lines are looked up one by one: a YAML parser needs minutes for a small file that is made to stop it.
+    """
+    entries: dict[str, str] = {}
+    kind = None
+    for name, value in _YAML_LINE.findall(text):
+        entries.setdefault(name, value)
+        kind = kind or SGM_SCALINGS.get(value.rpartition(".")[2])
+    kind = kind or entries.get("parameterization")
     if kind is None:
         return {}
     if kind == "edm":
         return dict(EDM_SCHEDULER)
-    name = _known_name(str(kind))
+    name = _known_name(kind)
     if name is None:
         raise ValueError(f"parameterization is {short(kind)}; expected eps or v. Correct it, or remove the file.")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "num_train_timesteps"}
-    return _plain_scheduler(name) | {there: params[here] for here, there in names.items() if here in params}
-
-
-def _entry(value: Any, *names: str) -> Any:
-    """The entry of nested dictionaries at these names; None where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+    return _plain_scheduler(name) | {
+        there: finite_number(entries[here], here) for here, there in names.items() if here in entries
+    }
 
 
 def split_markers(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
