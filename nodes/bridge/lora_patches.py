@@ -193,7 +193,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     names = [*unet.weights, *(text.weights if text else ())]
     if "=" in row.blocks and (unmatched := blocks.unmatched(names)):
         use.notes.append(f"block weights {first_few(unmatched)} fit no parameter's name.")
-    misfits = []
+    misfits, seen = [], {}
     for module in row.lora.modules.values():
         target = unet.find(module)
         owner, strength = (unet, row.strength_model) if target is not None else (text, row.strength_clip)
@@ -203,6 +203,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
             continue
         try:
             patches = owner.read(module, target)
+            _check_once(module, patches, seen.setdefault(owner, {}))
         except ValueError as error:
             misfits.append(f"{module.name} ({error})")
             continue
@@ -212,6 +213,13 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     if misfits:
         raise ValueError(_misfit_message(row.lora, misfits, use.family))
     return use
+
+
+def _check_once(module: LoraModule, patches: Iterable, seen: dict) -> None:
+    """Raises ValueError when another layer of the file, in `seen` by its weight, has a patch for the same weight."""
+    for key in patches:
+        if (other := seen.setdefault(key, module.name)) != module.name:
+            raise ValueError(f"is the layer {other} again; expected each once")
 
 
 def _collect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ class Term:
     def __post_init__(self):
         if self.form not in get_args(Form):
             raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}.")
+        for name, value in (("weight", self.weight), ("target", self.target)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} of {self.reward.name} is {value}; expected a finite number.")
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw scores with the target applied."""
