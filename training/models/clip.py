@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
+from ..common.foreign import count_numbered, read_bytes, read_json, read_text, reading
 from .concepts import (
     Concept,
     Vocabulary,
@@ -23,13 +24,14 @@ from .concepts import (
     pieces,
     with_fingerprints,
 )
-from .parameters import ParameterRef, expect_tensors, parameter_refs
+from .parameters import ParameterRef, expect_tensors, fill, parameter_refs
 from .protocols import Conditioning
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import CLIPTokenizer, PretrainedConfig
 
 SD2_WIDTH = 1024
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LONG_WORD = 8
 """Texts of fewer tokens are not split between two windows, in ComfyUI and here."""
 
@@ -48,7 +50,7 @@ class ClipTextEncoder:
         pad: id that fills a window, by default the tokenizer's.
 
     Raises:
-        ValueError: the folder has no tokenizer.
+        ValueError: the folder has no tokenizer, or one with more words than the network.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -57,16 +59,9 @@ class ClipTextEncoder:
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
     ):
-        from transformers import CLIPTokenizer
-
         folder = Path(tokenizer_folder)
-        if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
-            raise ValueError(
-                f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
-                "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
-            )
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = load_clip_tokenizer(folder, network.config.vocab_size)
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
         self.name = "clip_h" if self.width == SD2_WIDTH else "clip_l"
@@ -234,12 +229,43 @@ def _split_into_windows(groups: list[list[int]], most: int) -> list[list[int]]:
     return windows
 
 
+def load_clip_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """The tokenizer in a local folder; nothing is downloaded.
+
+    Args:
+        folder: with vocab.json and merges.txt, or with tokenizer.json.
+        vocabulary: number of rows of the token embedding that reads its ids.
+
+    Raises:
+        ValueError: the folder has no tokenizer, a damaged one, one with larger ids, or one without start and end.
+    """
+    from transformers import CLIPTokenizer
+
+    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
+        raise ValueError(
+            f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
+            "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
+        )
+    for name in _TOKENIZER_FILES:
+        if (folder / name).exists():
+            read_json(folder / name, dict) if name.endswith(".json") else read_text(folder / name)
+    with reading(folder, "no CLIP tokenizer", "Use the tokenizer that belongs to the model."):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        words = tokenizer.get_vocab()
+        if max(words.values(), default=vocabulary) >= vocabulary:
+            raise ValueError(f"the tokenizer has {len(words)} words; expected ids below the model's {vocabulary}")
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            raise ValueError("the tokenizer has no start or end token; expected a CLIP's, such as <|endoftext|>")
+        tokenizer("a", add_special_tokens=False)
+    return tokenizer
+
+
 def _tokenizer_digest(folder: Path) -> str:
     """Hash of the tokenizer files: with another vocabulary the same weights are another encoder."""
     digest = hashlib.sha256()
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in _TOKENIZER_FILES:
         if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
+            digest.update(name.encode() + read_bytes(folder / name))
     return digest.hexdigest()
 
 
@@ -256,13 +282,16 @@ def load_clip_network(
         owner: names the network in the error.
 
     Raises:
-        ValueError: tensors are missing.
+        ValueError: tensors are missing, or the config is of another network than they.
     """
+    layers = count_numbered(state, "encoder.layers.", gaps=True)
+    if config.num_hidden_layers != layers:
+        raise ValueError(f"{owner} has {layers} layers; expected {config.num_hidden_layers}, as its config says.")
     with torch.device("meta"):
         network = kind(config)
     names = {name: name.removeprefix(prefix) for name in network.state_dict()}
     expect_tensors(state, names.values(), owner)
-    network.load_state_dict({name: state[bare].float() for name, bare in names.items()}, assign=True)
+    fill(network, {name: state[bare] for name, bare in names.items()}, owner)
     for module in network.modules():
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
@@ -273,13 +302,12 @@ def clip_config(state: Mapping[str, Tensor]) -> dict:
     """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768."""
     projected = state.get("text_projection.weight")
     vocabulary, width = state["embeddings.token_embedding.weight"].shape
-    layers = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layers."))
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "projection_dim": width if projected is None else projected.shape[0],
         "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": layers,
+        "num_hidden_layers": count_numbered(state, "encoder.layers.", gaps=True),
         "num_attention_heads": width // 64,
         "max_position_embeddings": state["embeddings.position_embedding.weight"].shape[0],
         "hidden_act": "quick_gelu" if width <= 768 else "gelu",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..common.foreign import count_numbered
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
@@ -176,7 +178,8 @@ def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
             "VAE holds no encoder and decoder of the original layout (encoder.conv_in, decoder.up); expected an "
             "AutoencoderKL as in SD1.x, SD2 and SDXL. TAESD and other kinds do not go."
         )
-    levels, layers = (1 + max(int(m[group]) for m in blocks) for group in (1, 2))
+    levels = count_numbered(shapes, "decoder.up.")
+    layers = count_numbered(shapes, "decoder.up.0.block.")
     return _vae_config(shapes, levels, layers)
 
 
@@ -196,15 +199,12 @@ def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> d
 def _levels(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
     """One {channels, layers, depth} per resolution, from the input blocks in order; depth 0 means no attention."""
     levels = [{"channels": 0, "layers": 0, "depth": 0}]
-    block = 1
-    while any(f"input_blocks.{block}.0.{part}.weight" in shapes for part in ("op", "in_layers.2")):
+    for block in range(1, count_numbered(shapes, "input_blocks.")):
         if f"input_blocks.{block}.0.op.weight" in shapes:
             levels.append({"channels": 0, "layers": 0, "depth": 0})
         else:
             level = levels[-1]
             level["channels"] = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][0]
             level["layers"] += 1
-            pattern = re.compile(rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
-            level["depth"] = 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)
-        block += 1
+            level["depth"] = count_numbered(shapes, f"input_blocks.{block}.1.transformer_blocks.")
     return levels

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,32 @@ def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str
     missing = set(names) - state.keys()
     if missing:
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], owner: str) -> None:
+    """Fills a network that was made on the meta device with a complete state dict, in fp32.
+
+    Shapes are compared before anything is stored, so a wrong file costs no memory.
+
+    Args:
+        network: the network, of the names and shapes that are expected.
+        state: name -> tensor.
+        owner: names the network in messages.
+
+    Raises:
+        ValueError: names or shapes differ, or a tensor holds NaN, infinity or whole numbers.
+    """
+    expected = network.state_dict()
+    expect_tensors(state, expected, owner)
+    for name, tensor in state.items():
+        if name not in expected:
+            raise ValueError(f"{owner} has a tensor {name!r}; expected only those of its kind. It is of another model.")
+        if tensor.shape != expected[name].shape:
+            shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise ValueError(f"{owner} has {name} of shape {shape}; expected {wanted}. It is of another model.")
+        if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{owner} has {name} with NaN, infinity or whole numbers; expected finite numbers.")
+    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
 
 
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..common.foreign import finite_number
 from .augment import Augmentation, augmented
 from .reward import Reward, expect_a_prompt_each
 from .scale import RunningScale
@@ -35,9 +35,9 @@ class Term:
     def __post_init__(self):
         if self.form not in get_args(Form):
             raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}.")
-        for name, value in (("weight", self.weight), ("target", self.target)):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} of {self.reward.name} is {value}; expected a finite number.")
+        finite_number(self.weight, "weight of a reward")
+        if self.target is not None:
+            finite_number(self.target, "target of a reward")
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw scores with the target applied."""
