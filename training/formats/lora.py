@@ -23,8 +23,8 @@ from .lora_foreign import foreign_adapter, foreign_content
 from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, SINGULAR, UP, is_text_layer, rank_of, split_key
 from .lora_peft import read_settings, settle
 
-MOST_NUMBERS = 1 << 28
-"""Numbers in the difference of one layer; the largest known layer, the vocabulary of T5-XXL, has half of it."""
+MOST_NUMBERS = 1 << 27
+"""Numbers in the difference of one layer; the largest known one is as large as T5-XXL's vocabulary, 132 million."""
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,16 @@ class Naming:
             return "lora_unet_" + path.replace(".", "_")
         return self._kohya_text_name(layer)
 
-    def own_kohya_name(self, name: str) -> str | None:
+    def own_kohya_name(self, name: str, clip: bool = True) -> str | None:
         """The name of a text encoder's layer that is kohya's already; None for others.
 
         The number in its prefix tells which of a model's encoders it is, and the layers of one encoder alone do not
         tell which model that was: `lora_te1_` is SDXL's, SD3's or Flux's, `lora_te3_` SD3's T5.
+
+        clip: Whether a CLIP's layer has one; where the family is known, `kohya_name` tells its number.
         """
-        text = _KOHYA_TEXT.fullmatch(name)
-        return name if text and _text_path(text["path"]) else None
+        path = (text := _KOHYA_TEXT.fullmatch(name)) and _text_path(text["path"])
+        return name if path and (clip or path.startswith("encoder.block")) else None
 
     def _kohya_text_name(self, layer: str) -> str | None:
         """kohya's name for a layer of a text encoder; None if there is none."""
@@ -262,7 +264,7 @@ def _guess_family(lora: Lora) -> str:
     if (family := base_of_lora(lora).family) in FAMILIES:
         return family
     names = " ".join(lora.modules)
-    if "lora_te2_" in names or "clip_g" in names or "text_encoder_2." in names:
+    if "lora_te2_text_model" in names or "clip_g" in names or "text_encoder_2." in names:
         return "SDXL"
     if "clip_h" in names:
         return "SD2.x"

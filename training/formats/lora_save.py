@@ -86,7 +86,7 @@ def kohya_tensors(
         lora: The LoRA.
         naming: The layer naming of its model.
         warnings: Gets a line for each limitation of the result.
-        keep: Whether text encoders' layers that have kohya's names keep them, whatever the family in `naming`.
+        keep: Whether a CLIP's layers that have kohya's names keep them, whatever the family in `naming`.
 
     Raises:
         ValueError: A layer's name is not understood, or two layers get one name.
@@ -95,7 +95,7 @@ def kohya_tensors(
     _check_names(lora, naming)
     for module in lora.modules.values():
         layer = naming.comfyui_name(module.name)
-        name = (keep and naming.own_kohya_name(module.name)) or (naming.kohya_name(layer) if layer else None)
+        name = naming.own_kohya_name(module.name, clip=keep) or (naming.kohya_name(layer) if layer else None)
         if name is None:
             name = module.name
             unnamed += [name] if not name.startswith("lora_") else []
