@@ -11,7 +11,7 @@ import pytest
 import torch
 from retune.training.commands.lora_files import ConvertLoraConfig, ResizeLoraConfig, convert_lora, resize_lora
 from retune.training.common.files import read_tensors, write_tensors
-from retune.training.formats.lora import parse_lora, read_lora
+from retune.training.formats.lora import Lora, LoraModule, parse_lora, read_lora
 from retune.training.formats.lora_keys import is_text_layer, kohya_aliases, split_key
 from retune.training.formats.lora_names import TEXT, UNET, Naming, detect_naming
 from retune.training.formats.lora_report import LoraReport, layout_of
@@ -175,7 +175,7 @@ def test_damaged_settings_are_refused_by_name(config, message):
 
 
 def test_settings_that_nest_or_repeat_without_end_are_refused_at_once():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("[" * 100_000, json.dumps({"lora_alpha": 1, "alpha_pattern": {"(a|a)*b": 1}}), "{"):
         tensors = pair("a" * 60 + ".to_q")
         if "pattern" in text:
@@ -183,7 +183,7 @@ def test_settings_that_nest_or_repeat_without_end_are_refused_at_once():
             continue
         with pytest.raises(ValueError, match="x.safetensors: its metadata entry lora_adapter_metadata is damaged"):
             parse_lora("x.safetensors", tensors, {"lora_adapter_metadata": text})
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_thousands_of_layers_with_patterns_of_their_own_are_read_in_seconds():
@@ -192,9 +192,9 @@ def test_thousands_of_layers_with_patterns_of_their_own_are_read_in_seconds():
         tensors |= pair(f"unet.down.{number}.to_q", rank=1, rows=1, columns=1)
         alphas[f"down.{number}.to_q"] = number + 1
     settings = json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": alphas})
-    start = time.monotonic()
+    start = time.process_time()
     modules = parse_lora("x", tensors, {"lora_adapter_metadata": settings}).modules
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert all(modules[f"unet.down.{number}.to_q"].alpha == number + 1 for number in range(4000))
 
 
@@ -335,7 +335,7 @@ def test_layers_that_are_no_difference_are_refused(tensors, message):
 
 
 def test_names_with_huge_numbers_or_parts_cost_nothing():
-    start = time.monotonic()
+    start = time.process_time()
     big = "9" * 5000
     names = [
         "lora_unet_down_blocks_0_resnets_999999999_conv1",
@@ -346,11 +346,13 @@ def test_names_with_huge_numbers_or_parts_cost_nothing():
         "unet." + "down_blocks.0." * 20_000 + "to_q",
     ]
     for name in names:
-        lora = parse_lora("x", pair(name))
+        lora = Lora("x", {name: LoraModule(name, {}, {})}, (), {})
         naming = detect_naming(lora)
         naming.comfyui_name(name)
         assert naming.layers_per_block <= 99
-    assert time.monotonic() - start < 5
+    with pytest.raises(ValueError, match="x.safetensors: it has a key of 400028 characters"):
+        parse_lora("x.safetensors", pair(names[3]))
+    assert time.process_time() - start < 5
     for config in ({"layers_per_block": 10**9}, {"layers_per_block": [1, 2]}, {"down_block_types": "Down"}, {}):
         broken = {} if not config else CONFIG | config
         with pytest.raises(ValueError, match="of the UNet's config is"):
@@ -360,10 +362,10 @@ def test_names_with_huge_numbers_or_parts_cost_nothing():
 def test_sizes_are_compared_before_a_difference_is_computed():
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {f"{layer}.lokr_w1": torch.ones(11_000, 1), f"{layer}.lokr_w2": torch.ones(1, 11_000)}
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"x.safetensors: layer .* changes \(11000, 11000\); expected \(16, 16\)"):
         merged(parse_lora("x.safetensors", tensors), weights_of(network()), 1.0, CONFIG)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     with pytest.raises(ValueError, match=r"changes \(3, 1\); expected \(16, 1\)"):
         merged(parse_lora("x", {f"{layer}.diff_b": torch.ones(3)}), weights_of(network()), 1.0, CONFIG)
 

@@ -45,10 +45,10 @@ def test_random_expressions_agree_with_re():
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*)*x", "(a?){30}a{30}", "((a*)*)*b"])
 def test_expressions_that_blow_up_elsewhere_end_at_once(pattern):
-    start = time.monotonic()
+    start = time.process_time()
     table = PatternTable({pattern: 1})
     assert table.get("a" * 60 + "!") is None
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,6 @@ def test_all_searches_together_have_an_end():
 
 def test_any_number_of_plain_names_is_looked_up_at_once():
     table = PatternTable({f"down.{i}.to_q": i for i in range(200_000)})
-    start = time.monotonic()
+    start = time.process_time()
     assert all(table.get(f"unet.down.{i}.to_q") == i for i in range(20_000))
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2

@@ -23,6 +23,7 @@ from .lora_foreign import foreign_adapter, foreign_content
 from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, SINGULAR, UP, is_text_layer, rank_of, split_key
 from .lora_peft import read_settings, settle
 
+LONGEST_KEY = 1000
 MOST_NUMBERS = 1 << 27
 """Numbers in the difference of one layer; the largest known one is as large as T5-XXL's vocabulary, 132 million."""
 
@@ -174,6 +175,8 @@ def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict], dict[str, di
     keys: dict[str, dict[str, str]] = defaultdict(dict)
     others = []
     for key, tensor in tensors.items():
+        if len(key) > LONGEST_KEY:
+            raise ValueError(f"it has a key of {len(key)} characters; expected at most {LONGEST_KEY}")
         layer, role = split_key(key)
         if role is None:
             others.append(key)

@@ -286,8 +286,8 @@ def _family_of_unet(lora: Lora, names: str) -> str:
     if has_deep_transformer or with_attention & {("output", n) for n in (0, 1)}:
         return "SDXL"
     has_unet = with_attention or re.search(r"_blocks|unet|diffusion_model", names)
-    is_first_of_several = "lora_te1_" in names  # SDXL's, SD3's or Flux's CLIP
-    return "SD1.x" if "text_model" in names and not has_unet and not is_first_of_several else ""
+    is_one_of_several = re.search(r"lora_te\d_", names)  # SDXL's, SD3's or Flux's
+    return "SD1.x" if "text_model" in names and not has_unet and not is_one_of_several else ""
 
 
 def _original_blocks(names: Iterable[str]) -> set[tuple[str, int, int, str]]:
