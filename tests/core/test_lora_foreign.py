@@ -117,11 +117,10 @@ def test_every_kind_of_peft_gives_the_weights_that_peft_merges(tmp_path, kind):
     assert sum(name.endswith("weight") for name in wanted) == (3 if kind == "AdaLoRA" else 5)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    if "Tucker" not in kind:  # written anew, without peft's settings, it does the same
-        save_lora(tmp_path / "k.safetensors", lora, description=None if kind == "DoRA" else None)
-        again = merged(read_lora(tmp_path / "k.safetensors"), before, 1.0, CONFIG)
-        for name, value in wanted.items():
-            torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
+    save_lora(tmp_path / "k.safetensors", lora)  # without peft's settings, it does the same
+    again = merged(read_lora(tmp_path / "k.safetensors"), before, 1.0, CONFIG)
+    for name, value in wanted.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "LoKr, whole", "AdaLoRA"])
@@ -293,7 +292,7 @@ def test_one_layer_by_two_names_is_refused():
     [
         ("base_model.model.mid.to_k.ia3_l", "IA3"),
         ("lora_unet_mid_to_k.on_input", "IA3"),
-        ("base_model.model.mid.to_k.oft_R.weight", r"peft's OFT \(oft_R\).*LyCORIS's OFT is read"),
+        ("base_model.model.mid.to_k.oft_R.weight", r"peft's OFT \(oft_R\)"),
         ("base_model.model.mid.to_k.oft_R.default_0.weight", r"peft's OFT"),
         ("lora_unet_mid_to_k.oft_diag", "LyCORIS's OFT of an early version"),
         ("base_model.model.mid.to_k.boft_R.default", "BOFT"),
@@ -402,12 +401,12 @@ def test_pickles_that_are_no_plain_tensors_are_refused_at_once(tmp_path, content
 
 def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path):
     stored = io.BytesIO()
-    torch.save({"x.lora_down.weight": torch.zeros(1 << 25)}, stored)
+    torch.save({"x.lora_down.weight": torch.zeros(20 << 20)}, stored)
     with zipfile.ZipFile(stored) as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
     assert (tmp_path / "b.pt").stat().st_size < 1 << 20
-    with pytest.raises(ValueError, match="b.pt: its content unpacks to 128 MB"):
+    with pytest.raises(ValueError, match="b.pt: its content unpacks to 80 MB"):
         read_lora(tmp_path / "b.pt")
 
 
