@@ -20,6 +20,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
+from ...training.common.foreign import reading
 from ...training.common.text import first_few
 from ...training.formats.lora import Lora, LoraModule, dora_axis, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
@@ -304,4 +305,5 @@ def lora_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     Raises:
         ValueError: as `parse_lora`.
     """
-    return parse_lora(name, comfy.lora_convert.convert_lora(dict(tensors)), metadata)
+    with reading(name):
+        return parse_lora(name, comfy.lora_convert.convert_lora(dict(tensors)), metadata)

@@ -325,6 +325,8 @@ def test_other_adapters_say_what_they_are(key, message, beside):
             {f"x.hada_w{i}_{p}": torch.ones(9, 0) if p == "a" else torch.ones(0, 9) for i in "12" for p in "ab"},
             "is empty",
         ),
+        ({"x.oft_blocks": torch.ones(4, 3, 5)}, r"its oft_blocks are \(4, 3, 5\); expected square blocks"),
+        ({f"x.{p}.weight": torch.ones(i, 9) for i, p in enumerate(("a1", "a2", "b1", "b2"), 2)}, "ranks differ"),
         ({f"x.lokr_w{i}": torch.ones(1000, 1000) for i in "12"}, "expected at most 134217728 numbers"),
     ],
 )

@@ -323,15 +323,25 @@ def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
     return first[0] * second[0], first[1] * second[1]
 
 
-def _glora_shape(t: Mapping[str, Tensor]) -> None:
-    """None, since a GLoRA's dW depends on the weight; KeyError for a missing tensor."""
-    for name in GLORA:
-        _ = t[name]
+def _glora_shape(t: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Shape of a GLoRA's part that does not depend on the weight, in either of its layouts; None if both fit."""
+    a1, a2, b1, b2 = (_flat_shape(t[name]) for name in GLORA)
+    shapes = []
+    if b2[1] == b1[0] == a1[0] == a2[1]:
+        shapes.append((b2[0], b1[1]))
+    if b2[0] == b1[1] == a1[1] == a2[0]:
+        shapes.append((b1[0], b2[1]))
+    if not shapes:
+        raise ValueError(f"its factors are {a1}, {a2}, {b1} and {b2}, whose ranks differ")
+    return shapes[0] if len(shapes) == 1 else None
 
 
 def _oft_shape(t: Mapping[str, Tensor]) -> tuple[int, None]:
     """Number of outputs; an OFT rotates outputs and has no inputs."""
-    return math.prod(t["oft_blocks"].shape[-3:-1]), None
+    blocks = t["oft_blocks"]
+    if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(f"its oft_blocks are {tuple(blocks.shape)}; expected square blocks")
+    return math.prod(blocks.shape[-3:-1]), None
 
 
 def _full_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
