@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..common.files import atomic_path, write_tensors
+from ..common.foreign import read_pickle, read_tensors
+from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -30,6 +32,8 @@ FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
+_LONGEST_NAME = 200
+"""Bytes of a file's name without its ending; most systems take 255, and a temporary name is longer."""
 _PLACEHOLDER_ID = 265
 """CLIP's id of "*", A1111's placeholder."""
 
@@ -80,6 +84,14 @@ def _stem(prefix: str, concept: Concept) -> str:
     if TOKEN in prefix and not name:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
+    parts = Path(stem).parts
+    if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
+        raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
+        raise ValueError(
+            f"the file's name would have {len(stem)} characters; expected at most {_LONGEST_NAME} bytes. Set "
+            "filename_prefix, or a shorter token."
+        )
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or ".." in Path(stem).parts:
         raise ValueError(f"filename_prefix is {prefix!r}; expected a name below models/embeddings, without '..'.")
     return stem
@@ -167,8 +179,8 @@ def _is_taken(path: Path, outputs: list[Path]) -> bool:
 def _write_file(path: Path, output: _Output) -> None:
     """Writes a pickle or a safetensors file, atomically."""
     if path.suffix == ".pt":
-        with atomic_path(path, durable=True) as temporary:
-            torch.save(output.content, temporary)
+        with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
+            torch.save(output.content, file)  # given a path, it would put the temporary name into the file
     else:
         write_tensors(path, output.content, output.metadata)
 
