@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.text import plain_text
+
 log = logging.getLogger(__name__)
 FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
@@ -50,7 +52,7 @@ class ClipTokens:
         return torch.tensor([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt: str) -> list[int]:
-        ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._tokenizer(plain_text(prompt), add_special_tokens=False, verbose=False)["input_ids"]
         tokens = [token for token in ids if token not in (self._begin, self._end)]
         most = self.window - 2
         if len(tokens) > most and not self._warned:
