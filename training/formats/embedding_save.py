@@ -10,7 +10,7 @@ too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -28,6 +29,8 @@ from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
+MAX_NAME = 200
+"""Bytes of a file name without suffix: systems allow 255 with the additions of a temporary name."""
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
 _PLACEHOLDER_ID = 265
@@ -72,6 +75,22 @@ def save_embedding(folder: str | Path, embedding: Embedding, format: str, prefix
 def token_file_name(token: str) -> str:
     """A token reduced to what `embedding:<name>` can contain (letters, digits, `.`, `_`, `-`); may be ""."""
     return re.sub(r"[^\w.-]", "", token).strip(".-")
+
+
+def expect_file_names(tokens: Sequence[str]) -> None:
+    """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
+    for token in tokens:
+        name = token_file_name(token)
+        if not name or name.split(".")[0].upper() in RESERVED_NAMES:
+            raise ValueError(
+                f"token is {token!r}, which gives {name!r} as a file name; expected letters or digits, and no "
+                "name that Windows keeps for itself. Choose another token."
+            )
+        if len(name.encode()) > MAX_NAME:
+            raise ValueError(
+                f"token {token[:40]}... has {len(name.encode())} bytes; expected at most {MAX_NAME}, since its file is "
+                "named after it. Choose a shorter token."
+            )
 
 
 def _stem(prefix: str, concept: Concept) -> str:
