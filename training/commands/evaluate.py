@@ -199,7 +199,7 @@ class ScoresFile:
         if len(whole) < len(text):
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-        rows = (PromptScores(**json.loads(line)) for line in whole.decode("utf-8").splitlines())
+        rows = (PromptScores(**json.loads(line)) for line in whole.splitlines())
         self.by_prompt = {(row.model, row.prompt): row for row in rows}
 
     def add(self, row: PromptScores) -> None:

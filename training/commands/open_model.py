@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import write_tensors
+from ..common.foreign import read_text
+from ..common.text import filled_lines
 from ..config.model import ModelConfig
 from ..config.reset import ResetConfig
 from ..demo.files import demo_config, weights_path
@@ -69,8 +71,7 @@ def build_model(config: ModelConfig) -> TextToImage:
 
         model = replace(model, judge=judge_samples)
     if config.t5 is not None:
-        prompts = config.fit.read_text(encoding="utf-8").splitlines() if config.fit else []
-        model = with_t5(model, config, [line.strip() for line in prompts if line.strip()])
+        model = with_t5(model, config, filled_lines(read_text(config.fit)) if config.fit else ())
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..common.text import expect_whole_characters
 from .fields import config_fields
 
 RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
@@ -12,7 +13,10 @@ RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT"
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError where a field holds none of its choices or lies outside its range; None is in every range."""
+    """Raises ValueError where a field holds none of its choices, lies outside its range, or has half a character.
+
+    None is in every range.
+    """
     fields = config_fields(type(config))
     for name, field in fields.items():
         if field.choices and getattr(config, name) not in field.choices:
@@ -21,6 +25,11 @@ def check_fields(config: Any) -> None:
     for name, field in fields.items():
         if not field.allows(getattr(config, name)):
             raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range}.")
+    for name in fields:
+        value = getattr(config, name)
+        for text in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(text, str):
+                expect_whole_characters(text, name)
 
 
 def check_range(config: Any, **limits: tuple[float, float]) -> None:

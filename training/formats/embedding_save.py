@@ -10,7 +10,7 @@ too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -30,10 +30,10 @@ from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
+MAX_NAME = 200
+"""Bytes of a file name without suffix: systems allow 255 with the additions of a temporary name."""
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
-_LONGEST_NAME = 200
-"""Bytes of a file's name without its ending; most systems take 255, and a temporary name is longer."""
 _PLACEHOLDER_ID = 265
 """CLIP's id of "*", A1111's placeholder."""
 
@@ -78,6 +78,22 @@ def token_file_name(token: str) -> str:
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
+def expect_file_names(tokens: Sequence[str]) -> None:
+    """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
+    for token in tokens:
+        name = token_file_name(token)
+        if not name or name.split(".")[0].upper() in RESERVED_NAMES:
+            raise ValueError(
+                f"token is {token!r}, which gives {name!r} as a file name; expected letters or digits, and no "
+                "name that Windows keeps for itself. Choose another token."
+            )
+        if len(name.encode()) > MAX_NAME:
+            raise ValueError(
+                f"token {token[:40]}... has {len(name.encode())} bytes; expected at most {MAX_NAME}, since its file is "
+                "named after it. Choose a shorter token."
+            )
+
+
 def _stem(prefix: str, concept: Concept) -> str:
     """The file name without suffix; ValueError for an empty one or one that leaves the folder."""
     name = token_file_name(concept.token)
@@ -87,9 +103,9 @@ def _stem(prefix: str, concept: Concept) -> str:
     parts = Path(stem).parts
     if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
         raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
-    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
+    if any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in parts):
         raise ValueError(
-            f"the file's name would have {len(stem)} characters; expected at most {_LONGEST_NAME} bytes. Set "
+            f"the file's name would have {len(stem)} characters; expected at most {MAX_NAME} bytes. Set "
             "filename_prefix, or a shorter token."
         )
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or ".." in Path(stem).parts:

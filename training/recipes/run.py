@@ -50,6 +50,8 @@ class TrainingJob:
     caption_of: Callable[[str, int, int], str] | None = None
     """(caption, batch number, place in the batch) -> the caption that the image is trained with; the number is 0
     outside of training. Needs text_trains."""
+    stays: Callable[[str], bool] = lambda tag: False
+    """Whether tag dropout must keep a tag, such as one with a word that trains."""
     watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     """Figures of the trained values, for rows with event "watch"."""
 
