@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
-import struct
 import sys
 import threading
 import time
@@ -20,6 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
+from . import foreign
+from .foreign import existing_file, read_pickle, read_tensors
+
+__all__ = ["existing_file", "read_pickle", "read_tensors"]
 WINDOWS = sys.platform == "win32"
 _OPEN_ELSEWHERE = 2.0
 """Seconds that a rename or a deletion is tried while the file is open in another program, which Windows refuses."""
@@ -229,58 +231,9 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def existing_file(path: str | Path) -> Path:
-    """The path of a file; raises FileNotFoundError where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return path
-
-
-def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors, copied, and metadata. (Windows cannot replace a file that stays mapped.)
-
-    prefix: reads only tensors whose names begin with it. Raises ValueError for a damaged file or one of another kind,
-    FileNotFoundError where there is none.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = existing_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} is damaged or no safetensors file ({error}). Save or download it again."
-        ) from error
-
-
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
-_DAMAGED += (AssertionError, struct.error)
-"""Raised by torch.load for truncated or changed files and for those that torch.save did not write."""
-
-
-def read_pickle(path: str | Path) -> Any:
-    """The content of a file that torch.save wrote, on the CPU: tensors, numbers, texts, lists and dicts.
-
-    Raises ValueError for a damaged file or one with code, FileNotFoundError where there is none.
-    """
-    import torch
-
-    path = existing_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        raise ValueError(f"{path.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
-
-
 def read_json(path: Path) -> Any:
     """A JSON file's value. Raises ValueError with the file's name when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Put the file back, or begin the run again.") from error
+    return foreign.read_json(path, advice="Put the file back, or begin the run again.")
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
