@@ -49,7 +49,7 @@ def writing(path: str | Path, size: int = 0) -> Iterator[None]:
 
     try:
         yield
-    except WriteFailed:
+    except (WriteFailed, TimeoutError):  # also that of a lock
         raise
     except (OSError, SafetensorError) as error:
         raise _write_failed(Path(path), size, error) from error
@@ -198,6 +198,14 @@ def append_text(path: str | Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def overwrite(path: str | Path, text: str) -> None:
+    """Writes a text over a file's content, padded with blanks, so that it needs no more space: not atomic."""
+    data = text.encode("utf-8", "backslashreplace")
+    with writing(path, len(data)), open(path, "r+b") as file:
+        file.write(data.ljust(os.fstat(file.fileno()).st_size))
+        file.truncate()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
