@@ -97,7 +97,8 @@ class RunFolder:
                 folder.samples.mkdir(parents=True, exist_ok=True)
             for partial in folder.path.rglob(".*.tmp"):  # of a killed process
                 if partial.is_file():
-                    remove(partial)
+                    with writing(partial):
+                        remove(partial)
             yield folder
 
     def config(self) -> dict[str, Any] | None:
@@ -156,6 +157,8 @@ class RunFolder:
         self.record = old.get("record") or _digest(identity)
         about = {"version": 1, "identity": identity, **details, "record": self.record}
         write_json(self.path / "config.json", about | {"stretches": self._stretches(old, details)})
+        if self.status()["state"] == "new":  # takes the space in which a full disk can be told later
+            self.set_status("new", 0)
 
     def _expect_nothing_trained(self) -> None:
         """Raises ValueError where a run was trained whose settings are lost: others would go on with its state."""

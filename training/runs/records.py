@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..common.files import while_open_elsewhere
 from ..common.foreign import MB, FileError, existing_file, explain, parse_json, read_json, reading, short
 
 STATES = ("new", "running", "interrupted", "failed", "finished")
@@ -59,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with _checking(path):
-        data = existing_file(path).read_bytes()
+        data = _readable(path).read_bytes()
         lines = data[: data.rfind(b"\n") + 1].split(b"\n")
         return [_row(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -68,7 +69,7 @@ def read_last_step(path: Path) -> Row:
     """The row of the last step among the last 256 KB of metrics.jsonl; empty where there is none."""
     if not path.exists():
         return {}
-    with _checking(path), existing_file(path).open("rb") as file:
+    with _checking(path), _readable(path).open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         lines = file.read(_TAIL).split(b"\n")[:-1]  # without a last row that is being written
@@ -101,8 +102,14 @@ def _checking(path: Path) -> Iterator[None]:
         raise FileError(message if ADVICE in message else f"{message}. {ADVICE}") from error
 
 
+def _readable(path: Path) -> Path:
+    """A regular file's path, once it can be opened: Windows refuses that while the file is replaced."""
+    while_open_elsewhere(lambda: existing_file(path).open("rb").close())
+    return path
+
+
 def _read(path: Path) -> dict[str, Any]:
-    size = existing_file(path).stat().st_size
+    size = _readable(path).stat().st_size
     if size > _LARGEST:
         raise ValueError(f"its size is {size / MB:.0f} MB; expected at most {_LARGEST / MB:.0f} MB")
     value = read_json(path, dict, ADVICE)
