@@ -235,6 +235,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _silence() -> None:
+    """No progress bars of libraries."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+
+
 def main() -> int:
     options = parse()
     if not hasattr(os, "fork") or not hasattr(os, "pidfd_open"):
@@ -247,6 +256,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    _silence()
     figures = fuzz(options)
     shown = figures if options.json else figures | {"wrong": figures["wrong"][:SHOWN]}
     sys.stdout.write(json.dumps(shown, indent=None if options.json else 1) + "\n")
