@@ -212,13 +212,6 @@ def finite_number(value: Any, what: str) -> float:
     return number
 
 
-def whole_characters(text: str, what: str = "a prompt") -> str:
-    """Returns a text. Raises ValueError for one with half a character (a lone surrogate), which no tokenizer takes."""
-    if _SURROGATE.search(text):
-        raise ValueError(f"{what} is {short(text)}, with half a character; expected whole ones. Type it again.")
-    return text
-
-
 def short(value: Any) -> str:
     """A value from a file in at most 60 characters, for messages."""
     if isinstance(value, int) and value.bit_length() > 200:

@@ -10,7 +10,7 @@ too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..common.files import atomic_path, write_tensors
+from ..common.foreign import read_pickle, read_tensors
+from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -28,6 +30,8 @@ from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
+MAX_NAME = 200
+"""Bytes of a file name without suffix: systems allow 255 with the additions of a temporary name."""
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
 _PLACEHOLDER_ID = 265
@@ -74,12 +78,36 @@ def token_file_name(token: str) -> str:
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
+def expect_file_names(tokens: Sequence[str]) -> None:
+    """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
+    for token in tokens:
+        name = token_file_name(token)
+        if not name or name.split(".")[0].upper() in RESERVED_NAMES:
+            raise ValueError(
+                f"token is {token!r}, which gives {name!r} as a file name; expected letters or digits, and no "
+                "name that Windows keeps for itself. Choose another token."
+            )
+        if len(name.encode()) > MAX_NAME:
+            raise ValueError(
+                f"token {token[:40]}... has {len(name.encode())} bytes; expected at most {MAX_NAME}, since its file is "
+                "named after it. Choose a shorter token."
+            )
+
+
 def _stem(prefix: str, concept: Concept) -> str:
     """The file name without suffix; ValueError for an empty one or one that leaves the folder."""
     name = token_file_name(concept.token)
     if TOKEN in prefix and not name:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
+    parts = Path(stem).parts
+    if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
+        raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
+    if any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in parts):
+        raise ValueError(
+            f"the file's name would have {len(stem)} characters; expected at most {MAX_NAME} bytes. Set "
+            "filename_prefix, or a shorter token."
+        )
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or ".." in Path(stem).parts:
         raise ValueError(f"filename_prefix is {prefix!r}; expected a name below models/embeddings, without '..'.")
     return stem
@@ -167,8 +195,8 @@ def _is_taken(path: Path, outputs: list[Path]) -> bool:
 def _write_file(path: Path, output: _Output) -> None:
     """Writes a pickle or a safetensors file, atomically."""
     if path.suffix == ".pt":
-        with atomic_path(path, durable=True) as temporary:
-            torch.save(output.content, temporary)
+        with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
+            torch.save(output.content, file)  # given a path, it would put the temporary name into the file
     else:
         write_tensors(path, output.content, output.metadata)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..trainables.base import Trainable
 from .ema import update_ema
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .precision import autocast, loss_scaler
+
+log = logging.getLogger(__name__)
 
 
 class GradientStep:
@@ -43,7 +46,9 @@ class GradientStep:
         self._check_learning_rates()
 
     def _check_learning_rates(self) -> None:
-        """Raises ValueError when nothing would train at the first step."""
+        """Raises ValueError when nothing would train at the first step; warns of a rate of 0 for all steps."""
+        if not self.config.learning_rate:
+            log.warning("learning_rate is 0: nothing is learned. Raise it, unless that is what you want to see.")
         groups = [group["name"] for group in self.optimizer.param_groups]
         if not any(group_rate(group, 1, self.settings) for group in groups):
             raise ValueError(
@@ -93,6 +98,7 @@ class GradientStep:
         with self.trainable.attach(rng_key=(step, indices[0])), autocast(self.settings.precision, self.device):
             result = self.objective(list(zip(indices, loaded, strict=True)), step)
             loss = result.per_sample.sum() / total
+            _expect_gradient(loss, step)
             self.scaler.scale(loss).backward()
         return loss.item(), {key: value * len(batch) / total for key, value in result.parts.items()}
 
@@ -135,3 +141,12 @@ class GradientStep:
     def values(self) -> dict[str, Tensor]:
         """The weights to validate with, to draw samples with and to save as the result: the average if there is one."""
         return self.ema or evaluation_weights(self.optimizer, self.trainable.parameters)
+
+
+def _expect_gradient(loss: Tensor, step: int) -> None:
+    """Raises ValueError for a loss that nothing which trains has a part in."""
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of step {step} depends on nothing that trains; expected a caption with the learned word in each "
+            "batch. Look at the captions, and at caption_dropout and tag_dropout."
+        )

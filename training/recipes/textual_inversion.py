@@ -17,11 +17,19 @@ from ..common.files import read_tensors, write_tensors
 from ..config.embedding import EmbeddingConfig
 from ..config.tokens import check_token
 from ..data.examples import Dataset
-from ..data.templates import TEMPLATES, CaptionTemplates, contains_token, keep_images_with_tokens, replace_caption_words
+from ..data.templates import (
+    TEMPLATES,
+    CaptionTemplates,
+    contains_token,
+    expect_readable,
+    expect_tokens,
+    keep_images_with_tokens,
+    replace_caption_words,
+)
 from ..formats.embedding import Embedding, read_embedding
 from ..formats.embedding_fit import assign_to_encoders, family_of
 from ..formats.embedding_report import median_norm, token_warnings, vector_statistics
-from ..formats.embedding_save import save_embedding
+from ..formats.embedding_save import expect_file_names, save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
 from ..runs.folder import RunFolder
@@ -76,12 +84,16 @@ def train_embedding(
         details: JSON for config.json besides the settings, such as the workflow.
 
     Raises:
-        ValueError: before any training: a token that no caption contains, an initial text without a token, a text
-            encoder that does not fit the UNet, or a run of other settings under this name.
+        ValueError: before any training: a token that no caption contains, that gives no file name, or that the text
+            encoder does not reach; an initial text without a token, a text encoder that does not fit the UNet, or a
+            run of other settings under this name.
     """
     check_fit(model, config)
+    expect_file_names(config.tokens)
     callbacks, config = callbacks or Callbacks(), _without_empty_captions(config)
     dataset, captions = choose_captions(dataset, config)
+    shuffled = config.settings.caption_shuffle
+    expect_readable(model.text_encoder, captions.all_of(dataset.captions), config.tokens, config.vectors, shuffled)
     vocabularies, concepts = model.text_encoder.vocabularies, _initial_concepts(model, config)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
@@ -95,6 +107,7 @@ def train_embedding(
         details=describe_training(model, dataset) | (details or {}),
         text_trains=True,
         caption_of=captions,
+        stays=partial(contains_token, tokens=config.tokens),
         watch=lambda values: _measure_tokens(tokens.concepts(values), vocabularies, callbacks),
     )
     with model.text_encoder.training():
@@ -128,6 +141,8 @@ def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset,
         dataset = dataset if config.lora_rank else keep_images_with_tokens(dataset, tokens)
         return dataset, CaptionTemplates((), tokens[0], config.seed)
     lines = config.lines if template == "own" else TEMPLATES[template]
+    if not config.lora_rank:
+        expect_tokens(lines, dataset.captions, tokens)
     return dataset, CaptionTemplates(lines, tokens[0], config.seed)
 
 
