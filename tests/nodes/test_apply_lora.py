@@ -284,6 +284,7 @@ def processor(path):
 
 KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
 PEFT = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+ADAPTER = {"down": ".lora_A.default_0.weight", "up": ".lora_B.default_0.weight"}
 OLD = {"down": "_lora.down.weight", "up": "_lora.up.weight"}
 UNET_LAYOUTS = {  # how a layer is called, by its diffusers (True) or original name; endings; what the report says
     "kohya": (underscored("lora_unet_"), True, KOHYA, "kohya"),
@@ -295,6 +296,11 @@ UNET_LAYOUTS = {  # how a layer is called, by its diffusers (True) or original n
     "LyCORIS, original names": (underscored("lycoris_"), False, KOHYA, "LyCORIS"),
     "ComfyUI": (dotted("diffusion_model."), False, KOHYA, "ComfyUI"),
     "OneTrainer": (dotted("unet."), False, KOHYA, "OneTrainer"),
+    "diffusers before peft, no component": (lambda p: processor(p).removeprefix("unet."), True, OLD, "diffusers"),
+    "peft's state, no component": (dotted(""), True, PEFT, "diffusers"),
+    "another adapter": (dotted("unet."), True, ADAPTER, "diffusers"),
+    "peft in a pipeline": (dotted("unet.base_model.model."), True, PEFT, "peft"),
+    "compiled": (dotted("unet._orig_mod."), True, PEFT, "diffusers"),
 }
 
 
@@ -347,6 +353,9 @@ TEXT_LAYOUTS = {  # (CLIP, part of it), how a layer is called, endings
     "diffusers SDXL 2": ("SDXL", "clip_g", dotted("text_encoder_2."), PEFT),
     "transformers 5": ("SD1.5", "clip_l", lambda p: "text_encoder." + p.removeprefix("text_model."), PEFT),
     "peft": ("SD1.5", "clip_l", dotted("base_model.model."), PEFT),
+    "peft, another adapter": ("SD1.5", "clip_l", dotted("text_encoder.base_model.model."), ADAPTER),
+    "transformers' state": ("SDXL", "clip_l", lambda p: p.removeprefix("text_model."), PEFT),
+    "T5's state": ("T5", "t5base", dotted(""), PEFT),
     "OneTrainer SD1.5": ("SD1.5", "clip_l", dotted("clip_l."), KOHYA),
     "OneTrainer SDXL 2": ("SDXL", "clip_g", dotted("clip_g."), KOHYA),
     "ComfyUI SDXL": ("SDXL", "clip_g", dotted("text_encoders.clip_g.transformer."), KOHYA),

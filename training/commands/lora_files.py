@@ -20,7 +20,7 @@ from ..formats.lora_difference import LowRankFactors, kernel_of, lora_tensors, l
 from ..formats.lora_keys import BIAS
 from ..formats.lora_metadata import LoraDescription
 from ..formats.lora_names import TEXT, UNET, Naming, detect_naming
-from ..formats.lora_report import layout_of
+from ..formats.lora_report import layout_of, missing_alpha
 from ..formats.lora_save import save_lora
 from ..models import ldm
 from ..models.open_clip import to_transformers
@@ -109,12 +109,20 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
     Raises:
         ValueError: For DoRA, OFT and other kinds whose difference depends on the weight.
     """
-    lora = read_lora(config.lora)
+    lora = _read(config.lora)
     modules, factors = _resize_modules(lora, config)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
     save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
     return {"file": str(config.output), **_figures(lora.name, factors)}
+
+
+def _read(path: Path) -> Lora:
+    """The LoRA in a file; logs a warning where nothing in it tells its strength."""
+    lora = read_lora(path)
+    if line := missing_alpha(lora):
+        log.warning("%s", line)
+    return lora
 
 
 def _resize_modules(lora: Lora, config: ResizeLoraConfig) -> tuple[dict[str, LoraModule], dict]:
@@ -173,7 +181,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
 
 def convert_lora(config: ConvertLoraConfig) -> dict:
     """Writes the LoRA in the other layout; returns {"file", "layers", "warnings"}. Errors: those of `save_lora`."""
-    lora = read_lora(config.lora)
+    lora = _read(config.lora)
     about = LoraDescription(file_metadata=lora.metadata)
     warnings = save_lora(config.output, lora, config.format, config.dtype, about, base=config.base)
     return {"file": str(config.output), "layers": len(lora.modules), "warnings": warnings}
@@ -229,10 +237,12 @@ def _open(model: str) -> tuple[Mapping, dict[str, Tensor]]:
 
 
 def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:
-    """tuned - base in fp32; None where they are equal. Raises ValueError for different shapes."""
+    """tuned - base in fp32; None where they are equal. Raises ValueError for other shapes and for NaN."""
     if base.shape != tuned.shape:
         raise ValueError(f"{name} is {tuple(base.shape)} and {tuple(tuned.shape)}; expected two models of one kind.")
     change = tuned.float() - base.float() if tuned.is_floating_point() else None
+    if change is not None and not change.isfinite().all():
+        raise ValueError(f"{name} is NaN or infinite in base or tuned; expected numbers. Use an earlier save.")
     return change if change is not None and change.any() else None
 
 
