@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..common.files import is_reserved
 from ..common.text import expect_whole_characters
 from .fields import config_fields
 
 RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
-RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
+LONGEST_NAME = 100
+"""Characters of a run's name."""
+MOST_BYTES = 250
+"""Bytes of a run's name in UTF-8: a file system takes 255, and the lock's name has five more."""
 
 
 def check_fields(config: Any) -> None:
@@ -68,9 +72,10 @@ def compile_regex(name: str, pattern: str, example: str) -> re.Pattern:
 
 def check_run_name(name: str, what: str = "run name") -> None:
     """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
-    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
-    if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
+    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name or is_reserved(name)
+    if bad or len(name) > LONGEST_NAME or len(name.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(
-            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
-            "Leave out path separators and '..'."
+            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@) of at most "
+            f"{LONGEST_NAME} characters, without a dot or space at its end, that is no device's name on Windows such "
+            "as CON or LPT1. Leave out path separators and '..'."
         )

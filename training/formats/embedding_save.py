@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, write_tensors
+from ..common.files import atomic_path, is_reserved, write_tensors
 from ..common.foreign import read_pickle, read_tensors
-from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -84,7 +83,9 @@ def expect_file_names(tokens: Sequence[str]) -> None:
         try:
             _stem(TOKEN, Concept(token, {}))
         except ValueError as error:
-            raise ValueError(f"token {token[:40]!r} cannot name its embedding: {error} Choose another token.") from error
+            raise ValueError(
+                f"token {token[:40]!r} cannot name its embedding: {error} Choose another token."
+            ) from error
 
 
 def _stem(prefix: str, concept: Concept) -> str:
@@ -94,7 +95,7 @@ def _stem(prefix: str, concept: Concept) -> str:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
     parts = Path(stem).parts
-    if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
+    if any(map(is_reserved, parts)):
         raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
     if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
         raise ValueError(

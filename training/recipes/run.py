@@ -23,7 +23,7 @@ from ..loop.memory import memory_hints
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..runs.outcome import describe_guard, is_finished, record_failure
-from ..runs.report import write_report
+from ..runs.report import REPORT, write_report
 from ..trainables.base import Trainable
 from .checks import check_steps
 
@@ -84,6 +84,8 @@ def run_training(
             folder.claim(run, about, former_identity(config))
         here.barrier()
         if _is_finished(folder, config, job.artifact):
+            if here.is_main and not (folder.path / REPORT).is_file():
+                write_report(folder)
             callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{describe_guard(folder.status())}")
             return folder.path
@@ -100,12 +102,12 @@ def run_training(
 def _finish(
     job: TrainingJob, folder: RunFolder, loop: Loop, values: Mapping[str, Tensor], callbacks: Callbacks
 ) -> None:
-    """Writes result, status and report."""
-    with record_failure(folder, callbacks):
+    """Writes result, report and status, in this order: a run whose status says finished has both others."""
+    with record_failure(folder, callbacks, lambda: loop.step):
         callbacks.on_text(f"writing the result of run {folder.name}")
         job.write(folder, values, {"steps": loop.step, **loop.ending})
-    folder.set_status("finished", loop.step, **loop.ending)
-    write_report(folder)
+        write_report(folder, status={"state": "finished", "step": loop.step, **loop.ending})
+        folder.set_status("finished", loop.step, **loop.ending)
     callbacks.on_state("finished", loop.step)
     callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{describe_guard(loop.ending)}")
 
