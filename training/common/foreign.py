@@ -28,7 +28,7 @@ JSON_MOST = 256 * MB
 """Bytes of the largest JSON or text file that is read; the largest known tokenizer.json has 33 MB."""
 _SHARED_NAMES = ("config", "index", "merges", "model", "pytorch_model", "scheduler", "spiece", "tokenizer", "vocab")
 """Beginnings of file names that every model folder has, so that the folder's name tells them apart."""
-_NUMBER_DIGITS = 6
+_NUMBER_DIGITS, _LAYERS = 6, 512
 _DEPTH, _VALUES = 64, 1_000_000
 """Nesting and number of values that a pickle may have; training states of whole models stay far below."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -212,6 +212,13 @@ def finite_number(value: Any, what: str) -> float:
     return number
 
 
+def whole_characters(text: str, what: str = "a prompt") -> str:
+    """Returns a text. Raises ValueError for one with half a character (a lone surrogate), which no tokenizer takes."""
+    if _SURROGATE.search(text):
+        raise ValueError(f"{what} is {short(text)}, with half a character; expected whole ones. Type it again.")
+    return text
+
+
 def short(value: Any) -> str:
     """A value from a file in at most 60 characters, for messages."""
     if isinstance(value, int) and value.bit_length() > 200:
@@ -220,23 +227,31 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def count_numbered(names: Iterable[str], before: str) -> int:
+def count_numbered(names: Iterable[str], before: str, gaps: bool = False) -> int:
     """How many layers a file has: the numbers that follow `before` in its names, which must be 0 to n - 1.
 
-    A name alone does not make a layer: a file of one layer with the number 999999999 is refused, not counted so far.
+    A name alone does not make a layer: a file of one layer with the number 999999999 is refused, not counted so far,
+    and so is one of more than 512, which no known model has.
+
+    Args:
+        names: The tensors' names.
+        before: What stands before the number, such as "encoder.block.".
+        gaps: Counts to the largest number, for a caller that lists what is missing; up to as many layers as names.
 
     Raises:
-        ValueError: A number is missing or too long; to be used inside `reading`.
+        ValueError: A number is missing or too large; to be used inside `reading`.
     """
-    pattern = re.compile(re.escape(before) + r"([0-9]+)(?:\.|$)")
-    digits = {match[1] for name in names if (match := pattern.match(name))}
-    if any(len(text) > _NUMBER_DIGITS for text in digits) or max(map(int, digits), default=-1) >= len(digits):
-        largest = max(digits, key=lambda text: (len(text), text))
+    names = list(names)
+    after = (name[len(before) :].partition(".")[0] for name in names if name.startswith(before))
+    digits = {text for text in after if text.isascii() and text.isdigit()}
+    largest = max(digits, key=lambda text: (len(text), text), default="")
+    most = min(_LAYERS, len(names) if gaps else len(digits))
+    if len(largest) > _NUMBER_DIGITS or largest and int(largest) >= most:
         raise ValueError(
             f"the largest number after {before} is {largest:.20} and it has {len(digits)} of them; expected all from 0 "
-            "on. Download the whole file again"
+            f"on, at most {_LAYERS}. Download the whole file again"
         )
-    return len(digits)
+    return 1 + int(largest) if largest else 0
 
 
 @dataclass(frozen=True)
@@ -323,6 +338,8 @@ def _expect_plain(content: Any, size: int) -> None:
             needed += _dense_bytes(item)
         elif isinstance(item, Mapping):
             waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, torch.nn.ParameterDict):  # of the first implementation of embeddings
+            waiting += [(part, depth + 1) for part in item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             waiting += [(part, depth + 1) for part in item]
     if needed > 4 * size + 64 * MB:
