@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
-from ..common.foreign import count_numbered, is_file, read_bytes, reading, whole_number
+from ..common.foreign import count_numbered, is_file, read_bytes, whole_number
+from .clip_tokenizer import TOKENIZER_FILES, load_clip_tokenizer
 from .concepts import (
     Concept,
     Vocabulary,
@@ -49,7 +50,7 @@ class ClipTextEncoder:
         pad: id that fills a window, by default the tokenizer's.
 
     Raises:
-        ValueError: the folder has no tokenizer.
+        ValueError: the folder has no tokenizer, or one of more words than the network.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -58,17 +59,9 @@ class ClipTextEncoder:
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
     ):
-        from transformers import CLIPTokenizer
-
         folder = Path(tokenizer_folder)
-        if not any(is_file(folder / name) for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
-            raise ValueError(
-                f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
-                "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
-            )
         self.network = network.eval().requires_grad_(False)
-        with reading(folder, "no tokenizer of CLIP"):
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = load_clip_tokenizer(folder, network.config.vocab_size)
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
         self.name = "clip_h" if self.width == SD2_WIDTH else "clip_l"
@@ -239,7 +232,7 @@ def _split_into_windows(groups: list[list[int]], most: int) -> list[list[int]]:
 def _tokenizer_digest(folder: Path) -> str:
     """Hash of the tokenizer files: with another vocabulary the same weights are another encoder."""
     digest = hashlib.sha256()
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in TOKENIZER_FILES:
         if is_file(folder / name):
             digest.update(name.encode() + read_bytes(folder / name))
     return digest.hexdigest()
