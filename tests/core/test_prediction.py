@@ -77,7 +77,7 @@ SAYS = {
     "its own": (
         {"scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"}},
         "v",
-        14.6,
+        SD1_LAST,
     ),
 }
 
