@@ -20,6 +20,7 @@ from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
+from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..runs.outcome import describe_guard, is_finished, record_failure
@@ -80,7 +81,7 @@ def run_training(
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **job.details}
+            about = {"config": asdict(config), **prediction(model), "environment": environment(model), **job.details}
             folder.claim(run, about, former_identity(config))
         here.barrier()
         if _is_finished(folder, config, job.artifact):
@@ -130,6 +131,15 @@ def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
         "text_encoder": model.text_encoder.fingerprint,
         "projection": start,
         "vae": model.autoencoder.fingerprint,
+    }
+
+
+def prediction(model: TextToImage) -> dict:
+    """What the UNet predicts and its noise levels in words, for people who ask why a model learned nothing."""
+    denoiser = model.denoiser
+    return {
+        "prediction_type": denoiser.prediction_type,
+        "denoiser": describe(denoiser.prediction_type, denoiser.sigmas),
     }
 
 

@@ -18,7 +18,9 @@ from ..config.run import TrainModelConfig
 from ..data.examples import Dataset
 from ..models import ldm
 from ..models.layers import select
+from ..models.noise_levels import zero_terminal_sigmas
 from ..models.parameters import parameter_refs
+from ..models.prediction import markers_of, metadata_of, split_markers
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..text_encoder.projection import PROJECTION_PREFIX
@@ -103,19 +105,29 @@ def _write(
     values: Mapping[str, Tensor],
     ending: Mapping[str, Any],
 ) -> None:
-    """Writes the trained weights, and the whole projection whether it trained or not."""
+    """Writes the trained weights, and the whole projection whether it trained or not.
+
+    A whole UNet is a file that others load: it tells what it predicts, as they read it.
+    """
     projection, tensors = model.text_encoder.projection, dict(values)
     about = {"run": config.run_name, "train": config.train, **ending}
+    metadata = {}
+    if config.train == "whole UNet":
+        kind, sigmas = model.denoiser.prediction_type, model.denoiser.sigmas
+        markers = markers_of(kind, zero_terminal_sigmas(sigmas) if config.settings.zero_terminal_snr else sigmas)
+        tensors |= markers | {ldm.UNET_PREFIX + name: value.clone() for name, value in markers.items()}
+        metadata = metadata_of(kind)
     if projection is not None:
         about["projection"] = projection.config()
         tensors = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | tensors
-    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)})
+    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)} | metadata)
 
 
 def read_trained_model(folder: Path) -> TrainedModel:
     """The result of a run from its folder."""
     file = Path(folder) / ARTIFACT
     tensors, metadata = read_tensors(file)
+    tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}
     projection = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
     return TrainedModel(file, unet, projection, json.loads(metadata["retune.run"]).get("projection", {}))
