@@ -89,14 +89,3 @@ def test_a_token_behind_the_end_of_a_t5_is_refused():
         with pytest.raises(ValueError, match="<it> would end at place .*expected at most 19"):
             expect_readable(encoder, [caption], ["<it>"], 2, shuffled)
     expect_readable(encoder, ["a red circle"], ["<it>"], 2, shuffled=True)
-
-
-def test_a_learning_rate_of_0_and_an_invalid_regex_are_said(tiny_model, tmp_path, caplog):
-    from retune.training.config.lora import LoraConfig
-    from retune.training.recipes.lora import train_lora
-
-    values = {"run_name": "r", "steps": 1, "rank": 2, "settings": TrainingSettings(warmup_steps=0)}
-    with pytest.raises(ValueError, match="target_regex is .*, not a regular expression"):
-        LoraConfig(**values, targets="attention", target_regex="attn2(")
-    train_lora(tiny_model, pictures(["a", "b"]), LoraConfig(**values, learning_rate=0.0), tmp_path)
-    assert "learning_rate is 0: nothing is learned" in caplog.text

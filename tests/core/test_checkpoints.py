@@ -324,6 +324,12 @@ FOLDER_FAULTS = [
     ("unet/config.json", {"layers_per_block": 10**9}, "unet: layers_per_block is 1000000000; expected a whole number"),
     ("unet/config.json", {"block_out_channels": [32, "x"]}, "unet: block_out_channels is 'x'"),
     ("unet/config.json", {"cross_attention_dim": 64}, "unet"),
+    (
+        "unet/config.json",
+        {"block_out_channels": [65536, 65536]},
+        "unet: config.json describes .* parameters, and its 1",
+    ),
+    ("text_encoder/config.json", {"intermediate_size": 10**5}, "text_encoder: config.json describes .* parameters"),
     ("text_encoder/config.json", {"num_hidden_layers": 100}, "text_encoder.*its weights have 2 layers; expected 100"),
     ("text_encoder/config.json", {"num_hidden_layers": None}, "text_encoder: num_hidden_layers is None"),
     ("vae/config.json", {"layers_per_block": -1}, "vae: layers_per_block is -1"),

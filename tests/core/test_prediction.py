@@ -77,7 +77,7 @@ SAYS = {
     "its own": (
         {"scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"}},
         "v",
-        14.6,
+        SD1_LAST,
     ),
 }
 
@@ -97,9 +97,9 @@ def test_sd2_is_told_by_the_std_of_a_bias(tmp_path):
     path = tmp_path / "sd2.safetensors"
     for std, expected in ((0.05, "epsilon"), (0.2, "v_prediction")):
         bias = torch.tensor([std, -std] * 8)
-        assert file_scheduler(path, {}, {}, {}, bias).get("prediction_type", "epsilon") == expected
+        assert file_scheduler(path, {}, {}, {}, bias).scheduler.get("prediction_type", "epsilon") == expected
     known = {"modelspec.prediction_type": "epsilon"}
-    assert file_scheduler(path, {}, known, {}, bias)["prediction_type"] == "epsilon"
+    assert file_scheduler(path, {}, known, {}, bias).scheduler["prediction_type"] == "epsilon"
 
 
 def test_a_contradiction_is_told_and_the_more_certain_counts(single_file, caplog):
@@ -139,7 +139,7 @@ def test_the_flag_reaches_run_and_report(train_arguments, tmp_path, capsys):
     assert main(train_arguments(tmp_path / "out", "--steps", "1", "--prediction", "v", "--sample-prompts")) == 0
     config = json.loads((tmp_path / "out" / "r" / "config.json").read_text(encoding="utf-8"))
     assert config["prediction_type"] == "v" and config["denoiser"].startswith("v prediction, noise levels 0.0292 to")
-    assert "model: v prediction, noise levels 0.0292 to 14.615\n" in capsys.readouterr().err
+    assert "model: v prediction, noise levels 0.0292 to 14.615 (by the flags)\n" in capsys.readouterr().err
 
 
 DAMAGED = {

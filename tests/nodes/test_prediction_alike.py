@@ -35,7 +35,7 @@ def sampling_of(markers):
 def test_markers(comfyui, case):
     from retune.nodes.bridge.denoiser import prediction_type_of as prediction_in_comfyui
 
-    sampling, scheduler = sampling_of(MARKERS[case]), file_scheduler(FILE, MARKERS[case], {}, {})
+    sampling, scheduler = sampling_of(MARKERS[case]), file_scheduler(FILE, MARKERS[case], {}, {}).scheduler
     assert prediction_type_of(scheduler) == prediction_in_comfyui(sampling)
     sigmas = training_sigmas(scheduler)
     torch.testing.assert_close(sigmas, sampling.sigmas, rtol=1e-3, atol=0)
@@ -50,7 +50,7 @@ def test_markers(comfyui, case):
 def test_a_written_file_is_read_by_both_of_comfyuis_loaders(comfyui, case):
     import comfy.utils
 
-    scheduler = file_scheduler(FILE, MARKERS[case], {}, {})
+    scheduler = file_scheduler(FILE, MARKERS[case], {}, {}).scheduler
     written = markers_of(prediction_type_of(scheduler), training_sigmas(scheduler))
     file = {f"{ldm.UNET_PREFIX}x": torch.ones(1)} | written
     file |= {ldm.UNET_PREFIX + name: value for name, value in written.items()}
@@ -69,7 +69,7 @@ def test_sd2_by_the_std_of_a_bias(comfyui):
         bias = torch.tensor([std, -std] * 8)
         key = "p.output_blocks.11.1.transformer_blocks.0.norm1.bias"
         kind = comfy.supported_models.SD20({"in_channels": 4}).model_type({key: bias}, "p.")
-        ours = prediction_type_of(file_scheduler(FILE, {}, {}, {}, bias))
+        ours = prediction_type_of(file_scheduler(FILE, {}, {}, {}, bias).scheduler)
         assert ours == {"EPS": "eps", "V_PREDICTION": "v"}[kind.name]
 
 
@@ -88,7 +88,7 @@ def test_continuous_levels_predict_alike_and_refuse_others(demo, core_demo):
     from retune.nodes.bridge.denoiser import ComfyDenoiser
     from retune.nodes.bridge.device import training_mode
 
-    scheduler = file_scheduler(FILE, MARKERS["CosXL"], {}, {})
+    scheduler = file_scheduler(FILE, MARKERS["CosXL"], {}, {}).scheduler
     ours = DiffusersDenoiser(core_demo.denoiser.network, scheduler)
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     words = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))

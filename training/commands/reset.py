@@ -20,7 +20,8 @@ def run_reset(arguments: argparse.Namespace) -> dict:
     denoiser = open_denoiser(arguments.model, Correction(arguments.prediction, arguments.noise_levels))
     weights = unet_parameters(denoiser)
     new, report = reset_weights(weights, read_flags(arguments, ResetConfig))
-    sys.stderr.write(f"{report}\n{describe(denoiser.prediction_type, denoiser.sigmas)}\n")
+    predicts = describe(denoiser.prediction_type, denoiser.sigmas)
+    sys.stderr.write(f"{report}\nmodel: {predicts} (by {denoiser.source})\n")
     save_unet(arguments.output, weights | new, denoiser)
     return {"file": str(arguments.output), "tensors": len(new)}
 

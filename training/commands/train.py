@@ -92,10 +92,11 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
 def open_model(arguments: argparse.Namespace) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Prints what its UNet is taken to predict, which --prediction corrects.
+    Prints what its UNet is taken to predict and why, which --prediction corrects.
     """
     model = build_model(read_model_flags(arguments))
-    sys.stderr.write(f"model: {describe(model.denoiser.prediction_type, model.denoiser.sigmas)}\n")
+    denoiser = model.denoiser
+    sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, write_tensors
+from ..common.files import atomic_path, is_reserved, write_tensors
 from ..common.foreign import read_pickle, read_tensors
-from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -30,10 +29,10 @@ from .lora_metadata import ARCHITECTURES, SIDES, STABILITY, model_hashes
 
 FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
-MAX_NAME = 200
-"""Bytes of a file name without suffix: systems allow 255 with the additions of a temporary name."""
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
+_LONGEST_NAME = 200
+"""Bytes of a file's name without its ending; most systems take 255, and a temporary name is longer."""
 _PLACEHOLDER_ID = 265
 """CLIP's id of "*", A1111's placeholder."""
 
@@ -81,17 +80,12 @@ def token_file_name(token: str) -> str:
 def expect_file_names(tokens: Sequence[str]) -> None:
     """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
     for token in tokens:
-        name = token_file_name(token)
-        if not name or name.split(".")[0].upper() in RESERVED_NAMES:
+        try:
+            _stem(TOKEN, Concept(token, {}))
+        except ValueError as error:
             raise ValueError(
-                f"token is {token!r}, which gives {name!r} as a file name; expected letters or digits, and no "
-                "name that Windows keeps for itself. Choose another token."
-            )
-        if len(name.encode()) > MAX_NAME:
-            raise ValueError(
-                f"token {token[:40]}... has {len(name.encode())} bytes; expected at most {MAX_NAME}, since its file is "
-                "named after it. Choose a shorter token."
-            )
+                f"token {token[:40]!r} cannot name its embedding: {error} Choose another token."
+            ) from error
 
 
 def _stem(prefix: str, concept: Concept) -> str:
@@ -101,11 +95,11 @@ def _stem(prefix: str, concept: Concept) -> str:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
     parts = Path(stem).parts
-    if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
+    if any(map(is_reserved, parts)):
         raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
-    if any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in parts):
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
         raise ValueError(
-            f"the file's name would have {len(stem)} characters; expected at most {MAX_NAME} bytes. Set "
+            f"the file's name would have {len(stem)} characters; expected at most {_LONGEST_NAME} bytes. Set "
             "filename_prefix, or a shorter token."
         )
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or ".." in Path(stem).parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -17,8 +16,6 @@ from ..trainables.base import Trainable
 from .ema import update_ema
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .precision import autocast, loss_scaler
-
-log = logging.getLogger(__name__)
 
 
 class GradientStep:
@@ -46,9 +43,7 @@ class GradientStep:
         self._check_learning_rates()
 
     def _check_learning_rates(self) -> None:
-        """Raises ValueError when nothing would train at the first step; warns of a rate of 0 for all steps."""
-        if not self.config.learning_rate:
-            log.warning("learning_rate is 0: nothing is learned. Raise it, unless that is what you want to see.")
+        """Raises ValueError when nothing would train at the first step."""
         groups = [group["name"] for group in self.optimizer.param_groups]
         if not any(group_rate(group, 1, self.settings) for group in groups):
             raise ValueError(

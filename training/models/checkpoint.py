@@ -20,7 +20,7 @@ from .clip import SD2_WIDTH, ClipTextEncoder
 from .kinds import expect_plain_unet, expect_unet
 from .open_clip import penultimate
 from .parameters import assign_weights
-from .prediction import AS_READ, MARKERS, Correction, file_scheduler, split_markers
+from .prediction import AS_READ, MARKERS, Correction, Finding, file_scheduler, split_markers
 from .protocols import TextEncoder
 from .quantised import expect_readable_weights, unfolded
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
@@ -64,7 +64,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
 
-    def scheduler(self, correction: Correction = AS_READ) -> dict[str, Any]:
+    def scheduler(self, correction: Correction = AS_READ) -> Finding:
         """What the UNet predicts and at which noise levels, as a diffusers scheduler's values."""
         bias = self.unet.get(SD2_BIAS)
         is_sd2 = bias is not None and self.context_width == SD2_WIDTH and self.unet_config["in_channels"] == 4

@@ -50,7 +50,7 @@ class ClipTextEncoder:
         pad: id that fills a window, by default the tokenizer's.
 
     Raises:
-        ValueError: the folder has no tokenizer, or one with more words than the network.
+        ValueError: the folder has no tokenizer, or one of more words than the network.
     """
 
     concepts: tuple[Concept, ...] = ()

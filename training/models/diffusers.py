@@ -23,7 +23,7 @@ from .clip import SD2_WIDTH, ClipTextEncoder
 from .folders import expect_parts, folder_clip, folder_scheduler, folder_unet, folder_vae
 from .kinds import expect_checkpoint_file
 from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of, training_sigmas
-from .prediction import AS_READ, Correction
+from .prediction import AS_READ, Correction, Finding
 from .protocols import Conditioning, TextToImage
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
@@ -49,11 +49,12 @@ class DiffusersDenoiser:
     Args:
         unet: the network.
         scheduler: values of a diffusers scheduler, which tell what it predicts and at which noise levels.
+        source: where these come from, as a phrase.
     """
 
-    def __init__(self, unet: nn.Module, scheduler: Mapping = SD1_SCHEDULER):
+    def __init__(self, unet: nn.Module, scheduler: Mapping = SD1_SCHEDULER, source: str = "its caller"):
         self.network = unet.eval()
-        self.scheduler = dict(scheduler)
+        self.scheduler, self.source = dict(scheduler), source
         self.prediction_type = prediction_type_of(scheduler)
         self.sigmas = training_sigmas(scheduler)
         self._log_sigmas = self.sigmas.log()
@@ -199,14 +200,18 @@ def load_denoiser(path: Path, correction: Correction = AS_READ, config_of: Confi
     with reading(path, "no model of Stable Diffusion"):
         if path.is_dir():
             expect_parts(path, "unet")
-            return DiffusersDenoiser(folder_unet(path), folder_scheduler(path, correction))
+            return _denoiser(folder_unet(path), folder_scheduler(path, correction))
         checkpoint = open_checkpoint(path, unet_only=True, config_of=config_of)
-        return DiffusersDenoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+        return _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+
+
+def _denoiser(unet: nn.Module, finding: Finding) -> DiffusersDenoiser:
+    return DiffusersDenoiser(unet, finding.scheduler, finding.source)
 
 
 def _load_folder(path: Path, tokenizer: Path | None, correction: Correction) -> TextToImage:
     expect_parts(path, "unet", "vae", "text_encoder")
-    denoiser = DiffusersDenoiser(folder_unet(path), folder_scheduler(path, correction))
+    denoiser = _denoiser(folder_unet(path), folder_scheduler(path, correction))
     text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
     return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(folder_vae(path)))
 
@@ -233,7 +238,7 @@ def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
 
 
 def _load_file(checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction) -> TextToImage:
-    denoiser = DiffusersDenoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+    denoiser = _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
     sdxl = denoiser.pooled_width > 0
     vae = DiffusersAutoencoder(checkpoint.build_vae(sdxl))
     return TextToImage(denoiser, checkpoint.build_text_encoder(tokenizer, sdxl), vae)

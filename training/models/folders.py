@@ -50,7 +50,7 @@ def _what_it_is(path: Path) -> str:
     return f"It holds {len(files)} .safetensors files: give one of them." if files else ""
 
 
-def folder_scheduler(path: Path, correction: Correction = AS_READ) -> dict[str, Any]:
+def folder_scheduler(path: Path, correction: Correction = AS_READ) -> Finding:
     """The scheduler's values; SD1's where the folder has none. Logs what they describe."""
     file = path / "scheduler" / "scheduler_config.json"
     if not is_file(file):
@@ -85,6 +85,8 @@ def _load(kind: type[nn.Module], folder: Path, counts: Iterable[str], widths: It
         _expect_numbers(config, counts, 0, MOST_LAYERS)
         _expect_numbers(config, widths, 1, MOST_WIDTH)
         options = {"local_files_only": True, "torch_dtype": torch.float32, "output_loading_info": True}
+        with torch.device("meta"):
+            _expect_weights(folder, kind.from_config(config))
         module, report = kind.from_pretrained(folder, variant=_variant(folder, "diffusion_pytorch_model"), **options)
         _expect_complete(report)
         return _finite(module)
@@ -98,9 +100,24 @@ def folder_clip(kind: type[nn.Module], folder: Path) -> nn.Module:
             raise ValueError(f"its model_type is {short(config['model_type'])}; expected a CLIP text encoder")
         _expect_layers(folder, config)
         options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+        with torch.device("meta"):
+            _expect_weights(folder, kind(kind.config_class.from_pretrained(folder, local_files_only=True)))
         module, report = kind.from_pretrained(folder, variant=_variant(folder, "model"), **options)
         _expect_complete(report)
         return _finite(module)
+
+
+def _expect_weights(folder: Path, network: nn.Module) -> None:
+    """Raises ValueError for a network, on the meta device, that is larger than the weights' files: libraries would make
+    up the rest."""
+    needed = sum(value.numel() for value in network.parameters())
+    files = [file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}") if is_file(file)]
+    stored = sum(file.stat().st_size for file in files)  # a parameter has a byte at least, in fp8
+    if needed > stored:
+        raise ValueError(
+            f"config.json describes {needed} parameters, and its {len(files)} weight files have {stored} bytes; "
+            "expected the weights of that model. Download the whole folder again"
+        )
 
 
 def _expect_layers(folder: Path, config: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def file_scheduler(
     config: Mapping[str, Any],
     sd2_bias: Tensor | None = None,
     correction: Correction = AS_READ,
-) -> dict[str, Any]:
+) -> Finding:
     """The scheduler's values of a single file; logs what they are and why, and warns where the file contradicts itself.
 
     Args:
@@ -124,7 +124,7 @@ def file_scheduler(
     return corrected(label(path), first, correction)
 
 
-def corrected(name: str, finding: Finding, correction: Correction) -> dict[str, Any]:
+def corrected(name: str, finding: Finding, correction: Correction) -> Finding:
     """The scheduler's values after a correction; logs what they describe and why.
 
     Raises ValueError for values that describe no noise levels or another prediction.
@@ -134,7 +134,7 @@ def corrected(name: str, finding: Finding, correction: Correction) -> dict[str, 
         scheduler, source = _with_correction(scheduler, correction), "the flags"
     with reading(name):
         log.info("%s: %s (by %s)", name, describe(prediction_type_of(scheduler), training_sigmas(scheduler)), source)
-    return scheduler
+    return Finding(scheduler, source)
 
 
 def _with_correction(scheduler: dict[str, Any], correction: Correction) -> dict[str, Any]:
