@@ -20,7 +20,7 @@ from ..demo.files import demo_config, weights_path
 from ..models import ldm
 from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
 from ..models.layers import reset_weights
-from ..models.prediction import Correction, markers_of, metadata_of, plain_values
+from ..models.prediction import Correction, plain_values, unet_description
 from ..models.protocols import Denoiser, TextToImage
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
@@ -178,12 +178,10 @@ def save_unet(path: Path, weights: Mapping[str, Tensor], denoiser: DiffusersDeno
         denoiser: the model that they are weights of.
     """
     tensors = {ldm.UNET_PREFIX + name: value for name, value in weights.items()}
-    markers = markers_of(denoiser.prediction_type, denoiser.sigmas)
-    tensors |= markers | {ldm.UNET_PREFIX + name: value.clone() for name, value in markers.items()}
+    markers, metadata = unet_description(denoiser.prediction_type, denoiser.sigmas, ldm.UNET_PREFIX)
     config = denoiser.network.config
     about = {
         "unet": {name: config[name] for name in UNET_SHAPE if name in config},
         "scheduler": plain_values(denoiser.scheduler),
     }
-    metadata = metadata_of(denoiser.prediction_type) | {"retune.config": json.dumps(about)}
-    write_tensors(Path(path), tensors, metadata)
+    write_tensors(Path(path), tensors | markers, metadata | {"retune.config": json.dumps(about)})

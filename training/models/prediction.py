@@ -298,6 +298,22 @@ def metadata_of(prediction_type: str) -> dict[str, str]:
     return {"modelspec.prediction_type": name, "modelspec.predict_key": name}
 
 
+def unet_description(prediction_type: str, sigmas: Tensor, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) by which the file of a whole UNet tells what it predicts and at which noise levels.
+
+    The markers stand with and without the prefix: ComfyUI's Load Diffusion Model looks for them there, Load Checkpoint
+    here.
+
+    Args:
+        prediction_type: eps, v or flow.
+        sigmas: (T,) training noise levels.
+        prefix: of the UNet's names in the file.
+    """
+    markers = markers_of(prediction_type, sigmas)
+    tensors = markers | {prefix + name: value.clone() for name, value in markers.items()}
+    return tensors, metadata_of(prediction_type)
+
+
 def plain_values(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a scheduler on which prediction and noise levels depend, for `retune.config`."""
     names = ["prediction_type"]

@@ -20,7 +20,7 @@ from ..models import ldm
 from ..models.layers import select
 from ..models.noise_levels import zero_terminal_sigmas
 from ..models.parameters import parameter_refs
-from ..models.prediction import markers_of, metadata_of, split_markers
+from ..models.prediction import split_markers, unet_description
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..text_encoder.projection import PROJECTION_PREFIX
@@ -113,10 +113,10 @@ def _write(
     about = {"run": config.run_name, "train": config.train, **ending}
     metadata = {}
     if config.train == "whole UNet":
-        kind, sigmas = model.denoiser.prediction_type, model.denoiser.sigmas
-        markers = markers_of(kind, zero_terminal_sigmas(sigmas) if config.settings.zero_terminal_snr else sigmas)
-        tensors |= markers | {ldm.UNET_PREFIX + name: value.clone() for name, value in markers.items()}
-        metadata = metadata_of(kind)
+        sigmas = model.denoiser.sigmas
+        sigmas = zero_terminal_sigmas(sigmas) if config.settings.zero_terminal_snr else sigmas
+        markers, metadata = unet_description(model.denoiser.prediction_type, sigmas, ldm.UNET_PREFIX)
+        tensors |= markers
     if projection is not None:
         about["projection"] = projection.config()
         tensors = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | tensors
