@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.files import read_json
 from ..common.text import first_few
 from ..formats.lora import Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors
 from ..formats.lora_difference import delta_weight
@@ -23,7 +24,6 @@ from ..formats.lora_keys import BIAS, split_key
 from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..models import ldm
 from ..models.protocols import TextToImage
-from ..runs.records import read_status
 from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
@@ -75,7 +75,7 @@ def result_files(path: Path) -> list[Path]:
     files = [path / name for name in ARTIFACTS if (path / name).is_file()]
     if not files:
         status = path / "status.json"
-        state = f"; its run is {read_status(status)['state']}" if status.is_file() else ""
+        state = f"; its run is {read_json(status).get('state')}" if status.is_file() else ""
         raise ValueError(
             f"{path} holds no result ({', '.join(ARTIFACTS)}){state}; expected the folder of a finished run of "
             "`reward`, `train` or `lora`."
