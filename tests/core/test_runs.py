@@ -78,7 +78,7 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
 @pytest.mark.parametrize("before", ["", "no row\n", f"no row\n{'x' * 2**18}\n"])
 def test_no_more_than_the_last_step_is_read_for_a_list(tmp_path, before):
     folder = a_run(tmp_path)
-    rows = '{"step": 7, "loss": 0.5}\n{"event": "sample", "step": 7}\n{"step": 8, "lo'
+    rows = '{"step": 7, "loss": 0.5}\n{"event": "watch", "step": 7}\n{"step": 8, "lo'
     (folder.path / "metrics.jsonl").write_text(before + rows, encoding="utf-8")
     run = summary(tmp_path, folder)
     assert (run["state"], run["step"], run["loss"]) == ("interrupted", 7, 0.5)

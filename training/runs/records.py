@@ -5,6 +5,7 @@ Each reader raises ValueError with the run, the file and what is wrong in it. A 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +61,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with _checking(path):
-        data = _readable(path).read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].split(b"\n")
+        lines = _whole_lines(_readable(path).read_bytes())
         return [_row(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -72,7 +72,7 @@ def read_last_step(path: Path) -> Row:
     with _checking(path), _readable(path).open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
-        lines = file.read(_TAIL).split(b"\n")[:-1]  # without a last row that is being written
+        lines = _whole_lines(file.read(_TAIL))
         for line in reversed(lines[1:] if size > _TAIL else lines):  # and a first row whose start is cut off
             if line.strip() and "event" not in (row := _row(line)):
                 return row
@@ -115,6 +115,16 @@ def _read(path: Path) -> dict[str, Any]:
     value = read_json(path, dict, ADVICE)
     _expect_flat(value)
     return value
+
+
+def _whole_lines(data: bytes) -> list[bytes]:
+    """Lines, without a last one that is being written: it has no end yet, and is no JSON before its last character."""
+    *lines, last = data.split(b"\n")
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        return lines
+    return [*lines, last]
 
 
 def _row(line: bytes, number: int = 0) -> Row:
