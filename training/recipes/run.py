@@ -28,6 +28,9 @@ from ..runs.report import REPORT, write_report
 from ..trainables.base import Trainable
 from .checks import check_steps
 
+AGAIN = "Put the file back, or choose resume = restart."
+"""What to do about a damaged result of a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:

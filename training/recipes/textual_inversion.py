@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, read_tensors, reading
 from ..config.embedding import EmbeddingConfig
 from ..config.tokens import check_token
 from ..data.examples import Dataset
@@ -41,7 +42,7 @@ from .checks import check_fit
 from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
 from .lora import describe_training, unet_layers, write_lora
-from .run import TrainingJob
+from .run import AGAIN, TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -224,5 +225,6 @@ def read_trained_embedding(folder: Path) -> TrainedEmbedding:
         token, _, name = key.rpartition("/")
         by_token.setdefault(token, {})[name] = vectors
     concepts = tuple(Concept(token, vectors) for token, vectors in by_token.items())
-    embedding = Embedding(concepts, json.loads(metadata["retune.run"]))
+    with reading(file, advice=AGAIN):
+        embedding = Embedding(concepts, metadata_json(metadata, "retune.run"))
     return TrainedEmbedding(file, embedding, read_tensors(lora)[0] if lora.exists() else {})

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, read_tensors, reading
 from ..config.run import TrainModelConfig
 from ..data.examples import Dataset
 from ..models import ldm
@@ -27,7 +28,7 @@ from ..text_encoder.projection import PROJECTION_PREFIX
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit
 from .denoising import train_on_images
-from .run import TrainingJob
+from .run import AGAIN, TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +125,11 @@ def _write(
 
 
 def read_trained_model(folder: Path) -> TrainedModel:
-    """The result of a run from its folder."""
+    """The result of a run from its folder. Raises ValueError, with the file's name, for a damaged one."""
     file = Path(folder) / ARTIFACT
     tensors, metadata = read_tensors(file)
     tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}
     projection = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
-    return TrainedModel(file, unet, projection, json.loads(metadata["retune.run"]).get("projection", {}))
+    with reading(file, advice=AGAIN):
+        return TrainedModel(file, unet, projection, metadata_json(metadata, "retune.run").get("projection", {}))
