@@ -140,7 +140,7 @@ def read_bytes(path: str | Path, most: int = JSON_MOST, advice: str = SAVE_AGAIN
         if size > most:
             raise ValueError(f"its size is {size / MB:.0f} MB; expected at most {most / MB:.0f} MB. {advice}")
         with path.open("rb") as file:
-            return file.read(most + 1)[:most]
+            return file.read(size)
 
 
 def read_text(path: str | Path, most: int = JSON_MOST, advice: str = SAVE_AGAIN) -> str:
