@@ -275,8 +275,7 @@ def _check_layers(lora: Lora) -> None:
     ]
     if bad:
         raise ValueError(
-            f"it holds NaN, infinity or numbers too large for fp32 in {first_few(bad)}; expected numbers. Use an "
-            "earlier save."
+            f"it holds NaN or infinity in {first_few(bad)}; expected numbers that fp32 has. Use an earlier save."
         )
 
 
