@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
-from ..common.files import write_json, write_text
+from ..common.files import append_text, write_json, write_text
 from ..common.fingerprint import tensors_sketch
 from ..common.rng import derive_seed
 from ..config.checks import check_fields, check_run_name, check_size
@@ -204,8 +204,7 @@ class ScoresFile:
 
     def add(self, row: PromptScores) -> None:
         """Appends the row to the file and to `by_prompt`."""
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(vars(row)) + "\n")
+        append_text(self._path, json.dumps(vars(row)) + "\n")
         self.by_prompt[row.model, row.prompt] = row
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from ..common.files import atomic_path
+from ..common.files import write_bytes
 from ..config.folder import CROPS
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,9 @@ def save_png(image: Tensor, path: str | Path) -> None:
     """Writes a float (3, H, W) image in 0..1 as an 8-bit PNG, atomically."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image shape is {tuple(image.shape)}; expected (3, H, W).")
-    with atomic_path(path) as temporary:
-        to_pil(image).save(temporary, format="PNG")
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
