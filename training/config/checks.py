@@ -12,7 +12,10 @@ RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT"
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError where a field holds none of its choices or lies outside its range; None is in every range."""
+    """Raises ValueError where a field holds none of its choices, is not finite or lies outside its range.
+
+    None is in every range.
+    """
     fields = config_fields(type(config))
     for name, field in fields.items():
         if field.choices and getattr(config, name) not in field.choices:
@@ -20,7 +23,7 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {choices}.")
     for name, field in fields.items():
         if not field.allows(getattr(config, name)):
-            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range}.")
+            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range or 'a finite number'}.")
 
 
 def check_range(config: Any, **limits: tuple[float, float]) -> None:
