@@ -323,6 +323,19 @@ def test_texts_of_a_file_can_be_printed_and_written(tmp_path):
         assert (file.token + file.step).encode("utf-8")
 
 
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x78])
+def test_headers_of_every_length_are_safetensors(tmp_path, length):
+    """A header of 128 bytes begins as a pickle does."""
+    for size in range(200 + length):
+        save_file({"emb_params": ONE}, tmp_path / "a.safetensors", {"name": "x" * size})
+        if int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert torch.equal(read_embedding(tmp_path / "a.safetensors").parts[0][1], ONE)
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is safetensors by another name"):
+        read_embedding(tmp_path / "a.pt")
+
+
 def test_damage_anywhere_is_a_value_error(tmp_path):
     torch.save(a1111(ONE[:, :8].clone()), tmp_path / "whole.pt")
     data, random = (tmp_path / "whole.pt").read_bytes(), np.random.default_rng(0)
