@@ -316,11 +316,24 @@ def test_what_is_no_embedding_is_refused(tmp_path, capsys, kind, name, message):
 
 def test_texts_of_a_file_can_be_printed_and_written(tmp_path):
     write(tmp_path / "a.safetensors", {"emb_params": ONE}, {"name": '"cat\\ud800"', "step": "7"})
-    write(tmp_path / "a.pt", a1111(ONE, name="cat\ud800" + "x" * 10**6, step=10**500))
+    write(tmp_path / "a.pt", a1111(ONE, name="cat?" + "x" * 10**6, step=10**500))
     for name in ("a.safetensors", "a.pt"):
         file = read_embedding(tmp_path / name)
         assert file.token.startswith("cat?") and len(file.token) <= 1000 and len(file.step) < 100
         assert (file.token + file.step).encode("utf-8")
+
+
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x78])
+def test_headers_of_every_length_are_safetensors(tmp_path, length):
+    """A header of 128 bytes begins as a pickle does."""
+    for size in range(200 + length):
+        save_file({"emb_params": ONE}, tmp_path / "a.safetensors", {"name": "x" * size})
+        if int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert torch.equal(read_embedding(tmp_path / "a.safetensors").parts[0][1], ONE)
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is safetensors by another name"):
+        read_embedding(tmp_path / "a.pt")
 
 
 def test_damage_anywhere_is_a_value_error(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from retune.training.__main__ import VERBS, main
 from retune.training.common.files import write_tensors
+from retune.training.formats.lora import read_lora
 from retune.training.rewards.combined import Term
 from retune.training.rewards.load import RewardConfig, load_reward, read_state
 from retune.training.text_encoder.file import SavedTextEncoder, read_text_encoder, save_text_encoder
@@ -267,3 +268,13 @@ def test_an_unforeseen_error_names_the_run_and_keeps_its_traceback(tmp_path, mon
 def test_t5_config_alone_counts_too():
     shapes = {name: tensor.shape for name, tensor in t5_tensors(3).items()}
     assert t5_config(shapes)["num_layers"] == 3
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"peft_type": "LORA", "r": "x"}'])
+def test_damaged_settings_of_peft_are_named_by_their_own_file(tmp_path, text):
+    layer = "base_model.model.down_blocks.0.attentions.0.proj_in"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        read_lora(tmp_path / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ the file, without a connection, and without writing outside of the case's folder
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -128,6 +129,7 @@ def _wait(child: int) -> bool:
 def _child(loader: Loader, path: Path, file: Path, size: int, writer: int) -> None:
     """Reads the file under limits, reports how it ended, and ends the process."""
     os.setsid()
+    faulthandler.disable()  # pytest's would print a crash that is asked for
     for stream in (1, 2):  # progress bars of libraries
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     warnings.simplefilter("ignore")

@@ -17,7 +17,8 @@ MOST_BYTES = 250
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError where a field holds none of its choices, lies outside its range, or has half a character.
+    """Raises ValueError where a field holds none of its choices, is not finite or outside its range, or has half a
+    character.
 
     None is in every range.
     """
@@ -28,7 +29,7 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {choices}.")
     for name, field in fields.items():
         if not field.allows(getattr(config, name)):
-            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range}.")
+            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range or 'a finite number'}.")
     for name in fields:
         value = getattr(config, name)
         for text in value if isinstance(value, tuple | list) else [value]:

@@ -56,9 +56,9 @@ class ConfigField:
 
     @property
     def range(self) -> str:
-        """The range in words, such as "1 to 1000"."""
+        """The range in words, such as "1 to 1000"; empty without one."""
         if self.low is None:
-            return "a finite number"
+            return ""
         return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
 
     def allows(self, value: Any) -> bool:

@@ -284,9 +284,10 @@ def _check_container(path: Path, suffix: str) -> None:
         start = file.read(10)
     if not start:
         raise ValueError(f"{path.name} is empty; expected an embedding. Download or save it again.")
-    if suffix in SAFETENSORS and start.startswith((b"PK\x03\x04", b"\x80")):
+    is_safetensors = start[5:9] == b"\0\0\0{"  # a length of 8 bytes, which may begin as a pickle does, and JSON
+    if suffix in SAFETENSORS and start.startswith((b"PK\x03\x04", b"\x80")) and not is_safetensors:
         raise ValueError(f"{path.name} is a pickle by another name; expected safetensors. Rename it to {path.stem}.pt.")
-    if suffix not in SAFETENSORS and start[8:9] == b"{" and not start.startswith((b"PK", b"\x80")):
+    if suffix not in SAFETENSORS and is_safetensors:
         raise ValueError(
             f"{path.name} is safetensors by another name; expected a pickle. Rename it to {path.stem}.safetensors."
         )
