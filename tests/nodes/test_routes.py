@@ -5,11 +5,13 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 from retune.training.commands.comfyui_server import DIRECT
+from retune.training.config.lora import LoraConfig
 from retune.training.runs.folder import RunFolder
 
 RUN = "a run (old 1)"
@@ -111,7 +113,7 @@ DAMAGE = {
 def test_damaged_runs_are_listed_and_deleted_among_the_others(comfyui_server, root):
     for name, (file, data) in DAMAGE.items():
         with RunFolder.open(root, name, resume="restart") as folder:
-            folder.claim({"kind": "lora"}, {})
+            folder.claim({"kind": "lora"}, {"config": asdict(LoraConfig(run_name=name))})
             (folder.path / file).write_bytes(data)
     if hasattr(os, "mkfifo"):
         (root / "no text" / "status.json").unlink()
