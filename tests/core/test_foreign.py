@@ -175,3 +175,13 @@ def test_reading_takes_no_more_memory_than_the_file(tmp_path):
         tracemalloc.stop()
     with pytest.raises(FileError, match="small: its size is 0 MB; expected at most"):
         foreign.read_bytes(tmp_path / "small", most=4)
+
+
+def test_a_pickle_of_the_old_format_may_not_declare_more_than_its_file(tmp_path):
+    torch.save({"w": torch.zeros(200)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pt").read_bytes()
+    assert torch.equal(foreign.read_pickle(tmp_path / "old.pt")["w"], torch.zeros(200))
+    at = data.index(b"K\xc8")  # 200, the storage's size
+    (tmp_path / "forged.pt").write_bytes(data[:at] + b"J\xff\xff\xff\x7f" + data[at + 2 :])
+    with pytest.raises(FileError, match="forged.pt: one of its tensors has 2147483647 numbers"):
+        foreign.read_pickle(tmp_path / "forged.pt")

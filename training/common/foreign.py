@@ -6,9 +6,11 @@ file's content that may fail in a library's or in torch's words goes into `with 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
+import pickletools
 import re
 import stat
 import zipfile
@@ -31,6 +33,11 @@ _SHARED_NAMES = ("config", "index", "merges", "model", "pytorch_model", "schedul
 _NUMBER_DIGITS, _LAYERS = 6, 512
 _DEPTH, _VALUES = 64, 1_000_000
 """Nesting and number of values that a pickle may have; training states of whole models stay far below."""
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How files begin that torch.save wrote before it wrote archives."""
+_INTEGERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
+_LEGACY_PICKLES = 4
+"""The pickles at their start: a number, a version, the system, and the content with its storages' sizes."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 SAVE_AGAIN = "Save or download it again."
@@ -301,16 +308,34 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
     path = existing_file(path)
     with reading(path, "holds more than tensors", "Convert it to safetensors."):
         size = path.stat().st_size
-        stored = _expect_honest_archive(path, size)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        zipped = zipfile.is_zipfile(path)
+        stored = zipped and _is_stored_archive(path, size)
+        source = path if zipped else _honest_pickle(path)
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and stored)
         _expect_plain(content, size)
         return content
 
 
-def _expect_honest_archive(path: Path, size: int) -> bool:
-    """Whether a file is an archive of stored tensors. Raises ValueError if it unpacks to much more than its size."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _honest_pickle(path: Path) -> io.BytesIO:
+    """The content of a file in the format before archives. Raises ValueError where a storage is larger than the file.
+
+    torch makes each storage before it reads it, and Python takes as much memory as it is told to read from a file.
+    """
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
+    if data.startswith(_LEGACY):
+        for _ in range(_LEGACY_PICKLES):
+            number = 0
+            for operation, value, _ in pickletools.genops(stream):
+                number = value if operation.name in _INTEGERS else number
+                if operation.name == "BINPERSID" and int(number) > len(data):
+                    raise ValueError(f"one of its tensors has {short(number)} numbers; expected at most its size")
+    stream.seek(0)
+    return stream
+
+
+def _is_stored_archive(path: Path, size: int) -> bool:
+    """Whether an archive is not compressed. Raises ValueError if it unpacks to much more than its size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     unpacked = sum(entry.file_size for entry in entries)
