@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 import zipfile
 
 import pytest
@@ -162,3 +163,15 @@ def test_a_tensor_file_shows_shapes_before_it_reads(tmp_path):
         with pytest.raises(ValueError, match="its metadata has no entry other"):
             foreign.metadata_json(file.metadata, "other")
         assert foreign.metadata_json(file.metadata, "other", default={}) == {}
+
+
+def test_reading_takes_no_more_memory_than_the_file(tmp_path):
+    (tmp_path / "small").write_bytes(b"words")
+    tracemalloc.start()
+    try:
+        assert foreign.read_bytes(tmp_path / "small", most=1 << 30) == b"words"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(FileError, match="small: its size is 0 MB; expected at most"):
+        foreign.read_bytes(tmp_path / "small", most=4)

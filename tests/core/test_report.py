@@ -99,7 +99,9 @@ def test_large_samples_are_made_smaller_and_only_so_many_moments_are_shown(tmp_p
     folder.samples.mkdir(parents=True)
     save_png(torch.rand(3, 600, 300), folder.samples / "x.png")
     for step in range(100):
-        folder.add_row({"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": "ab"})
+        folder.add_row(
+            {"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": ["a", "b"]}
+        )
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     shown = [word for word in page.words if re.match(r"step \d+, epoch", word)]
     assert len(shown) == MAX_SAMPLES and shown[0] == "step 0, epoch 0" and shown[-1] == "step 99, epoch 0"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,11 +24,10 @@ from ..formats.lora_report import layout_of, missing_alpha
 from ..formats.lora_save import save_lora
 from ..models import ldm
 from ..models.open_clip import to_transformers
+from ..models.quantised import unfolded
 from ..trainables.lora import TARGETS
 
 log = logging.getLogger(__name__)
-
-CLIP_H_PREFIX = "cond_stage_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +148,14 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
     Raises:
         ValueError: For models of different layouts, or without any difference.
     """
-    unet_config, base = _open(config.base)
-    _, tuned = _open(config.tuned)
+    about, base = _open(config.base)
+    other, tuned = _open(config.tuned)
+    if about["prediction_type"] != other["prediction_type"]:
+        log.warning(
+            "base predicts %s and tuned %s: the LoRA draws noise on base unless it is sampled as tuned is",
+            about["prediction_type"],
+            other["prediction_type"],
+        )
     if differing := base.keys() ^ tuned.keys():
         raise ValueError(
             f"base and tuned have different parts: {len(differing)} tensors such as {min(differing)!r} are in one "
@@ -171,7 +176,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run={"unet": unet_config}))
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run=other))
     covered = sum(each.energy for each in factors.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
@@ -214,10 +219,11 @@ def _folder_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
 def _file_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     first, second = ldm.SDXL_CLIP_PREFIXES
     for prefix, encoder in ((ldm.CLIP_PREFIX, "clip_l"), (first, "clip_l")):
-        for name, value in read_tensors(path, prefix)[0].items():
+        for name, value in unfolded(*read_tensors(path, prefix)).items():
             yield encoder, _hugging_face(name.removeprefix(prefix)), value
-    for prefix, encoder in ((second, "clip_g"), (CLIP_H_PREFIX, "clip_h")):
-        state = {name.removeprefix(prefix): value for name, value in read_tensors(path, prefix)[0].items()}
+    for prefix, encoder in ((second, "clip_g"), *((prefix, "clip_h") for prefix in ldm.SD2_CLIP_PREFIXES)):
+        tensors = unfolded(*read_tensors(path, prefix))
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()}
         for name, value in to_transformers(state).items():
             yield encoder, _hugging_face(name), value
 
@@ -227,13 +233,14 @@ def _hugging_face(name: str) -> str:
     return f"text_model.{name}" if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name) else name
 
 
-def _open(model: str) -> tuple[Mapping, dict[str, Tensor]]:
-    """The UNet's config, and ComfyUI's name -> weight of UNet and text encoders."""
+def _open(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The UNet's config and prediction type, and ComfyUI's name -> weight of UNet and text encoders."""
     from .open_model import open_denoiser, unet_parameters
 
     denoiser = open_denoiser(model)
     unet = {UNET + name: value.detach() for name, value in unet_parameters(denoiser).items()}
-    return denoiser.network.config, unet | open_text_encoders(model)
+    about = {"unet": denoiser.network.config, "prediction_type": denoiser.prediction_type}
+    return about, unet | open_text_encoders(model)
 
 
 def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,7 +28,10 @@ _OPEN_ELSEWHERE = 2.0
 _LONGEST_PATH = 259
 """Characters of the longest path that Windows takes without a prefix."""
 _TEMPORARY_LENGTH = 40
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(10))}
+_RAISED = str.maketrans("\u00b9\u00b2\u00b3", "123")
+Result = TypeVar("Result")
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _WINDOWS_FULL = {39, 112}
 """Numbers that Rust's messages have for a full disk on Windows."""
 
@@ -49,7 +52,7 @@ def writing(path: str | Path, size: int = 0) -> Iterator[None]:
 
     try:
         yield
-    except WriteFailed:
+    except (WriteFailed, TimeoutError):  # also that of a lock
         raise
     except (OSError, SafetensorError) as error:
         raise _write_failed(Path(path), size, error) from error
@@ -102,7 +105,12 @@ def _prefixed(path: str, longest: int) -> str:
     return "\\\\?\\UNC\\" + path[2:] if path.startswith("\\\\") else "\\\\?\\" + path
 
 
-def while_open_elsewhere(action: Callable[[], None]) -> None:
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes a file name for a device: CON, also with an ending, blanks before it or a raised digit."""
+    return name.split(".")[0].rstrip(" ").translate(_RAISED).upper() in _RESERVED
+
+
+def while_open_elsewhere(action: Callable[[], Result]) -> Result:
     """Does something to a file, again and again for two seconds while another program has it open (Windows)."""
     deadline = time.monotonic() + _OPEN_ELSEWHERE
     while True:
@@ -143,6 +151,8 @@ def atomic_path(path: str | Path, durable: bool = False, size: int = 0) -> Itera
         WriteFailed: The file cannot be written; what was there before stays.
     """
     path = long_path(path)
+    if WINDOWS and is_reserved(path.name):
+        raise WriteFailed(f"{path.name} is a device's name on Windows; expected another file name.")
     with writing(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _create_temporary(path.parent)
@@ -198,6 +208,14 @@ def append_text(path: str | Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def overwrite(path: str | Path, text: str) -> None:
+    """Writes a text over a file's content, padded with blanks, so that it needs no more space: not atomic."""
+    data = text.encode("utf-8", "backslashreplace")
+    with writing(path, len(data)), open(path, "r+b") as file:
+        file.write(data.ljust(os.fstat(file.fileno()).st_size))
+        file.truncate()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -140,7 +140,7 @@ def read_bytes(path: str | Path, most: int = JSON_MOST, advice: str = SAVE_AGAIN
         if size > most:
             raise ValueError(f"its size is {size / MB:.0f} MB; expected at most {most / MB:.0f} MB. {advice}")
         with path.open("rb") as file:
-            return file.read(most + 1)[:most]
+            return file.read(size)
 
 
 def read_text(path: str | Path, most: int = JSON_MOST, advice: str = SAVE_AGAIN) -> str:
@@ -210,13 +210,6 @@ def finite_number(value: Any, what: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{what} is {short(value)}; expected a finite number")
     return number
-
-
-def whole_characters(text: str, what: str = "a prompt") -> str:
-    """Returns a text. Raises ValueError for one with half a character (a lone surrogate), which no tokenizer takes."""
-    if _SURROGATE.search(text):
-        raise ValueError(f"{what} is {short(text)}, with half a character; expected whole ones. Type it again.")
-    return text
 
 
 def short(value: Any) -> str:
@@ -338,6 +331,8 @@ def _expect_plain(content: Any, size: int) -> None:
             needed += _dense_bytes(item)
         elif isinstance(item, Mapping):
             waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, torch.nn.ParameterDict):  # of the first implementation of embeddings
+            waiting += [(part, depth + 1) for part in item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             waiting += [(part, depth + 1) for part in item]
     if needed > 4 * size + 64 * MB:

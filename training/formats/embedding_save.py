@@ -10,7 +10,7 @@ too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, write_tensors
+from ..common.files import atomic_path, is_reserved, write_tensors
 from ..common.foreign import read_pickle, read_tensors
-from ..config.checks import RESERVED_NAMES
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -78,6 +77,17 @@ def token_file_name(token: str) -> str:
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
+def expect_file_names(tokens: Sequence[str]) -> None:
+    """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
+    for token in tokens:
+        try:
+            _stem(TOKEN, Concept(token, {}))
+        except ValueError as error:
+            raise ValueError(
+                f"token {token[:40]!r} cannot name its embedding: {error} Choose another token."
+            ) from error
+
+
 def _stem(prefix: str, concept: Concept) -> str:
     """The file name without suffix; ValueError for an empty one or one that leaves the folder."""
     name = token_file_name(concept.token)
@@ -85,7 +95,7 @@ def _stem(prefix: str, concept: Concept) -> str:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
     parts = Path(stem).parts
-    if any(part.partition(".")[0].upper() in RESERVED_NAMES for part in parts):
+    if any(map(is_reserved, parts)):
         raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
     if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
         raise ValueError(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 
@@ -39,30 +38,34 @@ def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], owner: str) -> None:
-    """Fills a network that was made on the meta device with a complete state dict, in fp32.
+def assign_weights(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> nn.Module:
+    """Fills a module made on the meta device with a complete state dict, in fp32.
 
-    Shapes are compared before anything is stored, so a wrong file costs no memory.
-
-    Args:
-        network: the network, of the names and shapes that are expected.
-        state: name -> tensor.
-        owner: names the network in messages.
-
-    Raises:
-        ValueError: names or shapes differ, or a tensor holds NaN, infinity or whole numbers.
+    Raises ValueError for missing or unknown names, other shapes, and weights that are not finite; `owner` names the
+    network in its message.
     """
-    expected = network.state_dict()
-    expect_tensors(state, expected, owner)
-    for name, tensor in state.items():
-        if name not in expected:
-            raise ValueError(f"{owner} has a tensor {name!r}; expected only those of its kind. It is of another model.")
-        if tensor.shape != expected[name].shape:
-            shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            raise ValueError(f"{owner} has {name} of shape {shape}; expected {wanted}. It is of another model.")
-        if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{owner} has {name} with NaN, infinity or whole numbers; expected finite numbers.")
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    wanted = module.state_dict()
+    expect_tensors(state, wanted, owner)
+    if unknown := state.keys() - wanted.keys():
+        raise ValueError(f"{owner} has {len(unknown)} tensors that such a model lacks, such as {min(unknown)!r}.")
+    for name, value in state.items():
+        expect_shape(name, value, wanted[name].shape, owner)
+    module.load_state_dict({name: finite_weight(name, value, owner) for name, value in state.items()}, assign=True)
+    return module
+
+
+def expect_shape(name: str, value: Tensor, shape: Iterable[int], owner: str) -> None:
+    """Raises ValueError unless a weight has this shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{owner}: {name} is {tuple(value.shape)}; expected {tuple(shape)}. It is of another model.")
+
+
+def finite_weight(name: str, value: Tensor, owner: str) -> Tensor:
+    """A weight in fp32. Raises ValueError where it has NaN or infinite values."""
+    value = value.float()
+    if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone is the cheaper pass
+        raise ValueError(f"{owner}: {name} has values that are no finite numbers. Download or save the file again.")
+    return value
 
 
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:

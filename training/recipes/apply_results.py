@@ -23,6 +23,7 @@ from ..formats.lora_keys import BIAS, split_key
 from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..formats.lora_report import missing_alpha
 from ..models import ldm
+from ..models.prediction import split_markers
 from ..models.protocols import TextToImage
 from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
@@ -116,6 +117,7 @@ def _with_file(
         values = merged(parse_lora(name, tensors, metadata), weights, strength, config)
     else:
         state = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
+        tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
         tuned = {_layer_name(k): v for k, v in tensors.items() if not k.startswith(PROJECTION_PREFIX)}
         values = interpolated(name, tuned, weights, strength)
         if state:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.foreign import read_bytes, reading, whole_characters
-from ..models.clip import load_clip_tokenizer
+from ..common.foreign import read_bytes, reading
+from ..common.text import expect_whole_characters, plain_text
+from ..models.clip_tokenizer import load_clip_tokenizer
 
 log = logging.getLogger(__name__)
 FILES = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -51,7 +52,7 @@ class ClipTokens:
         return torch.tensor([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt: str) -> list[int]:
-        prompt = whole_characters(prompt)
+        prompt = plain_text(expect_whole_characters(prompt, "a prompt"))
         with reading(self._folder, "no CLIP tokenizer", "Use the tokenizer that belongs to the reward."):
             ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = [token for token in ids if token not in (self._begin, self._end)]

@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..common.foreign import existing_file, is_file, label, parse_json, read_bytes, read_text, reading, whole_characters
+from ..common.foreign import existing_file, is_file, label, parse_json, read_bytes, read_text, reading
+from ..common.text import expect_whole_characters
 from .t5_config import BYT5_VOCABULARY
 from .t5_file import embedded_sentencepiece
 
@@ -57,7 +58,7 @@ class T5Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text with </s> at the end. Raises ValueError for a text or a tokenizer that gives no ids."""
         special = (self.end_token, self.pad_token)
-        text = whole_characters(text)
+        text = expect_whole_characters(text, "a prompt")
         with reading(self._source, "of another model", "Use the tokenizer that belongs to the T5."):
             ids = self._encode_text(text)
         return [token for token in ids if token not in special] + [self.end_token]
