@@ -28,7 +28,15 @@ _OPEN_ELSEWHERE = 2.0
 _LONGEST_PATH = 259
 """Characters of the longest path that Windows takes without a prefix."""
 _TEMPORARY_LENGTH = 40
-_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(10))}
+RESERVED_NAMES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    "CONIN$",
+    "CONOUT$",
+    *(f"{p}{i}" for p in ("COM", "LPT") for i in range(10)),
+}
 _RAISED = str.maketrans("\u00b9\u00b2\u00b3", "123")
 Result = TypeVar("Result")
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -107,7 +115,7 @@ def _prefixed(path: str, longest: int) -> str:
 
 def is_reserved(name: str) -> bool:
     """Whether Windows takes a file name for a device: CON, also with an ending, blanks before it or a raised digit."""
-    return name.split(".")[0].rstrip(" ").translate(_RAISED).upper() in _RESERVED
+    return name.split(".")[0].rstrip(" ").translate(_RAISED).upper() in RESERVED_NAMES
 
 
 def while_open_elsewhere(action: Callable[[], Result]) -> Result:
