@@ -278,3 +278,11 @@ def test_damaged_settings_of_peft_are_named_by_their_own_file(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="adapter_config.json"):
         read_lora(tmp_path / "adapter_model.safetensors")
+
+
+def test_a_reward_that_gives_nan_names_its_files():
+    reward = load_reward(RewardConfig(kind="demo aesthetic"))
+    reward.files = ("head.pth",)
+    next(reward.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="demo aesthetic of head.pth gives NaN or infinity for 1 of 1 images"):
+        reward.scores(torch.rand(1, 3, 32, 32), [""])

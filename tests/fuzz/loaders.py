@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, PngImagePlugin
 from retune.training.common.files import write_json, write_tensors, write_text
-from retune.training.common.foreign import open_tensors
+from retune.training.common.foreign import open_tensors, reading
 from retune.training.config.folder import FolderConfig
 from retune.training.data.folder import load_folder
 from retune.training.data.images import load_image
@@ -147,7 +147,8 @@ def _whole_t5(path: Path) -> None:
 def _clip(path: Path) -> None:
     state, _ = read_stock_file(path)
     config = base_model().text_encoder.network.config.to_dict()
-    ClipTextEncoder.from_state(state, config, FIXTURES / "tokenizer")
+    with reading(path):
+        ClipTextEncoder.from_state(state, config, FIXTURES / "tokenizer")
 
 
 def _tokenizers(folder: Path) -> Iterator[Loader]:
