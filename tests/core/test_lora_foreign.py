@@ -417,6 +417,13 @@ def test_settings_next_to_a_peft_file_are_damaged_or_no_file(tmp_path):
     (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError, match="adapter_config.json is damaged or no UTF-8 text"):
         read_lora(tmp_path / "adapter_model.safetensors")
+    for text, message in (
+        ("{", " is damaged or no JSON"),
+        ('{"lora_alpha": "x"}', ": lora_alpha in its adapter settings"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"adapter_config.json{message}"):
+            read_lora(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "adapter_config.json").mkdir()
     assert read_lora(tmp_path / "adapter_model.safetensors").modules

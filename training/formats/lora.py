@@ -7,6 +7,7 @@ names, or `unet.input_blocks.<...>`), ComfyUI's own (`diffusion_model.<layer>`).
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.foreign import is_file, read_pickle, read_tensors, read_text, reading
+from ..common.foreign import is_file, read_json, read_pickle, read_tensors, reading
 from ..common.text import first_few
 from .lora_foreign import foreign_adapter, foreign_content
 from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, SINGULAR, UP, is_text_layer, rank_of, split_key
@@ -129,7 +130,9 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
         tensors, metadata = _read_pickle(path), {}
     config = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and is_file(config):
-        metadata = metadata | {PEFT: read_text(config)}
+        metadata = metadata | {PEFT: json.dumps(read_json(config, dict))}
+        with reading(config):
+            read_settings(metadata)
         with reading(config, "no settings of peft"):
             read_settings(metadata)  # damage in them is this file's, not the tensors'
     return tensors, metadata
