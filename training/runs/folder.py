@@ -1,6 +1,6 @@
 """A run is a folder: config, metrics, samples, state and result, each written whole or not at all.
 
-<run>/config.json       the run's settings and identity, and the machine
+<run>/config.json       the run's settings, identity and machine; both of each stretch of steps, where they changed
 <run>/status.json       running, interrupted, failed or finished; step; message; how it ended (see `outcome`)
 <run>/metrics.jsonl     one row per optimizer step, and rows with `event`; no clock times, so equal runs are equal files
 <run>/samples/          pictures, `<step>_<index>.png`

@@ -178,7 +178,9 @@ def stretches_table(about: Mapping[str, Any]) -> list[Row]:
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Name, value and earlier value of every entry that differs between two records of a stretch."""
-    if isinstance(before, dict) and isinstance(now, dict):
+    both = [{} if value is None else value for value in (before, now)]
+    if before != now and all(isinstance(value, dict) for value in both):
+        before, now = both
         for key in dict.fromkeys([*before, *now]):
             if key != "after_step":
                 yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
