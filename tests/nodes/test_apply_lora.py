@@ -697,7 +697,9 @@ def test_a_lora_of_another_width_is_refused_whole(sd15, sdxl, clips):
     wrong = {f"lora_unet_{layer}.diff": torch.zeros(4, 4)}
     refused(sd15[0], None, write(wrong), "made for 4 x 4; expected 128 x 768")
     twice = kohya(LINEAR, lora((128, 768))[0]) | {f"{UNET_KEY}{LINEAR}.{n}": v for n, v in lora((128, 768))[0].items()}
-    refused(sd15[0], None, write(twice), f"lora_unet_{layer} .is the layer {UNET_KEY}{LINEAR} again; expected each once")
+    refused(
+        sd15[0], None, write(twice), f"lora_unet_{layer} .is the layer {UNET_KEY}{LINEAR} again; expected each once"
+    )
     scale = {f"lora_unet_{layer}.dora_scale": torch.ones(7, 1)}
     good = kohya(LINEAR, lora((128, 768))[0])
     refused(sd15[0], None, write(good | scale), "dora_scale has 7 numbers; expected 128 outputs or .768")

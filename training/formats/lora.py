@@ -131,8 +131,6 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     config = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and is_file(config):
         metadata = metadata | {PEFT: json.dumps(read_json(config, dict))}
-        with reading(config):
-            read_settings(metadata)
         with reading(config, "no settings of peft"):
             read_settings(metadata)  # damage in them is this file's, not the tensors'
     return tensors, metadata
