@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.foreign import open_tensors
-from ..models.ldm import UNET_PREFIX
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("demo.safetensors", "t5.safetensors", "scorer.safetensors", "aesthetic.safetensors")
@@ -18,6 +17,8 @@ LORAS = ("warm edges", "crescents")
 NAMES += tuple(f"loras/{name}.safetensors" for name in LORAS)
 EMBEDDINGS = ("heart",)
 NAMES += tuple(f"embeddings/{name}.safetensors" for name in EMBEDDINGS)
+UNET_PREFIX = "model.diffusion_model."
+"""As in models/ldm.py, which this folder stands beside."""
 TEXT_ENCODERS = ("glossy",)
 NAMES += tuple(f"text_encoders/{name}.safetensors" for name in TEXT_ENCODERS)
 
