@@ -89,9 +89,9 @@ def _shrunk(values: np.ndarray, factor: int) -> np.ndarray:
     """(h, w, c) values with the mean of each factor x factor of them."""
     if factor == 1:
         return values
-    height, width, channels = values.shape
-    cells = values.astype(np.float32).reshape(height // factor, factor, width // factor, factor, channels)
-    return cells.mean(axis=(1, 3))
+    rows = sum(values[start::factor].astype(np.float32) for start in range(factor))
+    cells = sum(rows[:, start::factor] for start in range(factor))  # numpy's mean over two axes is slower
+    return cells / factor**2
 
 
 def _as_stored(canvas: np.ndarray, turned: int) -> np.ndarray:
