@@ -1,4 +1,4 @@
-"""Retune without installing anything first: `python run.py demo | test | bench | comfyui`.
+"""Retune without installing anything first: `python run.py demo | test | bench | fuzz | kill | comfyui`.
 
 Needs only Python 3.10 or newer. Everything is installed into `.venv` beside this file; no other Python is touched.
 """
@@ -274,6 +274,16 @@ def bench(python: Path, options: argparse.Namespace, found: Path | None) -> None
     raise SystemExit(subprocess.run([python, "-m", "retune.benchmarks", *options.rest, *where]).returncode)
 
 
+def fuzz(python: Path, options: argparse.Namespace, found: Path | None) -> None:
+    """Read thousands of wrong files: --cases N, --minutes M, --seed S, --loader NAME, --case N, --json."""
+    raise SystemExit(subprocess.run([python, ROOT / "tests" / "fuzz" / "fuzz.py", *options.rest], cwd=ROOT).returncode)
+
+
+def kill(python: Path, options: argparse.Namespace, found: Path | None) -> None:
+    """Kill trainings at random instants, and compare their ends: --count N, --minutes M, --trainer NAME, --json."""
+    raise SystemExit(subprocess.run([python, ROOT / "tests" / "fuzz" / "kill.py", *options.rest], cwd=ROOT).returncode)
+
+
 def comfyui(python: Path, options: argparse.Namespace, found: Path | None) -> None:
     """Start ComfyUI with this package in it and its installed models; leaves the ComfyUI folder as it is."""
     server_module().prepare(COMFYUI_BASE)
@@ -299,7 +309,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         function.__name__: commands.add_parser(
             function.__name__, parents=[shared], help=function.__doc__, description=function.__doc__, allow_abbrev=False
         )
-        for function in (demo, test, bench, comfyui)
+        for function in (demo, test, bench, fuzz, kill, comfyui)
     }
     added["demo"].add_argument("--json", action="store_true", help="end with one JSON line on stdout")
     added["test"].add_argument("--all", action="store_true", help="ruff and the slow tests too")

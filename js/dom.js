@@ -54,7 +54,7 @@ export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComp
 export function picture(image, { id, version }, file, title) {
   const src = api.apiURL(`${address(id, "samples", file)}?v=${version}`);
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
-  image.onclick = () => window.open(src, "_blank");
+  image.onclick = () => open(src, "", "noopener");
   return image;
 }
 

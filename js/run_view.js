@@ -146,7 +146,7 @@ export class RunView {
   showSamples() {
     const { run } = this, sample = run.samples[Number(this.slider.value)];
     if (!sample) return;
-    say(this.when, `step ${sample.step}${"alignment" in sample ? `, alignment ${figure(sample.alignment)}` : ""}`);
+    say(this.when, `step ${sample.step}${sample.alignment == null ? "" : `, alignment ${figure(sample.alignment)}`}`);
     const { children } = this.strip, image = (i) => children[i] ?? this.strip.appendChild(el("img"));
     sample.files.forEach((file, i) => picture(image(i), run, file, sample.prompts[i]));
     while (children.length > sample.files.length) children[sample.files.length].remove();

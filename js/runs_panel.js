@@ -8,7 +8,7 @@ import { RunData } from "./run_data.js";
 
 const COLOURS = ["#4f8fea", "#e0792f", "#3fa66b", "#b565d0", "#d4525f", "#2aa5b0", "#b08a2e"];
 const askWorkflow = (id) => attempt(() => ask(`${address(id)}/workflow`));
-const REFRESH = 1500; // ms between readings of the list
+const REFRESH = 1500; // ms between readings
 const CURVES = ["smoothed", "loss", "validation", "learning_rate", "alignment"];
 
 export class RunsPanel {
@@ -65,7 +65,8 @@ export class RunsPanel {
     const load = button("Load", "Open its workflow", () => this.loadWorkflow(id));
     const copy = button("Copy", "Copy its workflow", () => this.copyWorkflow(id));
     const remove = button("Delete", "Delete the run's folder", () => this.remove(id));
-    const report = button("Report", "Open the run's page", () => open(api.apiURL(`${address(id)}/report`), "_blank"));
+    const page = api.apiURL(`${address(id)}/report`);
+    const report = button("Report", "Open its page", () => open(page, "", "noopener"));
     const title = row(el("label", "grow name", { title: id }, box, ` ${id}`), state);
     const buttons = row(report, load, copy, gap(), remove);
     const element = el("div", "card", {}, title, about, message, grid, buttons);

@@ -30,7 +30,9 @@ class RetuneExtension(ComfyExtension):
         register()
 
     async def get_node_list(self):
-        return [
+        from .ui.net import guarded
+
+        nodes = [
             RetuneLoadDemoModel,
             RetuneDemoDataset,
             RetuneLoadT5,
@@ -64,3 +66,4 @@ class RetuneExtension(ComfyExtension):
             RetuneBlendConditioning,
             RetuneStepWindow,
         ]
+        return [guarded(node) for node in nodes]

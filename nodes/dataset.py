@@ -4,6 +4,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.common.text import text_lines
 from ..training.config.folder import FolderConfig
 from .common import types
 from .common.inputs import input_of, inputs_of
@@ -43,11 +44,14 @@ class RetuneLoadDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder, **options):
         """Files may change while the path stays: names, sizes and times of the folder's files."""
+        from ..training.common.foreign import is_file
+        from ..training.data.listing import visible_files
+
         root = resolved(folder)
         if not root.is_dir():
             return folder
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()]
-        return repr((folder, options, stats))
+        stats = {name: (root / name).stat() for name in visible_files(root)[0] if is_file(root / name)}
+        return repr((folder, options, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]))
 
     @classmethod
     def execute(cls, folder, resolution, **options):
@@ -92,7 +96,7 @@ class RetuneDatasetFromImages(io.ComfyNode):
     def execute(cls, images, captions, masks=None):
         from ..training.data.dataset import from_images
 
-        lines = captions[0].splitlines() if len(captions) == 1 and captions[0].strip() else captions
+        lines = text_lines(captions[0].removesuffix("\n")) if len(captions) == 1 and captions[0].strip() else captions
         captions = [line.strip() for line in lines]
         return io.NodeOutput(from_images([image.clone() for image in images], captions, masks=masks))
 

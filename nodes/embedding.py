@@ -78,7 +78,7 @@ class RetuneLoadEmbedding(io.ComfyNode):
         chosen = [name for name in (file, second_file) if name != NONE]
         parts = [read_embedding(listed_embedding(name), token.strip()) for name in chosen]
         vocabularies = vocabularies_of(clip)
-        token = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem)
+        token = check_token(token) if token.strip() else own_token(parts[0].token or Path(file).stem, file)
         concept = Concept(token, assign_to_encoders(parts[0], vocabularies, *parts[1:]))
         clip = with_concepts(clip, [concept])
         for line in embedding_warnings(parts, concept, vocabularies):
@@ -145,11 +145,16 @@ def listed_embedding(name: str) -> Path:
     return (_pictures().get(name) if is_picture else None) or listed_file(name, FOLDER)
 
 
-def own_token(name: str) -> str:
-    """The token stored in a file, or the file's name, as one word: blanks and commas become hyphens."""
+def own_token(name: str, file: str) -> str:
+    """The token stored in a file, or the file's name, as one word: blanks and commas become hyphens.
+
+    Raises ValueError, which names the file, for a word that cannot stand in a prompt.
+    """
+    from ..training.common.foreign import reading
     from ..training.config.tokens import check_token
 
-    return check_token(re.sub(r"[\s,]+", "-", name.strip()))
+    with reading(file):
+        return check_token(re.sub(r"[\s,]+", "-", name.strip()))
 
 
 def _pictures() -> dict[str, Path]:

@@ -29,8 +29,11 @@ class RetuneRunChart(io.ComfyNode):
 
         from ..training.plots.run_chart import run_chart
         from ..training.runs.folder import RunFolder
+        from ..training.runs.records import as_written
 
         folder = RunFolder(run)
-        image = run_chart(folder.name, folder.rows())[None]
-        losses = [row["loss"] for row in folder.rows() if "event" not in row]
+        rows = folder.rows()
+        with as_written(folder.path):
+            image = run_chart(folder.name, rows)[None]
+        losses = [row["loss"] for row in rows if "event" not in row]
         return io.NodeOutput(image, {"loss": losses}, ui=ui.PreviewImage(image, cls=cls))

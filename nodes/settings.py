@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..training.common.text import filled_lines
 from ..training.config.run import RunConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
@@ -105,5 +106,5 @@ class RetuneSamplePrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompts, **values):
-        lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())
+        lines = tuple(filled_lines(prompts))
         return io.NodeOutput(SamplePrompts(prompts=lines, **values))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..training.common.text import filled_lines
 from ..training.config.model import ModelConfig
 from ..training.demo.files import TEXT_ENCODERS, weights_path
 from .common.inputs import input_of, inputs_of, seed_input
@@ -185,7 +186,7 @@ def prompt_lines(prompts: str) -> list[str]:
     """The lines of a text that hold something; the built-in list when none does."""
     from ..training.text_encoder.prompts import PROMPTS
 
-    return [line.strip() for line in prompts.splitlines() if line.strip()] or list(PROMPTS)
+    return filled_lines(prompts) or list(PROMPTS)
 
 
 def demo_t5() -> Path:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..training.common.text import filled_lines
 from ..training.config.embedding import EmbeddingConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
@@ -85,7 +86,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
         from .common.paths import runs_folder
         from .ui.progress import NodeCallbacks
 
-        values["lines"] = tuple(line.strip() for line in lines.splitlines() if line.strip())
+        values["lines"] = tuple(filled_lines(lines))
         config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:

@@ -31,6 +31,7 @@ LONG_FILES = (
     "tests/core/test_t5_sizes.py",
     "tests/nodes/test_t5_folders.py",
     "tests/nodes/test_cancel.py",
+    "tests/fuzz/test_fuzz.py",
     "tests/nodes/test_headless.py",
     "tests/core/test_study.py",
     "tests/nodes/test_workflow.py",

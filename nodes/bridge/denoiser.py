@@ -14,6 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
+from ...training.models.noise_levels import OWN_SIGMAS
 from ...training.models.protocols import Conditioning
 from .device import load_fully, static_clone, without_inference_tensors
 
@@ -77,6 +78,10 @@ class ComfyDenoiser:
         return self.sampling.calculate_denoised(sigma, output, noisy)
 
     def with_sigmas(self, sigmas: Tensor) -> ComfyDenoiser:
+        from comfy.model_sampling import ModelSamplingDiscrete
+
+        if not isinstance(self.sampling, ModelSamplingDiscrete) or self.prediction_type == "flow":
+            raise ValueError(OWN_SIGMAS)
         other = copy.copy(self)
         other.sampling = copy.deepcopy(self.sampling)
         other.sampling.set_sigmas(sigmas.to(self.sampling.sigmas.device))

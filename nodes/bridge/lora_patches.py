@@ -20,6 +20,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
+from ...training.common.foreign import reading
 from ...training.common.text import first_few
 from ...training.formats.lora import Lora, LoraModule, dora_axis, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
@@ -193,7 +194,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     names = [*unet.weights, *(text.weights if text else ())]
     if "=" in row.blocks and (unmatched := blocks.unmatched(names)):
         use.notes.append(f"block weights {first_few(unmatched)} fit no parameter's name.")
-    misfits = []
+    misfits, seen = [], {}
     for module in row.lora.modules.values():
         target = unet.find(module)
         owner, strength = (unet, row.strength_model) if target is not None else (text, row.strength_clip)
@@ -203,6 +204,7 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
             continue
         try:
             patches = owner.read(module, target)
+            _check_once(module, patches, seen.setdefault(owner, {}))
         except ValueError as error:
             misfits.append(f"{module.name} ({error})")
             continue
@@ -212,6 +214,13 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None) -> LoraReport:
     if misfits:
         raise ValueError(_misfit_message(row.lora, misfits, use.family))
     return use
+
+
+def _check_once(module: LoraModule, patches: Iterable, seen: dict) -> None:
+    """Raises ValueError when another layer of the file, in `seen` by its weight, has a patch for the same weight."""
+    for key in patches:
+        if (other := seen.setdefault(key, module.name)) != module.name:
+            raise ValueError(f"is the layer {other} again; expected each once")
 
 
 def _collect(
@@ -296,4 +305,5 @@ def lora_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     Raises:
         ValueError: as `parse_lora`.
     """
-    return parse_lora(name, comfy.lora_convert.convert_lora(dict(tensors)), metadata)
+    with reading(name):
+        return parse_lora(name, comfy.lora_convert.convert_lora(dict(tensors)), metadata)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...training.common.text import filled_lines
 from ...training.data.prompts import Prompt, read_prompts
 from ...training.models.parameters import frozen
 from ...training.models.protocols import TextToImage
@@ -23,7 +24,7 @@ from .view import text_to_image
 
 def prompt_list(prompts: str, file: str) -> Sequence[Prompt]:
     """The lines of `prompts`, then the prompts of a file if one is named."""
-    lines = [Prompt(line.strip()) for line in prompts.splitlines() if line.strip()]
+    lines = [Prompt(line) for line in filled_lines(prompts)]
     from_file = read_prompts(Path(file.strip())) if file.strip() else []
     return [*lines, *from_file] if lines else from_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...training.common.text import filled_lines
 from ...training.rewards.diversity import BATCH as DIVERSITY_BATCH
 from ...training.rewards.diversity import Diversity, diversity
 from ...training.rewards.score import BATCH, ScoreTable, score_images
@@ -55,7 +56,7 @@ def channels_first(images: Tensor) -> Tensor:
 
 def prompt_of_each(prompts: str, count: int, needed: bool) -> list[str]:
     """A prompt for each of `count` images; empty ones where there is no line and none is `needed`."""
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    lines = filled_lines(prompts)
     if not lines and not needed:
         return [""] * count
     if len(lines) not in (1, count) or not lines:

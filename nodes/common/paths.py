@@ -51,8 +51,16 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
     """
     import folder_paths
 
-    if Path(prefix).is_absolute() or ".." in Path(prefix.replace("\\", "/")).parts:
+    from ...training.common.files import is_reserved
+
+    parts = Path(prefix.replace("\\", "/")).parts
+    if Path(prefix).is_absolute() or ".." in parts:
         raise ValueError(f"filename_prefix is {prefix!r}; expected a name below output/{category}, without '..'.")
+    if any(is_reserved(part) or part.endswith((".", " ")) for part in parts[:-1]):
+        raise ValueError(
+            f"filename_prefix is {prefix!r}; expected folders that Windows takes: no CON or LPT1, no dot or space at "
+            "the end."
+        )
     root = Path(folder_paths.get_output_directory()) / category
     folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(root))
     return Path(folder) / f"{name}_{number:05}_{suffix}"

@@ -18,6 +18,7 @@ from typing import Any
 from ...training.common.callbacks import Callbacks, StepInfo
 from ...training.data.examples import Dataset
 from ...training.models.protocols import TextToImage
+from ...training.runs.index import finite
 from ..bridge.denoiser import ComfyDenoiser
 from .heartbeat import Heartbeat
 from .running import running
@@ -149,7 +150,7 @@ class NodeCallbacks(Callbacks):
     def _send_event(self, event: str, values: dict) -> None:
         server = _server()
         if server is not None:
-            server.send_sync(event, {"node": self._node, "run": self._run, **values})
+            server.send_sync(event, finite({"node": self._node, "run": self._run, **values}))
 
 
 @contextmanager

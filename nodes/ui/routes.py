@@ -7,16 +7,20 @@ a path. Files are read in threads, not on the event loop.
 from __future__ import annotations
 
 import asyncio
+import html
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
-REPORT_POLICY = (
-    b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
-    b"style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
-)
-"""Prefix of a report, which may come with a run folder from an unknown source: forbids scripts, network and forms. A
+REPORT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+form-action 'none'; base-uri 'none'"><title>{title}</title>
+<style>html,body{{margin:0;height:100%;overflow:hidden}}iframe{{border:0;width:100%;height:100%}}</style>
+<iframe sandbox title="{title}" srcdoc="{report}"></iframe></html>
+"""
+"""A report, which may come with a run folder from an unknown source, in a frame: the policy, which it inherits, forbids
+scripts, network and forms, also pages that it would go to; the sandbox refreshes, pop-ups and the tab's address. A
 header does not work, since ComfyUI's --disable-api-nodes overwrites it."""
 
 
@@ -98,8 +102,16 @@ async def _report(request: web.Request) -> web.Response:
     from ...training.runs.index import report_file
 
     path = await _call(report_file, request, "id")
-    page = REPORT_POLICY + await asyncio.to_thread(path.read_bytes)
-    return web.Response(body=page, content_type="text/html", charset="utf-8", headers={"Cache-Control": "no-cache"})
+    report = await asyncio.to_thread(path.read_bytes)
+    page = framed(path.parent.name, report.decode("utf-8", "replace"))
+    return web.Response(text=page, content_type="text/html", charset="utf-8", headers={"Cache-Control": "no-cache"})
+
+
+def framed(title: str, report: str) -> str:
+    """The page that shows a report in its frame."""
+    from ...training.common.foreign import printable
+
+    return REPORT_PAGE.format(title=html.escape(printable(title)), report=html.escape(report))
 
 
 async def _workflow(request: web.Request) -> web.Response:

@@ -56,8 +56,10 @@ def check_report(editor) -> None:
     with editor.page.context.expect_page() as opened:
         card(editor, "second").get_by_role("button", name="Report").click()
     opened.value.wait_for_load_state()
-    assert opened.value.locator("h1").inner_text() == "second"
-    assert opened.value.evaluate("() => [...document.images].every((image) => image.naturalWidth > 0)")
+    report = opened.value.frame_locator("iframe")
+    assert report.locator("h1").inner_text() == "second" and opened.value.title() == "second"
+    assert report.locator("img").count() > 1
+    assert opened.value.evaluate("() => window.opener === null")
     opened.value.close()
 
 
@@ -81,3 +83,75 @@ def check_delete(editor, first, second) -> None:
         card(editor, "first").wait_for(state="attached" if remains else "detached")
         assert first.path.exists() == remains
     assert second.path.exists() and card(editor, "second").count() == 1
+
+
+FOREIGN = """<!doctype html><meta http-equiv=refresh content="0; url={url}"><h1>foreign</h1><script>
+top.location = "{url}"; opener.location = "{url}"</script><a id=leave href="{url}" target=_top>leave</a>
+<a id=within href="{url}">within</a>"""
+
+
+def test_a_foreign_report_steers_no_tab(editor, written_run):
+    run = written_run("foreign").path
+    url = f"{editor.server.url}/api/system_stats?evil"
+    (run / "report.html").write_text(FOREIGN.format(url=url), encoding="utf-8")
+    asked = []
+    editor.page.context.on("response", lambda response: asked.append(response.url))
+    editor.open(Comfy_VueNodes_Enabled=False)
+    editor.page.evaluate(OPEN)
+    here = editor.page.url
+    with editor.page.context.expect_page() as opened:
+        card(editor, "foreign").get_by_role("button", name="Report").click()
+    page = opened.value
+    page.frame_locator("iframe").locator("h1").wait_for()
+    for link in ("#leave", "#within"):
+        page.frame_locator("iframe").locator(link).click()
+        page.wait_for_timeout(1000)
+    assert page.url.endswith("/retune/runs/foreign/report") and page.title() == "foreign"
+    assert editor.page.url == here and not any("evil" in url for url in asked)
+    assert page.evaluate("() => window.opener === null")
+    page.close()
+
+
+DEEP, HUGE = b"[" * 100_000, b"1" + b"0" * 400
+DAMAGE = {
+    "deep": ("config.json", DEEP),
+    "deep row": ("metrics.jsonl", b'{"step": 1, "loss": 1, "x": ' + DEEP + b"\n"),
+    "huge step": ("status.json", b'{"state": "finished", "step": ' + HUGE + b"}"),
+    "huge loss": ("metrics.jsonl", b'{"step": 1, "loss": ' + HUGE + b"}\n"),
+    "text for a loss": ("metrics.jsonl", b'{"step": 1, "loss": "low"}\n'),
+    "list for a message": ("status.json", b'{"state": "failed", "step": 1, "message": [1]}'),
+    "no prompts": ("metrics.jsonl", b'{"event": "sample", "step": 1, "files": ["a.png"]}\n'),
+    "no text": ("status.json", b"\xff\xfe\x00"),
+    "empty": ("config.json", b""),
+    "another kind": ("config.json", b'{"identity": {"kind": {"a": 1}}}'),
+    "no number": ("config.json", b'{"identity": {}, "config": {"steps": "many"}}'),
+    "unknown state": ("status.json", b'{"state": "cooking", "step": 1}'),
+}
+
+
+def test_damaged_runs_stand_among_the_others_and_can_be_deleted(editor, written_run):
+    good = [written_run(name, 20) for name in ("good", "better")]
+    for name, (file, data) in DAMAGE.items():
+        (written_run(name, 10).path / file).write_bytes(data)
+    being_written = good[0].path / "metrics.jsonl"
+    being_written.write_bytes(being_written.read_bytes() + b'{"step": 21, "lo')
+    editor.open(Comfy_VueNodes_Enabled=False)
+    editor.page.evaluate(OPEN)
+    card(editor, "good").wait_for()
+    for name in DAMAGE:
+        assert card(editor, name).locator(".retune-state").inner_text() == "damaged"
+        assert "begin the run again" in card(editor, name).inner_text()
+    for run in good:
+        assert (
+            "finished" in card(editor, run.name).inner_text() and "step 20 of 20" in card(editor, run.name).inner_text()
+        )
+    for name in ("good", *DAMAGE):
+        card(editor, name).get_by_role("checkbox").check()
+    editor.page.locator(".retune-panel canvas").wait_for()
+    editor.shoot("damaged runs")
+    for name in DAMAGE:
+        card(editor, name).get_by_role("button", name="Delete").click()
+        editor.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        card(editor, name).wait_for(state="detached")
+    assert card(editor, "good").count() == card(editor, "better").count() == 1
+    assert not editor.complaints

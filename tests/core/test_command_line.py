@@ -159,7 +159,8 @@ def test_reset_reads_the_unet_alone(single_file, tmp_path):
     """Without a tokenizer, and from a file with nothing but the UNet: the same bytes as from the whole model."""
     tokenizer = single_file.parent / "clip_tokenizer"
     config = ModelConfig(model=str(single_file), tokenizer=tokenizer, reset="cross-attention", reset_seed=3)
-    save_unet(tmp_path / "expected.safetensors", unet_parameters(build_model(config).denoiser))
+    denoiser = build_model(config).denoiser
+    save_unet(tmp_path / "expected.safetensors", unet_parameters(denoiser), denoiser)
     tensors, metadata = read_tensors(single_file, ldm.UNET_PREFIX)
     write_tensors(tmp_path / "unet.safetensors", tensors, metadata)
     flags = ["--layers", "cross-attention", "--seed", "3", "--output", str(tmp_path / "out.safetensors")]

@@ -108,7 +108,7 @@ def test_missing_captions_stop_with_names_or_are_skipped_with_a_count(tmp_path):
 def test_a_caption_that_is_not_utf8_is_named(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(ValueError, match="a.txt is not UTF-8"):
+    with pytest.raises(ValueError, match="a.txt is damaged or no UTF-8 text .byte 1.*Save it as UTF-8"):
         load(tmp_path)
 
 

@@ -57,8 +57,9 @@ def test_without_the_option_nothing_changes(tmp_path):
     assert masked.fingerprint != before.fingerprint
     bare = tuple(replace(e, mask=None) for e in masked.examples)
     assert replace(masked, examples=bare).fingerprint == before.fingerprint
-    with pytest.raises(ValueError, match="a-masklabel.png"):  # an image like any other, without a caption
-        load(tmp_path)
+    plain = load(tmp_path)
+    assert plain.fingerprint == before.fingerprint
+    assert "masks not used, since masks is 'none': 1 (a-masklabel.png)" in plain.report
 
 
 def test_alpha_is_a_mask_where_there_is_one(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import pickle
 import struct
 import zlib
@@ -215,6 +216,16 @@ def bad(path, kind):
         "checkpoint": lambda: save_file({"model.diffusion_model.out.2.weight": torch.ones(4, 4, 3, 3)}, path),
         "output embedding": lambda: save_file({"emp_params": 0 * ONE, "emp_params_out": ONE}, path),
         "a text": lambda: torch.save("hello", path),
+        "one number": lambda: torch.save({"emb_params": torch.ones(1).expand(10**6, 768)}, path),
+        "one wide number": lambda: torch.save({"emb_params": torch.ones(1).expand(2, 10**6)}, path),
+        "one number in the first implementation": lambda: torch.save(a1111(ONE, string_to_param=repeated()), path),
+        "itself": lambda: torch.save(endless(), path),
+        "a long list": lambda: torch.save([{"x": draw(200, 768)}, {"y": draw(200, 768)}], path),
+        "a folder": path.mkdir,
+        "a pipe": lambda: os.mkfifo(path),
+        "a poster": lambda: Image.new("1", (5000, 5000)).save(path),
+        "a program for printers": lambda: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "nested JSON": lambda: Image.new("RGB", (4, 4)).save(path, pnginfo=nested_chunk()),
         "a picture": lambda: Image.new("RGB", (20, 20), (9, 9, 9)).save(path),
         "a broken picture": lambda: path.write_bytes(b"\x89PNG broken"),
         "a broken chunk": lambda: Image.new("RGB", (4, 4)).save(path, pnginfo=broken_chunk()),
@@ -230,6 +241,22 @@ def bad(path, kind):
         path.write_bytes(struct.pack("<Q", 1 << 50) + b"{}")
     else:
         files[kind]()
+
+
+def repeated():
+    """A table of many rows that is one number in the file."""
+    return torch.nn.ParameterDict({"*": torch.ones(1).expand(10**7, 768)})
+
+
+def endless():
+    content = {"emb_params": ONE}
+    return content | {"next": content.setdefault("next", content)}
+
+
+def nested_chunk():
+    info = PngInfo()
+    info.add_text("sd-ti-embedding", base64.b64encode(b"[" * 100_000).decode())
+    return info
 
 
 def broken_chunk():
@@ -263,6 +290,17 @@ def broken_chunk():
         ("checkpoint", "a.safetensors", "Is it a checkpoint"),
         ("output embedding", "a.safetensors", "output embedding of OneTrainer"),
         ("a text", "a.pt", "holds a str; expected tensors by name"),
+        ("one number", "a.pt", "its tensors unfold to"),
+        ("one wide number", "a.pt", "emb_params is 1000000 wide; expected at most"),
+        ("one number in the first implementation", "a.pt", "its tensors unfold to"),
+        ("itself", "a.pt", "contains itself"),
+        ("a long list", "a.pt", "400 vectors; expected at most 256"),
+        ("a folder", "a.pt", "a.pt is a folder; expected a file"),
+        ("a pipe", "a.safetensors", "a.safetensors is a pipe or a device"),
+        ("a pipe", "a.png", "a.png is a pipe or a device"),
+        ("a poster", "a.png", "a.png is 5000x5000; expected a picture of at most"),
+        ("a program for printers", "a.png", "a.png is damaged or no picture"),
+        ("nested JSON", "a.png", "the embedding in the picture is damaged"),
         ("a picture", "a.png", "picture without an embedding"),
         ("a broken picture", "a.png", "damaged or no picture"),
         ("a broken chunk", "a.png", "the embedding in the picture is damaged"),
@@ -274,6 +312,28 @@ def test_what_is_no_embedding_is_refused(tmp_path, capsys, kind, name, message):
     with pytest.raises(ValueError, match=message):
         read_embedding(tmp_path / name)
     assert capsys.readouterr().out == ""  # no code was run
+
+
+def test_texts_of_a_file_can_be_printed_and_written(tmp_path):
+    write(tmp_path / "a.safetensors", {"emb_params": ONE}, {"name": '"cat\\ud800"', "step": "7"})
+    write(tmp_path / "a.pt", a1111(ONE, name="cat?" + "x" * 10**6, step=10**500))
+    for name in ("a.safetensors", "a.pt"):
+        file = read_embedding(tmp_path / name)
+        assert file.token.startswith("cat?") and len(file.token) <= 1000 and len(file.step) < 100
+        assert (file.token + file.step).encode("utf-8")
+
+
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x78])
+def test_headers_of_every_length_are_safetensors(tmp_path, length):
+    """A header of 128 bytes begins as a pickle does."""
+    for size in range(200 + length):
+        save_file({"emb_params": ONE}, tmp_path / "a.safetensors", {"name": "x" * size})
+        if int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert torch.equal(read_embedding(tmp_path / "a.safetensors").parts[0][1], ONE)
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is safetensors by another name"):
+        read_embedding(tmp_path / "a.pt")
 
 
 def test_damage_anywhere_is_a_value_error(tmp_path):
@@ -358,8 +418,24 @@ def test_no_file_is_overwritten(tmp_path):
         "猫.1",
         "",
     ]
+    for token, message in (("<con>", "device's name on Windows"), ("x" * 260, "expected at most 200 bytes")):
+        with pytest.raises(ValueError, match=message):
+            save_embedding(tmp_path, Embedding((Concept(token, {"clip_l": ONE}),)), "safetensors")
     with pytest.raises(ValueError, match="gives no file name"):
         save_embedding(tmp_path, Embedding((Concept("<*>", {"clip_l": ONE}),)), "safetensors")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "A1111 pt", "diffusers"])
+def test_equal_content_is_the_same_bytes_under_any_name(tmp_path, format):
+    """A pickle's archive has the name that it was first written to in it, and a header may have any order."""
+    embedding = Embedding((Concept("<cat>", {"clip_l": ONE}),), {"base": "SD1.x", "steps": 3, "run": "toy"})
+    ((one, *_),) = save_embedding(tmp_path / "a", embedding, format)
+    ((other, *_),) = save_embedding(tmp_path / "b", embedding, format, "other")
+    assert one.read_bytes() == other.read_bytes()
+    if one.suffix == ".safetensors":
+        data = one.read_bytes()
+        entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        assert list(entries) == sorted(entries)
 
 
 def test_reports_show_norms_words_and_warnings(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from retune.training.common.callbacks import Callbacks
-from retune.training.common.files import read_tensors
+from retune.training.common.files import WriteFailed, read_tensors
 from retune.training.config.loop import LoopConfig, TrainingDiverged
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
@@ -243,7 +243,7 @@ def test_weights_that_go_astray_after_a_save_do_not_replace_it(tmp_path):
 
 
 def test_samples_once_per_epoch_with_a_sheet(tmp_path):
-    loop = built(tmp_path, steps=7, samples=("a", "b", "c"))
+    loop = built(tmp_path, steps=7, samples=("a",))
     loop.config = dataclasses.replace(
         loop.config, samples=dataclasses.replace(loop.config.samples, every=0), steps_per_epoch=3.0
     )
@@ -328,6 +328,47 @@ def test_an_early_stop_comes_at_the_same_step_after_a_break(tmp_path, stop):
     again = built(tmp_path / "parts", **options)
     assert torch.equal(again.run()["w.weight"], expected["w.weight"]) and again.ending == whole.ending
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+
+
+def without_room(monkeypatch, event, step):
+    """The row of an event at a step does not fit on the disk."""
+    add_row = RunFolder.add_row
+
+    def add(folder, row):
+        if (row.get("event"), row["step"]) == (event, step):
+            raise WriteFailed("metrics.jsonl: the disk is full.")
+        add_row(folder, row)
+
+    monkeypatch.setattr(RunFolder, "add_row", add)
+
+
+@pytest.mark.parametrize("step", [2, 7, 12])
+def test_a_validation_whose_row_was_not_written_counts_once(tmp_path, step, monkeypatch):
+    options = {"steps": 20, "early_stop_after": 6, "save_every": 100, **STOPS}
+    whole = built(tmp_path / "whole", **options)
+    expected = whole.run()
+    without_room(monkeypatch, "validation", step)
+    with pytest.raises(WriteFailed, match=f"is full. Run 'parts' keeps its state after step {step}: queue it again"):
+        built(tmp_path / "parts", **options).run()
+    monkeypatch.undo()
+    status = json.loads((tmp_path / "parts" / "status.json").read_bytes())
+    assert (status["state"], status["step"]) == ("failed", step) and "queue it again" in status["message"]
+    again = built(tmp_path / "parts", **options)
+    assert torch.equal(again.run()["w.weight"], expected["w.weight"]) and again.ending == whole.ending
+    for name in ("metrics.jsonl", "state/latest.safetensors", "state/best.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_of_two_files_without_room_the_first_is_named(tmp_path, monkeypatch, caplog):
+    def save(loop):
+        raise WriteFailed("latest.safetensors: the disk is full.")
+
+    loop = built(tmp_path, steps=20, save_every=100, **STOPS)
+    without_room(monkeypatch, "validation", 3)
+    monkeypatch.setattr(Loop, "_save", save)
+    with pytest.raises(WriteFailed, match=r"^metrics.jsonl: .* has no saved state yet: queue it again"):
+        loop.run()
+    assert "latest.safetensors: the disk is full." in caplog.text
 
 
 def test_a_run_that_stopped_early_goes_on_when_asked_for_more(tmp_path):

@@ -89,7 +89,7 @@ def test_pefts_alpha_comes_from_the_metadata():
     assert [modules[names[n]].alpha for n in ("to_q", "to_v")] == [6, 3]
     assert modules[names["text"]].alpha == pytest.approx(5 * math.sqrt(4))
     assert parse_lora("a", tensors).modules[names["to_q"]].alpha is None
-    with pytest.raises(ValueError, match="lora_adapter_metadata is no JSON"):
+    with pytest.raises(ValueError, match="lora_adapter_metadata is damaged .not JSON"):
         parse_lora("a", tensors, {"lora_adapter_metadata": "{"})
 
 

@@ -60,7 +60,7 @@ def test_layouts_of_the_known_sets(tmp_path):
         ("a.tsv", "Text\tCategory\na\tb", "line 1: columns are text, category; expected Prompt"),
         ("a.tsv", "Prompt\tCategory\n \tb", "line 2: no prompt"),
         ("a.json", '{"a": 1}', "expected a list of texts"),
-        ("a.json", "[", "is no JSON file"),
+        ("a.json", "[", "is damaged or no JSON"),
         ("a.png", "", "expected a set of prompts: PartiPrompts.tsv"),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from retune.training.__main__ import main
+from retune.training.common.files import write_json
 from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.lora import LoraConfig
 from retune.training.config.reward import RewardTuneConfig
@@ -99,7 +100,9 @@ def test_large_samples_are_made_smaller_and_only_so_many_moments_are_shown(tmp_p
     folder.samples.mkdir(parents=True)
     save_png(torch.rand(3, 600, 300), folder.samples / "x.png")
     for step in range(100):
-        folder.add_row({"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": "ab"})
+        folder.add_row(
+            {"event": "sample", "step": step, "epoch": 0.0, "files": ["x.png", "gone.png"], "prompts": ["a", "b"]}
+        )
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     shown = [word for word in page.words if re.match(r"step \d+, epoch", word)]
     assert len(shown) == MAX_SAMPLES and shown[0] == "step 0, epoch 0" and shown[-1] == "step 99, epoch 0"
@@ -141,7 +144,8 @@ def test_the_verb_writes_the_report_of_a_run_that_did_not_end(folder, capsys):
     (folder.path / "report.html").unlink(missing_ok=True)
     assert main(["report", str(folder.path)]) == 2 and "no config.json" in capsys.readouterr().err
     config = dataclasses.asdict(TrainModelConfig(run_name="r"))
-    folder.claim({"kind": "model"}, {"config": config, "environment": {"torch": "2"}})
+    record = {"identity": {"kind": "model"}, "config": config, "environment": {"torch": "2"}}
+    write_json(folder.path / "config.json", record)
     folder.set_status("failed", 4, message="memory ran out <here>.")
     assert main(["report", str(folder.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(folder.path / "report.html")
@@ -168,3 +172,23 @@ def test_the_verb_writes_the_report_of_a_run_that_did_not_end(folder, capsys):
 )
 def test_the_end_is_told_in_words(status, expected):
     assert expected in ending(status)
+
+
+def test_a_report_tells_what_changed_on_the_way_and_knows_settings_of_earlier_versions(folder):
+    first = dataclasses.asdict(TrainModelConfig(run_name="r", steps=4))
+    for later in ("lr_cycles", "precision"):  # as if they had come after this run
+        del first["settings"][later]
+    second = {**first, "steps": 9, "settings": {**first["settings"], "save_every": 7}}
+    stretches = [{"after_step": 0, "config": first}, {"after_step": 4, "config": second, "environment": {"threads": 2}}]
+    record = {"identity": {"kind": "model"}, "config": second, "stretches": stretches}
+    write_json(folder.path / "config.json", record)
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    words = " | ".join(page.words)
+    assert "9 steps were asked for" in words and "fp32" in words and "Stretches of steps" in words
+    for row in ("5 | config.steps | 9 | 4", "5 | config.settings.save_every | 7 | 100", "5 | environment.threads | 2"):
+        assert row in words, row
+
+
+def test_a_finished_runs_report_says_so_before_its_status_does(folder):
+    status = {"state": "finished", "step": 4}
+    assert "Finished after 4 steps." in Page(write_report(folder, status=status).read_text(encoding="utf-8")).words

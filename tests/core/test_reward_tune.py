@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
+from retune.training.common.files import read_tensors
 from retune.training.config.reward import TUNE_TARGETS, RewardTuneConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt, PromptSlot
+from retune.training.models.diffusers import SD1_SCHEDULER, DiffusersDenoiser
 from retune.training.objectives.reward import RewardObjective
 from retune.training.recipes.reward import build_trainable, tune
 from retune.training.rewards.combined import CombinedReward, Term
@@ -107,6 +109,17 @@ def test_only_what_was_asked_for_is_tuned(tiny_model, tmp_path, train):
         assert all(name.startswith("text_encoders.") for name in tuned.lora)
     if train == "UNet LoRA":
         assert all(name.startswith("diffusion_model.") for name in tuned.lora)
+
+
+def test_a_tuned_unet_of_v_prediction_says_so(tiny_model, tmp_path):
+    """The whole UNet is in the file, so others may load it; the result itself has nothing but weights."""
+    denoiser = DiffusersDenoiser(tiny_model.denoiser.network, {**SD1_SCHEDULER, "prediction_type": "v_prediction"})
+    model = replace(tiny_model, denoiser=denoiser)
+    settings = TrainingSettings(warmup_steps=0)
+    tuned = tune(model, reward(), PROMPTS, config(train="UNet", steps=1, settings=settings), tmp_path)
+    tensors, metadata = read_tensors(tuned.path)
+    assert {"v_pred", "model.diffusion_model.v_pred"} <= tensors.keys()
+    assert metadata["modelspec.predict_key"] == "v" and len(tuned.unet) == len(tensors) - 2
 
 
 def test_the_reward_rises(tiny_model, tmp_path):

@@ -21,6 +21,8 @@ from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop.checkpoint import load_state, restore_optimizer, save_state
 from retune.training.loop.optimizers import build_optimizer
 from retune.training.runs.folder import RunFolder, move_aside, next_name
+from retune.training.runs.outcome import saved_result
+from retune.training.runs.state_file import write_state_file
 
 HOLD = """
 import sys
@@ -103,6 +105,63 @@ def test_settings_that_an_older_run_did_not_know_are_at_their_defaults(tmp_path)
     assert folder.config()["identity"] == now
 
 
+def test_each_stretch_of_steps_keeps_its_settings(tmp_path):
+    folder, weights = RunFolder(tmp_path / "r"), fresh()
+    optimizer = trained("AdamW", range(1), weights)
+
+    def claim(steps, threads=1):
+        folder.claim({"seed": 0}, {"config": {"steps": steps}, "environment": {"threads": threads}, "prompt": {}})
+        return [
+            (s["after_step"], s["config"]["steps"], s["environment"]["threads"]) for s in folder.config()["stretches"]
+        ]
+
+    def save(step):
+        save_state(folder, step, {"w": weights[0].data}, {}, optimizer, {})
+
+    assert claim(10) == claim(10) == [(0, 10, 1)]
+    assert claim(12) == [(0, 12, 1)]  # nothing was trained with the others
+    save(5)
+    assert claim(12) == [(0, 12, 1)]
+    assert claim(20) == [(0, 12, 1), (5, 20, 1)]
+    assert claim(30) == [(0, 12, 1), (5, 30, 1)]
+    save(8)
+    assert claim(30, threads=2) == [(0, 12, 1), (5, 30, 1), (8, 30, 2)]
+    save(6)  # an older state was put back
+    assert claim(30, threads=2) == [(0, 12, 1), (5, 30, 1), (6, 30, 2)]
+    record = folder.config()
+    for later in ("stretches", "record"):  # as version 0.2 wrote it
+        del record[later]
+    write_json(folder.path / "config.json", record)
+    assert claim(40, threads=2) == [(0, 30, 2), (6, 40, 2)]
+
+
+@pytest.mark.parametrize("kept", ["state/latest.safetensors", "state/best.safetensors", "status.json", "metrics.jsonl"])
+def test_a_run_that_lost_its_settings_does_not_go_on_with_others(tmp_path, kept):
+    with RunFolder.open(tmp_path, "r", resume="auto") as folder:
+        (folder.path / kept).parent.mkdir(exist_ok=True)
+        (folder.path / kept).touch()
+        with pytest.raises(
+            ValueError, match=f"run 'r' has {kept} but no config.json; .*'r 2', or choose resume = rest"
+        ):
+            folder.claim({"learning_rate": 1e-3}, {})
+        assert folder.config() is None
+    with RunFolder.open(tmp_path, "r", resume="restart") as folder:
+        folder.claim({"learning_rate": 1e-3}, {})
+
+
+def test_a_state_of_another_runs_settings_is_refused(tmp_path):
+    weights = fresh()
+    for name, rate in (("one", 1e-3), ("two", 1e-4)):
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        folder.claim({"learning_rate": rate}, {})
+        save_state(folder, 1, {"w": weights[0].data}, {}, trained("AdamW", range(1), weights), {})
+        assert load_state(folder).step == 1
+    folder.latest.write_bytes((tmp_path / "one" / "state" / "latest.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="belongs to a run of other settings; .*Choose resume = restart"):
+        load_state(folder)
+
+
 def test_a_projection_computed_again_may_differ_in_its_last_bits(tmp_path):
     folder = RunFolder(tmp_path / "r")
     folder.path.mkdir()
@@ -131,6 +190,23 @@ def test_rows_are_appended_and_cut_to_the_byte(tmp_path):
     with pytest.raises(ValueError, match=r"metrics.jsonl is 25 bytes; expected at least .*26"):
         folder.truncate_metrics(size + 1)
     assert (tmp_path / "metrics.jsonl").stat().st_size == 25
+
+
+def test_line_ends_of_windows_are_undone_before_rows_are_cut(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        folder.add_row({"step": step, "loss": 0.5})
+    size = folder.metrics_size()
+    folder.add_row({"step": 3, "loss": 0.5})
+    data = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(data.replace(b"\n", b"\r\n"))
+    (tmp_path / "status.json").write_bytes(b'{\r\n "state": "running",\r\n "step": 2\r\n}\r\n')
+    assert [row["step"] for row in folder.rows()] == [1, 2, 3] and folder.status()["step"] == 2
+    folder.truncate_metrics(size)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == data[:size]
+    with pytest.raises(ValueError, match=r"metrics.jsonl has no end of a row at byte 10, .*resume = restart"):
+        folder.truncate_metrics(10)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == data[:size]
 
 
 def test_status_of_a_new_folder_and_after(tmp_path):
@@ -184,23 +260,6 @@ def test_tensors_come_back_with_metadata_and_unmapped(tmp_path):
         assert held["a"].numel() == 5000
 
 
-def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, monkeypatch):
-    import errno
-
-    import safetensors.torch
-
-    path = tmp_path / "t.safetensors"
-    write_tensors(path, {"a": torch.ones(1)})
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(ValueError, match=r"free disk space under .* too small for t.safetensors \(1 MB\)"):
-        write_tensors(path, {"a": torch.ones(2**18)})
-    assert read_tensors(path)[0]["a"].tolist() == [1.0]
-
-
 def test_disk_check_looks_at_the_nearest_folder_there_is(tmp_path):
     check_free_disk(tmp_path / "not" / "there", 1)
     with pytest.raises(ValueError, match="expected at least 953674316406 MB"):
@@ -245,13 +304,18 @@ def test_optimiser_goes_on_bit_for_bit_from_its_file(tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
 
 
-def test_a_state_of_before_group_values_were_saved_is_read(tmp_path):
+def test_a_state_of_before_group_values_and_digests_were_saved_is_read(tmp_path, caplog):
     folder, weights = RunFolder(tmp_path), fresh()
     save_state(folder, 3, {"w": weights[0].data}, {}, trained("AdamW", range(3), weights), {})
     tensors, metadata = read_tensors(folder.latest)
     about = json.loads(metadata["retune.state"])
     assert about.pop("groups")[0]["name"] == "rest"
     write_tensors(folder.latest, tensors, {"retune.state": json.dumps(about)})
+    caplog.clear()
+    load_state(folder)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the state of run {folder.name!r} is of an earlier version and could not be verified"
+    ]
     optimizer = build_optimizer(dict(enumerate_names(weights)), 0.01, TrainingSettings(weight_decay=0.1))
     restore_optimizer(optimizer, load_state(folder).optimizer)
     assert [optimizer.state[w]["step"].item() for w in weights] == [3, 3]
@@ -268,6 +332,48 @@ def test_a_damaged_state_is_named(tmp_path, damage):
     folder.latest.write_bytes(data[: len(data) // 2] if damage is None else damage)
     with pytest.raises(ValueError, match=r"latest.safetensors cannot be read .* resume = restart"):
         load_state(folder)
+
+
+@pytest.mark.parametrize("place", ["weights", "optimizer", "metadata", "step"])
+def test_a_changed_byte_in_a_state_is_found(tmp_path, place, caplog):
+    folder, weights = RunFolder(tmp_path), fresh()
+    optimizer = trained("AdamW", range(2), weights)
+    save_state(folder, 2, {"w": weights[0].data}, {"w": weights[0].data}, optimizer, {"best": 0.25})
+    assert load_state(folder).step == 2 and not caplog.records
+    data = bytearray(folder.latest.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    json.loads(data[8:header])
+    if place == "metadata":
+        position = data.index(b"0.25")
+        data[position : position + 4] = b"0.75"
+    elif place == "step":
+        position = data.index(rb"step\": 2")
+        data[position : position + 9] = rb"step\": 3"
+    else:
+        position = header + 5 if place == "weights" else len(data) - 3
+        data[position] ^= 1
+    folder.latest.write_bytes(data)
+    with pytest.raises(ValueError, match=r"latest.safetensors cannot be read \(.*changed since .* resume = restart"):
+        load_state(folder)
+
+
+@pytest.mark.parametrize("kind", ["best", "guarded"])
+def test_a_changed_byte_in_weights_that_become_the_result_is_found(tmp_path, kind):
+    folder, path = RunFolder(tmp_path), getattr(RunFolder(tmp_path), kind)
+    values = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.tensor(2.0),
+        "c": torch.zeros(0),
+        "d": torch.ones(2) > 0,
+    }
+    write_state_file(path, values, {"step": "4", "validation_loss": "0.5"})
+    found, step = saved_result(folder, kind.removesuffix("ed"), 4)
+    assert step == 4 and found.keys() == values.keys() and all(torch.equal(found[k], values[k]) for k in values)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{kind}.safetensors cannot be read .*changed since"):
+        saved_result(folder, kind.removesuffix("ed"), 4)
 
 
 def test_two_threads_write_the_same_file_at_once(tmp_path):

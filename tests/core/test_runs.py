@@ -12,7 +12,6 @@ from retune.training.config.lora import LoraConfig
 from retune.training.plots.run_chart import smoothed
 from retune.training.runs.folder import RunFolder
 from retune.training.runs.index import (
-    TAIL,
     NoSuchRun,
     delete_run,
     list_runs,
@@ -23,6 +22,7 @@ from retune.training.runs.index import (
     thinned,
     workflow_of,
 )
+from retune.training.runs.report import write_report
 
 
 def png() -> bytes:
@@ -75,10 +75,10 @@ def test_a_list_has_every_run_and_what_it_shows(tmp_path):
     }
 
 
-@pytest.mark.parametrize("before", ["", "no row\n", f"no row\n{'x' * TAIL}\n"])
+@pytest.mark.parametrize("before", ["", "no row\n", f"no row\n{'x' * 2**18}\n"])
 def test_no_more_than_the_last_step_is_read_for_a_list(tmp_path, before):
     folder = a_run(tmp_path)
-    rows = '{"step": 7, "loss": 0.5}\n{"event": "sample", "step": 7}\n{"step": 8, "lo'
+    rows = '{"step": 7, "loss": 0.5}\n{"event": "watch", "step": 7}\n{"step": 8, "lo'
     (folder.path / "metrics.jsonl").write_text(before + rows, encoding="utf-8")
     run = summary(tmp_path, folder)
     assert (run["state"], run["step"], run["loss"]) == ("interrupted", 7, 0.5)
@@ -197,25 +197,145 @@ def test_the_graph_that_made_a_run_and_a_report_of_it(tmp_path):
     [
         ("status.json", "{"),
         ("status.json", '{"state": "failed"}'),
+        ("status.json", '{"state": "cooking", "step": 1}'),
+        ("status.json", '{"state": ["failed"], "step": 1}'),
+        ("status.json", '{"state": "failed", "step": "5"}'),
+        ("status.json", '{"state": "failed", "step": -1}'),
+        ("status.json", '{"state": "failed", "step": 1e400}'),
+        ("status.json", f'{{"state": "failed", "step": 1{"0" * 400}}}'),
+        ("status.json", '{"state": "failed", "step": 1, "message": [1]}'),
+        ("status.json", b"\xff\xfe\x00"),
+        ("config.json", ""),
         ("config.json", '[{"identity": 1}]'),
         ("config.json", '{"identity": null}'),
+        ("config.json", '{"identity": {"kind": 7}}'),
+        ("config.json", '{"identity": {}, "config": {"steps": "many"}}'),
+        ("config.json", '{"identity": {}, "config": 3}'),
+        ("config.json", '{"identity": {}, "stretches": [{}]}'),
+        ("config.json", '{"identity": {}, "workflow": [1]}'),
+        ("config.json", "[" * 100_000 + "]" * 100_000),
+        ("config.json", '{"identity": {}, "workflow": {"a": ' + "[" * 500 + "]" * 500 + "}}"),
         ("metrics.jsonl", "[1]\n"),
         ("metrics.jsonl", '{"step": 1, "lo\n'),
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": true}\n'),
+        ("metrics.jsonl", f'{{"step": 1, "loss": 1{"0" * 400}}}\n'),
+        ("metrics.jsonl", f'{{"step": 1, "loss": 1{"0" * 5000}}}\n'),
+        ("metrics.jsonl", '{"step": "1", "loss": 1}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1, "reward": []}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": ' + "[" * 100_000 + "\n"),
     ],
 )
 def test_a_damaged_run_does_not_hide_the_others(tmp_path, file, text):
     a_run(tmp_path)
-    (a_run(tmp_path, "broken").path / file).write_text(text, encoding="utf-8")
+    data = text if isinstance(text, bytes) else text.encode("utf-8")
+    (a_run(tmp_path, "broken").path / file).write_bytes(data)
     assert {run["id"]: run["state"] for run in list_runs(tmp_path)} == {"a run": "interrupted", "broken": "damaged"}
     run = run_details(tmp_path, "broken")
-    assert run["state"] == "damaged" and run["message"] and run.keys() == run_details(tmp_path, "a run").keys()
+    assert run["state"] == "damaged" and run.keys() == run_details(tmp_path, "a run").keys()
+    assert "'broken'" in run["message"] and file in run["message"] and "begin the run again" in run["message"]
+    delete_run(tmp_path, "broken")
+    assert [run["id"] for run in list_runs(tmp_path)] == ["a run"]
 
 
-@pytest.mark.parametrize(("file", "text"), [("config.json", "[1]"), ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", "{")])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"event": "sample", "step": 2, "files": "x.png", "prompts": ["x"]},
+        {"event": "sample", "step": 2, "files": ["x.png"], "prompts": []},
+        {"event": "sample", "step": 2, "files": ["x.png"], "prompts": [1]},
+        {"event": "sample", "step": 2, "files": [], "prompts": [], "alignment": "good"},
+        {"event": "sample", "files": [], "prompts": []},
+        {"event": "validation", "step": 2, "loss": "low"},
+        {"event": [], "step": 2},
+        {"step": 2.5, "loss": 1},
+    ],
+)
+def test_rows_that_a_page_cannot_show_make_a_run_damaged(tmp_path, row):
+    with open(a_run(tmp_path).path / "metrics.jsonl", "ab") as file:
+        file.write(json.dumps(row).encode() + b'\n{"step": 9, "loss": 1}\n')
+    run = run_details(tmp_path, "a run")
+    assert run["state"] == "damaged" and run["rows"] == [] and "metrics.jsonl: line 8: " in run["message"]
+    with pytest.raises(ValueError, match="run 'a run': metrics.jsonl: line 8: "):
+        report_file(tmp_path, "a run")
+
+
+def test_numbers_that_no_page_has_are_left_out(tmp_path):
+    folder = a_run(tmp_path, environment={"memory": 10**400, "odd": [float("inf"), 2**64]})
+    folder.add_row({"event": "sample", "step": 3, "files": [], "prompts": [], "alignment": float("nan")})
+    folder.add_row({"event": "validation", "step": 3, "loss": float("inf")})
+    run = run_details(tmp_path, "a run")
+    json.dumps(run, allow_nan=False)
+    assert run["environment"] == {"memory": None, "odd": [None, 2**64]} and run["state"] == "interrupted"
+    assert run["samples"][-1]["alignment"] is None and run["validation"][-1]["loss"] is None
+
+
+def test_a_run_without_its_config_is_listed_and_can_be_deleted(tmp_path):
+    a_run(tmp_path)
+    lost = a_run(tmp_path, "lost").path
+    (lost / "config.json").unlink()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").mkdir()
+    states = {run["id"]: (run["state"], run["message"]) for run in list_runs(tmp_path)}
+    assert states["lost"][0] == "damaged" and "'lost' has no config.json. Put the file back" in states["lost"][1]
+    assert states["folder"][0] == "damaged" and "config.json is a folder; expected a file" in states["folder"][1]
+    for name in ("lost", "folder"):
+        delete_run(tmp_path, name)
+    assert [run["id"] for run in list_runs(tmp_path)] == ["a run"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("file", ["config.json", "status.json", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(tmp_path, file):
+    (a_run(tmp_path).path / file).unlink()
+    os.mkfifo(tmp_path / "a run" / file)
+    (run,) = list_runs(tmp_path)
+    assert run["state"] == "damaged" and f"{file} is a pipe or a device" in run["message"]
+    assert run_details(tmp_path, "a run")["state"] == "damaged"
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        report_file(tmp_path, "a run")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text here")
+def test_a_name_that_is_no_text_has_an_id_that_a_page_can_send(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    a_run(tmp_path, "latin").path.rename(tmp_path / name)
+    (run,) = list_runs(tmp_path)
+    assert run["id"] == r"caf\udce9" and run_details(tmp_path, run["id"])["count"] == 5
+    run["id"].encode("utf-8")
+    delete_run(tmp_path, run["id"])
+    assert list_runs(tmp_path) == []
+
+
+def test_deleting_takes_write_protected_files_and_what_is_called_like_the_trash(tmp_path):
+    folder = a_run(tmp_path).path
+    (tmp_path / ".a run.deleted").write_text("of an earlier version", encoding="utf-8")
+    (folder / "samples").chmod(0o500)
+    (folder / "status.json").chmod(0o400)
+    delete_run(tmp_path, "a run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a run.deleted", ".locks"]
+
+
+def test_a_row_that_is_being_written_stops_neither_rows_nor_report(tmp_path):
+    folder = a_run(tmp_path, steps=4)
+    for half in ('{"step": 5', '{"step": 5, "loss": 0.2, "prompt": "\u2028', "\n"):
+        with open(folder.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(half)
+            file.flush()
+            if half != "\n":
+                assert len(folder.rows()) == 6 and "step 2" in write_report(folder).read_text(encoding="utf-8")
+                os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - len(half.encode()))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.json", "[1]"), ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", "{\n")]
+)
 def test_a_damaged_run_has_no_report_and_says_why(tmp_path, file, text):
     (a_run(tmp_path, "broken", prompt={"1": {}}).path / file).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not as Retune writes them|metrics\.jsonl|line 1 column"):
+    with pytest.raises(ValueError, match=r"run 'broken': (broken/config|metrics)\.json"):
         report_file(tmp_path, "broken")
     if file == "config.json":
-        with pytest.raises(ValueError, match="not as Retune writes them"):
+        with pytest.raises(ValueError, match="its content is a list; expected an object"):
             workflow_of(tmp_path, "broken")

@@ -131,7 +131,7 @@ def test_other_quantisations_are_refused(tmp_path):
     note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
     tensors["encoder.block.0.layer.0.SelfAttention.q.comfy_quant"] = note
     save_file(tensors, tmp_path / "t5.safetensors")
-    with pytest.raises(ValueError, match="t5.safetensors is quantised as nvfp4"):
+    with pytest.raises(ValueError, match="t5.safetensors: it is quantised as .nvfp4."):
         read_t5(tmp_path / "t5.safetensors")
 
 

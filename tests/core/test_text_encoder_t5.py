@@ -234,7 +234,7 @@ def test_tokenizer_of_another_model_is_refused(t5_folder):
 
 def test_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="tokenizer.json in .* is no tokenizer.json"):
+    with pytest.raises(ValueError, match="tokenizer.json is damaged or no tokenizer.json"):
         load_tokenizer(tmp_path)
 
 

@@ -171,6 +171,8 @@ def test_what_cannot_be_put_in_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="run holds no result .*; its run is interrupted"):
         tiny(tmp_path / "run")
     name = next(name for name in weights if name.startswith(TEXT) and weights[name].ndim == 2)
+    rows, columns = weights[f"{UNET}time_embed.0.weight"].shape
+    huge = {"lora_down.weight": torch.full((1, columns), 1e30), "lora_up.weight": torch.full((rows, 1), 1e30)}
     for tensors, words in (
         ({}, "holds no tensors"),
         ({"first_stage_model.decoder.x": torch.ones(2)}, "has first_stage_model.decoder.x, which the model lacks"),
@@ -180,6 +182,8 @@ def test_what_cannot_be_put_in_is_named(tiny, tmp_path):
             {f"{UNET}nothing.lora_down.weight": torch.ones(2, 4), f"{UNET}nothing.lora_up.weight": torch.ones(4, 2)},
             "no",
         ),
+        ({name: torch.full_like(weights[name], torch.nan)}, "bad.safetensors makes .* NaN, infinite or too large"),
+        ({f"{UNET}time_embed.0.{role}": value for role, value in huge.items()}, "makes .*time_embed.0.weight NaN"),
         ({f"{UNET}time_embed.0.oft_blocks": torch.ones(2, 4, 4)}, "time_embed.0 is OFT"),
     ):
         write_tensors(tmp_path / "bad.safetensors", tensors, {"about": "it"})

@@ -284,6 +284,7 @@ def processor(path):
 
 KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
 PEFT = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+ADAPTER = {"down": ".lora_A.default_0.weight", "up": ".lora_B.default_0.weight"}
 OLD = {"down": "_lora.down.weight", "up": "_lora.up.weight"}
 UNET_LAYOUTS = {  # how a layer is called, by its diffusers (True) or original name; endings; what the report says
     "kohya": (underscored("lora_unet_"), True, KOHYA, "kohya"),
@@ -295,6 +296,11 @@ UNET_LAYOUTS = {  # how a layer is called, by its diffusers (True) or original n
     "LyCORIS, original names": (underscored("lycoris_"), False, KOHYA, "LyCORIS"),
     "ComfyUI": (dotted("diffusion_model."), False, KOHYA, "ComfyUI"),
     "OneTrainer": (dotted("unet."), False, KOHYA, "OneTrainer"),
+    "diffusers before peft, no component": (lambda p: processor(p).removeprefix("unet."), True, OLD, "diffusers"),
+    "peft's state, no component": (dotted(""), True, PEFT, "diffusers"),
+    "another adapter": (dotted("unet."), True, ADAPTER, "diffusers"),
+    "peft in a pipeline": (dotted("unet.base_model.model."), True, PEFT, "peft"),
+    "compiled": (dotted("unet._orig_mod."), True, PEFT, "diffusers"),
 }
 
 
@@ -321,7 +327,15 @@ def test_every_layout_reaches_every_attention_layer_of_the_unet(request, layout,
     for key, value in expected.items():
         torch.testing.assert_close(after[key], value, atol=1e-5, rtol=1e-5)
     assert f": {title}" in report and f"used: {len(layers)} layers of the model, 0 of the text encoder" in report
-    assert "not used" not in report and "warning" not in report
+    assert "not used" not in report
+    check_warnings(report, call("x"))
+
+
+def check_warnings(report, name):
+    """None, but for peft's files without the settings that have their alpha."""
+    warnings = [line for line in report.splitlines() if "warning" in line]
+    assert len(warnings) == ("base_model.model." in name)
+    assert all("without the adapter_config.json that has its alpha" in line for line in warnings)
 
 
 def add_layer(tensors, weights, layer, name, endings, seed):
@@ -347,6 +361,9 @@ TEXT_LAYOUTS = {  # (CLIP, part of it), how a layer is called, endings
     "diffusers SDXL 2": ("SDXL", "clip_g", dotted("text_encoder_2."), PEFT),
     "transformers 5": ("SD1.5", "clip_l", lambda p: "text_encoder." + p.removeprefix("text_model."), PEFT),
     "peft": ("SD1.5", "clip_l", dotted("base_model.model."), PEFT),
+    "peft, another adapter": ("SD1.5", "clip_l", dotted("text_encoder.base_model.model."), ADAPTER),
+    "transformers' state": ("SDXL", "clip_l", lambda p: p.removeprefix("text_model."), PEFT),
+    "T5's state": ("T5", "t5base", dotted(""), PEFT),
     "OneTrainer SD1.5": ("SD1.5", "clip_l", dotted("clip_l."), KOHYA),
     "OneTrainer SDXL 2": ("SDXL", "clip_g", dotted("clip_g."), KOHYA),
     "ComfyUI SDXL": ("SDXL", "clip_g", dotted("text_encoders.clip_g.transformer."), KOHYA),
@@ -373,7 +390,8 @@ def test_every_layout_reaches_every_layer_of_the_text_encoder(sd15, clips, t5, l
     assert len(expected) >= 14 and differ(before, after) == set(expected)
     for key, value in expected.items():
         torch.testing.assert_close(after[key], value, atol=1e-5, rtol=1e-5)
-    assert f"used: 0 layers of the model, {len(expected)} of the text encoder" in report and "warning" not in report
+    assert f"used: 0 layers of the model, {len(expected)} of the text encoder" in report
+    check_warnings(report, call("text_model.x"))
     assert not differ(before, weights_of(clip.patcher))
 
 
@@ -678,6 +696,10 @@ def test_a_lora_of_another_width_is_refused_whole(sd15, sdxl, clips):
     layer = LINEAR.replace(".", "_")
     wrong = {f"lora_unet_{layer}.diff": torch.zeros(4, 4)}
     refused(sd15[0], None, write(wrong), "made for 4 x 4; expected 128 x 768")
+    twice = kohya(LINEAR, lora((128, 768))[0]) | {f"{UNET_KEY}{LINEAR}.{n}": v for n, v in lora((128, 768))[0].items()}
+    refused(
+        sd15[0], None, write(twice), f"lora_unet_{layer} .is the layer {UNET_KEY}{LINEAR} again; expected each once"
+    )
     scale = {f"lora_unet_{layer}.dora_scale": torch.ones(7, 1)}
     good = kohya(LINEAR, lora((128, 768))[0])
     refused(sd15[0], None, write(good | scale), "dora_scale has 7 numbers; expected 128 outputs or .768")

@@ -1,12 +1,17 @@
 """The server's routes for runs: what they answer, and that no name reaches a file which no listing has."""
 
 import json
+import os
 import urllib.error
+import urllib.parse
 import urllib.request
+from dataclasses import asdict
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 from retune.training.commands.comfyui_server import DIRECT
+from retune.training.config.lora import LoraConfig
 from retune.training.runs.folder import RunFolder
 
 RUN = "a run (old 1)"
@@ -57,14 +62,72 @@ def test_a_run_keeps_its_prompt_without_what_comfyui_adds():
     assert "is_changed" in hidden.prompt["1"] and made_by(SimpleNamespace(prompt=None, extra_pnginfo={}))
 
 
+FOREIGN = """<!doctype html><title>"foreign" & more</title><meta http-equiv=refresh content="0; url=http://evil">
+<script>evil()</script><a href="http://evil" target=_top>x</a></iframe>"""
+
+
+class Frame(HTMLParser):
+    """The start tags of a page, and what its frames hold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.frames = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "iframe":
+            self.frames.append(dict(attributes))
+
+
 def test_a_report_cannot_speak_to_comfyui(comfyui_server, root):
-    page = root / RUN / "report.html"
-    page.write_text("<!doctype html><title>foreign</title><script>evil()</script>", encoding="utf-8")
+    (root / RUN / "report.html").write_text(FOREIGN, encoding="utf-8")
     status, headers, body = answer(comfyui_server, f"/{ENCODED}/report")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
-    policy = b"<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
-    assert body.startswith(policy) and body.endswith(page.read_bytes())
-    assert b"form-action 'none'; base-uri 'none'\">" in body
+    text = body.decode("utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+    assert text.index(f'content="{policy}"') < text.index("<iframe") and f"<title>{RUN}</title>" in text
+    page = Frame(text)
+    assert page.tags == ["html", "meta", "meta", "title", "style", "iframe"]
+    assert page.frames == [{"sandbox": None, "title": RUN, "srcdoc": FOREIGN}]
+
+
+def test_a_report_of_any_bytes_stays_in_its_frame(comfyui_server, root):
+    report = root / RUN / "report.html"
+    report.write_bytes(b"\xff<p title='\"'></iframe><script>{0}{title}</script>&quot;&#39;\x00")
+    page = Frame(answer(comfyui_server, f"/{ENCODED}/report")[2].decode("utf-8"))
+    assert page.tags.count("script") == 0 and len(page.frames) == 1
+    assert page.frames[0]["srcdoc"].startswith("\ufffd<p title='\"'></iframe><script>{0}{title}</script>&quot;&#39;")
+    report.unlink()
+
+
+DAMAGE = {
+    "deep": ("config.json", b"[" * 100_000),
+    "half a row": ("metrics.jsonl", b'{"step": 1, "loss": 0.5}\n{"step": 2, "lo'),
+    "huge step": ("status.json", b'{"state": "finished", "step": 1' + b"0" * 400 + b"}"),
+    "text for a number": ("metrics.jsonl", b'{"step": 1, "loss": "low"}\n'),
+    "no text": ("status.json", b"\xff\xfe"),
+}
+
+
+def test_damaged_runs_are_listed_and_deleted_among_the_others(comfyui_server, root):
+    for name, (file, data) in DAMAGE.items():
+        with RunFolder.open(root, name, resume="restart") as folder:
+            folder.claim({"kind": "lora"}, {"config": asdict(LoraConfig(run_name=name))})
+            (folder.path / file).write_bytes(data)
+    if hasattr(os, "mkfifo"):
+        (root / "no text" / "status.json").unlink()
+        os.mkfifo(root / "no text" / "status.json")
+    status, _, body = answer(comfyui_server, "")
+    states = {run["id"]: run["state"] for run in json.loads(body)}
+    assert status == 200 and states[RUN] == "finished"
+    assert {name: states[name] for name in DAMAGE} == dict.fromkeys(DAMAGE, "damaged") | {"half a row": "interrupted"}
+    for name in DAMAGE:
+        place = urllib.parse.quote(name)
+        assert json.loads(answer(comfyui_server, f"/{place}")[2])["state"] == states[name]
+        assert answer(comfyui_server, f"/{place}/report")[0] == (200 if states[name] == "interrupted" else 409)
+        assert answer(comfyui_server, f"/{place}", "DELETE")[0] == 200
+    assert RUN in {run["id"] for run in json.loads(answer(comfyui_server, "")[2])}
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "%2e%2e", "..%2f..%2fuser", ".locks", "%2fetc", "a%00b"])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
-from ..common.files import write_json, write_text
+from ..common.files import append_text, write_json, write_text
 from ..common.fingerprint import tensors_sketch
+from ..common.foreign import parse_json, reading
 from ..common.rng import derive_seed
 from ..config.checks import check_fields, check_run_name, check_size
 from ..config.fields import setting, side_setting
@@ -199,13 +200,13 @@ class ScoresFile:
         if len(whole) < len(text):
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-        rows = (PromptScores(**json.loads(line)) for line in whole.decode("utf-8").splitlines())
-        self.by_prompt = {(row.model, row.prompt): row for row in rows}
+        with reading(path, "no file of scores", "Put it back, or choose resume = restart."):
+            rows = [PromptScores(**parse_json(line, dict)) for line in whole.decode("utf-8").split("\n") if line]
+            self.by_prompt = {(row.model, row.prompt): row for row in rows}
 
     def add(self, row: PromptScores) -> None:
         """Appends the row to the file and to `by_prompt`."""
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(vars(row)) + "\n")
+        append_text(self._path, json.dumps(vars(row)) + "\n")
         self.by_prompt[row.model, row.prompt] = row
 
 

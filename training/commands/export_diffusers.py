@@ -7,7 +7,6 @@ Diffusion pipeline: it becomes a folder of its parts, with a README.md of the fe
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..common.files import check_free_disk, replace, write_json, write_tensors, write_text
+from ..common.files import check_free_disk, replace, temporary_name, write_json, write_tensors, write_text, writing
 from ..config.checks import check_run_name
 from ..models import ldm
 from ..models.clip import ClipTextEncoder
@@ -137,14 +136,15 @@ def export_pipeline(root: Path, name: str, images: ImageParts, text: ClipPart | 
     size = text.size + sum(4 * p.numel() for module in (unet, vae) for p in module.parameters())
     check_free_disk(root, size + 2**26)
     target = root / name if not (root / name).exists() else (root / name).with_name(next_name(root / name))
-    temporary = root / f".{target.name}.{os.getpid()}.tmp"
+    temporary = temporary_name(root)
     try:
-        temporary.mkdir(parents=True)
-        unet.save_pretrained(temporary / "unet")
-        vae.save_pretrained(temporary / "vae")
-        scheduler(images.prediction_type).save_pretrained(temporary / "scheduler")
-        text.write(temporary)
-        replace(temporary, target)
+        with writing(target, size):
+            temporary.mkdir(parents=True)
+            unet.save_pretrained(temporary / "unet")
+            vae.save_pretrained(temporary / "vae")
+            scheduler(images.prediction_type).save_pretrained(temporary / "scheduler")
+            text.write(temporary)
+            replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -20,15 +20,14 @@ from ..formats.lora_difference import LowRankFactors, kernel_of, lora_tensors, l
 from ..formats.lora_keys import BIAS
 from ..formats.lora_metadata import LoraDescription
 from ..formats.lora_names import TEXT, UNET, Naming, detect_naming
-from ..formats.lora_report import layout_of
+from ..formats.lora_report import layout_of, missing_alpha
 from ..formats.lora_save import save_lora
 from ..models import ldm
 from ..models.open_clip import to_transformers
+from ..models.quantised import unfolded
 from ..trainables.lora import TARGETS
 
 log = logging.getLogger(__name__)
-
-CLIP_H_PREFIX = "cond_stage_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +108,20 @@ def resize_lora(config: ResizeLoraConfig) -> dict:
     Raises:
         ValueError: For DoRA, OFT and other kinds whose difference depends on the weight.
     """
-    lora = read_lora(config.lora)
+    lora = _read(config.lora)
     modules, factors = _resize_modules(lora, config)
     new = Lora(lora.name, modules, lora.other_keys, lora.metadata)
     format = "diffusers" if layout_of(lora) in ("diffusers", "peft") else "kohya"
     save_lora(config.output, new, format, config.dtype, LoraDescription(file_metadata=lora.metadata))
     return {"file": str(config.output), **_figures(lora.name, factors)}
+
+
+def _read(path: Path) -> Lora:
+    """The LoRA in a file; logs a warning where nothing in it tells its strength."""
+    lora = read_lora(path)
+    if line := missing_alpha(lora):
+        log.warning("%s", line)
+    return lora
 
 
 def _resize_modules(lora: Lora, config: ResizeLoraConfig) -> tuple[dict[str, LoraModule], dict]:
@@ -141,8 +148,14 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
     Raises:
         ValueError: For models of different layouts, or without any difference.
     """
-    unet_config, base = _open(config.base)
-    _, tuned = _open(config.tuned)
+    about, base = _open(config.base)
+    other, tuned = _open(config.tuned)
+    if about["prediction_type"] != other["prediction_type"]:
+        log.warning(
+            "base predicts %s and tuned %s: the LoRA draws noise on base unless it is sampled as tuned is",
+            about["prediction_type"],
+            other["prediction_type"],
+        )
     if differing := base.keys() ^ tuned.keys():
         raise ValueError(
             f"base and tuned have different parts: {len(differing)} tensors such as {min(differing)!r} are in one "
@@ -163,7 +176,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run={"unet": unet_config}))
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run=other))
     covered = sum(each.energy for each in factors.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
@@ -173,7 +186,7 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
 
 def convert_lora(config: ConvertLoraConfig) -> dict:
     """Writes the LoRA in the other layout; returns {"file", "layers", "warnings"}. Errors: those of `save_lora`."""
-    lora = read_lora(config.lora)
+    lora = _read(config.lora)
     about = LoraDescription(file_metadata=lora.metadata)
     warnings = save_lora(config.output, lora, config.format, config.dtype, about, base=config.base)
     return {"file": str(config.output), "layers": len(lora.modules), "warnings": warnings}
@@ -206,10 +219,11 @@ def _folder_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
 def _file_text_encoders(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     first, second = ldm.SDXL_CLIP_PREFIXES
     for prefix, encoder in ((ldm.CLIP_PREFIX, "clip_l"), (first, "clip_l")):
-        for name, value in read_tensors(path, prefix)[0].items():
+        for name, value in unfolded(*read_tensors(path, prefix)).items():
             yield encoder, _hugging_face(name.removeprefix(prefix)), value
-    for prefix, encoder in ((second, "clip_g"), (CLIP_H_PREFIX, "clip_h")):
-        state = {name.removeprefix(prefix): value for name, value in read_tensors(path, prefix)[0].items()}
+    for prefix, encoder in ((second, "clip_g"), *((prefix, "clip_h") for prefix in ldm.SD2_CLIP_PREFIXES)):
+        tensors = unfolded(*read_tensors(path, prefix))
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()}
         for name, value in to_transformers(state).items():
             yield encoder, _hugging_face(name), value
 
@@ -219,20 +233,23 @@ def _hugging_face(name: str) -> str:
     return f"text_model.{name}" if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name) else name
 
 
-def _open(model: str) -> tuple[Mapping, dict[str, Tensor]]:
-    """The UNet's config, and ComfyUI's name -> weight of UNet and text encoders."""
+def _open(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The UNet's config and prediction type, and ComfyUI's name -> weight of UNet and text encoders."""
     from .open_model import open_denoiser, unet_parameters
 
     denoiser = open_denoiser(model)
     unet = {UNET + name: value.detach() for name, value in unet_parameters(denoiser).items()}
-    return denoiser.network.config, unet | open_text_encoders(model)
+    about = {"unet": denoiser.network.config, "prediction_type": denoiser.prediction_type}
+    return about, unet | open_text_encoders(model)
 
 
 def _change(name: str, base: Tensor, tuned: Tensor) -> Tensor | None:
-    """tuned - base in fp32; None where they are equal. Raises ValueError for different shapes."""
+    """tuned - base in fp32; None where they are equal. Raises ValueError for other shapes and for NaN."""
     if base.shape != tuned.shape:
         raise ValueError(f"{name} is {tuple(base.shape)} and {tuple(tuned.shape)}; expected two models of one kind.")
     change = tuned.float() - base.float() if tuned.is_floating_point() else None
+    if change is not None and not change.isfinite().all():
+        raise ValueError(f"{name} is NaN or infinite in base or tuned; expected numbers. Use an earlier save.")
     return change if change is not None and change.any() else None
 
 

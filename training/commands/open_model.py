@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import write_tensors
+from ..common.foreign import read_text
+from ..common.text import filled_lines
 from ..config.model import ModelConfig
 from ..config.reset import ResetConfig
-from ..demo.files import weights_path
+from ..demo.files import demo_config, weights_path
 from ..models import ldm
 from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
 from ..models.layers import reset_weights
+from ..models.prediction import Correction, plain_values, unet_description
 from ..models.protocols import Denoiser, TextToImage
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
@@ -29,6 +33,26 @@ from ..text_encoder.t5_file import read_t5_config
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
+UNET_SHAPE = (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "mid_block_type",
+    "up_block_types",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "num_attention_heads",
+    "norm_num_groups",
+    "use_linear_projection",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
+"""The values of a UNet's config that a file written here keeps."""
 
 
 def build_model(config: ModelConfig) -> TextToImage:
@@ -41,14 +65,13 @@ def build_model(config: ModelConfig) -> TextToImage:
     path, tokenizer = _checkpoint(config)
     for text in config.tuned:
         result_files(tuned_file(text).path)
-    model = load_model(path, tokenizer=tokenizer)
+    model = load_model(path, tokenizer=tokenizer, correction=correction_of(config), config_of=demo_config)
     if config.model == DEMO:
         from ..demo.judge import judge_samples
 
         model = replace(model, judge=judge_samples)
     if config.t5 is not None:
-        prompts = config.fit.read_text(encoding="utf-8").splitlines() if config.fit else []
-        model = with_t5(model, config, [line.strip() for line in prompts if line.strip()])
+        model = with_t5(model, config, filled_lines(read_text(config.fit)) if config.fit else ())
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
@@ -69,10 +92,15 @@ def open_unet(model: str) -> dict[str, nn.Parameter]:
     return unet_parameters(open_denoiser(model))
 
 
-def open_denoiser(model: str) -> DiffusersDenoiser:
+def open_denoiser(model: str, correction: Correction | None = None) -> DiffusersDenoiser:
     """The UNet alone, in fp32; model: as in ModelConfig."""
     path, _ = _checkpoint(ModelConfig(model=model))
-    return load_denoiser(path)
+    return load_denoiser(path, correction or Correction(), config_of=demo_config)
+
+
+def correction_of(config: ModelConfig) -> Correction:
+    """What a config knows better than the model's files about prediction and noise levels."""
+    return Correction(config.prediction, config.noise_levels)
 
 
 def unet_parameters(denoiser: Denoiser) -> dict[str, nn.Parameter]:
@@ -136,6 +164,24 @@ def apply_weights(model: TextToImage, trained: TrainedModel) -> TextToImage:
     return replace(model, text_encoder=model.text_encoder.with_projection(projection))
 
 
-def save_unet(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes canonical UNet weights in the layout that ComfyUI's Load Diffusion Model reads."""
-    write_tensors(Path(path), {ldm.UNET_PREFIX + name: value for name, value in weights.items()})
+def save_unet(path: Path, weights: Mapping[str, Tensor], denoiser: DiffusersDenoiser) -> None:
+    """Writes canonical UNet weights in the layout that ComfyUI's Load Diffusion Model reads.
+
+    The file tells, as that of `denoiser` did, what the weights predict and at which noise levels: by ComfyUI's marker
+    tensors, with and without the prefix, since Load Checkpoint and Load Diffusion Model look for them in different
+    places; by ModelSpec's metadata; and by `retune.config`, with what shapes do not tell, such as the demo model's
+    heads.
+
+    Args:
+        path: the file to write.
+        weights: canonical name -> value, the whole UNet.
+        denoiser: the model that they are weights of.
+    """
+    tensors = {ldm.UNET_PREFIX + name: value for name, value in weights.items()}
+    markers, metadata = unet_description(denoiser.prediction_type, denoiser.sigmas, ldm.UNET_PREFIX)
+    config = denoiser.network.config
+    about = {
+        "unet": {name: config[name] for name in UNET_SHAPE if name in config},
+        "scheduler": plain_values(denoiser.scheduler),
+    }
+    write_tensors(Path(path), tensors | markers, metadata | {"retune.config": json.dumps(about)})

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..common.files import write_text
+from ..common.text import filled_lines
+from ..data.captions import caption_from_text_file, read_text
 from ..data.folder import find_images
 from ..data.images import load_image
 from ..rewards.diversity import diversity
@@ -32,7 +34,8 @@ class ScoreConfig:
     """Rewards as kind,name=value,... such as "PickScore,file=PickScore_v1.safetensors,weight=2". Names: file,
     image_tower, tokenizer, comfyui, activation, weight, target, form. Several are summed, each divided by its scale."""
     prompts: Path | None = None
-    """Text file: one line for all images, or a line for each in the order of names. Without it, each image's .txt."""
+    """Text file: one line for all images, or a line for each in the order of names. Without it, each image's .txt
+    or .caption."""
     tokenizer: Path | None = None
     """CLIP tokenizer folder of all rewards that name none; the demo's have their own."""
     comfyui: Path | None = None
@@ -82,16 +85,16 @@ def prompts_for(file: Path | None, images: Sequence[Path], needed: bool) -> list
     """
     if file is not None:
         return _read_prompts(file, len(images))
-    captions = [image.with_suffix(".txt") for image in images]
-    missing = [path.name for path in captions if not path.is_file()]
+    captions = [caption_from_text_file(image) for image in images]
+    missing = [image.with_suffix(".txt").name for image, text in zip(images, captions, strict=True) if text is None]
     if missing and needed:
         raise ValueError(f"{missing[0]} does not exist; expected a prompt for each image. Use --prompts with a file.")
-    return [path.read_text(encoding="utf-8").strip() if path.is_file() else "" for path in captions]
+    return [text or "" for text in captions]
 
 
 def _read_prompts(file: Path, count: int) -> list[str]:
     """The file's prompts, or its only one `count` times."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = filled_lines(read_text(file))
     if len(lines) not in (1, count):
         raise ValueError(f"{file.name} has {len(lines)} prompts; expected 1 or {count}, one for each image.")
     return lines * count if len(lines) == 1 else lines

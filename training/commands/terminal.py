@@ -7,16 +7,23 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..common.callbacks import Callbacks, StepInfo
 from ..common.distributed import world
+from ..common.files import write_text
+from ..common.foreign import explain
 from ..loop.memory import OutOfMemory
 from .comfyui_server import WorkflowFailed
 
+log = logging.getLogger(__name__)
 INTERVAL = 2.0
 """Seconds between two lines of progress."""
+ERROR_LOG = "error.log"
+"""File of a run's folder with the traceback of an error that nobody foresaw."""
 
 
 class Terminal(Callbacks):
@@ -48,7 +55,8 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
     """Runs a verb and writes its result: a line for each value or, with `arguments.json`, one JSON object.
 
     Returns:
-        The exit status: 0; 2 after an error that the user can fix, which is written as one line; 130 after Ctrl-C.
+        The exit status: 0; 2 after an error that the user can fix, which is written as one line; 1 after any other,
+        whose traceback is in the run's folder; 130 after Ctrl-C. With --verbose every traceback is printed.
     """
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
@@ -56,8 +64,13 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
     try:
         result = function(arguments)
     except (ValueError, OSError, WorkflowFailed, OutOfMemory) as error:
+        log.info("traceback of the error", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except Exception as error:
+        log.info("traceback of the error", exc_info=True)
+        sys.stderr.write(f"error: {_unforeseen(error, arguments)}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on where it was\n")
         return 130
@@ -66,3 +79,15 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
         sys.stdout.write(f"{lines}\n")
         sys.stdout.flush()
     return 0
+
+
+def _unforeseen(error: Exception, arguments: argparse.Namespace) -> str:
+    """The line for an error that no check caught; its traceback goes into the folder of the run, if there is one."""
+    name = getattr(arguments, "run_name", None)
+    what = f"run {name}" if name else arguments.verb
+    text = f"{what} failed: {explain(error)} ({type(error).__name__}), which no check foresaw."
+    folder = Path(arguments.output) / name if name and getattr(arguments, "output", None) else None
+    if folder is None or not folder.is_dir():
+        return f"{text} Please report it with the traceback, which --verbose prints."
+    write_text(folder / ERROR_LOG, "".join(traceback.format_exception(error)))
+    return f"{text} Please report it with {folder / ERROR_LOG}. Its state is kept: the same command goes on from there."

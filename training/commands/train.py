@@ -18,6 +18,7 @@ from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
 from ..data.examples import Dataset
+from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from .open_model import build_model
 from .terminal import Terminal
@@ -89,8 +90,14 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
 
 
 def open_model(arguments: argparse.Namespace) -> TextToImage:
-    """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset."""
-    return build_model(read_model_flags(arguments))
+    """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
+
+    Prints what its UNet is taken to predict and why, which --prediction corrects.
+    """
+    model = build_model(read_model_flags(arguments))
+    denoiser = model.denoiser
+    sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
+    return model
 
 
 def open_dataset(arguments: argparse.Namespace) -> Dataset:

@@ -5,43 +5,139 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
+import re
 import shutil
-import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-_RENAME_TIMEOUT = 2.0
-"""Seconds that a rename is tried while the target is open in another program, which Windows refuses to replace."""
+from . import foreign
+from .foreign import existing_file, read_pickle, read_tensors
+
+__all__ = ["existing_file", "read_pickle", "read_tensors"]
+WINDOWS = sys.platform == "win32"
+_OPEN_ELSEWHERE = 2.0
+"""Seconds that a rename or a deletion is tried while the file is open in another program, which Windows refuses."""
+_LONGEST_PATH = 259
+"""Characters of the longest path that Windows takes without a prefix."""
+_TEMPORARY_LENGTH = 40
+RESERVED_NAMES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    "CONIN$",
+    "CONOUT$",
+    *(f"{p}{i}" for p in ("COM", "LPT") for i in range(10)),
+}
+_RAISED = str.maketrans("\u00b9\u00b2\u00b3", "123")
+Result = TypeVar("Result")
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_WINDOWS_FULL = {39, 112}
+"""Numbers that Rust's messages have for a full disk on Windows."""
 
 
-def _default_mode() -> int:
-    """Permissions of files that `open` creates in this process."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return 0o666 & ~umask
+class WriteFailed(OSError, ValueError):
+    """A file that could not be written; the message names it, and on a full disk what it needs."""
 
 
-_MODE = _default_mode()
+@contextmanager
+def writing(path: str | Path, size: int = 0) -> Iterator[None]:
+    """Turns an error of writing a file into a WriteFailed that names it.
+
+    Args:
+        path: The file that is written, not the temporary one.
+        size: Bytes that it needs; 0 where nobody knows.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (WriteFailed, TimeoutError):  # also that of a lock
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _write_failed(Path(path), size, error) from error
+
+
+def _write_failed(path: Path, size: int, error: Exception) -> WriteFailed:
+    number = _error_number(error)
+    if number in _FULL:
+        message = f"free disk space under {path.parent} is {_free(path.parent)}too small for {path.name}"
+        message += f" ({size / 2**20:.0f} MB). Make room, then try again." if size else ". Make room, then try again."
+    elif isinstance(error, PermissionError):
+        message = f"{path} cannot be written ({error.strerror}). Close programs that have it open, or allow writing."
+    else:
+        reason = getattr(error, "strerror", None) or error
+        message = f"{path} cannot be written ({reason}). Choose a folder that can be written, then try again."
+    failed = WriteFailed(message)
+    failed.errno = number
+    return failed
+
+
+def _error_number(error: Exception) -> int | None:
+    """The errno of an error, also of one that comes from Rust, which has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else None
+    return errno.ENOSPC if "No space left" in str(error) or (WINDOWS and number in _WINDOWS_FULL) else number
+
+
+def _free(folder: Path) -> str:
+    """Free space in words; nothing where the system does not say."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MB, "
+    except OSError:
+        return ""
+
+
+def long_path(path: str | Path, longest: int = _TEMPORARY_LENGTH) -> Path:
+    """A path that Windows takes although it, or a file in it, has more than 259 characters; unchanged elsewhere.
+
+    longest: characters of the longest name that will follow it.
+    """
+    return Path(_prefixed(os.path.abspath(path), longest)) if WINDOWS else Path(path)
+
+
+def _prefixed(path: str, longest: int) -> str:
+    """An absolute path of Windows, with the prefix that switches its limit off where that is needed."""
+    if len(path) + longest <= _LONGEST_PATH or path.startswith("\\\\?\\"):
+        return path
+    return "\\\\?\\UNC\\" + path[2:] if path.startswith("\\\\") else "\\\\?\\" + path
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes a file name for a device: CON, also with an ending, blanks before it or a raised digit."""
+    return name.split(".")[0].rstrip(" ").translate(_RAISED).upper() in RESERVED_NAMES
+
+
+def while_open_elsewhere(action: Callable[[], Result]) -> Result:
+    """Does something to a file, again and again for two seconds while another program has it open (Windows)."""
+    deadline = time.monotonic() + _OPEN_ELSEWHERE
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """`os.replace` that tries again for two seconds while the target is open in another program (Windows)."""
-    deadline = time.monotonic() + _RENAME_TIMEOUT
-    while True:
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    """Renames a file or a folder, over an existing file; tries again while that is open in another program."""
+    while_open_elsewhere(lambda: os.replace(temporary, path))
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, if there is one; tries again while it is open in another program."""
+    while_open_elsewhere(lambda: path.unlink(missing_ok=True))
 
 
 def sync(path: Path) -> None:
@@ -51,33 +147,57 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; renames it to `path` on success, removes it when anything is raised.
+def atomic_path(path: str | Path, durable: bool = False, size: int = 0) -> Iterator[Path]:
+    """Yields an empty temporary file in the same folder; renames it to `path` on success, removes it otherwise.
 
-    durable: the data is on the disk before the rename, so that a power cut leaves the old file or the new one.
+    Args:
+        path: The file to write.
+        durable: The data is on the disk before the rename, so that a power cut leaves the old file or the new one.
+        size: Bytes that it needs, for the error of a full disk.
+
+    Raises:
+        WriteFailed: The file cannot be written; what was there before stays.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = long_path(path)
+    if WINDOWS and is_reserved(path.name):
+        raise WriteFailed(f"{path.name} is a device's name on Windows; expected another file name.")
+    with writing(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _create_temporary(path.parent)
+        try:
+            yield temporary
+            if durable:
+                sync(temporary)
+            replace(temporary, path)
+        finally:
+            remove(temporary)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes bytes, wholly or not at all."""
-    with atomic_path(path) as temporary:
+def _create_temporary(folder: Path) -> Path:
+    """A new empty file with the permissions of files that `open` creates."""
+    path = temporary_name(folder)
+    with open(path, "xb"):
+        return path
+
+
+def temporary_name(folder: Path) -> Path:
+    """A path in a folder that nothing has and no other thread or process takes."""
+    names = (f".{os.getpid():x}.{threading.get_ident():x}.{number}.tmp" for number in count())
+    return next(path for path in map(folder.joinpath, names) if not os.path.lexists(path))
+
+
+def write_bytes(path: str | Path, data: bytes, durable: bool = False) -> None:
+    """Writes bytes, wholly or not at all; durable: see `atomic_path`."""
+    with atomic_path(path, durable, len(data)) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str, durable: bool = False) -> None:
-    """Writes UTF-8 text, wholly or not at all, with the same line ends on every system; durable: see `atomic_path`."""
-    with atomic_path(path, durable) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    r"""Writes UTF-8 text, wholly or not at all, with the same line ends on every system.
+
+    durable: see `atomic_path`. Halves of characters, of names that are no text, are written as \udc80, as in JSON.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), durable)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -85,84 +205,61 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False), durable=True)
 
 
+def append_text(path: str | Path, text: str) -> None:
+    """Appends UTF-8 text to a file, wholly or not at all: what a full disk took is cut off again."""
+    data = memoryview(text.encode("utf-8"))
+    with writing(path, len(data)), open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def overwrite(path: str | Path, text: str) -> None:
+    """Writes a text over a file's content, padded with blanks, so that it needs no more space: not atomic."""
+    data = text.encode("utf-8", "backslashreplace")
+    with writing(path, len(data)), open(path, "r+b") as file:
+        file.write(data.ljust(os.fstat(file.fileno()).st_size))
+        file.truncate()
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, wholly or not at all. Raises ValueError when the disk is full."""
-    from safetensors import SafetensorError
+    """Writes a safetensors file, wholly or not at all; equal content gives equal bytes.
+
+    Raises WriteFailed, which on a full disk says how much is needed.
+    """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    try:
-        with atomic_path(path, durable=True) as temporary:
-            ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(ready, temporary, dict(metadata or {}))
-            temporary.chmod(_MODE)  # safetensors creates files that only their owner may read
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise _disk_full(path, size) from error
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with atomic_path(path, durable=True, size=size) as temporary:
+        mode = temporary.stat().st_mode
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, temporary, dict(metadata or {}))
+        temporary.chmod(mode)  # safetensors creates files that only their owner may read
+        _sort_metadata(temporary)
 
 
-def _disk_full(path: Path, size: int) -> ValueError:
-    """The error for a file of `size` bytes that does not fit on its disk."""
-    return ValueError(
-        f"free disk space under {path.parent} is too small for {path.name} ({size / 2**20:.0f} MB). "
-        "Make room, then queue the same run again: it goes on from its last state."
-    )
-
-
-def existing_file(path: str | Path) -> Path:
-    """The path of a file; raises FileNotFoundError where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return path
-
-
-def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors, copied, and metadata. (Windows cannot replace a file that stays mapped.)
-
-    prefix: reads only tensors whose names begin with it. Raises ValueError for a damaged file or one of another kind,
-    FileNotFoundError where there is none.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = existing_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} is damaged or no safetensors file ({error}). Save or download it again."
-        ) from error
-
-
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
-_DAMAGED += (AssertionError, struct.error)
-"""Raised by torch.load for truncated or changed files and for those that torch.save did not write."""
-
-
-def read_pickle(path: str | Path) -> Any:
-    """The content of a file that torch.save wrote, on the CPU: tensors, numbers, texts, lists and dicts.
-
-    Raises ValueError for a damaged file or one with code, FileNotFoundError where there is none.
-    """
-    import torch
-
-    path = existing_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        raise ValueError(f"{path.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors file's header: its order differs from process to process."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8").ljust(length)
+        if len(text) != length:
+            raise AssertionError(f"sorted header has {len(text)} bytes; expected {length}")
+        file.seek(8)
+        file.write(text)
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's value. Raises ValueError with the file's name when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Put the file back, or begin the run again.") from error
+    return foreign.read_json(path, advice="Put the file back, or begin the run again.")
 
 
 def check_free_disk(folder: Path, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""Lists and counts in messages and reports; lines of JSON files."""
+"""Lists and counts in messages and reports; lines of texts and of JSON files; brackets of captions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,46 @@ def count_noun(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
+def plain_text(text: str) -> str:
+    """A caption as text encoders read it: the escaped brackets `\\(` and `\\)` are brackets.
+
+    A backslash keeps ComfyUI from reading a bracket as a prompt weight, and taggers write it. ComfyUI takes it off also
+    where weights are not read.
+    """
+    return text.replace("\\)", ")").replace("\\(", "(")
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text without blanks at their ends, cut at newline bytes only (also those of Windows).
+
+    `str.splitlines` cuts at a dozen other characters too, such as U+2028, which are part of a line.
+    """
+    return [line.strip() for line in text.split("\n")]
+
+
+def filled_lines(text: str) -> list[str]:
+    """The `text_lines` that are not empty."""
+    return [line for line in text_lines(text) if line]
+
+
 def parse_json_line(line: str, where: str) -> Any:
-    """The value in a line of a JSON lines file. Raises ValueError, beginning with `where`, for invalid JSON."""
+    """The value in a line of a JSON lines file. Raises ValueError, beginning with `where`, for what is not JSON."""
+    from .foreign import explain, parse_json  # imports torch, which whoever cuts a text into lines need not wait for
+
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {explain(error)}.") from error
+
+
+def expect_whole_characters(text: str, what: str) -> str:
+    """The text. Raises ValueError, beginning with `what`, for half a character (a lone surrogate) in it.
+
+    JSON can hold one, also that of a workflow; tokenizers and files cannot.
+    """
+    half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    if half is not None:
+        raise ValueError(f"{what} has half a character ({half!r}); expected whole characters. Type that place anew.")
+    return text

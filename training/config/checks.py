@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..common.files import RESERVED_NAMES as RESERVED_NAMES
+from ..common.files import is_reserved
+from ..common.text import expect_whole_characters
 from .fields import config_fields
 
 RUN_NAME = re.compile(r"[\w][\w .()+=@-]*", re.UNICODE)
-RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{p}{i}" for p in ("COM", "LPT") for i in range(1, 10))}
+LONGEST_NAME = 100
+"""Characters of a run's name."""
+MOST_BYTES = 250
+"""Bytes of a run's name in UTF-8: a file system takes 255, and the lock's name has five more."""
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError where a field holds none of its choices or lies outside its range; None is in every range."""
+    """Raises ValueError where a field holds none of its choices, is not finite or outside its range, or has half a
+    character.
+
+    None is in every range.
+    """
     fields = config_fields(type(config))
     for name, field in fields.items():
         if field.choices and getattr(config, name) not in field.choices:
@@ -20,7 +30,12 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {choices}.")
     for name, field in fields.items():
         if not field.allows(getattr(config, name)):
-            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range}.")
+            raise ValueError(f"{name} is {getattr(config, name)}; expected {field.range or 'a finite number'}.")
+    for name in fields:
+        value = getattr(config, name)
+        for text in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(text, str):
+                expect_whole_characters(text, name)
 
 
 def check_range(config: Any, **limits: tuple[float, float]) -> None:
@@ -59,9 +74,10 @@ def compile_regex(name: str, pattern: str, example: str) -> re.Pattern:
 
 def check_run_name(name: str, what: str = "run name") -> None:
     """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
-    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name
-    if bad or name.split(".")[0].upper() in RESERVED_NAMES or len(name) > 100:
+    bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name or is_reserved(name)
+    if bad or len(name) > LONGEST_NAME or len(name.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(
-            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@). "
-            "Leave out path separators and '..'."
+            f"{what} is {name!r}; expected a plain folder name (letters, digits, space, and .-_()+=@) of at most "
+            f"{LONGEST_NAME} characters, without a dot or space at its end, that is no device's name on Windows such "
+            "as CON or LPT1. Leave out path separators and '..'."
         )

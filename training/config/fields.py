@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import textwrap
 import types
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -61,7 +62,11 @@ class ConfigField:
         return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
 
     def allows(self, value: Any) -> bool:
-        """Whether a value lies in the range; None does."""
+        """Whether a value, or each of a repeated field, is finite and lies in the range; None does."""
+        if isinstance(value, tuple):
+            return all(map(self.allows, value))
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         if value is None or self.low is None:
             return True
         return self.low <= value and (self.high is None or value <= self.high)

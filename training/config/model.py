@@ -49,3 +49,9 @@ class ModelConfig:
     `train` or `lora` runs, or their files (a LoRA of any trainer too). FILE:0.5 goes half the way."""
     device: str = ""
     """Such as cuda or cpu; empty takes what accelerate finds on the command line, and the CPU elsewhere."""
+    prediction: Literal["auto", "eps", "v", "flow"] = setting("auto")
+    """What the UNet predicts, where the model tells it wrong. auto: as its scheduler, its keys v_pred and
+    edm_vpred.sigma_max, its metadata or a YAML file beside it have it; what was decided and why is printed."""
+    noise_levels: Literal["auto", "scaled linear", "zero terminal SNR"] = setting("auto")
+    """Noise levels at which the UNet was trained, where the model tells them wrong. scaled linear: Stable Diffusion's;
+    zero terminal SNR: those up to pure noise (ztsnr)."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..common.files import write_bytes
+from ..common.foreign import FileError, read_bytes, reading
+from ..common.text import plain_text
 from ..models.protocols import Conditioning
 from .examples import Dataset, Example
 from .folder import Progress
@@ -37,6 +38,8 @@ MEMORY = 512 << 20
 """Default size of the part in memory, in bytes."""
 SPARE_DISK = 64 << 20
 """Disk space to leave free, in bytes."""
+LARGEST_ENTRY = 4 << 30
+"""Bytes of an entry's file that is read."""
 VERSION = 1
 """Increase it whenever the same image or caption would be prepared differently."""
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -189,7 +192,7 @@ class TextCache:
         return self._store.fill([self._entry(caption) for caption in captions], "captions", on_progress)
 
     def _entry(self, caption: str) -> Entry:
-        key = _key("text", VERSION, self._fingerprint, caption)
+        key = _key("text", VERSION, self._fingerprint, plain_text(caption))
         return Entry(key, 1.0, caption, lambda: self._encode_caption(caption))
 
     def _encode_caption(self, caption: str) -> Tensors:
@@ -278,11 +281,13 @@ class _Store:
         """The tensors of an entry on disk; None if it is missing or damaged."""
         path = self._path(key)
         try:
-            return _unpack(path.read_bytes())
+            data = read_bytes(path, LARGEST_ENTRY)
+            with reading(path):
+                return _unpack(data)
         except FileNotFoundError:
             return None
-        except (SafetensorError, ValueError, KeyError) as error:
-            log.warning("cache entry %s is damaged (%s); it is encoded again.", path, error)
+        except FileError as error:
+            log.warning("a damaged entry of the cache is encoded again: %s", error)
             return None
 
     def _write(self, key: str, data: bytes, needed: float) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
-from ..common.text import parse_json_line
+from ..common import foreign
+from ..common.text import expect_whole_characters, parse_json_line
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = "metadata.jsonl"
+MAX_LENGTH = 20_000
+"""Characters of the longest caption: 60 windows of a CLIP. What is longer is another text."""
 TRAILING_NUMBER = re.compile(r"(?:^|[\s_-]+)\d+$|\s*\(\d+\)$")
 
 
 def caption_from_text_file(image: Path) -> str | None:
     """The text of the .txt or .caption file with the image's stem, line breaks as spaces; None without such a file."""
     for suffix in CAPTION_SUFFIXES:
-        path = image.with_suffix(suffix)
-        if path.is_file():
-            return " ".join(read_text(path).split())
+        for path in (image.with_suffix(suffix), image.with_suffix(suffix.upper())):
+            if path.exists() and not path.is_dir():
+                return " ".join(read_text(path).split())
     return None
 
 
@@ -40,19 +44,26 @@ def read_metadata(folder: Path) -> list[tuple[str, str]]:
         ValueError: A line is something else, or its path leaves the folder; the message has the line number.
     """
     path = folder / METADATA
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; expected one JSON object a line with file_name and text.")
-    lines = enumerate(read_text(path).splitlines(), start=1)
+    lines = enumerate(read_text(path).split("\n"), start=1)  # str.splitlines cuts at U+2028 too, inside a caption
     rows = [_metadata_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     return sorted(rows, key=lambda row: row[0])
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, with or without a byte order mark. Raises ValueError for another encoding."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); expected UTF-8. Save it as UTF-8.") from error
+    """Reads a UTF-8 file, with or without a byte order mark. Raises ValueError for anything else than such a file."""
+    return foreign.read_text(path, advice="Save it as UTF-8 text.")
+
+
+def expect_caption(caption: str, where: str) -> str:
+    """The caption. Raises ValueError, beginning with `where`, for one that no text encoder reads."""
+    if len(caption) > MAX_LENGTH:
+        raise ValueError(
+            f"{where} has {len(caption)} characters ({caption[:40]}...); expected at most {MAX_LENGTH}. Put a "
+            "description of the image there."
+        )
+    return expect_whole_characters(caption, where)
 
 
 def _metadata_row(line: str, where: str) -> tuple[str, str]:
@@ -75,7 +86,13 @@ def _relative_path(name: str, where: str) -> str:
 
 
 def vary_tags(
-    caption: str, *, keep: int, shuffle: torch.Generator | None, dropout: float, random: torch.Generator
+    caption: str,
+    *,
+    keep: int,
+    shuffle: torch.Generator | None,
+    dropout: float,
+    random: torch.Generator,
+    stays: Callable[[str], bool] = lambda tag: False,
 ) -> str:
     """Shuffles and drops a caption's comma-separated tags.
 
@@ -87,6 +104,7 @@ def vary_tags(
         shuffle: Generator for the order of the others; None keeps their order.
         dropout: Probability of dropping each of the others, 0 to 1.
         random: Generator for the dropout.
+        stays: Whether a tag is never dropped, such as one with the word that is learned.
 
     Returns:
         The new caption, which may be "".
@@ -97,5 +115,5 @@ def vary_tags(
         others = [others[i] for i in torch.randperm(len(others), generator=shuffle).tolist()]
     if dropout:
         draws = torch.rand(len(others), generator=random).tolist()
-        others = [tag for tag, draw in zip(others, draws, strict=True) if draw >= dropout]
+        others = [tag for tag, draw in zip(others, draws, strict=True) if draw >= dropout or stays(tag)]
     return ", ".join(fixed + others)

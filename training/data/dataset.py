@@ -15,6 +15,7 @@ from ..common.text import count_noun
 from ..config.checks import check_multiple
 from ..config.folder import CROPS, FolderConfig
 from .buckets import Size, bucket_for, target_sizes
+from .captions import expect_caption
 from .examples import Dataset, Example, tensor_key
 from .folder import load_folder
 from .images import flatten_alpha
@@ -241,7 +242,7 @@ def _caption_per_image(captions: Sequence[str], count: int) -> list[str]:
     empty = [i for i, caption in enumerate(cleaned, start=1) if not caption]
     if empty:
         raise ValueError(f"the caption of image {empty[0]} is empty; expected a text for each image.")
-    return cleaned
+    return [expect_caption(caption, f"the caption of image {i}") for i, caption in enumerate(cleaned, start=1)]
 
 
 def _sizes_for_training(sizes: list[Size], resolution: int | None, buckets: bool) -> list[Size]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -13,16 +11,17 @@ from pathlib import Path, PurePosixPath
 from ..common.text import first_few
 from ..config.folder import FolderConfig
 from .buckets import Size, bucket_for, target_sizes
-from .captions import METADATA, caption_from_name, caption_from_text_file, read_metadata
+from .captions import METADATA, caption_from_name, caption_from_text_file, expect_caption, read_metadata
 from .examples import Dataset, Example, content_key
-from .images import EXTENSIONS, ImageError, check_image, has_alpha
-from .masks import Mask, is_mask_file, mask_file
+from .images import check_image, has_alpha
+from .listing import FolderFiles, left_out, list_folder
+from .masks import Mask, mask_file
+from .picture_files import ImageError, endings, read_file
 from .report import LISTED, Skipped, format_report
 
 log = logging.getLogger(__name__)
 
 FOLDER_REPEATS = re.compile(r"([1-9]\d{0,2})_")
-IGNORED_FOLDERS = ("__MACOSX",)
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, description); may raise an exception to cancel."""
@@ -77,35 +76,39 @@ def _mask_notes(dataset: Dataset, folder: Path, masks: str) -> list[str]:
     return [f"masks: {count} of {len(dataset.examples)} images"]
 
 
-def find_images(folder: Path, mask_files: bool = False) -> list[str]:
-    """Relative posix paths of all image files below a folder, sorted.
+def find_images(folder: Path) -> list[str]:
+    """Relative posix paths of all image files below a folder, sorted; warns of files that are none.
 
     Args:
         folder: Searched with its sub-folders; hidden files and folders are left out.
-        mask_files: Leave out files that are named as masks.
 
     Raises:
         ValueError: The folder does not exist or has no images; the message lists what it has.
     """
-    _check_folder(folder)
-    files = [name for name in _visible_files(folder) if not (mask_files and is_mask_file(name))]
-    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
-    if not images:
-        content = _count_extensions(files)
-        raise ValueError(f"folder {folder} holds no images; found {content}. Expected {', '.join(EXTENSIONS)} files.")
-    return images
+    files = _expect_images(folder)
+    _warn(folder, left_out(files, (), "txt", "none"), files.skipped)
+    return list(files.images)
 
 
-def _check_folder(folder: Path) -> None:
+def _expect_images(folder: Path, mask_folders: bool = False) -> FolderFiles:
+    """A folder's files; ValueError for a missing folder and one without images. mask_folders: see `list_folder`."""
     if not folder.is_dir():
-        state = "is a file" if folder.is_file() else "does not exist"
+        state = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"folder {folder} {state}; expected a folder of images.")
+    files = list_folder(folder, mask_folders)
+    if not files.images:
+        raise ValueError(
+            f"folder {folder} holds no images; found {files.count_endings}. Expected {', '.join(endings())} files."
+        )
+    return files
 
 
-def _count_extensions(files: Iterable[str]) -> str:
-    """The most frequent extensions, as in "3 x .txt, 1 x no extension"; "nothing" without files."""
-    kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in files)
-    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(8)) or "nothing"
+def _warn(folder: Path, lines: Iterable[str], skipped: Iterable[Skipped]) -> None:
+    """Logs what of a folder is left out."""
+    for line in lines:
+        log.warning("%s: %s", folder.name or folder, line)
+    for name, reason in skipped:
+        log.warning("%s: %s; skipped.", name, reason)
 
 
 def folder_repeats(name: str) -> int:
@@ -117,24 +120,17 @@ def folder_repeats(name: str) -> int:
     return next((int(match[1]) for match in reversed(matches) if match), 1)
 
 
-def _visible_files(folder: Path) -> list[str]:
-    """Relative posix paths of all files below a folder that are not hidden, sorted."""
-    files = []
-    for directory, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS]
-        files += [(Path(directory) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
 def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, str]], list[Skipped], list[str]]:
-    """(name, caption) rows, images skipped because they have no caption, and notes for the report."""
-    images = find_images(folder, config.masks == "files")
+    """(name, caption) rows, files skipped because they have no caption or cannot be used, and notes for the report."""
+    files = _expect_images(folder, config.masks == "files")
     notes = []
-    if config.captions == "metadata.jsonl":
+    if config.captions == METADATA:
         rows = read_metadata(folder)
-        notes = _unlisted_images(images, rows)
+        notes = _unlisted_images(files.images, rows)
     else:
-        rows = [(name, _caption(folder / name, config)) for name in images]
+        rows = [(name, _caption(folder / name, config)) for name in files.images]
+    for name, caption in rows:
+        expect_caption(caption, f"the caption of {name}")
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
@@ -142,7 +138,10 @@ def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, 
             f"expected one each ({_expected_caption(config.captions)}). Add them, or choose to skip images without "
             "a caption."
         )
-    return [row for row in rows if row[1]], [(name, "it has no caption") for name in missing], notes
+    lines = left_out(files, [name for name, _ in rows], config.captions, config.masks)
+    _warn(folder, [*notes, *lines], files.skipped)
+    skipped = [(name, "it has no caption") for name in missing]
+    return [row for row in rows if row[1]], [*skipped, *files.skipped], [*notes, *lines]
 
 
 def _unlisted_images(images: Sequence[str], rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -171,24 +170,23 @@ def _expected_caption(captions: str) -> str:
 
 def _read_image(path: Path, masks: str) -> tuple[str, Size, Mask | None]:
     """An image's content key, size and mask; ImageError if it is unreadable or its mask has another size."""
-    data = _read_bytes(path)
+    data = read_file(path)
     size = check_image(data, path)
     mask = None
     if masks == "alpha" and has_alpha(data, path):
         mask = Mask(content_key(data), alpha=True, source=path)
     elif masks == "files" and (label := mask_file(path)):
-        mask = Mask(content_key(_read_bytes(label)), source=label)
-        _, height, width = mask.pixels().shape
-        if (width, height) != size:
-            raise ImageError(label, f"this mask is {width} x {height}, its image {size[0]} x {size[1]}")
+        mask = _read_mask(label, size)
     return content_key(data), size, mask
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(path, (error.strerror or str(error)).lower()) from error
+def _read_mask(label: Path, size: Size) -> Mask:
+    """The mask in a file; ImageError if it is unreadable or of another size than its image."""
+    data = read_file(label)
+    width, height = check_image(data, label)
+    if (width, height) != size:
+        raise ImageError(label, f"this mask is {width} x {height}, its image {size[0]} x {size[1]}")
+    return Mask(content_key(data), source=label)
 
 
 def _list_reasons(skipped: list[Skipped]) -> str:

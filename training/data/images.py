@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..common.files import atomic_path
+from ..common.files import write_bytes
 from ..config.folder import CROPS
+from .picture_files import ImageError, open_picture, read_file
+from .pixels import alpha_pixels, is_deep, rgb_pixels, upright_size
+from .pixels import has_alpha as image_has_alpha
 
-log = logging.getLogger(__name__)
-
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-ORIENTATION = 0x0112
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-class ImageError(ValueError):
-    """Raised for a file that cannot be used as an image, with its `path` and the `reason`."""
-
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}. Replace or remove this file.")
-        self.path = path
-        self.reason = reason
+LARGEST = 16_000_000
+"""Pixels of the largest result of a resize that is made whole before it is cropped, if it is much larger than that."""
+SPARE = 2
+"""A result of at most this many times the target size is made whole, however large."""
 
 
 def content_key(data: bytes) -> str:
@@ -44,9 +34,9 @@ def content_key(data: bytes) -> str:
 def read_unchanged(path: Path, key: str) -> bytes:
     """The content of a data set's file; ImageError if the file is missing or its `content_key` is no longer `key`."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(path, f"it could be read before but not now ({error.strerror})") from error
+        data = read_file(path)
+    except ImageError as error:
+        raise ImageError(path, f"it could be read before but not now ({error.reason})") from error
     if content_key(data) != key:
         raise ImageError(path, "it changed since the data set was loaded; load the data set again")
     return data
@@ -57,39 +47,39 @@ def load_image(path: str | Path) -> Tensor:
 
     EXIF orientation is applied. Transparent pixels are composited on white. Grey becomes three equal channels; 16-bit
     grey is divided by 65535. Embedded RGB and CMYK colour profiles are converted to sRGB; CMYK without a profile is
-    converted by Pillow's formula. Of an animation the first frame is read.
+    converted by Pillow's formula. Of an animation the first frame is read. Pictures of more than 62 megapixels
+    come smaller, see `pixels.MEMORY`.
 
     Raises:
-        ImageError: The file is missing, damaged or truncated.
+        ImageError: The file is missing, damaged, truncated or too large.
     """
-    return decode_image(_read(path), path)
+    return decode_image(read_file(path), path)
 
 
 def decode_image(data: bytes, name: str | Path) -> Tensor:
     """`load_image` for a file's content; `name` is for messages."""
-    with _readable(data, name) as image:
-        return _to_tensor(ImageOps.exif_transpose(image), name)
+    with open_picture(data, name) as image:
+        return rgb_pixels(image, name)
 
 
 def has_alpha(data: bytes, name: str | Path) -> bool:
     """Whether a file's content is an image with transparency; decodes only its header."""
-    with _readable(data, name) as image:
-        return _has_alpha(image)
+    with open_picture(data, name) as image:
+        return image_has_alpha(image)
 
 
 def decode_alpha(data: bytes, name: str | Path) -> Tensor:
     """The alpha channel (1, H, W) in 0..1 of an image's file content, upright; ones without transparency."""
-    with _readable(data, name) as image:
-        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-        return torch.from_numpy(np.array(alpha))[None].float().div_(255)
+    with open_picture(data, name) as image:
+        return alpha_pixels(image)
 
 
 def check_image(data: bytes, name: str | Path) -> tuple[int, int]:
     """Decodes an image completely to check it; returns its upright (width, height). Raises ImageError."""
-    with _readable(data, name) as image:
-        size = _upright_size(image)
-        if _is_deep(image):
-            _to_tensor(image, name)
+    with open_picture(data, name) as image:
+        size = upright_size(image)
+        if is_deep(image):
+            rgb_pixels(image, name)
         image.draft("RGB", (1, 1))  # makes a JPEG decode at an eighth of its size, still to its end
         image.load()
         return size
@@ -97,11 +87,8 @@ def check_image(data: bytes, name: str | Path) -> tuple[int, int]:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Upright (width, height) of an image file; decodes only its header. Raises ImageError."""
-    try:
-        with Image.open(path) as image:
-            return _upright_size(image)
-    except UNREADABLE as error:
-        raise ImageError(path, _reason(error)) from error
+    with open_picture(read_file(path), path) as image:
+        return upright_size(image)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -114,8 +101,9 @@ def save_png(image: Tensor, path: str | Path) -> None:
     """Writes a float (3, H, W) image in 0..1 as an 8-bit PNG, atomically."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image shape is {tuple(image.shape)}; expected (3, H, W).")
-    with atomic_path(path) as temporary:
-        to_pil(image).save(temporary, format="PNG")
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int = 4) -> Tensor:
@@ -159,12 +147,15 @@ def resize_and_crop(
         raise ValueError(f"crop is {crop!r}; expected one of {', '.join(CROPS)}.")
     if crop == "random" and generator is None:
         raise ValueError('generator is None; expected a torch.Generator. crop "random" draws from it.')
-    image = _resize_to_cover(image, width, height)
-    spare_x, spare_y = image.shape[2] - width, image.shape[1] - height
+    size = _size_to_cover(image, width, height)
+    spare_x, spare_y = size[1] - width, size[0] - height
     left, top = spare_x // 2, spare_y // 2
     if crop == "random":
         left, top = (int(torch.randint(spare + 1, (1,), generator=generator)) for spare in (spare_x, spare_y))
-    image = image[:, top : top + height, left : left + width]
+    if math.prod(size) > max(LARGEST, SPARE * width * height):
+        image = _part_around(image, size, (top, left), (height, width))
+    else:
+        image = _resize(image, size)[:, top : top + height, left : left + width]
     return (image.flip(-1) if flip else image).contiguous()
 
 
@@ -177,109 +168,34 @@ def flatten_alpha(image: Tensor) -> Tensor:
     return image.expand(*image.shape[:-3], 3, *image.shape[-2:]) if channels == 1 else image
 
 
-def _resize_to_cover(image: Tensor, width: int, height: int) -> Tensor:
-    """Resizes at the image's aspect ratio to the smallest size that covers width x height."""
+def _size_to_cover(image: Tensor, width: int, height: int) -> tuple[int, int]:
+    """The smallest (height, width) of the image's aspect ratio that covers width x height."""
     _, h, w = image.shape
     scale = max(width / w, height / h)
-    size = (max(height, round(h * scale)), max(width, round(w * scale)))
-    if size == (h, w):
+    return max(height, round(h * scale)), max(width, round(w * scale))
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes to (height, width), bicubic with antialiasing."""
+    if size == tuple(image.shape[1:]):
         return image
     resized = functional.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)
     return resized[0].clamp_(0, 1)
 
 
-def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+def _part_around(image: Tensor, size: tuple[int, int], start: tuple[int, int], cut: tuple[int, int]) -> Tensor:
+    """What `cut` (height, width) at `start` of the image resized to `size` would be, resizing only what it shows.
 
-
-@contextmanager
-def _readable(data: bytes, name: str | Path) -> Iterator[Image.Image]:
-    """Opens an image, with ImageError for a truncated one.
-
-    Other packages set Pillow's global LOAD_TRUNCATED_IMAGES, which fills the missing part with grey instead.
+    An image of 1 x 30000 pixels would take 23 GB before it is cropped to 256 x 1024.
     """
-    tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        raise ImageError(name, "the file is empty" if not data else _reason(error)) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
-
-
-def _reason(error: Exception) -> str:
-    """The `reason` of an ImageError for an error of Pillow's."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not an image, or its start is damaged"
-    return f"it cannot be decoded ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    rotated = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if rotated else (width, height)
-
-
-def _to_tensor(image: Image.Image, name: str | Path) -> Tensor:
-    """A Pillow image of any mode as float (3, H, W) in 0..1."""
-    if _is_deep(image):
-        return _deep_grey(image, 1 if image.mode == "F" else 65535, name)
-    pixels = torch.from_numpy(np.array(_to_rgb(image, name)))
-    return pixels.permute(2, 0, 1).contiguous().float().div_(255)
-
-
-def _is_deep(image: Image.Image) -> bool:
-    """Whether it has more than 8 bits per channel; in Pillow only grey modes do (it reads deep colour as 8 bits)."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
-
-
-def _deep_grey(image: Image.Image, white: int, name: str | Path) -> Tensor:
-    """A 16-bit or float grey image as (3, H, W) in 0..1; `white` is the value of white."""
-    grey = torch.from_numpy(np.array(image).astype(np.float32))
-    if not (grey.isfinite().all() and 0 <= grey.min() and grey.max() <= white):
-        raise ImageError(name, f"its {image.mode} grey values are not all within 0..{white}")
-    return (grey / white).expand(3, -1, -1).contiguous()
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
-
-
-def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
-    """Converts any 8-bit mode to RGB in sRGB, transparency composited on white."""
-    profile = image.info.get("icc_profile")
-    if _has_alpha(image):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "LAB":
-        return _lab_to_srgb(image)
-    image = image if image.mode in ("RGB", "CMYK", "L") else image.convert("RGB")
-    return (_profile_to_srgb(image, profile, name) if profile else image).convert("RGB")
-
-
-def _profile_to_srgb(image: Image.Image, profile: bytes, name: str | Path) -> Image.Image:
-    """Converts an RGB or CMYK image from its colour profile to sRGB; profiles of other kinds are ignored."""
-    from PIL import ImageCms
-
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != image.mode or "sRGB" in (source.profile.profile_description or ""):
-            return image
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError) as error:
-        log.warning("%s: its colour profile cannot be used (%s); the plain conversion is taken.", name, error)
-        return image
-
-
-def _lab_to_srgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    return ImageCms.profileToProfile(
-        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
+    for axis in (0, 1):
+        length, scale = image.shape[axis + 1], size[axis] / image.shape[axis + 1]
+        margin = math.ceil(2 * max(1, 1 / scale)) + 1  # the reach of the bicubic kernel
+        low = max(0, math.floor(start[axis] / scale) - margin)
+        high = min(length, math.ceil((start[axis] + cut[axis]) / scale) + margin)
+        part = image.narrow(axis + 1, low, high - low)
+        resized = max(cut[axis], round((high - low) * scale))
+        part = _resize(part, (resized, part.shape[2]) if axis == 0 else (part.shape[1], resized))
+        offset = min(max(0, start[axis] - round(low * scale)), resized - cut[axis])
+        image = part.narrow(axis + 1, offset, cut[axis])
+    return image

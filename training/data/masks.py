@@ -7,10 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from .images import EXTENSIONS, decode_alpha, decode_image, read_unchanged
+from ..common.foreign import is_file
+from .images import decode_alpha, decode_image, read_unchanged
+from .picture_files import endings
 
 LABEL = "-masklabel.png"
 """Ending of OneTrainer's mask files: they are next to the image and begin with its stem."""
+LABELS = (LABEL, "-condlabel.png")
+"""Endings of OneTrainer's pictures about an image, which are no images themselves; the second is for ControlNets."""
 MASK_FOLDER = "masks"
 """Sub-folder with masks of the images' stems; sd-scripts too reads masks from a separate folder."""
 
@@ -38,16 +42,19 @@ class Mask:
         return decode_alpha(data, self.source) if self.alpha else decode_image(data, self.source)[:1]
 
 
+def is_label_file(name: str) -> bool:
+    """Whether a file's name says that it is about an image rather than one, as OneTrainer names its masks."""
+    return name.lower().endswith(LABELS)
+
+
 def is_mask_file(name: str) -> bool:
     """Whether a relative posix path names a mask rather than an image."""
-    return name.lower().endswith(LABEL) or MASK_FOLDER in PurePosixPath(name).parent.parts
+    return is_label_file(name) or MASK_FOLDER in PurePosixPath(name).parent.parts
 
 
 def mask_file(image: Path) -> Path | None:
     """The mask file of an image: `<stem>-masklabel.png` next to it, else `masks/<stem>.<any image suffix>`."""
-    label = image.with_name(image.stem + LABEL)
-    if label.is_file():
-        return label
+    labels = [image.with_name(image.stem + ending) for ending in (LABEL, LABEL.replace("png", "PNG"), LABEL.upper())]
     folder = image.parent / MASK_FOLDER
-    candidates = (folder / (image.stem + ending) for ending in (image.suffix, *EXTENSIONS))
-    return next((path for path in candidates if path.is_file()), None)
+    in_folder = [folder / (image.stem + ending) for ending in (image.suffix, *endings())] if folder.is_dir() else []
+    return next(filter(is_file, [*labels, *in_folder]), None)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from itertools import islice
 
+from ..common.text import plain_text
 from ..models.protocols import TextEncoder
 from .prompts import Prompt
 
@@ -31,7 +32,7 @@ def long_prompts(encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[tuple[
     vocabularies = encoder.vocabularies
     suitable = (name for name in vocabularies if name.startswith("t5") != encoder.chunks_long_prompts)
     vocabulary = vocabularies[next(suitable, next(iter(vocabularies)))]
-    counted = [(number, len(vocabulary.ids(text)), text) for number, text in candidates]
+    counted = [(number, len(vocabulary.ids(plain_text(text))), text) for number, text in candidates]
     return sorted((row for row in counted if row[1] > limit), key=lambda row: (-row[1], row[0]))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.foreign import existing_file, short
 from ..common.rng import generator
 from ..common.text import parse_json_line
 
+MAX_LINE = 1 << 20
+"""Bytes of the longest line that is read."""
+MAX_WEIGHT = 1e30
+"""Of a prompt; sums of a million such weights are finite."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -52,10 +56,11 @@ class PromptFile(Sequence[Prompt]):
     Raises:
         ValueError: A line is invalid (the message has its number), there are no prompts, or the file has changed since
             it was opened.
+        FileNotFoundError: There is no such file.
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = existing_file(path)
         self._json = self.path.suffix.lower() == ".jsonl"
         self._offsets, self.weights = array("Q"), array("d")
         self._opened_as = self._size_and_time()
@@ -74,7 +79,7 @@ class PromptFile(Sequence[Prompt]):
         self._expect_unchanged()
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return self._parse_line(file.readline(), 0)
+            return self._parse_line(file.readline(MAX_LINE), 0)
 
     def __iter__(self) -> Iterator[Prompt]:
         self._expect_unchanged()
@@ -84,7 +89,7 @@ class PromptFile(Sequence[Prompt]):
         """(byte offset of its line, prompt) of each prompt."""
         with open(self.path, "rb") as file:
             offset = 0
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
                 prompt = self._parse_line(line, number)
                 if prompt is not None:
                     yield offset, prompt
@@ -93,6 +98,8 @@ class PromptFile(Sequence[Prompt]):
     def _parse_line(self, line: bytes, number: int) -> Prompt | None:
         """The prompt in a line; None for a blank line or a comment. number: of the line, for messages."""
         where = f"{self.path}, line {number}"
+        if len(line) == MAX_LINE:
+            raise ValueError(f"{where} is longer than {MAX_LINE} bytes; expected a prompt. Is it a text file?")
         try:
             text = line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -122,8 +129,8 @@ def _parse_json(line: str, where: str) -> Prompt:
     weight = row.get("weight", 1.0) if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{where}: no prompt; expected {{"prompt": "a cat", "weight": 1}}.')
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"{where}: weight is {weight!r}; expected a number above 0.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
+        raise ValueError(f"{where}: weight is {short(weight)}; expected a number above 0, at most {MAX_WEIGHT:g}.")
     category = row.get("category", "")
     if not isinstance(category, str):
         raise ValueError(f"{where}: category is {category!r}; expected a text.")
@@ -199,6 +206,8 @@ class PromptOrder:
         expect_prompts(prompts, "prompts")
         self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
         weights = torch.tensor(prompt_weights(prompts), dtype=torch.float64)
+        if not (weights.isfinite().all() and (weights > 0).all() and weights.sum().isfinite()):
+            raise ValueError("weights of prompts are not all finite and above 0; expected such numbers, such as 1.")
         self._cumulative = None if (weights == weights[0]).all() else weights.cumsum(0)
         self._epoch: tuple[int, Tensor] | None = None
 

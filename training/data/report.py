@@ -37,6 +37,7 @@ def format_report(
         _captions(dataset.examples),
         *notes,
         _enlarged(dataset.examples, sizes),
+        _cropped(dataset.examples, sizes),
         _folder_repeats(dataset.examples),
         _duplicates(dataset.examples),
         _skipped(skipped),
@@ -80,6 +81,16 @@ def _enlarged(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
         if small
         else ""
     )
+
+
+def _cropped(examples: Sequence[Example], sizes: Sequence[Size]) -> str:
+    """Images of which more than half is cut off, since no target size is as long or as wide."""
+    shares = [
+        min(e.width / w, e.height / h) / max(e.width / w, e.height / h)
+        for e, (w, h) in zip(examples, sizes, strict=True)
+    ]
+    much = [f"{e.name} ({w} x {h})" for e, (w, h), share in zip(examples, sizes, shares, strict=True) if share < 0.5]
+    return f"cropped: {count_noun(len(much), 'image')} to less than half: {first_few(much, LISTED)}" if much else ""
 
 
 def _folder_repeats(examples: Sequence[Example]) -> str:

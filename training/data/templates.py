@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..common.rng import generator
+from ..common.text import plain_text
 from ..models.concepts import split_tokens
+from ..models.protocols import TextEncoder
 from .examples import Dataset
 
 log = logging.getLogger(__name__)
@@ -101,7 +103,15 @@ class CaptionTemplates:
             choice = torch.randint(
                 len(self.lines), (), generator=generator(self.seed, "template", number, index)
             ).item()
-        return self.lines[choice].replace("{caption}", caption).replace("{}", self.token)
+        return self._filled(self.lines[choice], caption)
+
+    def all_of(self, captions: Sequence[str]) -> list[str]:
+        """Every caption that may come of these."""
+        filled = (self._filled(line, caption) for line in self.lines for caption in captions)
+        return list(dict.fromkeys(filled)) or list(captions)
+
+    def _filled(self, line: str, caption: str) -> str:
+        return line.replace("{caption}", caption).replace("{}", self.token)
 
 
 def replace_caption_words(dataset: Dataset, words: Sequence[str], token: str) -> Dataset:
@@ -144,3 +154,52 @@ def keep_images_with_tokens(dataset: Dataset, tokens: Sequence[str]) -> Dataset:
     if len(examples) < len(dataset.examples):
         log.warning("%d images without a token in their caption are left out", len(dataset.examples) - len(examples))
     return replace(dataset, examples=examples)
+
+
+def expect_tokens(lines: Sequence[str], captions: Sequence[str], tokens: Sequence[str]) -> None:
+    """Raises ValueError for a template in which no token would stand: a batch of it has nothing to train.
+
+    Args:
+        lines: Templates, see `CaptionTemplates`.
+        captions: The images' captions, which stand in place of {caption}.
+        tokens: The tokens.
+    """
+    for line in lines:
+        filled = [line.replace("{caption}", caption).replace("{}", tokens[0]) for caption in captions]
+        without = [text for text in filled if not contains_token(text, tokens)]
+        if without:
+            raise ValueError(
+                f"the line {line!r} gives {without[0]!r}, without {tokens[0]}; expected the token in every line. Put "
+                "{} there."
+            )
+
+
+def expect_readable(
+    encoder: TextEncoder, captions: Sequence[str], tokens: Sequence[str], vectors: int, shuffled: bool
+) -> None:
+    """Raises ValueError for a caption whose token the text encoder cuts off, so that it could not learn.
+
+    Only a T5 cuts; a CLIP reads long captions in windows.
+
+    Args:
+        encoder: The text encoder.
+        captions: Every caption of the training.
+        tokens: The tokens.
+        vectors: Vectors of each token.
+        shuffled: Whether tags are shuffled, which may put the token last.
+    """
+    if encoder.chunks_long_prompts:
+        return
+    vocabularies, limit = encoder.vocabularies, encoder.max_prompt_tokens
+    ids = next(vocabulary.ids for name, vocabulary in vocabularies.items() if name.startswith("t5"))
+    for caption in captions:
+        before, *rest = split_tokens(caption, tokens)
+        ahead = "".join([before, *rest[1::2]]) if shuffled else before
+        if not rest or len(ahead.encode()) + vectors <= limit:  # a token has a byte or more
+            continue
+        needed = len(ids(plain_text(ahead))) + vectors
+        if needed > limit:
+            raise ValueError(
+                f"{tokens[0]} would end at place {needed} of the caption {caption[:60]!r}; expected at most {limit}, "
+                "where the T5 cuts. Put it further to the front, shorten the caption, or raise max_tokens."
+            )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from ..common.foreign import read_json, read_text
 from ..common.rng import derive_seed
 from ..data.prompts import Prompt, read_prompts
 
@@ -38,25 +38,21 @@ def read_prompt_set(path: Path) -> Iterable[Prompt]:
 
 def _columns(path: Path) -> Iterator[Prompt]:
     """The prompts of a tab-separated table with a header line; quotation marks are part of a prompt."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        names = [name.strip().lower() for name in next(file, "").rstrip("\r\n").split("\t")]
-        if "prompt" not in names:
-            raise ValueError(f"{path}, line 1: columns are {', '.join(names)}; expected Prompt among them.")
-        for number, line in enumerate(file, start=2):
-            cells = line.rstrip("\r\n").split("\t")
-            row = dict(zip(names, cells, strict=False))
-            if line.strip() and not row.get("prompt", "").strip():
-                raise ValueError(f"{path}, line {number}: no prompt; expected one under Prompt.")
-            if line.strip():
-                yield Prompt(" ".join(row["prompt"].split()), category=row.get("category", "").strip())
+    head, *lines = read_text(path, advice="Save it as UTF-8 text.").split("\n")
+    names = [name.strip().lower() for name in head.rstrip("\r").split("\t")]
+    if "prompt" not in names:
+        raise ValueError(f"{path}, line 1: columns are {', '.join(names):.200}; expected Prompt among them.")
+    for number, line in enumerate(lines, start=2):
+        row = dict(zip(names, line.rstrip("\r").split("\t"), strict=False))
+        if line.strip() and not row.get("prompt", "").strip():
+            raise ValueError(f"{path}, line {number}: no prompt; expected one under Prompt.")
+        if line.strip():
+            yield Prompt(" ".join(row["prompt"].split()), category=row.get("category", "").strip())
 
 
 def _listed(path: Path) -> Iterator[Prompt]:
     """The prompts of a JSON list of texts; their category is the file's name."""
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error}); expected a list of prompts.") from error
+    texts = read_json(path, advice="Expected a list of prompts.")
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{path} holds something else than prompts; expected a list of texts, as HPS v2's files are.")
     return (Prompt(" ".join(text.split()), category=path.stem) for text in texts)

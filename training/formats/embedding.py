@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import read_pickle, read_tensors
+from ..common.foreign import existing_file, printable, read_pickle, read_tensors, reading, short
 from ..common.text import first_few
 from ..models.concepts import Concept
 from .embedding_image import read_embedding_image
@@ -34,6 +34,8 @@ ENCODERS = {name: name for name in ("clip_l", "clip_g", "clip_h", "t5xxl", "t5ba
 ONE_ENCODER = {"emp_params": "OneTrainer", "emb_params": "kohya", "*": "other"}
 """Key of the vectors in files for a single, unnamed text encoder -> the tool that writes it."""
 MAX_VECTORS = 256
+MAX_WIDTH = 1 << 15
+"""Numbers in a vector; the widest known text encoder has 12288."""
 
 _BUNDLE = "bundle_emb."
 _A1111 = "string_to_param"
@@ -97,13 +99,14 @@ def read_embedding(path: str | Path, token: str = "") -> EmbeddingFile:
         ValueError: The file is damaged, has non-finite numbers, holds several embeddings and `token` selects none of
             them, or holds something else, such as a LoRA.
     """
-    path = Path(path)
+    path = existing_file(path)
     suffix = path.suffix.lower()
-    if suffix in IMAGES:
-        storage, content = read_embedding_image(path)
-        return parse_embedding(path.name, content, token=token, picture=storage)
-    content, metadata = _read_container(path, suffix)
-    return parse_embedding(path.name, content, metadata, token)
+    with reading(path, "no embedding"):
+        if suffix in IMAGES:
+            storage, content = read_embedding_image(path)
+            return parse_embedding(path.name, content, token=token, picture=storage)
+        content, metadata = _read_container(path, suffix)
+        return parse_embedding(path.name, content, metadata, token)
 
 
 def _read_container(path: Path, suffix: str) -> tuple[Any, dict[str, str]]:
@@ -141,7 +144,7 @@ def parse_embedding(
     if _A1111 in content:
         return _parse_a1111(name, content, picture)
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    entries |= {str(k): _unquote(str(value)) for k, value in content.items() if isinstance(value, str | int | float)}
+    entries |= {str(k): _unquote(_text(value)) for k, value in content.items() if isinstance(value, str | int | float)}
     if bundled := {key: value for key, value in tensors.items() if key.startswith(_BUNDLE)}:
         return _parse_bundle(name, bundled, entries, token)
     return _parse_tensors(name, tensors, entries, token)
@@ -176,7 +179,7 @@ def _parse_a1111(name: str, content: dict, picture: str) -> EmbeddingFile:
     if len(params) != 1:
         raise ValueError(f"{name} holds {len(params)} embeddings ({first_few([*map(str, params)])}); expected one.")
     (key, tensor), *_ = params.items()
-    entries = {k: str(v) for k, v in content.items() if isinstance(v, str | int | float) and v != ""}
+    entries = {str(k): _text(v) for k, v in content.items() if isinstance(v, str | int | float) and v != ""}
     layout = f"A1111 picture ({picture})" if picture else "A1111"
     return EmbeddingFile(name, layout, (("", _vectors(tensor, name, str(key))),), entries.get("name", ""), entries)
 
@@ -215,7 +218,7 @@ def _parse_list(name: str, content: list) -> tuple[tuple[str, Tensor], ...]:
     by_width: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         by_width[tensor.shape[-1] if tensor.ndim else 0].append(_vectors(tensor, name, "the list"))
-    return tuple(("", torch.cat(vectors)) for vectors in by_width.values())
+    return tuple(("", _vectors(torch.cat(vectors), name, "the list")) for vectors in by_width.values())
 
 
 def _check_is_embedding(name: str, tensors: dict[str, Tensor]) -> None:
@@ -256,15 +259,20 @@ def _select_key(name: str, embeddings: Mapping[str, Any], token: str) -> str:
 
 
 def _vectors(tensor: Tensor, name: str, key: str) -> Tensor:
-    """A (D,) or (n, D) tensor as (n, D) fp32; ValueError for another shape, dtype or non-finite numbers."""
+    """A (D,) or (n, D) tensor as (n, D) fp32; ValueError for another shape, dtype or non-finite numbers.
+
+    Sizes are compared before anything is copied: a tensor in a pickle may repeat one number any number of times.
+    """
+    key = short(key).strip("'\"")
     if not tensor.is_floating_point() or tensor.ndim not in (1, 2) or not tensor.numel():
         shape = f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
         raise ValueError(f"{name}: {key} is {shape}; expected vectors (n, width) of floating-point numbers.")
-    vectors = tensor.detach().float().reshape(-1, tensor.shape[-1]).clone()
-    if len(vectors) > MAX_VECTORS:
-        raise ValueError(
-            f"{name}: {key} has {len(vectors)} vectors; expected at most {MAX_VECTORS}. Is it an embedding?"
-        )
+    count, width = (1, *tensor.shape)[-2:]
+    if count > MAX_VECTORS:
+        raise ValueError(f"{name}: {key} has {count} vectors; expected at most {MAX_VECTORS}. Is it an embedding?")
+    if width > MAX_WIDTH:
+        raise ValueError(f"{name}: {key} is {width} wide; expected at most {MAX_WIDTH}. Is it an embedding?")
+    vectors = tensor.detach().float().reshape(count, width).clone()
     if not torch.isfinite(vectors).all():
         raise ValueError(f"{name} holds NaN or infinity in {key}; expected numbers. Use an earlier save.")
     return vectors
@@ -272,15 +280,14 @@ def _vectors(tensor: Tensor, name: str, key: str) -> Tensor:
 
 def _check_container(path: Path, suffix: str) -> None:
     """Raises ValueError for an empty file, and for a pickle named .safetensors or the reverse."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
         start = file.read(10)
     if not start:
         raise ValueError(f"{path.name} is empty; expected an embedding. Download or save it again.")
-    if suffix in SAFETENSORS and start.startswith((b"PK\x03\x04", b"\x80")):
+    is_safetensors = start[5:9] == b"\0\0\0{"  # a length of 8 bytes, which may begin as a pickle does, and JSON
+    if suffix in SAFETENSORS and start.startswith((b"PK\x03\x04", b"\x80")) and not is_safetensors:
         raise ValueError(f"{path.name} is a pickle by another name; expected safetensors. Rename it to {path.stem}.pt.")
-    if suffix not in SAFETENSORS and start[8:9] == b"{" and not start.startswith((b"PK", b"\x80")):
+    if suffix not in SAFETENSORS and is_safetensors:
         raise ValueError(
             f"{path.name} is safetensors by another name; expected a pickle. Rename it to {path.stem}.safetensors."
         )
@@ -301,10 +308,15 @@ def _unquote(value: str) -> str:
     """A metadata value without the JSON quotation marks of ai-toolkit; null becomes ""."""
     if value.startswith('"') and value.endswith('"'):
         try:
-            return str(json.loads(value))
+            return printable(str(json.loads(value)))
         except json.JSONDecodeError:
             return value
     return "" if value == "null" else value
+
+
+def _text(value: str | int | float) -> str:
+    """A plain value of a pickle as a text that can be written and printed, of at most 1000 characters."""
+    return short(value) if isinstance(value, int) else printable(str(value)[:1000])
 
 
 def _type_name(value: Any) -> str:

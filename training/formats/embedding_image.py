@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.foreign import existing_file, reading
+
 CHUNK = "sd-ti-embedding"
 """Name of the PNG text chunk."""
 TENSOR = "TORCHTENSOR"
 """Key of a tensor, as nested lists, in A1111's JSON."""
+MAX_PIXELS = 1 << 24
+"""Limit of a picture's size; A1111's have less than a million."""
 MAX_JSON_BYTES = 64 * 2**20
 """Limit of the decompressed JSON; 256 vectors of 4096 numbers need half of it."""
 
@@ -36,17 +40,15 @@ def read_embedding_image(path: str | Path) -> tuple[str, dict]:
         FileNotFoundError: There is no such file.
         ValueError: The picture has no embedding or is damaged.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with Image.open(path) as image:
-            chunk = getattr(image, "text", {}).get(CHUNK)
-            pixels = None if chunk else np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path.name} is damaged or no picture ({error}). Download it again.") from error
+    path = existing_file(path)
+    with reading(path, "no picture", "Download it again."), Image.open(path, formats=("PNG", "WEBP")) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{path.name} is {width}x{height}; expected a picture of at most {MAX_PIXELS} pixels.")
+        chunk = getattr(image, "text", {}).get(CHUNK)
+        pixels = None if chunk else np.array(image.convert("RGB"))
     if chunk:
         return "text chunk", _parse_json(path.name, lambda: base64.b64decode(chunk, validate=True))
     strips = _find_strips(pixels)

@@ -10,7 +10,7 @@ too; for SDXL `clip_l` and `clip_g`, the only form A1111 reads. diffusers: the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_path, read_pickle, read_tensors, write_tensors
+from ..common.files import atomic_path, is_reserved, write_tensors
+from ..common.foreign import read_pickle, read_tensors
 from ..config.tokens import check_token
 from ..models.concepts import Concept
 from .embedding import Embedding
@@ -30,6 +31,8 @@ FORMATS = ("safetensors", "A1111 pt", "diffusers")
 TOKEN = "%token%"
 _SUFFIXES = (".safetensors", ".pt", ".bin")
 """Suffixes that ComfyUI tries for `embedding:<name>`, in this order."""
+_LONGEST_NAME = 200
+"""Bytes of a file's name without its ending; most systems take 255, and a temporary name is longer."""
 _PLACEHOLDER_ID = 265
 """CLIP's id of "*", A1111's placeholder."""
 
@@ -74,12 +77,31 @@ def token_file_name(token: str) -> str:
     return re.sub(r"[^\w.-]", "", token).strip(".-")
 
 
+def expect_file_names(tokens: Sequence[str]) -> None:
+    """Raises ValueError for a token whose embedding could not be saved under its name on every system."""
+    for token in tokens:
+        try:
+            _stem(TOKEN, Concept(token, {}))
+        except ValueError as error:
+            raise ValueError(
+                f"token {token[:40]!r} cannot name its embedding: {error} Choose another token."
+            ) from error
+
+
 def _stem(prefix: str, concept: Concept) -> str:
     """The file name without suffix; ValueError for an empty one or one that leaves the folder."""
     name = token_file_name(concept.token)
     if TOKEN in prefix and not name:
         raise ValueError(f"token {concept.token} gives no file name; expected letters or digits. Set filename_prefix.")
     stem = prefix.replace(TOKEN, name).replace("\\", "/").strip()
+    parts = Path(stem).parts
+    if any(map(is_reserved, parts)):
+        raise ValueError(f"{stem} would be a device's name on Windows; expected another. Set filename_prefix.")
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
+        raise ValueError(
+            f"the file's name would have {len(stem)} characters; expected at most {_LONGEST_NAME} bytes. Set "
+            "filename_prefix, or a shorter token."
+        )
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or ".." in Path(stem).parts:
         raise ValueError(f"filename_prefix is {prefix!r}; expected a name below models/embeddings, without '..'.")
     return stem
@@ -167,8 +189,8 @@ def _is_taken(path: Path, outputs: list[Path]) -> bool:
 def _write_file(path: Path, output: _Output) -> None:
     """Writes a pickle or a safetensors file, atomically."""
     if path.suffix == ".pt":
-        with atomic_path(path, durable=True) as temporary:
-            torch.save(output.content, temporary)
+        with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
+            torch.save(output.content, file)  # given a path, it would put the temporary name into the file
     else:
         write_tensors(path, output.content, output.metadata)
 

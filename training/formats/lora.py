@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.files import read_pickle, read_tensors
+from ..common.foreign import is_file, read_json, read_pickle, read_tensors, reading
 from ..common.text import first_few
-from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, UP, split_key
+from .lora_foreign import foreign_adapter, foreign_content
+from .lora_keys import DOWN, GLORA, LOHA, LOKR, MID, PEFT, SCALES, SINGULAR, UP, is_text_layer, rank_of, split_key
+from .lora_peft import read_settings, settle
 
-_TEXT_LAYER = re.compile(
-    r"lora_(prior_)?te\d?_|text_encoders?(_\d)?\.|clip_[lgh]\.|t5\.|base_model\.model\.(text_model|encoder)\."
-)
+LONGEST_KEY = 1000
+MOST_NUMBERS = 1 << 27
+"""Numbers in the difference of one layer; the largest known one is as large as T5-XXL's vocabulary, 132 million."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ class LoraModule:
     @property
     def rank(self) -> int | None:
         """Rank r of the decomposition; None for kinds without one."""
-        for name in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-            if name in self.tensors:
-                return self.tensors[name].shape[0]
-        return None
+        return rank_of(self.tensors)
 
     @property
     def alpha(self) -> float | None:
@@ -72,7 +70,7 @@ class LoraModule:
     @property
     def is_text(self) -> bool:
         """Whether it is a layer of a text encoder."""
-        return _TEXT_LAYER.match(self.name) is not None
+        return is_text_layer(self.name)
 
     @cached_property
     def shape(self) -> tuple[int, int | None] | None:
@@ -123,7 +121,7 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged.
+        ValueError: The file, or the settings next to it, are damaged.
     """
     path = Path(path)
     if path.suffix.lower() in (".safetensors", ".sft"):
@@ -131,8 +129,10 @@ def read_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     else:
         tensors, metadata = _read_pickle(path), {}
     config = path.with_name("adapter_config.json")
-    if path.stem == "adapter_model" and config.is_file():
-        metadata = metadata | {PEFT: config.read_text(encoding="utf-8")}
+    if path.stem == "adapter_model" and is_file(config):
+        metadata = metadata | {PEFT: json.dumps(read_json(config, dict))}
+        with reading(config, "no settings of peft"):
+            read_settings(metadata)  # damage in them is this file's, not the tensors'
     return tensors, metadata
 
 
@@ -140,14 +140,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, or of its entry `state_dict`."""
     state = read_pickle(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = state if isinstance(state, dict) else {}
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Lora:
     """Groups the tensors of a file, or of ComfyUI's LORA_MODEL, by layer.
 
-    peft's alpha (`lora_alpha`, `alpha_pattern` and `use_rslora` in the metadata) becomes a tensor of each layer, as in
-    the other layouts.
+    peft's settings (`lora_alpha`, `alpha`, patterns, `use_rslora` in the metadata) become an alpha of each layer or a
+    factor of its tensors, as in the other layouts; see `lora_peft`.
 
     Args:
         name: File name, for messages.
@@ -158,26 +159,60 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         ValueError: There is no LoRA, or a layer is incomplete, not finite, or of two kinds; the message names keys.
     """
     metadata = dict(metadata or {})
+    with reading(name):
+        layers, keys, others = _group(tensors)
+        settings = read_settings(metadata)
+        for layer, parts in layers.items():
+            settle(layer, parts, settings)
+        modules = {n: LoraModule(n, parts, keys[n]) for n, parts in layers.items() if parts.keys() - set(SCALES)}
+        others += [key for n in layers if n not in modules for key in keys[n].values()]
+        _expect_lora(modules, others)
+        lora = Lora(name, modules, tuple(others), metadata)
+        _check_layers(lora)
+    return lora
+
+
+def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
+    """(layer -> role -> tensor, layer -> role -> key, keys that belong to no LoRA)."""
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     keys: dict[str, dict[str, str]] = defaultdict(dict)
     others = []
     for key, tensor in tensors.items():
+        if len(key) > LONGEST_KEY:
+            raise ValueError(f"it has a key of {len(key)} characters; expected at most {LONGEST_KEY}")
         layer, role = split_key(key)
-        if role is None or role in layers[layer]:
+        if role is None:
             others.append(key)
             continue
-        layers[layer][role], keys[layer][role] = _reshape_magnitude(tensor.detach(), key), key
-    modules = {n: LoraModule(n, parts, keys[n]) for n, parts in layers.items() if parts.keys() - set(SCALES)}
-    others += [key for n in layers if n not in modules for key in keys[n].values()]
+        if role in layers[layer]:
+            raise ValueError(
+                f"{keys[layer][role]} and {key} are the same part of one layer; expected one adapter. Save each "
+                "as a file of its own"
+            )
+        layers[layer][role], keys[layer][role] = _reshape_magnitude(_numbers(key, tensor), key), key
+    pruned = [n for n, parts in layers.items() if SINGULAR in parts and not parts[SINGULAR].numel()]
+    for layer in pruned:  # AdaLoRA has given these layers rank 0: no change
+        del layers[layer], keys[layer]
+    return layers, keys, others
+
+
+def _numbers(key: str, tensor: Tensor) -> Tensor:
+    """The tensor without gradient; ValueError for one that holds no numbers a weight can be changed by."""
+    if tensor.is_complex() or not (tensor.is_floating_point() or key.endswith((".alpha", ".reshape_weight"))):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{key} is of {kind}; expected floating-point numbers. Is it quantised? Use the original file")
+    return tensor.detach()
+
+
+def _expect_lora(modules: Mapping[str, LoraModule], others: list[str]) -> None:
+    """Raises ValueError if there is no layer, or an adapter of a kind that is not read."""
+    if adapter := foreign_adapter(others):
+        key, what, advice = adapter
+        raise ValueError(f"it holds {what}, in keys such as {key}; expected LoRA, LoHa, LoKr, OFT or GLoRA. {advice}")
     if not modules:
         content = f", but {first_few(others)}" if others else " and no tensors at all"
-        raise ValueError(
-            f"{name} holds no LoRA{content}; expected keys such as <layer>.lora_down.weight. Is it a LoRA?"
-        )
-    lora = Lora(name, modules, tuple(others), metadata)
-    _check_layers(lora)
-    _add_peft_alphas(lora)
-    return lora
+        advice = foreign_content(others) or " Is it a LoRA?"
+        raise ValueError(f"it holds no LoRA{content}; expected keys such as <layer>.lora_down.weight.{advice}")
 
 
 def dora_axis(scale: Tensor, shape: tuple[int, ...]) -> int:
@@ -221,25 +256,35 @@ def _reshape_magnitude(tensor: Tensor, key: str) -> Tensor:
 
 
 def _check_layers(lora: Lora) -> None:
-    """Raises ValueError if a layer is incomplete, not finite, or of two kinds at once; the message names it."""
+    """Raises ValueError if a layer is incomplete, empty, not finite, or of two kinds at once; the message names it."""
     for module in lora.modules.values():
+        empty = [name for name, value in module.tensors.items() if not value.numel()]
+        if empty:
+            raise ValueError(f"{first_few(empty)} of {module.name} is empty. The file is damaged; save it again.")
         try:
-            _ = module.shape
+            size = module.shape
         except ValueError as error:
-            raise ValueError(f"{lora.name}: {error}. The file is damaged; download or save it again.") from error
+            raise ValueError(f"{error}. The file is damaged; download or save it again.") from error
+        if size and size[0] * (size[1] or 1) > MOST_NUMBERS:
+            raise ValueError(f"layer {module.name} is {size[0]} x {size[1]}; expected at most {MOST_NUMBERS} numbers.")
         if "alpha" in module.tensors and module.tensors["alpha"].numel() != 1:
             shape = tuple(module.tensors["alpha"].shape)
-            raise ValueError(f"{lora.name}: alpha of {module.name} has the shape {shape}; expected one number.")
-    bad = [m.keys[n] for m in lora.modules.values() for n, value in m.tensors.items() if not _is_finite(value)]
+            raise ValueError(f"alpha of {module.name} has the shape {shape}; expected one number.")
+    bad = [
+        module.keys.get(role, f"{role} of {module.name}")
+        for module in lora.modules.values()
+        for role, value in module.tensors.items()
+        if not is_finite(value)
+    ]
     if bad:
         raise ValueError(
-            f"{lora.name} holds NaN or infinity in {first_few(bad)}; expected numbers. Use an earlier save."
+            f"it holds NaN or infinity in {first_few(bad)}; expected numbers that fp32 has. Use an earlier save."
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # isfinite is not implemented for fp8
-    return bool(torch.isfinite(tensor).all())
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite in fp32, in which differences are computed."""
+    return bool(torch.isfinite(tensor.float()).all())
 
 
 def _weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int | None] | None:
@@ -280,15 +325,25 @@ def _lokr_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
     return first[0] * second[0], first[1] * second[1]
 
 
-def _glora_shape(t: Mapping[str, Tensor]) -> None:
-    """None, since a GLoRA's dW depends on the weight; KeyError for a missing tensor."""
-    for name in GLORA:
-        _ = t[name]
+def _glora_shape(t: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Shape of a GLoRA's part that does not depend on the weight, in either of its layouts; None if both fit."""
+    a1, a2, b1, b2 = (_flat_shape(t[name]) for name in GLORA)
+    shapes = []
+    if b2[1] == b1[0] == a1[0] == a2[1]:
+        shapes.append((b2[0], b1[1]))
+    if b2[0] == b1[1] == a1[1] == a2[0]:
+        shapes.append((b1[0], b2[1]))
+    if not shapes:
+        raise ValueError(f"its factors are {a1}, {a2}, {b1} and {b2}, whose ranks differ")
+    return shapes[0] if len(shapes) == 1 else None
 
 
 def _oft_shape(t: Mapping[str, Tensor]) -> tuple[int, None]:
     """Number of outputs; an OFT rotates outputs and has no inputs."""
-    return math.prod(t["oft_blocks"].shape[-3:-1]), None
+    blocks = t["oft_blocks"]
+    if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(f"its oft_blocks are {tuple(blocks.shape)}; expected square blocks")
+    return math.prod(blocks.shape[-3:-1]), None
 
 
 def _full_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -323,31 +378,3 @@ def _tucker_shape(core: Tensor, a: Tensor, b: Tensor) -> tuple[int, int]:
     if core.ndim < 2 or not core.shape[0] == core.shape[1] == a.shape[0] == b.shape[0]:
         raise ValueError(f"its core is {tuple(core.shape)}; its factors are {tuple(a.shape)} and {tuple(b.shape)}")
     return a.shape[1], b.shape[1] * core.shape[2:].numel()
-
-
-def _add_peft_alphas(lora: Lora) -> None:
-    """Adds the alpha of peft's LoraConfig to each layer that has no alpha in the file.
-
-    With rsLoRA the scale is alpha / sqrt(r) (arXiv 2312.03732), so the added alpha is alpha sqrt(r).
-    """
-    if PEFT not in lora.metadata:
-        return
-    try:
-        settings = json.loads(lora.metadata[PEFT])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{lora.name}: the metadata {PEFT} is no JSON ({error}). Save the file again.") from error
-    for module in lora.modules.values():
-        prefix = module.name.partition(".")[0] + "."
-        config = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)} or settings
-        alpha = _peft_alpha(config, module.name)
-        if alpha is not None and module.rank and "alpha" not in module.tensors:
-            alpha *= math.sqrt(module.rank) if config.get("use_rslora") else 1
-            module.tensors["alpha"] = torch.tensor(float(alpha))
-
-
-def _peft_alpha(config: Mapping, layer: str) -> float | None:
-    """A layer's alpha in peft's LoraConfig of its component, without rsLoRA's factor; None if there is none."""
-    patterns = config.get("alpha_pattern") or {}
-    names = (layer, layer.partition(".")[2])  # a pattern may begin with ^ before the component's path
-    matching = (v for k, v in patterns.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in names))
-    return next(matching, config.get("lora_alpha"))

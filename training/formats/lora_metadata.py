@@ -108,7 +108,13 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     data = save(contiguous, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     start = 8 + int.from_bytes(data[:8], "little")
     model_hash = hashlib.sha256(memoryview(data)[start:]).hexdigest()
-    return model_hash, hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    window = data[0x100000:0x110000]
+    if start > 0x100000:  # the header, whose entries safetensors writes in another order each time, reaches into it
+        header = json.loads(data[8:start])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(start - 8)
+        window = (data[:8] + text + data[start:0x110000])[0x100000:0x110000]
+    return model_hash, hashlib.sha256(window).hexdigest()[:8]
 
 
 def tag_frequency(captions: Iterable[str], folder: str = "images") -> dict[str, dict[str, int]]:

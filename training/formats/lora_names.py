@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..common.foreign import short, whole_number
 from ..common.text import first_few
 from ..models import ldm
 from .lora import Lora, LoraModule, magnitude_axis
@@ -30,6 +31,8 @@ _ATTENTION = {"SD1.x": (True, True, True, False), "SD2.x": (True, True, True, Fa
 """Whether each resolution of a family's UNet has attention, the finest first."""
 _UNKNOWN_LEVELS = 8
 _MAX_LAYERS_PER_BLOCK = 4
+_MOST_LAYERS = 99
+"""Layers per block that a UNet's config may have, far above all known ones."""
 
 _CONVOLUTIONS = re.compile(r"(in_layers\.2|out_layers\.3|\.op|_blocks\.\d+\.\d\.conv|input_blocks\.0\.0|^out\.2)$")
 _IN_TRANSFORMER = {
@@ -42,8 +45,9 @@ _CLIP_LAYER = re.compile(r"text_model[._]encoder[._]layers[._](\d+)[._](self_att
 _T5_LAYER = re.compile(r"encoder[._]block[._](\d+)[._]layer[._](\d)[._](SelfAttention|DenseReluDense)[._](\w+)")
 _TEXT_LAYER = re.compile(r"text_encoders\.(?P<encoder>\w+)\.transformer\.(?P<path>.+)")
 _KOHYA_TEXT = re.compile(r"lora_te(?P<number>\d?)_(?P<path>.+)")
-_BLOCK = re.compile(r"(input|output)_blocks[._](\d+)[._](\d)[._]?(\w*)")
-_DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks[._](\d+)[._](?:attentions|resnets)[._](\d+)")
+_BLOCK = re.compile(r"(input|output)_blocks[._](\d{1,2})[._](\d)[._]?(\w*)")
+_DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks[._](\d{1,2})[._](?:attentions|resnets)[._](\d{1,2})(?!\d)")
+"""Numbers of blocks; a name with a longer number is none of a UNet's, whatever a file says."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,25 @@ class Naming:
 
     @classmethod
     def from_unet_config(cls, config: Mapping) -> Naming:
-        """The naming for a UNet2DConditionModel's config; its cross_attention_dim determines the family."""
-        attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
-        family = WIDTHS.get(config.get("cross_attention_dim"), "")
-        if family and (attention != _ATTENTION[family] or config["layers_per_block"] != 2):
+        """The naming for a UNet2DConditionModel's config; its cross_attention_dim determines the family.
+
+        Raises ValueError for a damaged config.
+        """
+        kinds = config.get("down_block_types")
+        if (
+            not isinstance(kinds, list | tuple)
+            or not 0 < len(kinds) <= _MOST_LAYERS
+            or not all(isinstance(k, str) for k in kinds)
+        ):
+            raise ValueError(f"down_block_types of the UNet's config is {short(kinds)}; expected a list of kinds.")
+        layers = whole_number(
+            config.get("layers_per_block"), "layers_per_block of the UNet's config", most=_MOST_LAYERS
+        )
+        attention, width = tuple("CrossAttn" in kind for kind in kinds), config.get("cross_attention_dim")
+        family = WIDTHS.get(width, "") if isinstance(width, int) else ""
+        if family and (attention != _ATTENTION[family] or layers != 2):
             family = ""
-        return cls(family, config["layers_per_block"], attention, bool(config.get("use_linear_projection")))
+        return cls(family, layers, attention, bool(config.get("use_linear_projection")))
 
     @cached_property
     def _to_diffusers(self) -> dict[str, str]:
@@ -92,6 +109,11 @@ class Naming:
         names = {path: name for name, path in self._to_diffusers.items()} | {name: name for name in self._to_diffusers}
         return {name.replace(".", "_"): original for name, original in names.items()}
 
+    @cached_property
+    def _longest_prefix(self) -> int:
+        """Number of parts of the longest prefix in `_to_original`."""
+        return max(name.count("_") + 1 for name in self._to_original)
+
     def comfyui_name(self, name: str) -> str | None:
         """ComfyUI's name for a layer named by any tool; None if not in a Stable Diffusion UNet, a CLIP or a T5."""
         for alias in kohya_aliases(name):
@@ -100,9 +122,14 @@ class Naming:
             if alias.startswith("lora_unet_") and (path := self._unet_path(alias.removeprefix("lora_unet_"))):
                 return UNET + path
             if (text := _KOHYA_TEXT.fullmatch(alias)) and (path := _text_path(text["path"])):
-                single = "t5" if path.startswith("encoder.block") else "clip_h" if self.family == "SD2.x" else "clip_l"
-                return f"{TEXT}{'clip_g' if text['number'] == '2' else single}.transformer.{path}"
+                return f"{TEXT}{self._text_encoder(text['number'], path)}.transformer.{path}"
         return None
+
+    def _text_encoder(self, number: str, path: str) -> str:
+        """ComfyUI's name of the encoder of a layer with kohya's prefix `lora_te<number>_`; a T5 may have any number."""
+        if path.startswith("encoder.block"):
+            return "t5"
+        return "clip_g" if number == "2" else "clip_h" if self.family == "SD2.x" else "clip_l"
 
     def kohya_name(self, layer: str) -> str | None:
         """kohya's name for a layer with ComfyUI's name `layer`; None if kohya's format has no name for it.
@@ -119,6 +146,17 @@ class Naming:
             path = ldm.rename(path, self._to_diffusers) if self.family != "SDXL" and _in_unet(path) else path
             return "lora_unet_" + path.replace(".", "_")
         return self._kohya_text_name(layer)
+
+    def own_kohya_name(self, name: str, clip: bool = True) -> str | None:
+        """The name of a text encoder's layer that is kohya's already; None for others.
+
+        The number in its prefix tells which of a model's encoders it is, and the layers of one encoder alone do not
+        tell which model that was: `lora_te1_` is SDXL's, SD3's or Flux's, `lora_te3_` SD3's T5.
+
+        clip: Whether a CLIP's layer has one; where the family is known, `kohya_name` tells its number.
+        """
+        path = (text := _KOHYA_TEXT.fullmatch(name)) and _text_path(text["path"])
+        return name if path and (clip or path.startswith("encoder.block")) else None
 
     def _kohya_text_name(self, layer: str) -> str | None:
         """kohya's name for a layer of a text encoder; None if there is none."""
@@ -163,7 +201,7 @@ class Naming:
     def _unet_path(self, name: str) -> str | None:
         """The original path of a layer with underscores in the original or diffusers' layout; None if unknown."""
         parts = name.split("_")
-        for cut in range(len(parts), 0, -1):
+        for cut in range(min(len(parts), self._longest_prefix), 0, -1):
             if (prefix := self._to_original.get("_".join(parts[:cut]))) is None:
                 continue
             rest = "_".join(parts[cut:])
@@ -226,7 +264,7 @@ def _guess_family(lora: Lora) -> str:
     if (family := base_of_lora(lora).family) in FAMILIES:
         return family
     names = " ".join(lora.modules)
-    if "lora_te2_" in names or "clip_g" in names or "text_encoder_2." in names:
+    if "lora_te2_text_model" in names or "clip_g" in names or "text_encoder_2." in names:
         return "SDXL"
     if "clip_h" in names:
         return "SD2.x"
@@ -248,7 +286,8 @@ def _family_of_unet(lora: Lora, names: str) -> str:
     if has_deep_transformer or with_attention & {("output", n) for n in (0, 1)}:
         return "SDXL"
     has_unet = with_attention or re.search(r"_blocks|unet|diffusion_model", names)
-    return "SD1.x" if "text_model" in names and not has_unet else ""
+    is_one_of_several = re.search(r"lora_te\d_", names)  # SDXL's, SD3's or Flux's
+    return "SD1.x" if "text_model" in names and not has_unet and not is_one_of_several else ""
 
 
 def _original_blocks(names: Iterable[str]) -> set[tuple[str, int, int, str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..common.text import first_few
 from .lora import Lora
+from .lora_keys import PEFT, unwrapped
 
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
 """Width of the context that cross-attention reads -> model family."""
@@ -18,8 +19,8 @@ _LAYOUTS = {
     "kohya": r"lora_(unet|te\d?)_",
     "ComfyUI": r"(diffusion_model|text_encoders)\.",
     "OneTrainer": r"unet\.(input|middle|output)_block|clip_[lg]\.",
-    "diffusers": r"(unet|transformer|text_encoder(_\d)?)\.",
-    "peft": r"base_model\.model\.",
+    "peft": r"((unet|text_encoder(_\d)?)\.)?base_model\.model\.",
+    "diffusers": r"(unet|transformer|text_encoder(_\d)?|(down|up)_blocks|mid_block|text_model|encoder)\.",
 }
 _FAMILIES = {
     "SDXL": r"sdxl|stable-diffusion-xl",
@@ -72,6 +73,8 @@ class LoraReport:
         """Warnings about a LoRA for another model family, and about keys that were not used; one line each."""
         name, base = self.lora.name, base_of_lora(self.lora)
         lines = [f"{name}: {note}" for note in self.notes]
+        if line := missing_alpha(self.lora):
+            lines.append(line)
         if base.family and self.family and base.family != self.family:
             lines.append(f"{name} was made for {base}; the model is {self.family}.")
         expected = set() if self.has_clip else self._text_keys()
@@ -109,8 +112,20 @@ def layout_of(lora: Lora) -> str:
     """The tool whose naming scheme most layers of a LoRA follow."""
     if "ot_branch" in lora.metadata or any(key.startswith("bundle_emb.") for key in lora.other_keys):
         return "OneTrainer"
-    counts = Counter(next((n for n, p in _LAYOUTS.items() if re.match(p, name)), "other") for name in lora.modules)
+    names = map(unwrapped, lora.modules)
+    counts = Counter(next((n for n, p in _LAYOUTS.items() if re.match(p, name)), "other") for name in names)
     return counts.most_common(1)[0][0]
+
+
+def missing_alpha(lora: Lora) -> str:
+    """A warning about a peft adapter without its settings, whose strength nothing in the file tells; "" for others."""
+    layers = [m for m in lora.modules.values() if "base_model.model." in m.name and "alpha" not in m.tensors]
+    if not layers or PEFT in lora.metadata:
+        return ""
+    return (
+        f"{lora.name} is peft's, without the adapter_config.json that has its alpha; alpha = rank is taken. Keep the "
+        "file as adapter_model.safetensors next to its adapter_config.json."
+    )
 
 
 def kinds_of(lora: Lora) -> str:

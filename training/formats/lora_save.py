@@ -19,7 +19,8 @@ from ..common.text import first_few
 from .lora import Lora, LoraModule, magnitude_axis, parse_lora
 from .lora_keys import BIAS, DOWN, MID, PEFT, UP
 from .lora_metadata import LoraDescription, build_metadata
-from .lora_names import Naming, detect_naming
+from .lora_names import TEXT, UNET, Naming, detect_naming
+from .lora_report import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def save_lora(
     if lora.other_keys:
         warnings.append(f"left out {first_few(lora.other_keys)}: no part of a LoRA.")
     if format == "kohya":
-        tensors, peft_metadata = kohya_tensors(lora, naming, warnings), {}
+        tensors, peft_metadata = kohya_tensors(lora, naming, warnings, keep=base == "auto"), {}
     else:
         tensors, peft_metadata = diffusers_tensors(lora, naming)
     tensors = _cast(tensors, DTYPES[dtype], warnings)
@@ -74,7 +75,9 @@ def save_lora(
     return warnings
 
 
-def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None) -> dict[str, Tensor]:
+def kohya_tensors(
+    lora: Lora, naming: Naming, warnings: list[str] | None = None, keep: bool = True
+) -> dict[str, Tensor]:
     """A LoRA's tensors under kohya's names, with an alpha for every layer that has a rank.
 
     Layers without a name in kohya's format (norms and embeddings of text encoders) keep ComfyUI's.
@@ -83,11 +86,16 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
         lora: The LoRA.
         naming: The layer naming of its model.
         warnings: Gets a line for each limitation of the result.
+        keep: Whether a CLIP's layers that have kohya's names keep them, whatever the family in `naming`.
+
+    Raises:
+        ValueError: A layer's name is not understood, or two layers get one name.
     """
     result, unnamed, warnings = {}, [], [] if warnings is None else warnings
+    _check_names(lora, naming)
     for module in lora.modules.values():
         layer = naming.comfyui_name(module.name)
-        name = naming.kohya_name(layer) if layer else None
+        name = naming.own_kohya_name(module.name, clip=keep) or (naming.kohya_name(layer) if layer else None)
         if name is None:
             name = module.name
             unnamed += [name] if not name.startswith("lora_") else []
@@ -96,6 +104,17 @@ def kohya_tensors(lora: Lora, naming: Naming, warnings: list[str] | None = None)
                 raise ValueError(f"{lora.name} has two layers for {name}; expected one. {module.name} is spare.")
     warnings += _kohya_warnings(lora, naming, unnamed)
     return result
+
+
+def _check_names(lora: Lora, naming: Naming) -> None:
+    """Raises ValueError for names that are neither understood nor kohya's or ComfyUI's as they are."""
+    written = ("lora_", UNET, TEXT)
+    unknown = [n for n in lora.modules if not n.startswith(written) and naming.comfyui_name(n) is None]
+    if unknown:
+        raise ValueError(
+            f"{lora.name} has {first_few(unknown)}, which are no layers of a Stable Diffusion UNet, a CLIP or a T5 "
+            f"that {layout_of(lora)} files have; expected known names. Use the file as it is."
+        )
 
 
 def _kohya_warnings(lora: Lora, naming: Naming, unnamed: list[str]) -> list[str]:

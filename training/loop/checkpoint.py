@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.files import read_tensors, write_tensors
+from ..common.foreign import metadata_json
 from ..evaluation.diversity_guard import GuardState
 from ..runs.folder import RunFolder
+from ..runs.state_file import STATE, read_state_file, reading_state, write_state_file
 from .validation import ValidationRecord
 
 if TYPE_CHECKING:
     from .loop import Loop
 
+log = logging.getLogger(__name__)
 AS_BUILT = {"params", "lr", "foreach", "fused"}
 """Entries of a parameter group that a resumed run sets again; all others may be state, such as Prodigy's d."""
 
@@ -45,6 +48,12 @@ def load_loop(loop: Loop) -> int:
             f"steps is {loop.config.steps}; run {loop.folder.name!r} has done {state.step}. "
             "Ask for at least as many, or choose resume = restart."
         )
+    with reading_state(loop.folder.latest):
+        _restore(loop, state)
+    return state.metrics_size
+
+
+def _restore(loop: Loop, state: State) -> None:
     gradient_step = loop.gradient_step
     loop.trainable.load(state.masters)
     gradient_step.ema = {name: state.ema[name].to(value) for name, value in gradient_step.ema.items()}
@@ -56,7 +65,6 @@ def load_loop(loop: Loop) -> int:
     if gradient_step.scaler.is_enabled():
         gradient_step.scaler.load_state_dict(state.extra["scaler"])
     loop.step = loop.saved_step = state.step
-    return state.metrics_size
 
 
 @dataclass
@@ -101,7 +109,8 @@ def save_state(
                 numbers.setdefault(str(index), {})[key] = value
     groups = [{key: v for key, v in group.items() if key not in AS_BUILT} for group in state_dict["param_groups"]]
     about = {"step": step, "metrics_size": folder.metrics_size(), "optimizer": numbers, "groups": groups}
-    write_tensors(folder.latest, _unshared(tensors), {"retune.state": json.dumps(about | {"extra": dict(extra)})})
+    about |= {"record": folder.record, "extra": dict(extra)}
+    write_state_file(folder.latest, _unshared(tensors), {STATE: json.dumps(about)})
 
 
 def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,16 +143,23 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(folder: RunFolder) -> State | None:
-    """The last saved state, or None when there is none. Raises ValueError on a damaged file."""
+    """The last saved state, or None when there is none.
+
+    Raises ValueError for a damaged or changed file, and for one that was saved under the settings of another run.
+    """
     if not folder.latest.exists():
         return None
-    try:
-        tensors, metadata = read_tensors(folder.latest)
-        about = json.loads(metadata["retune.state"])
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"state file {folder.latest} cannot be read ({error}). Choose resume = restart to begin again."
-        ) from error
+    tensors, metadata, verified = read_state_file(folder.latest)
+    if not verified:
+        log.warning("the state of run %r is of an earlier version and could not be verified", folder.name)
+    with reading_state(folder.latest):
+        about = metadata_json(metadata, STATE)
+        if folder.record and about.get("record") not in (None, folder.record):
+            raise ValueError("it belongs to a run of other settings; expected that of this config.json")
+        return _parse_state(tensors, about)
+
+
+def _parse_state(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> State:
     optimizer: dict[int, dict[str, Any]] = {}
     for index, entries in about["optimizer"].items():
         for key, value in entries.items():

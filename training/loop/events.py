@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.files import write_tensors
 from ..runs.samples import write_samples
+from ..runs.state_file import write_state_file
 from .precision import autocast
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def validate(loop: Loop) -> dict[str, Any]:
         loss = loop.objective.validation(loaded)
         figures = loop.evaluation(loaded) if loop.evaluation else {}
     if loop.validation.improves(loss):
-        write_tensors(loop.folder.best, values, {"step": str(loop.step), "validation_loss": repr(loss)})
+        write_state_file(loop.folder.best, values, {"step": str(loop.step), "validation_loss": repr(loss)})
     loop.validation.update(loss)
     return {"loss": loss, **figures}
 
@@ -58,7 +58,7 @@ def check_diversity(loop: Loop) -> dict[str, Any]:
         measurement = loop.guard.measure()
     row = loop.guard.update(loop.step, measurement)
     if row["best_step"] == loop.step:
-        write_tensors(loop.folder.guarded, values, {"step": str(loop.step), "reward": repr(row["reward"])})
+        write_state_file(loop.folder.guarded, values, {"step": str(loop.step), "reward": repr(row["reward"])})
     if warning := loop.guard.warning(loop.step):
         log.warning("run %r: %s", loop.folder.name, warning)
         loop.callbacks.on_text(warning)

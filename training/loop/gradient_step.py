@@ -93,6 +93,7 @@ class GradientStep:
         with self.trainable.attach(rng_key=(step, indices[0])), autocast(self.settings.precision, self.device):
             result = self.objective(list(zip(indices, loaded, strict=True)), step)
             loss = result.per_sample.sum() / total
+            _expect_gradient(loss, step)
             self.scaler.scale(loss).backward()
         return loss.item(), {key: value * len(batch) / total for key, value in result.parts.items()}
 
@@ -135,3 +136,12 @@ class GradientStep:
     def values(self) -> dict[str, Tensor]:
         """The weights to validate with, to draw samples with and to save as the result: the average if there is one."""
         return self.ema or evaluation_weights(self.optimizer, self.trainable.parameters)
+
+
+def _expect_gradient(loss: Tensor, step: int) -> None:
+    """Raises ValueError for a loss that nothing which trains has a part in."""
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of step {step} depends on nothing that trains; expected a caption with the learned word in each "
+            "batch. Look at the captions, and at caption_dropout and tag_dropout."
+        )

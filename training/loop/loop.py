@@ -13,10 +13,12 @@ after it and ends with the same files, bit for bit (at the same number of thread
 
 from __future__ import annotations
 
+import logging
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks, StepInfo
 from ..common.distributed import World, world
-from ..common.files import check_free_disk
+from ..common.files import WriteFailed, check_free_disk
 from ..config.loop import Batches, LoopConfig, TrainingDiverged
 from ..evaluation.diversity_guard import Guard
 from ..objectives.objective import Objective
@@ -39,6 +41,8 @@ from .gradient_step import GradientStep
 from .memory import OutOfMemory, out_of_memory_message
 from .step_timer import StepTimer
 from .validation import ValidationRecord, check_held_out
+
+log = logging.getLogger(__name__)
 
 
 class Loop:
@@ -198,8 +202,19 @@ class Loop:
 
     def _add_event(self, event: str, measure: Callable[[Loop], dict[str, Any]]) -> None:
         """Adds a row with `event` to metrics.jsonl unless the run had it before it resumed."""
-        if (event, self.step) not in self.done_events:
-            self.metrics.add({"event": event, "step": self.step, **measure(self)})
+        if (event, self.step) in self.done_events:
+            return
+        before = deepcopy((self.validation, self.guard and self.guard.state))
+        try:
+            row = {"event": event, "step": self.step, **measure(self)}
+            self.folder.add_row(row)
+        except BaseException:  # a state saved now holds nothing of an event without a row: it is measured again
+            self.validation, guard_state = before
+            if self.guard:
+                self.guard.state = guard_state
+            raise
+        self.done_events.add((event, self.step))
+        self.metrics.show(row)
 
     def _broadcast_ending(self) -> None:
         """Gives all processes the decisions of the main one, which alone evaluates."""
@@ -239,11 +254,20 @@ class Loop:
                 self.gradient_step.optimizer.zero_grad(set_to_none=True)
             diverged = isinstance(error, TrainingDiverged) and self.saved_step >= 0
             if not self.updating and self.step != self.saved_step and not diverged:
-                self._save()
+                self._save_after(error)
             if out_of_memory:
                 hints = self.config.memory_hints
                 raise OutOfMemory(out_of_memory_message(self.step, self.saved_step, hints)) from error
             raise
+
+    def _save_after(self, error: BaseException) -> None:
+        """Saves the state; of two files that cannot be written, the first is the one to name."""
+        try:
+            self._save()
+        except WriteFailed as second:
+            if not isinstance(error, WriteFailed):
+                raise
+            log.warning("run %r: %s", self.folder.name, second)
 
     def _result(self) -> Mapping[str, Tensor]:
         """The last weights, the best ones or the guard's choice; `ending` then has which and why, for status.json."""

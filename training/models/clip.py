@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
+from ..common.foreign import count_numbered, is_file, read_bytes, whole_number
+from .clip_tokenizer import TOKENIZER_FILES, load_clip_tokenizer
 from .concepts import (
     Concept,
     Vocabulary,
@@ -23,7 +25,7 @@ from .concepts import (
     pieces,
     with_fingerprints,
 )
-from .parameters import ParameterRef, expect_tensors, parameter_refs
+from .parameters import ParameterRef, expect_shape, expect_tensors, finite_weight, parameter_refs
 from .protocols import Conditioning
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class ClipTextEncoder:
         pad: id that fills a window, by default the tokenizer's.
 
     Raises:
-        ValueError: the folder has no tokenizer.
+        ValueError: the folder has no tokenizer, or one of more words than the network.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -57,16 +59,9 @@ class ClipTextEncoder:
     def __init__(
         self, network: nn.Module, tokenizer_folder: Path, *, penultimate: bool = False, pad: int | None = None
     ):
-        from transformers import CLIPTokenizer
-
         folder = Path(tokenizer_folder)
-        if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):  # transformers 5 writes one
-            raise ValueError(
-                f"CLIP tokenizer folder is {folder}, without vocab.json; expected vocab.json and merges.txt. "
-                "Give one with --tokenizer, for example comfy/sd1_tokenizer of an installed ComfyUI."
-            )
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = load_clip_tokenizer(folder, network.config.vocab_size)
         self.window = network.config.max_position_embeddings
         self.width = network.config.hidden_size
         self.name = "clip_h" if self.width == SD2_WIDTH else "clip_l"
@@ -110,7 +105,7 @@ class ClipTextEncoder:
         if tokenizer is None:
             raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
         kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-        settings = CLIPTextConfig(**(config or clip_config(state)))
+        settings = CLIPTextConfig(**_config_that_fits(config, state))
         return cls(load_clip_network(kind, settings, state, "text_model.", "CLIP text encoder"), tokenizer, **options)
 
     @property
@@ -237,9 +232,9 @@ def _split_into_windows(groups: list[list[int]], most: int) -> list[list[int]]:
 def _tokenizer_digest(folder: Path) -> str:
     """Hash of the tokenizer files: with another vocabulary the same weights are another encoder."""
     digest = hashlib.sha256()
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
+    for name in TOKENIZER_FILES:
+        if is_file(folder / name):
+            digest.update(name.encode() + read_bytes(folder / name))
     return digest.hexdigest()
 
 
@@ -262,7 +257,10 @@ def load_clip_network(
         network = kind(config)
     names = {name: name.removeprefix(prefix) for name in network.state_dict()}
     expect_tensors(state, names.values(), owner)
-    network.load_state_dict({name: state[bare].float() for name, bare in names.items()}, assign=True)
+    for name, tensor in network.state_dict().items():
+        expect_shape(names[name], state[names[name]], tensor.shape, owner)
+    weights = {name: finite_weight(bare, state[bare], owner) for name, bare in names.items()}
+    network.load_state_dict(weights, assign=True)
     for module in network.modules():
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
@@ -270,19 +268,33 @@ def load_clip_network(
 
 
 def clip_config(state: Mapping[str, Tensor]) -> dict:
-    """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768."""
+    """CLIPTextConfig values from tensor shapes; heads are 64 wide, the activation is quick_gelu up to width 768.
+
+    Raises ValueError where tensors are missing that tell a size.
+    """
+    needed = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
+    expect_tensors(state, (*needed, "encoder.layers.0.mlp.fc1.weight"), "CLIP text encoder")
     projected = state.get("text_projection.weight")
     vocabulary, width = state["embeddings.token_embedding.weight"].shape
-    layers = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layers."))
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "projection_dim": width if projected is None else projected.shape[0],
         "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
+        "num_hidden_layers": count_numbered(state, "encoder.layers."),
+        "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": state["embeddings.position_embedding.weight"].shape[0],
         "hidden_act": "quick_gelu" if width <= 768 else "gelu",
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
+
+
+def _config_that_fits(config: Mapping | None, state: Mapping[str, Tensor]) -> dict:
+    """The given config, or the one that shapes tell. Raises ValueError for one of more layers than there are."""
+    read = clip_config(state)
+    if not config:
+        return read
+    layers = whole_number(config.get("num_hidden_layers"), "num_hidden_layers", 1, read["num_hidden_layers"])
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+    return {**config, **{name: read[name] for name in sizes}, "num_hidden_layers": layers}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
+from ..common.text import plain_text
 from ..config.tokens import STOCK_MARK
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,32 @@ def _pattern(token: str) -> str:
     return rf"(?<!{STOCK_MARK}){before}{re.escape(token)}{after}"
 
 
+@cache
+def _warn_of_stock_mark() -> None:
+    """Warns once of ComfyUI's way to name an embedding's file in a prompt."""
+    log.warning(
+        "a prompt has %s, which is read as words here; ComfyUI puts the vectors of that file there. Give the embedding "
+        "a token of its own instead, and write the token.",
+        STOCK_MARK,
+    )
+
+
 def pieces(text: str, concepts: Sequence[Concept]) -> list[str | Concept]:
-    """A prompt as non-empty texts with the concepts between them.
+    """A prompt as non-empty texts, their escaped brackets plain, with the concepts between them.
 
     Spaces are as ComfyUI leaves them around `embedding:` (some count for a T5): at least one before the first concept,
     none at the ends of later texts.
     """
+    if re.search(rf"(?:^|\s){STOCK_MARK}", text):
+        _warn_of_stock_mark()
     named = {concept.token.lower(): concept for concept in concepts}
     first, *rest = split_tokens(text, named)
     if not rest:
-        return [text]
+        return [plain_text(text)]
     parts: list[str | Concept] = [first if first == "" or first[-1].isspace() else f"{first} "]
     for token, after in zip(rest[::2], rest[1::2], strict=True):
         parts += [named[token.lower()], " ".join(after.split())]
-    return [part for part in parts if part != ""]
+    return [plain_text(part) if isinstance(part, str) else part for part in parts if part != ""]
 
 
 def add_concepts(present: Sequence[Concept], more: Iterable[Concept]) -> tuple[Concept, ...]:

@@ -1,14 +1,13 @@
 """TextToImage over diffusers and transformers modules: for the command line, tests and several machines.
 
-Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x and SDXL by shape; the demo model by
-its metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from ComfyUI's
-folder.
+Loads a diffusers folder, or a single-file checkpoint in the original layout (SD1.x, SD2.x and SDXL by shape; the demo
+model by its metadata). Tokenizers are never downloaded: they come with the folder, from an explicit path, or from
+ComfyUI's folder.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,62 +15,47 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..common.files import read_tensors
 from ..common.fingerprint import tensors_fingerprint
+from ..common.foreign import reading
 from . import ldm
-from .clip import ClipTextEncoder
-from .noise_levels import zero_terminal_sigmas
-from .parameters import expect_tensors
-from .protocols import Conditioning, TextEncoder, TextToImage
+from .checkpoint import SD1_VAE, SDXL_VAE, Checkpoint, ConfigOf, no_config, open_checkpoint
+from .clip import SD2_WIDTH, ClipTextEncoder
+from .folders import expect_parts, folder_clip, folder_scheduler, folder_unet, folder_vae
+from .kinds import expect_checkpoint_file
+from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of, training_sigmas
+from .prediction import AS_READ, Correction, Finding
+from .protocols import Conditioning, TextToImage
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
-SD1_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-}
-SDXL_VAE = SD1_VAE | {"scaling_factor": 0.13025}
-SD1_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+__all__ = [
+    "SD1_SCHEDULER",
+    "SD1_VAE",
+    "SDXL_VAE",
+    "DiffusersAutoencoder",
+    "DiffusersDenoiser",
+    "load_denoiser",
+    "load_model",
+    "training_sigmas",
+]
 
 
-def training_sigmas(scheduler: Mapping) -> Tensor:
-    """(T,) noise levels sqrt((1 - alphas_cumprod) / alphas_cumprod) of a discrete beta schedule, ascending, fp32.
-
-    Rescaled to zero terminal SNR where the scheduler is. Raises ValueError for a schedule other than linear or
-    scaled_linear, and for listed betas.
-    """
-    if scheduler.get("trained_betas"):
-        raise ValueError("scheduler's trained_betas is set; expected a plain beta schedule. Its noise levels differ.")
-    alphas_cumprod = torch.cumprod(1 - _betas(scheduler), dim=0)
-    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
-    return zero_terminal_sigmas(sigmas) if scheduler.get("rescale_betas_zero_snr") else sigmas
-
-
-def _betas(scheduler: Mapping) -> Tensor:
-    """(T,) in fp64."""
-    start, end = scheduler["beta_start"], scheduler["beta_end"]
-    count = scheduler.get("num_train_timesteps", 1000)
-    kind = scheduler.get("beta_schedule", "scaled_linear")
-    if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    if kind == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float64)
-    raise ValueError(f"beta_schedule is {kind!r}; expected 'scaled_linear' or 'linear'.")
+FLOW_TIMES = 1000
+"""Time that the network of a flow model reads at pure noise, as in diffusers and ComfyUI."""
 
 
 class DiffusersDenoiser:
-    """Denoiser over a UNet2DConditionModel that predicts eps or v."""
+    """Denoiser over a UNet2DConditionModel.
 
-    def __init__(self, unet: nn.Module, scheduler: Mapping = SD1_SCHEDULER):
-        kinds = {"epsilon": "eps", "v_prediction": "v"}
-        prediction = scheduler.get("prediction_type", "epsilon")
-        if prediction not in kinds:
-            raise ValueError(f"prediction_type is {prediction!r}; expected one of {', '.join(kinds)}.")
+    Args:
+        unet: the network.
+        scheduler: values of a diffusers scheduler, which tell what it predicts and at which noise levels.
+        source: where these come from, as a phrase.
+    """
+
+    def __init__(self, unet: nn.Module, scheduler: Mapping = SD1_SCHEDULER, source: str = "its caller"):
         self.network = unet.eval()
-        self.prediction_type = kinds[prediction]
+        self.scheduler, self.source = dict(scheduler), source
+        self.prediction_type = prediction_type_of(scheduler)
         self.sigmas = training_sigmas(scheduler)
         self._log_sigmas = self.sigmas.log()
         self._names = {b: a for a, b in ldm.unet_names(unet.config).items()}
@@ -90,32 +74,43 @@ class DiffusersDenoiser:
         return tensors_fingerprint([*weights, ("sigmas", self.sigmas)], self.prediction_type)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return latent + _column(sigma) * noise
+        sigma = _column(sigma)
+        return (1 - sigma) * latent + sigma * noise if self.prediction_type == "flow" else latent + sigma * noise
 
     def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        scaled = noisy / (1 + _column(sigma) ** 2).sqrt()
-        distance = (sigma.log().cpu()[:, None] - self._log_sigmas[None]).abs()
-        times = distance.argmin(1).to(noisy.device)
+        scaled = noisy if self.prediction_type == "flow" else noisy / (1 + _column(sigma) ** 2).sqrt()
         return self.network(
             scaled,
-            times,
+            self._times(sigma).to(noisy.device),
             encoder_hidden_states=conditioning.context,
             encoder_attention_mask=conditioning.mask,
             added_cond_kwargs=self._size_conditioning(noisy, conditioning),
         ).sample
 
+    def _times(self, sigma: Tensor) -> Tensor:
+        """(B,), the times that the network reads; EDM's log(sigma) / 4 is arXiv 2206.00364, table 1."""
+        if self.prediction_type == "flow":
+            return sigma * FLOW_TIMES
+        if is_edm(self.scheduler):
+            return sigma.log() / 4
+        return (sigma.log().cpu()[:, None] - self._log_sigmas[None]).abs().argmin(1)
+
     def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "eps":
             return noise
+        if self.prediction_type == "flow":
+            return noise - latent
         return (noise - _column(sigma) * latent) / (1 + _column(sigma) ** 2).sqrt()
 
     def denoised(self, noisy: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         sigma = _column(sigma)
-        if self.prediction_type == "eps":
+        if self.prediction_type in ("eps", "flow"):
             return noisy - sigma * output
         return noisy / (1 + sigma**2) - sigma * output / (1 + sigma**2).sqrt()
 
     def with_sigmas(self, sigmas: Tensor) -> DiffusersDenoiser:
+        if self.prediction_type == "flow" or is_edm(self.scheduler):
+            raise ValueError(OWN_SIGMAS)
         other = copy.copy(self)
         other.sigmas, other._log_sigmas = sigmas, sigmas.log()
         return other
@@ -172,72 +167,69 @@ class DiffusersAutoencoder:
         return images / 2 + 0.5
 
 
-def load_model(path: Path, *, tokenizer: Path | None = None) -> TextToImage:
+def load_model(
+    path: Path, *, tokenizer: Path | None = None, correction: Correction = AS_READ, config_of: ConfigOf = no_config
+) -> TextToImage:
     """A text-to-image model in fp32 from a diffusers folder or a single-file checkpoint in the original layout.
 
-    tokenizer: folder of a CLIP tokenizer (of both of SDXL's encoders); needed for a single file other than the demo
-    model.
+    Args:
+        path: the folder or file.
+        tokenizer: folder of a CLIP tokenizer (of both of SDXL's encoders); needed for a single file other than the demo
+            model.
+        correction: of what the model predicts and at which noise levels, where the path tells it wrong.
+        config_of: describes a single file without a description by its shapes.
+
+    Raises:
+        ValueError: with the path's name: nothing is there, it is another kind of model, or it is damaged.
     """
-    path = _existing_model(path)
-    return _load_folder(path, tokenizer) if path.is_dir() else _load_file(path, tokenizer)
-
-
-def load_denoiser(path: Path) -> DiffusersDenoiser:
-    """The UNet of a diffusers folder or single-file checkpoint, in fp32; other parts may be missing from it."""
-    path = _existing_model(path)
-    if path.is_dir():
-        _expect_parts(path, "unet")
-        return _folder_denoiser(path)
-    tensors, metadata = read_tensors(path, ldm.UNET_PREFIX)
-    return _file_denoiser(tensors, json.loads(metadata.get("retune.config", "{}")))
-
-
-def _existing_model(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_dir() and (path.suffix != ".safetensors" or not path.is_file()):
-        raise ValueError(f"model is {path}; expected a diffusers folder or a .safetensors checkpoint.")
-    return path
+    expect_checkpoint_file(path)
+    with reading(path, "no model of Stable Diffusion"):
+        if path.is_dir():
+            return _load_folder(path, tokenizer, correction)
+        return _load_file(open_checkpoint(path, config_of=config_of), tokenizer, correction)
 
 
-def _expect_parts(path: Path, *parts: str) -> None:
-    missing = [part for part in parts if not (path / part).is_dir()]
-    if missing:
-        raise ValueError(f"diffusers folder {path} lacks {', '.join(missing)}; expected {', '.join(parts)}.")
+def load_denoiser(path: Path, correction: Correction = AS_READ, config_of: ConfigOf = no_config) -> DiffusersDenoiser:
+    """The UNet of a diffusers folder or single-file checkpoint, in fp32; other parts may be missing from it.
+
+    Args and errors are those of `load_model`.
+    """
+    path = Path(path)
+    expect_checkpoint_file(path)
+    with reading(path, "no model of Stable Diffusion"):
+        if path.is_dir():
+            expect_parts(path, "unet")
+            return _denoiser(folder_unet(path), folder_scheduler(path, correction))
+        checkpoint = open_checkpoint(path, unet_only=True, config_of=config_of)
+        return _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
 
 
-def _folder_denoiser(path: Path) -> DiffusersDenoiser:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(path / "unet", local_files_only=True, torch_dtype=torch.float32)
-    settings = path / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else SD1_SCHEDULER
-    return DiffusersDenoiser(unet, scheduler)
+def _denoiser(unet: nn.Module, finding: Finding) -> DiffusersDenoiser:
+    return DiffusersDenoiser(unet, finding.scheduler, finding.source)
 
 
-def _load_folder(path: Path, tokenizer: Path | None) -> TextToImage:
-    from diffusers import AutoencoderKL
-
-    _expect_parts(path, "unet", "vae", "text_encoder")
-    denoiser = _folder_denoiser(path)
-    vae = AutoencoderKL.from_pretrained(path / "vae", local_files_only=True, torch_dtype=torch.float32)
+def _load_folder(path: Path, tokenizer: Path | None, correction: Correction) -> TextToImage:
+    expect_parts(path, "unet", "vae", "text_encoder")
+    denoiser = _denoiser(folder_unet(path), folder_scheduler(path, correction))
     text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
-    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(vae))
+    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(folder_vae(path)))
 
 
 def _folder_text(path: Path, tokenizer: Path | None) -> ClipTextEncoder:
     from transformers import CLIPTextModel
 
-    text = CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=torch.float32)
-    return ClipTextEncoder(text, tokenizer or path / "tokenizer")
+    text = folder_clip(CLIPTextModel, path / "text_encoder")
+    pad = SECOND_PAD if tokenizer is not None and text.config.hidden_size == SD2_WIDTH else None
+    return ClipTextEncoder(text, tokenizer or path / "tokenizer", pad=pad)
 
 
 def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    _expect_parts(path, "text_encoder", "text_encoder_2")
-    options = {"local_files_only": True, "dtype": torch.float32}
-    first = CLIPTextModel.from_pretrained(path / "text_encoder", **options)
-    second = CLIPTextModelWithProjection.from_pretrained(path / "text_encoder_2", **options)
+    expect_parts(path, "text_encoder", "text_encoder_2")
+    first = folder_clip(CLIPTextModel, path / "text_encoder")
+    second = folder_clip(CLIPTextModelWithProjection, path / "text_encoder_2")
     pad = None if tokenizer is None else SECOND_PAD
     return SdxlTextEncoder(
         ClipTextEncoder(first, tokenizer or path / "tokenizer", penultimate=True),
@@ -245,48 +237,11 @@ def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
     )
 
 
-def _file_denoiser(tensors: Mapping[str, Tensor], config: Mapping) -> DiffusersDenoiser:
-    """The UNet among a checkpoint's tensors; config: the metadata entry retune.config, empty for other files."""
-    from diffusers import UNet2DConditionModel
-
-    state = _stripped(tensors, ldm.UNET_PREFIX)
-    with torch.device("meta"):
-        unet_config = config.get("unet") or ldm.unet_config({k: v.shape for k, v in state.items()})
-        unet = UNet2DConditionModel.from_config(unet_config)
-    _assign(unet, ldm.to_diffusers(state, ldm.unet_names(unet.config)), "UNet")
-    return DiffusersDenoiser(unet, config.get("scheduler") or SD1_SCHEDULER)
-
-
-def _load_file(path: Path, tokenizer: Path | None) -> TextToImage:
-    from diffusers import AutoencoderKL
-
-    tensors, metadata = read_tensors(path)
-    config = json.loads(metadata.get("retune.config", "{}"))
-    denoiser = _file_denoiser(tensors, config)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config.get("vae") or (SDXL_VAE if denoiser.pooled_width else SD1_VAE))
-    vae_state = _stripped(tensors, ldm.VAE_PREFIX)
-    vae_state = {k: v for k, v in vae_state.items() if k.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
-    _assign(vae, ldm.to_diffusers(vae_state, ldm.vae_names(vae.config)), "VAE")
-    text_encoder = _file_text(tensors, config, tokenizer, sdxl=denoiser.pooled_width > 0)
-    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(vae))
-
-
-def _file_text(tensors: Mapping[str, Tensor], config: Mapping, tokenizer: Path | None, *, sdxl: bool) -> TextEncoder:
-    if sdxl:
-        states = tuple(_stripped(tensors, prefix) for prefix in ldm.SDXL_CLIP_PREFIXES)
-        return SdxlTextEncoder.from_state(states, (config.get("clip"), config.get("clip_2")), tokenizer)
-    return ClipTextEncoder.from_state(_stripped(tensors, ldm.CLIP_PREFIX), config.get("clip"), tokenizer)
-
-
-def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _assign(module: nn.Module, state: Mapping[str, Tensor], part: str) -> None:
-    """Fills a module made on the meta device with a complete state dict, in fp32."""
-    expect_tensors(state, module.state_dict(), f"{part} in the checkpoint")
-    module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+def _load_file(checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction) -> TextToImage:
+    denoiser = _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+    sdxl = denoiser.pooled_width > 0
+    vae = DiffusersAutoencoder(checkpoint.build_vae(sdxl))
+    return TextToImage(denoiser, checkpoint.build_text_encoder(tokenizer, sdxl), vae)
 
 
 def _column(sigma: Tensor) -> Tensor:

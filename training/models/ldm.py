@@ -7,14 +7,21 @@ project's canonical names: run folders and saved files use them, whichever imple
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..common.foreign import count_numbered
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 SDXL_CLIP_PREFIXES = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+SD2_CLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
+"""Of the original repository, and of SDXL's (sgm)."""
+MOST_BLOCKS = 64
+"""Input blocks of a UNet; known ones have up to 12."""
 
 _UNET_RESNET = {
     "in_layers.0": "norm1",
@@ -140,21 +147,16 @@ def unet_config(shapes: Mapping[str, torch.Size], num_heads: int | None = None) 
         )
     context = next(shape[1] for k, shape in shapes.items() if k.endswith("attn2.to_k.weight"))
     levels = _levels(shapes)
-    channels = [level["channels"] for level in levels]
-    heads = num_heads or (8 if context == 768 else [c // 64 for c in channels])
-    linear = next(len(shape) == 2 for k, shape in shapes.items() if k.endswith(".1.proj_in.weight"))
-    down = ["CrossAttnDownBlock2D" if level["depth"] else "DownBlock2D" for level in levels]
+    channels = [level.channels for level in levels]
     config = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": channels,
-        "layers_per_block": levels[0]["layers"],
-        "down_block_types": down,
-        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
-        "transformer_layers_per_block": [max(level["depth"], 1) for level in levels],
+        "layers_per_block": len(levels[0].depths),
         "cross_attention_dim": context,
-        "attention_head_dim": heads,
-        "use_linear_projection": linear,
+        "attention_head_dim": num_heads or (8 if context == 768 else [c // 64 for c in channels]),
+        "use_linear_projection": next(len(v) == 2 for k, v in shapes.items() if k.endswith(".1.proj_in.weight")),
+        **_block_types(shapes, levels),
     }
     if "label_emb.0.0.weight" in shapes:
         config |= {
@@ -165,26 +167,78 @@ def unet_config(shapes: Mapping[str, torch.Size], num_heads: int | None = None) 
     return config
 
 
+@dataclass(frozen=True)
+class _Level:
+    """The layers of one resolution: their width, and the depth of each one's transformer, 0 without attention."""
+
+    channels: int
+    depths: list[int]
+
+
+def _block_types(shapes: Mapping[str, torch.Size], levels: list[_Level]) -> dict:
+    """The kinds of blocks and the depths of their transformers.
+
+    Distilled SDXL (SSD-1B, Segmind Vega, KOALA) has other depths on the way up than on the way down, and a smaller
+    middle or none. Another model without a middle is an incomplete file.
+    """
+    layers = len(levels[0].depths)
+    down = [level.depths for level in levels]
+    up = [
+        [_depth(shapes, f"output_blocks.{i * (layers + 1) + j}.1.") for j in range(layers + 1)]
+        for i in range(len(down))
+    ]
+    if any(0 in depths and any(depths) for depths in down + up) or any(len(depths) != layers for depths in down):
+        raise ValueError(
+            "checkpoint has levels of unequal layers; expected as many in each, with attention in all of a level's "
+            "layers or in none. Use another checkpoint."
+        )
+    config = {
+        "down_block_types": ["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in up],
+    }
+    if "label_emb.0.0.weight" in shapes:
+        config["mid_block_type"] = _mid_block_type(shapes)
+    if all(len({*depths, *back}) == 1 for depths, back in zip(down, reversed(up), strict=True)):
+        return config | {"transformer_layers_per_block": [max(depths[0], 1) for depths in down]}
+    return config | {
+        "transformer_layers_per_block": [depths if any(depths) else 1 for depths in down],
+        "reverse_transformer_layers_per_block": [depths if any(depths) else 1 for depths in up],
+    }
+
+
+def _mid_block_type(shapes: Mapping[str, torch.Size]) -> str | None:
+    if "middle_block.1.proj_in.weight" in shapes:
+        return "UNetMidBlock2DCrossAttn"
+    return "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in shapes else None
+
+
+def _depth(shapes: Mapping[str, torch.Size], block: str) -> int:
+    return count_numbered((k for k in shapes if k.startswith(block)), f"{block}transformer_blocks.")
+
+
 def vae_config(shapes: Mapping[str, torch.Size]) -> dict:
     """The AutoencoderKL config of an LDM VAE (prefix stripped), from shapes alone; without its scaling factor.
 
     Raises ValueError when the tensors are not an AutoencoderKL's.
     """
-    blocks = [m for name in shapes if (m := re.fullmatch(r"decoder\.up\.(\d+)\.block\.(\d+)\.conv2\.weight", name))]
-    if not blocks or "encoder.conv_in.weight" not in shapes:
+    levels = count_numbered(shapes, "decoder.up.")
+    layers = count_numbered(shapes, "decoder.up.0.block.")
+    if not layers or "encoder.conv_in.weight" not in shapes:
         raise ValueError(
             "VAE holds no encoder and decoder of the original layout (encoder.conv_in, decoder.up); expected an "
             "AutoencoderKL as in SD1.x, SD2 and SDXL. TAESD and other kinds do not go."
         )
-    levels, layers = (1 + max(int(m[group]) for m in blocks) for group in (1, 2))
     return _vae_config(shapes, levels, layers)
 
 
 def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> dict:
     """The config; `layers` is the number of residual blocks per level of the decoder."""
-    return {
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "block_out_channels": [shapes[f"decoder.up.{i}.block.0.conv2.weight"][0] for i in range(levels)],
+    widths = [f"decoder.up.{i}.block.0.conv2.weight" for i in range(levels)]
+    if missing := set(widths) - shapes.keys():
+        raise ValueError(f"VAE in the checkpoint lacks {len(missing)} tensors such as {min(missing)!r}.")
+    first = shapes.get("decoder.conv_in.weight")
+    return ({} if first is None else {"latent_channels": first[1]}) | {
+        "block_out_channels": [shapes[width][0] for width in widths],
         "layers_per_block": layers - 1,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -193,18 +247,16 @@ def _vae_config(shapes: Mapping[str, torch.Size], levels: int, layers: int) -> d
     }
 
 
-def _levels(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
-    """One {channels, layers, depth} per resolution, from the input blocks in order; depth 0 means no attention."""
-    levels = [{"channels": 0, "layers": 0, "depth": 0}]
-    block = 1
+def _levels(shapes: Mapping[str, torch.Size]) -> list[_Level]:
+    """One per resolution, from the input blocks in order. Raises ValueError for more blocks than any model has."""
+    levels, block = [_Level(0, [])], 1
     while any(f"input_blocks.{block}.0.{part}.weight" in shapes for part in ("op", "in_layers.2")):
         if f"input_blocks.{block}.0.op.weight" in shapes:
-            levels.append({"channels": 0, "layers": 0, "depth": 0})
+            levels.append(_Level(0, []))
         else:
-            level = levels[-1]
-            level["channels"] = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][0]
-            level["layers"] += 1
-            pattern = re.compile(rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
-            level["depth"] = 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)
+            width = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][0]
+            levels[-1] = _Level(width, [*levels[-1].depths, _depth(shapes, f"input_blocks.{block}.1.")])
         block += 1
+        if block > MOST_BLOCKS:
+            raise ValueError(f"the UNet has more than {MOST_BLOCKS} input blocks; expected SD1.x's, SD2.x's or SDXL's.")
     return levels

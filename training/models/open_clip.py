@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..common.foreign import count_numbered
+
 _OUTSIDE_BLOCKS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -31,6 +33,7 @@ _VISION_OUTSIDE_BLOCKS = {
     "ln_post.bias": "post_layernorm.bias",
 }
 VISUAL = "visual."
+VIT_H_WIDTH, VIT_H_LAYERS = 1024, 24
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
@@ -44,6 +47,21 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "text_projection" in state:
         result["text_projection.weight"] = state["text_projection"].T.contiguous()
     return result
+
+
+def penultimate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An OpenCLIP text encoder under CLIPTextModel's names, without its last layer and projection.
+
+    SD2.x reads the states before that layer, after the final norm. diffusers' folders of SD2.x lack the layer too.
+    """
+    result = to_transformers(state)
+    layers = count_numbered(result, "encoder.layers.")
+    if layers < 2:
+        raise ValueError(f"the text encoder has {layers} layers; expected OpenCLIP's ViT-H. Use a complete checkpoint.")
+    real = state["ln_final.weight"].shape == (VIT_H_WIDTH,)
+    used = min(layers, VIT_H_LAYERS - 1) if real else layers - 1  # some files of SD2.x lack the last layer
+    left_out = (*(f"encoder.layers.{number}." for number in range(used, layers)), "text_projection.")
+    return {name: tensor for name, tensor in result.items() if not name.startswith(left_out)}
 
 
 def vision_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

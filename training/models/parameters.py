@@ -38,6 +38,36 @@ def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
 
 
+def assign_weights(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> nn.Module:
+    """Fills a module made on the meta device with a complete state dict, in fp32.
+
+    Raises ValueError for missing or unknown names, other shapes, and weights that are not finite; `owner` names the
+    network in its message.
+    """
+    wanted = module.state_dict()
+    expect_tensors(state, wanted, owner)
+    if unknown := state.keys() - wanted.keys():
+        raise ValueError(f"{owner} has {len(unknown)} tensors that such a model lacks, such as {min(unknown)!r}.")
+    for name, value in state.items():
+        expect_shape(name, value, wanted[name].shape, owner)
+    module.load_state_dict({name: finite_weight(name, value, owner) for name, value in state.items()}, assign=True)
+    return module
+
+
+def expect_shape(name: str, value: Tensor, shape: Iterable[int], owner: str) -> None:
+    """Raises ValueError unless a weight has this shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{owner}: {name} is {tuple(value.shape)}; expected {tuple(shape)}. It is of another model.")
+
+
+def finite_weight(name: str, value: Tensor, owner: str) -> Tensor:
+    """A weight in fp32. Raises ValueError where it has NaN or infinite values."""
+    value = value.float()
+    if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone is the cheaper pass
+        raise ValueError(f"{owner}: {name} has values that are no finite numbers. Download or save the file again.")
+    return value
+
+
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """While entered, no parameter of these module trees requires a gradient."""
     return gradients_required(networks, False)

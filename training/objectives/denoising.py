@@ -47,6 +47,7 @@ class DenoisingObjective:
         varied_text_of: `text_of` for captions that may come only once, or None to leave them to `text_of`.
         caption_of: (caption, batch number, place in it) -> the caption to train with; number 0 is outside of training.
             Without it an image has its own caption.
+        stays: whether tag dropout keeps a tag.
         pulse: called for each image that is loaded or validated; it may raise to cancel.
     """
 
@@ -62,13 +63,14 @@ class DenoisingObjective:
         mask_of: Callable[[Any], Tensor | None] = lambda slot: None,
         varied_text_of: Callable[[str], Conditioning | None] | None = None,
         caption_of: Callable[[str, int, int], str] | None = None,
+        stays: Callable[[str], bool] = lambda tag: False,
         pulse: Callable[[], None] = lambda: None,
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project, self.mask_of = latent_of, text_of, project, mask_of
         self.varied_text_of = varied_text_of or text_of
         self.caption_of = caption_of or (lambda caption, number, index: caption)
-        self.pulse = pulse
+        self.stays, self.pulse = stays, pulse
 
     def load(self, slots: list) -> list[TrainingSample]:
         """Latents, masks and captions; captions that vary are drawn and encoded here, while models may still move."""
@@ -92,6 +94,7 @@ class DenoisingObjective:
             shuffle=generator(self.seed, "caption shuffle", number, index) if settings.caption_shuffle else None,
             dropout=settings.tag_dropout,
             random=generator(self.seed, "tag dropout", number, index),
+            stays=self.stays,
         )
 
     def __call__(self, batch: list[tuple[int, TrainingSample]], step: int) -> Loss:

@@ -6,7 +6,6 @@ to the weights. The tensors in a file decide which of it happens.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,18 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.files import read_json
+from ..common.foreign import existing_file, metadata_json, read_json, reading
 from ..common.text import first_few
 from ..formats.lora import Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors
-from ..formats.lora_difference import delta_weight
+from ..formats.lora_difference import LINEAR_KINDS, delta_weight
 from ..formats.lora_keys import BIAS, split_key
 from ..formats.lora_names import TEXT, UNET, detect_naming
+from ..formats.lora_report import missing_alpha
 from ..models import ldm
+from ..models.prediction import split_markers
 from ..models.protocols import TextToImage
 from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
-from ..trainables.lora_init import plain_layer
+from ..trainables.lora_init import modules_by_layer, plain_layer
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,14 @@ def result_files(path: Path) -> list[Path]:
 
     Raises ValueError for a folder without a result, FileNotFoundError for a path that does not exist.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"tuned is {path}, which does not exist; expected a run's folder or its result's file.")
+    if not path.is_dir():
+        return [existing_file(path)]
     files = [path / name for name in ARTIFACTS if (path / name).is_file()]
     if not files:
         status = path / "status.json"
-        state = f"; its run is {read_json(status).get('state')}" if status.is_file() else ""
+        state = f"; its run is {read_json(status, dict).get('state')}" if status.is_file() else ""
         raise ValueError(
             f"{path} holds no result ({', '.join(ARTIFACTS)}){state}; expected the folder of a finished run of "
             "`reward`, `train` or `lora`."
@@ -101,7 +102,8 @@ def with_tuned(model: TextToImage, texts: Sequence[str]) -> TextToImage:
             raise ValueError(f"{result.path} holds no tensors; expected weights, a projection or a LoRA.")
         for file, (tensors, metadata) in files.items():
             name = file.name if file == result.path else f"{result.path.name}/{file.name}"
-            model = _with_file(model, name, tensors, metadata, result.strength)
+            with reading(file):
+                model = _with_file(model, name, tensors, metadata, result.strength)
     return model
 
 
@@ -115,15 +117,26 @@ def _with_file(
         values = merged(parse_lora(name, tensors, metadata), weights, strength, config)
     else:
         state = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
+        tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
         tuned = {_layer_name(k): v for k, v in tensors.items() if not k.startswith(PROJECTION_PREFIX)}
         values = interpolated(name, tuned, weights, strength)
         if state:
             projection = _projection(name, encoder.projection, state, metadata, strength)
             encoder = encoder.with_projection(projection)
+    _check_finite(name, values, weights)
     for key, value in values.items():
         weights[key].copy_(value)
     changed = any(key.startswith(TEXT) for key in values)
     return replace(model, text_encoder=encoder.refreshed() if changed else encoder)
+
+
+def _check_finite(name: str, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a weight would become NaN, infinite or too large for the model's dtype."""
+    if bad := [key for key, value in values.items() if not torch.isfinite(value.to(weights[key].dtype)).all()]:
+        raise ValueError(
+            f"{name} makes {first_few(bad)} NaN, infinite or too large for {str(weights[bad[0]].dtype)[6:]}; expected "
+            "finite weights. Use an earlier save, or a lower strength."
+        )
 
 
 def model_weights(model: TextToImage) -> dict[str, Tensor]:
@@ -172,7 +185,7 @@ def _projection(
         raise ValueError(
             f"{name} holds a projection and the text encoder has none; expected the T5 that its run had. Use --t5."
         )
-    about = json.loads(metadata.get("retune.run", "{}")).get("projection")
+    about = metadata_json(metadata, "retune.run", default={}).get("projection")
     try:
         tuned = Projection.from_state(about or own.config(), state)
     except ValueError as error:
@@ -196,7 +209,7 @@ def merged(
     """W + strength dW by name of every weight and bias that the LoRA changes, fp32; DoRA as `_with_magnitude`.
 
     Args:
-        lora: layers that are not among `weights` are left out with a warning.
+        lora: layers that are not among `weights`, and tensors of no layer, are left out with a warning.
         weights: W, of the whole model.
         strength: 0 to 1.
         unet_config: UNet2DConditionModel's, for the names of layers.
@@ -204,11 +217,9 @@ def merged(
     Raises:
         ValueError: no layer is among `weights`, other shapes, or kinds that do not merge (OFT, GLoRA).
     """
-    naming = detect_naming(lora, unet_config=unet_config)
     by_layer = {plain_layer(name): name for name in weights}
     values, idle = {}, []
-    for module in lora.modules.values():
-        layer = plain_layer(naming.comfyui_name(module.name) or module.name)
+    for layer, module in modules_by_layer(lora, detect_naming(lora, unet_config=unet_config)).items():
         parts = {by_layer[key]: part for part in ("weight", "bias") if (key := f"{layer}.{part}") in by_layer}
         try:
             changed = {name: _changed(module, weights[name], part, strength) for name, part in parts.items()}
@@ -222,8 +233,11 @@ def merged(
         raise ValueError(
             f"{lora.name} has no layer that the model has, only {first_few(idle)}; expected a LoRA for it."
         )
-    if idle:
-        log.warning("%s: %d layers are not in the model and are left out: %s", lora.name, len(idle), first_few(idle))
+    for count, what, names in ((len(idle), "layers", idle), (len(lora.other_keys), "tensors", lora.other_keys)):
+        if count:
+            log.warning("%s: %d %s are not in the model and are left out: %s", lora.name, count, what, first_few(names))
+    if line := missing_alpha(lora):
+        log.warning("%s", line)
     return values
 
 
@@ -232,17 +246,25 @@ def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> 
     roles = BIAS if part == "bias" else ("w_norm",)
     vector = next((module.tensors[role] for role in roles if role in module.tensors), None)
     if vector is not None:
+        _check_size(module, (vector.numel(), 1), (weight.numel(), 1))
         return weight.float() + strength * vector.float().reshape(weight.shape)
     if part == "bias" or not (module.tensors.keys() - set(BIAS)):
         return None
-    bare = {role: value for role, value in module.tensors.items() if role != "dora_scale"}
-    change = delta_weight(LoraModule(module.name, bare, module.keys))
-    if change.numel() != weight.numel():
-        raise ValueError(f"layer {module.name} changes {tuple(change.shape)}; expected {tuple(weight.shape)}")
+    tensors = {role: value for role, value in module.tensors.items() if role != "dora_scale"}
+    bare = LoraModule(module.name, tensors, module.keys)
+    if bare.kind in LINEAR_KINDS:
+        _check_size(bare, bare.shape, (weight.shape[0], weight.shape[1:].numel()))
+    change = delta_weight(bare)
     changed = weight.float() + change.reshape(weight.shape)
     if "dora_scale" in module.tensors:
         changed = _with_magnitude(changed, module.tensors["dora_scale"].float())
     return weight.float() + strength * (changed - weight.float())
+
+
+def _check_size(module: LoraModule, found: tuple[int, int] | None, expected: tuple[int, int]) -> None:
+    """Raises ValueError, before a layer is computed, unless it has as many rows and columns as its weight."""
+    if found != expected:
+        raise ValueError(f"layer {module.name} changes {found}; expected {expected}")
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ def check_steps(folder: RunFolder, steps: int) -> None:
 def check_fit(model: TextToImage, config: RunConfig) -> None:
     """Raises ValueError when model and settings do not fit: widths, precision, loss weighting, channels, optimizer."""
     check_tensorboard(config.settings)
+    if config.learning_rate == 0:
+        raise ValueError("learning_rate is 0, with which nothing trains; expected one above 0, such as 1e-5.")
     check_width(model)
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings

@@ -61,6 +61,7 @@ def build_loop(
         mask_of=latents.mask,
         varied_text_of=varied_text_of,
         caption_of=job.caption_of,
+        stays=job.stays,
         pulse=callbacks.pulse,
     )
     order = BatchOrder(training, config.batch_size, config.seed)

@@ -31,6 +31,7 @@ from ..evaluation.guard_pictures import build_guard, guard_prompts, measure_pict
 from ..loop.loop import Loop
 from ..models import ldm
 from ..models.parameters import parameter_refs
+from ..models.prediction import split_markers, unet_description
 from ..models.protocols import TextToImage
 from ..objectives.reward import RewardObjective
 from ..objectives.reward_on_images import DirectObjective
@@ -299,13 +300,18 @@ def _write(
     if config.train == "projection":
         state = model.text_encoder.projection.state_dict()
         values = {PROJECTION_PREFIX + name: value for name, value in state.items()} | dict(values)
-    write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)})
+    metadata = {}
+    if config.train == "UNet":  # a whole one, which others load
+        denoiser = model.denoiser
+        markers, metadata = unet_description(denoiser.prediction_type, denoiser.sigmas, ldm.UNET_PREFIX)
+        values = markers | dict(values)
+    write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)} | metadata)
 
 
 def read_tuned_model(folder: Path) -> TunedModel:
     """The result of a run from its folder."""
     file, lora = Path(folder) / ARTIFACT, Path(folder) / LORA_ARTIFACT
-    tensors, _ = read_tensors(file)
+    tensors, _ = split_markers(read_tensors(file)[0], ldm.UNET_PREFIX)
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -20,12 +20,16 @@ from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
+from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..runs.outcome import describe_guard, is_finished, record_failure
-from ..runs.report import write_report
+from ..runs.report import REPORT, write_report
 from ..trainables.base import Trainable
 from .checks import check_steps
+
+AGAIN = "Put the file back, or choose resume = restart."
+"""What to do about a damaged result of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,8 @@ class TrainingJob:
     caption_of: Callable[[str, int, int], str] | None = None
     """(caption, batch number, place in the batch) -> the caption that the image is trained with; the number is 0
     outside of training. Needs text_trains."""
+    stays: Callable[[str], bool] = lambda tag: False
+    """Whether tag dropout must keep a tag, such as one with a word that trains."""
     watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     """Figures of the trained values, for rows with event "watch"."""
 
@@ -78,10 +84,12 @@ def run_training(
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
-            about = {"config": asdict(config), "environment": environment(model), **job.details}
+            about = {"config": asdict(config), **prediction(model), "environment": environment(model), **job.details}
             folder.claim(run, about, former_identity(config))
         here.barrier()
         if _is_finished(folder, config, job.artifact):
+            if here.is_main and not (folder.path / REPORT).is_file():
+                write_report(folder)
             callbacks.on_state("finished", folder.status()["step"])
             callbacks.on_end(f"run {folder.name} is finished; reading its result{describe_guard(folder.status())}")
             return folder.path
@@ -98,12 +106,12 @@ def run_training(
 def _finish(
     job: TrainingJob, folder: RunFolder, loop: Loop, values: Mapping[str, Tensor], callbacks: Callbacks
 ) -> None:
-    """Writes result, status and report."""
-    with record_failure(folder, callbacks):
+    """Writes result, report and status, in this order: a run whose status says finished has both others."""
+    with record_failure(folder, callbacks, lambda: loop.step):
         callbacks.on_text(f"writing the result of run {folder.name}")
         job.write(folder, values, {"steps": loop.step, **loop.ending})
-    folder.set_status("finished", loop.step, **loop.ending)
-    write_report(folder)
+        write_report(folder, status={"state": "finished", "step": loop.step, **loop.ending})
+        folder.set_status("finished", loop.step, **loop.ending)
     callbacks.on_state("finished", loop.step)
     callbacks.on_end(f"run {folder.name} is finished after {loop.step} steps{describe_guard(loop.ending)}")
 
@@ -126,6 +134,15 @@ def run_identity(kind: str, model: TextToImage, config: RunConfig) -> dict:
         "text_encoder": model.text_encoder.fingerprint,
         "projection": start,
         "vae": model.autoencoder.fingerprint,
+    }
+
+
+def prediction(model: TextToImage) -> dict:
+    """What the UNet predicts and its noise levels in words, for people who ask why a model learned nothing."""
+    denoiser = model.denoiser
+    return {
+        "prediction_type": denoiser.prediction_type,
+        "denoiser": describe(denoiser.prediction_type, denoiser.sigmas),
     }
 
 

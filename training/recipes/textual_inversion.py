@@ -13,15 +13,24 @@ from typing import Any
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, read_tensors, reading
 from ..config.embedding import EmbeddingConfig
 from ..config.tokens import check_token
 from ..data.examples import Dataset
-from ..data.templates import TEMPLATES, CaptionTemplates, contains_token, keep_images_with_tokens, replace_caption_words
+from ..data.templates import (
+    TEMPLATES,
+    CaptionTemplates,
+    contains_token,
+    expect_readable,
+    expect_tokens,
+    keep_images_with_tokens,
+    replace_caption_words,
+)
 from ..formats.embedding import Embedding, read_embedding
 from ..formats.embedding_fit import assign_to_encoders, family_of
 from ..formats.embedding_report import median_norm, token_warnings, vector_statistics
-from ..formats.embedding_save import save_embedding
+from ..formats.embedding_save import expect_file_names, save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
 from ..runs.folder import RunFolder
@@ -33,7 +42,7 @@ from .checks import check_fit
 from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
 from .lora import describe_training, unet_layers, write_lora
-from .run import TrainingJob
+from .run import AGAIN, TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +85,16 @@ def train_embedding(
         details: JSON for config.json besides the settings, such as the workflow.
 
     Raises:
-        ValueError: before any training: a token that no caption contains, an initial text without a token, a text
-            encoder that does not fit the UNet, or a run of other settings under this name.
+        ValueError: before any training: a token that no caption contains, that gives no file name, or that the text
+            encoder does not reach; an initial text without a token, a text encoder that does not fit the UNet, or a
+            run of other settings under this name.
     """
     check_fit(model, config)
+    expect_file_names(config.tokens)
     callbacks, config = callbacks or Callbacks(), _without_empty_captions(config)
     dataset, captions = choose_captions(dataset, config)
+    shuffled = config.settings.caption_shuffle
+    expect_readable(model.text_encoder, captions.all_of(dataset.captions), config.tokens, config.vectors, shuffled)
     vocabularies, concepts = model.text_encoder.vocabularies, _initial_concepts(model, config)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
@@ -95,6 +108,7 @@ def train_embedding(
         details=describe_training(model, dataset) | (details or {}),
         text_trains=True,
         caption_of=captions,
+        stays=partial(contains_token, tokens=config.tokens),
         watch=lambda values: _measure_tokens(tokens.concepts(values), vocabularies, callbacks),
     )
     with model.text_encoder.training():
@@ -128,6 +142,8 @@ def choose_captions(dataset: Dataset, config: EmbeddingConfig) -> tuple[Dataset,
         dataset = dataset if config.lora_rank else keep_images_with_tokens(dataset, tokens)
         return dataset, CaptionTemplates((), tokens[0], config.seed)
     lines = config.lines if template == "own" else TEMPLATES[template]
+    if not config.lora_rank:
+        expect_tokens(lines, dataset.captions, tokens)
     return dataset, CaptionTemplates(lines, tokens[0], config.seed)
 
 
@@ -209,5 +225,6 @@ def read_trained_embedding(folder: Path) -> TrainedEmbedding:
         token, _, name = key.rpartition("/")
         by_token.setdefault(token, {})[name] = vectors
     concepts = tuple(Concept(token, vectors) for token, vectors in by_token.items())
-    embedding = Embedding(concepts, json.loads(metadata["retune.run"]))
+    with reading(file, advice=AGAIN):
+        embedding = Embedding(concepts, metadata_json(metadata, "retune.run"))
     return TrainedEmbedding(file, embedding, read_tensors(lora)[0] if lora.exists() else {})

@@ -13,19 +13,22 @@ from typing import Any
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, read_tensors, reading
 from ..config.run import TrainModelConfig
 from ..data.examples import Dataset
 from ..models import ldm
 from ..models.layers import select
+from ..models.noise_levels import zero_terminal_sigmas
 from ..models.parameters import parameter_refs
+from ..models.prediction import split_markers, unet_description
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..text_encoder.projection import PROJECTION_PREFIX
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit
 from .denoising import train_on_images
-from .run import TrainingJob
+from .run import AGAIN, TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -103,19 +106,30 @@ def _write(
     values: Mapping[str, Tensor],
     ending: Mapping[str, Any],
 ) -> None:
-    """Writes the trained weights, and the whole projection whether it trained or not."""
+    """Writes the trained weights, and the whole projection whether it trained or not.
+
+    A whole UNet is a file that others load: it tells what it predicts, as they read it.
+    """
     projection, tensors = model.text_encoder.projection, dict(values)
     about = {"run": config.run_name, "train": config.train, **ending}
+    metadata = {}
+    if config.train == "whole UNet":
+        sigmas = model.denoiser.sigmas
+        sigmas = zero_terminal_sigmas(sigmas) if config.settings.zero_terminal_snr else sigmas
+        markers, metadata = unet_description(model.denoiser.prediction_type, sigmas, ldm.UNET_PREFIX)
+        tensors |= markers
     if projection is not None:
         about["projection"] = projection.config()
         tensors = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | tensors
-    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)})
+    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)} | metadata)
 
 
 def read_trained_model(folder: Path) -> TrainedModel:
-    """The result of a run from its folder."""
+    """The result of a run from its folder. Raises ValueError, with the file's name, for a damaged one."""
     file = Path(folder) / ARTIFACT
     tensors, metadata = read_tensors(file)
+    tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
     unet = {k.removeprefix(ldm.UNET_PREFIX): v for k, v in tensors.items() if k.startswith(ldm.UNET_PREFIX)}
     projection = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
-    return TrainedModel(file, unet, projection, json.loads(metadata["retune.run"]).get("projection", {}))
+    with reading(file, advice=AGAIN):
+        return TrainedModel(file, unet, projection, metadata_json(metadata, "retune.run").get("projection", {}))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..common.foreign import count_numbered
 from ..models.clip import clip_config, load_clip_network
 from ..models.open_clip import VISUAL, to_transformers, vision_to_transformers
 from ..models.parameters import expect_tensors
@@ -37,7 +38,7 @@ class TowerState:
 
 
 def tower_state(state: Mapping[str, Tensor]) -> TowerState:
-    """Sorts the tensors of a file in either layout by tower; others are left out."""
+    """Sorts the tensors of a file in either layout by tower; others are left out. ValueError for a wrong scale."""
     state = {_bare(name): tensor for name, tensor in state.items()}
     if any(name.startswith(VISUAL) for name in state):
         vision = vision_to_transformers(state)
@@ -48,6 +49,8 @@ def tower_state(state: Mapping[str, Tensor]) -> TowerState:
     else:
         text = {name.removeprefix(TEXT): t for name, t in state.items() if name.startswith((TEXT, "text_"))}
     scale = state.get("logit_scale")
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"its logit_scale has {scale.numel()} values; expected one.")
     return TowerState(vision, text, None if scale is None else float(scale))
 
 
@@ -138,7 +141,7 @@ def vision_config(state: Mapping[str, Tensor], activation: Activation = "auto") 
     return {
         "hidden_size": width,
         "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers.")),
+        "num_hidden_layers": count_numbered(state, "encoder.layers.", gaps=True),
         "num_attention_heads": _HEADS_OF_WIDE if width >= 1024 else max(1, width // 64),
         "projection_dim": state["visual_projection.weight"].shape[0],
         "image_size": math.isqrt(patches) * patch,

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..common.foreign import finite_number
 from .augment import Augmentation, augmented
 from .reward import Reward, expect_a_prompt_each
 from .scale import RunningScale
@@ -34,6 +35,9 @@ class Term:
     def __post_init__(self):
         if self.form not in get_args(Form):
             raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}.")
+        finite_number(self.weight, "weight of a reward")
+        if self.target is not None:
+            finite_number(self.target, "target of a reward")
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw scores with the target applied."""

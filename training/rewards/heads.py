@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -35,6 +36,9 @@ def read_head(state: Mapping[str, Tensor]) -> nn.Module:
             "it holds no aesthetic head; expected layers.0.weight and on (LAION's V2), or weight and bias alone (V1)."
         )
     linear = [_linear(layers[index]["weight"], layers[index]["bias"]) for index in indices]
+    for before, after in itertools.pairwise(linear):
+        if before.out_features != after.in_features:
+            raise ValueError(f"its layers give {before.out_features} and read {after.in_features}; expected the same.")
     if indices == RELU_LAYERS:
         steps = [step for layer in linear for step in (layer, nn.ReLU())][:-1]
         head: nn.Module = nn.Sequential(*steps)
@@ -61,6 +65,14 @@ def folded(layers: list[nn.Linear]) -> nn.Linear:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer of these values. Raises ValueError unless they fit each other and are finite numbers."""
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or not weight.numel():
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(
+            f"its weight and bias have shapes {shapes}; expected a matrix and a value for each of its rows."
+        )
+    if not all(part.is_floating_point() and part.isfinite().all() for part in (weight, bias)):
+        raise ValueError("its head holds NaN, infinity or whole numbers; expected finite numbers.")
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
     layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return layer

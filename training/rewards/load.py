@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..common.files import read_pickle, read_tensors
+from ..common.foreign import FileError, existing_file, metadata_json, read_pickle, read_tensors, reading
 from ..demo.files import weights_path
 from .clip_towers import Activation, Towers, TowerState, tower_state
 from .heads import read_head
@@ -48,6 +48,8 @@ TYPICAL_SCALE = {
 }
 """Rough standard deviation of scores over prompts, for images of a base model; measured for the demo's rewards."""
 OPENCLIP_PAD = 0
+_MOST_SCALE = 20
+"""Largest logit scale; CLIP's training caps it at ln 100 = 4.6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def load_reward(config: RewardConfig) -> Reward:
 
 def _demo(kind: RewardKind) -> Reward:
     tensors, metadata = read_tensors(weights_path("scorer.safetensors"))
-    state, config = tower_state(tensors), json.loads(metadata["retune.config"])
+    state, config = tower_state(tensors), metadata_json(metadata, "retune.config")
     scale = TYPICAL_SCALE[kind]
     if kind == "demo aesthetic":
         towers = Towers(TowerState(state.vision), config)
@@ -101,12 +103,13 @@ def _aesthetic(config: RewardConfig) -> Reward:
     head_state = _read(config.file, config.kind, "a head", HEAD_SOURCE)
     tower_file = config.image_tower or config.file
     tensors = head_state if config.image_tower is None else _read(tower_file, config.kind, "a tower", TOWER_SOURCE)
-    with _file_errors(config.file, HEAD_SOURCE):
+    with _fitting(config.file, HEAD_SOURCE):
         head = read_head(head_state)
-    vision = tower_state(tensors).vision
+    with _fitting(tower_file, TOWER_SOURCE):
+        vision = tower_state(tensors).vision
     if not vision and config.image_tower is None:
         raise ValueError(f"aesthetic has no image tower; expected OpenAI's ViT-L/14. {TOWER_SOURCE}")
-    with _file_errors(tower_file, TOWER_SOURCE):
+    with _fitting(tower_file, TOWER_SOURCE):
         towers = Towers(TowerState(vision), activation=config.activation)
         return AestheticReward(
             config.kind, towers, head, Preprocess(towers.side), typical_scale=TYPICAL_SCALE[config.kind]
@@ -116,9 +119,8 @@ def _aesthetic(config: RewardConfig) -> Reward:
 def _by_prompt(config: RewardConfig) -> Reward:
     source = SOURCES[config.kind]
     given = [path for path in (config.file, config.image_tower) if path is not None]
-    states = [tower_state(_read(path, config.kind, "towers", source)) for path in given or [None]]
-    state = _join_towers(states)
-    with _file_errors(given[0], source):
+    state = _join_towers([_towers_in(path, config.kind, source) for path in given or [None]])
+    with _fitting(given[0], source):
         if not state.text:
             raise ValueError("it holds no text tower; expected image and text tower in one file.")
         towers = Towers(state, activation=config.activation)
@@ -128,6 +130,13 @@ def _by_prompt(config: RewardConfig) -> Reward:
     tokens = ClipTokens(_tokenizer(config), text.vocab_size, text.max_position_embeddings, pad)
     scale = TYPICAL_SCALE[config.kind]
     return ClipReward(config.kind, towers, tokens, Preprocess(towers.side), factor=factor, typical_scale=scale)
+
+
+def _towers_in(path: Path | None, kind: RewardKind, source: str) -> TowerState:
+    """The towers in a file; None raises ValueError, as does a file without a readable tower."""
+    tensors = _read(path, kind, "towers", source)
+    with _fitting(path, source):
+        return tower_state(tensors)
 
 
 def _join_towers(states: Sequence[TowerState]) -> TowerState:
@@ -145,6 +154,8 @@ def _factor(kind: RewardKind, state: TowerState) -> float:
         return 1.0
     if state.logit_scale is None:
         raise ValueError("it holds no logit_scale.")
+    if not abs(state.logit_scale) <= _MOST_SCALE:  # also for NaN
+        raise ValueError(f"its logit_scale is {state.logit_scale:g}; expected a number up to {_MOST_SCALE}.")
     return math.exp(state.logit_scale)
 
 
@@ -168,28 +179,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name} holds a {type(content).__name__}; expected tensors by name.")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _read(path: Path | None, kind: RewardKind, content: str, source: str) -> dict[str, Tensor]:
     if path is None:
         raise ValueError(f"{kind} needs a file with {content} and none is chosen. {source}")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a file with {content} for {kind}. {source}")
-    with _file_errors(None, source):
-        return read_state(path)
+    with _fitting(path, source):
+        return read_state(existing_file(path))
 
 
-class _file_errors:
-    """Context manager that adds a file's name and source to a ValueError raised inside."""
-
-    def __init__(self, path: Path | None, source: str):
-        self._path, self._source = path, source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, ValueError):
-            prefix = f"{self._path.name} does not fit: " if self._path else ""
-            raise ValueError(f"{prefix}{error} {self._source}") from error
+@contextmanager
+def _fitting(path: Path, source: str) -> Iterator[None]:
+    """Names a file whose content does not fit, and where to get the right one, whatever fails inside."""
+    try:
+        with reading(path, advice=source):
+            yield
+    except FileError as error:
+        raise FileError(str(error) if source in str(error) else f"{error} {source}") from error

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..common.foreign import finite_number
 from .combined import CombinedReward, Term
 from .load import RewardConfig, load_reward
 
@@ -44,6 +45,6 @@ def _read_term(text: str, defaults: Mapping[str, Any]) -> Term:
 
 def _number(text: str, name: str, value: str) -> float:
     try:
-        return float(value)
+        return finite_number(value, name)
     except ValueError as error:
         raise ValueError(f"reward {text!r} has {name} {value!r}; expected a number.") from error

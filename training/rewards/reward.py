@@ -60,6 +60,11 @@ class _TowerReward:
         self.name, self.network, self.typical_scale = name, network.eval().requires_grad_(False), typical_scale
         self._towers, self._preprocess = towers, preprocess
 
+    @property
+    def _title(self) -> str:
+        """Its name and its files', for messages."""
+        return f"{self.name} of {', '.join(self.files)}" if self.files else self.name
+
     def image_embeddings(self, images: Tensor) -> Tensor:
         with torch.autocast(self._towers.weight.device.type, enabled=False):
             return self._towers.image_embeddings(self._preprocess(images.to(self._towers.weight)))
@@ -98,7 +103,7 @@ class ClipReward(_TowerReward):
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         expect_a_prompt_each(images, prompts)
         cosine = (self.image_embeddings(images) * self.text_embeddings(prompts)).sum(-1)
-        return expect_finite(self.name, self._factor * cosine)
+        return expect_finite(self._title, self._factor * cosine)
 
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
@@ -126,7 +131,7 @@ class AestheticReward(_TowerReward):
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         expect_a_prompt_each(images, prompts)
         with torch.autocast(self._towers.weight.device.type, enabled=False):
-            return expect_finite(self.name, self._head(self.image_embeddings(images))[:, 0])
+            return expect_finite(self._title, self._head(self.image_embeddings(images))[:, 0])
 
 
 def expect_a_prompt_each(images: Tensor, prompts: Sequence[str]) -> None:

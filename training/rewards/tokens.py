@@ -10,6 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.foreign import read_bytes, reading
+from ..common.text import expect_whole_characters, plain_text
+from ..models.clip_tokenizer import load_clip_tokenizer
+
 log = logging.getLogger(__name__)
 FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
@@ -30,11 +34,9 @@ class ClipTokens:
     """
 
     def __init__(self, folder: Path, vocabulary: int, window: int = 77, pad: int | None = None):
-        from transformers import CLIPTokenizer
-
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         files = _tokenizer_files(folder)
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = load_clip_tokenizer(folder, vocabulary)
         self._begin, self._end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if self._end != vocabulary - 1:
             raise ValueError(
@@ -42,7 +44,7 @@ class ClipTokens:
                 "of the reward's text tower. Use the tokenizer that belongs to it."
             )
         self.window, self.pad = window, self._end if pad is None else pad
-        self.fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        self.fingerprint = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
         self._warned = False
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -50,7 +52,9 @@ class ClipTokens:
         return torch.tensor([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt: str) -> list[int]:
-        ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = plain_text(expect_whole_characters(prompt, "a prompt"))
+        with reading(self._folder, "no CLIP tokenizer", "Use the tokenizer that belongs to the reward."):
+            ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = [token for token in ids if token not in (self._begin, self._end)]
         most = self.window - 2
         if len(tokens) > most and not self._warned:

@@ -7,7 +7,6 @@ from outside. Links in a run folder, which may have been copied from anywhere, a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,17 +18,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..common.files import replace, temporary_name, while_open_elsewhere, writing
+from ..common.foreign import printable
 from .folder import LOCK_TIMEOUT, RunFolder
+from .records import ADVICE, Row, as_written, read_last_step
 
 POINTS = 600
 """Approximate number of steps in a chart."""
 SMOOTHING = 0.95
 """Weight of the moving average in charts; see `run_chart.smoothed`."""
-TAIL = 2**18
-"""Bytes at the end of metrics.jsonl that are read for a list."""
-
-_DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
-"""Errors of reading a run's files when they are missing, truncated, or have other content than expected."""
+FILES = ("config.json", "status.json", "metrics.jsonl", "report.html", "samples")
+"""What is read here of a run's folder."""
+_NO_FLOAT = 2**1000
 _PROBING = threading.Lock()
 """Held while a run's lock is probed: two threads that probe at once would each mistake the other for a training."""
 
@@ -40,8 +40,9 @@ class NoSuchRun(LookupError):
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """A summary of every run in `root`, the latest changed first; see `summary`."""
-    runs = [summary(root, folder) for folder in _folders(root).values()]
-    existing = [run for run in runs if run["state"] != "damaged" or (root / run["id"]).exists()]  # not deleted just now
+    folders = _folders(root)
+    runs = [summary(root, folder) for folder in folders.values()]
+    existing = [run for run in runs if folders[run["id"]].path.exists()]  # not deleted just now
     return sorted(existing, key=lambda run: (-run["changed"], run["id"]))
 
 
@@ -55,40 +56,27 @@ def summary(root: Path, folder: RunFolder) -> dict[str, Any]:
         of samples. "version": changes when the run begins again, since its pictures then have the same names.
         "workflow": whether `workflow_of` has one.
     """
-    run = {"id": folder.name, "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None, "state": "damaged"}
-    run |= {"message": "", "loss": None, "reward": None, "workflow": False, "version": 0}
+    run = {"id": _id(folder.name), "changed": 0.0, "grid": None, "step": 0, "steps": None, "kind": None}
+    run |= {"state": "damaged", "message": "", "loss": None, "reward": None, "workflow": False, "version": 0}
     try:
         run["changed"] = _changed(folder)
         _check_links(folder)
-        return finite(run | _summary_from_files(root, folder))
-    except _DAMAGED as error:
-        return run | {"message": _reason(error)}
+        with as_written(folder.path):
+            return finite(run | _summary_from_files(root, folder))
+    except (ValueError, OSError) as error:
+        return run | {"message": printable(str(error))}
 
 
 def _summary_from_files(root: Path, folder: RunFolder) -> dict[str, Any]:
     """The part of a run's summary that its files have."""
-    config, status, last = folder.config() or {}, folder.status(), _last_step(folder)
+    config, status, last = folder.config(), folder.status(), read_last_step(folder.path / "metrics.jsonl")
+    if config is None:
+        raise ValueError(f"run {folder.name!r} has no config.json. {ADVICE}")
     run = {"version": (folder.path / "config.json").stat().st_mtime_ns // 10**6, "grid": _last_grid(folder)}
-    run |= {"kind": config.get("identity", {}).get("kind"), "steps": config.get("config", {}).get("steps")}
+    run |= {"kind": config["identity"].get("kind"), "steps": (config.get("config") or {}).get("steps")}
     run |= {"state": _state(root, folder.name, status["state"]), "message": status.get("message", "")}
     run |= {"step": last.get("step", status["step"]), "loss": last.get("loss"), "reward": last.get("reward")}
     return run | {"workflow": bool(config.get("workflow") or config.get("prompt"))}
-
-
-def _reason(error: Exception) -> str:
-    """A message about files that cannot be read; errors of `read_json` name the file and the remedy."""
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    return f"files of this run are not as Retune writes them ({error!r}). Put them back, or begin the run again."
-
-
-@contextmanager
-def _as_written() -> Iterator[None]:
-    """Turns errors of unexpected file content into ValueError; a NoSuchRun passes."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(_reason(error)) from error
 
 
 def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
@@ -105,11 +93,12 @@ def run_details(root: Path, name: str, points: int = POINTS) -> dict[str, Any]:
     folder = _folder(root, name)
     run = summary(root, folder)
     try:
-        return run | _curves(folder, points)
-    except _DAMAGED as error:
+        with as_written(folder.path):
+            return run | _curves(folder, points)
+    except (ValueError, OSError) as error:
         empty = {"config": None, "environment": None, "status": {}, "rows": [], "count": 0, "smoothing": SMOOTHING}
         empty |= {"validation": [], "samples": []}
-        return run | empty | {"state": "damaged", "message": _reason(error)}
+        return run | empty | {"state": "damaged", "message": printable(str(error))}
 
 
 def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
@@ -117,12 +106,12 @@ def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
     from ..plots.run_chart import smoothed
 
     _check_links(folder)
-    config, rows = folder.config() or {}, _rows(folder)
+    config, rows = folder.config() or {}, folder.rows()
     steps = [row for row in rows if "event" not in row]
     curve = smoothed([row["loss"] for row in steps], SMOOTHING)
     steps = [row | {"smoothed": value} for row, value in zip(steps, curve, strict=True)]
     about = {key: config.get(key) for key in ("config", "environment")} | {"status": folder.status()}
-    return about | {
+    return finite(about) | {
         "rows": finite(thinned(steps, points)),
         "count": len(steps),
         "smoothing": SMOOTHING,
@@ -131,7 +120,7 @@ def _curves(folder: RunFolder, points: int) -> dict[str, Any]:
     }
 
 
-def thinned(rows: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
+def thinned(rows: list[Row], points: int) -> list[Row]:
     """About `points` of the rows: the lowest and the highest loss of equal intervals, so that spikes remain, and the
     last row."""
     if len(rows) <= points:
@@ -161,8 +150,7 @@ def report_file(root: Path, name: str) -> Path:
         return path
     run = summary(root, folder)
     figures = {key: run[key] for key in ("kind", "state", "step", "steps", "loss", "reward") if run[key] is not None}
-    with _as_written():
-        return write_report(folder, {"Run": [figures]})
+    return write_report(folder, {"Run": [figures]})
 
 
 def workflow_of(root: Path, name: str) -> dict[str, Any]:
@@ -170,9 +158,8 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 
     Raises NoSuchRun, also for a run of the command line, which no workflow made.
     """
-    with _as_written():
-        config = _readable(root, name).config() or {}
-        made = {key: config.get(key) for key in ("workflow", "prompt")}
+    config = _readable(root, name).config() or {}
+    made = {key: config.get(key) for key in ("workflow", "prompt")}
     if not any(made.values()):
         raise NoSuchRun(f"run {name!r} was not made by a workflow.")
     return made
@@ -181,31 +168,45 @@ def workflow_of(root: Path, name: str) -> dict[str, Any]:
 def delete_run(root: Path, name: str) -> None:
     """Deletes a run's folder for good. Raises NoSuchRun, and ValueError for a run that is in use."""
     folder = _folder(root, name)
-    with _locked(root, name, LOCK_TIMEOUT) as free:
+    with _locked(root, folder.name, LOCK_TIMEOUT) as free:
         if not free:
             raise ValueError(f"run {name!r} is in use; expected one that nobody trains. Stop it first.")
-        trash = root / f".{name}.deleted"  # out of the list at once, even if a file in it cannot be deleted
-        if trash.exists():
-            shutil.rmtree(trash)
-        folder.path.rename(trash)
-    shutil.rmtree(trash)
+        trash = temporary_name(root)  # out of the list at once, even if a file in it cannot be deleted
+        with writing(folder.path):
+            replace(folder.path, trash)
+    _delete(trash)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder, also one with write-protected files or folders, or files that are open elsewhere (Windows)."""
+    try:
+        shutil.rmtree(folder)
+    except PermissionError:
+        folder.chmod(0o700)
+        for place, folders, files in os.walk(folder):
+            for path in (Path(place, name) for name in folders + files):
+                if not path.is_symlink():
+                    path.chmod(0o700)
+        while_open_elsewhere(lambda: shutil.rmtree(folder))
 
 
 def _folders(root: Path) -> dict[str, RunFolder]:
-    """Run folders by name: folders with a config.json, no links."""
+    """Run folders by id: folders with a run's record, no links."""
     if not root.is_dir():
         return {}
     with os.scandir(root) as entries:
         paths = [root / e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
-    return {path.name: RunFolder(path) for path in paths if _has_record(path)}
+    return {_id(path.name): RunFolder(path) for path in paths if _has_record(path)}
+
+
+def _id(name: str) -> str:
+    """A folder's name for JSON and addresses: bytes that are no text, which a page cannot send, are spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _has_record(path: Path) -> bool:
-    """Whether a folder has a config.json, or must not be read: a list then has it as damaged."""
-    try:
-        return (path / "config.json").is_file()
-    except PermissionError:
-        return True
+    """Whether a folder has what only a run writes, in whatever condition, or must not be read."""
+    return not os.access(path, os.X_OK) or any(os.path.lexists(path / name) for name in FILES[:3])
 
 
 def _folder(root: Path, name: str) -> RunFolder:
@@ -217,7 +218,7 @@ def _folder(root: Path, name: str) -> RunFolder:
 
 def _check_links(folder: RunFolder) -> None:
     """Raises ValueError where a file that is read here is a link."""
-    for name in ("config.json", "status.json", "metrics.jsonl", "report.html", "samples"):
+    for name in FILES:
         if (folder.path / name).is_symlink():
             raise ValueError(f"{name} of run {folder.name!r} is a link; expected the run's own. Put a copy there.")
 
@@ -234,8 +235,9 @@ def _last_grid(folder: RunFolder) -> str | None:
 
 
 def _changed(folder: RunFolder) -> float:
-    files = [folder.path / name for name in ("metrics.jsonl", "status.json", "config.json")]
-    return max(file.stat().st_mtime for file in files if file.exists())
+    """Seconds since 1970 of the last change; of the folder itself where it has no file that is read."""
+    files = [folder.path / name for name in FILES[:3]]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=folder.path.stat().st_mtime)
 
 
 def _state(root: Path, name: str, written: str) -> str:
@@ -262,35 +264,12 @@ def _locked(root: Path, name: str, timeout: float = 0.0) -> Iterator[bool]:
             yield False
 
 
-def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    path = folder.path / "metrics.jsonl"
-    return _whole_lines(path.read_bytes()) if path.exists() else []
-
-
-def _last_step(folder: RunFolder) -> dict[str, Any]:
-    """The row of the last step among the last TAIL bytes of metrics.jsonl; empty where there is none."""
-    path = folder.path / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL))
-        lines = file.read().split(b"\n")[:-1]  # without a last row that is being written
-    for line in reversed(lines[1:] if size > TAIL else lines):  # and a first row whose start is cut off
-        if line.strip() and "event" not in (row := json.loads(line)):
-            return row
-    return {}
-
-
-def _whole_lines(data: bytes) -> list[dict[str, Any]]:
-    """Rows, without a last one that is being written."""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines() if line]
-
-
 def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON has no notation for (NaN, infinity)."""
+    """The value with None for numbers that JSON has no notation for (NaN, infinity) or that no float holds."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [finite(inner) for inner in value]
+    if isinstance(value, int) and abs(value) >= _NO_FLOAT:
+        return None
     return None if isinstance(value, float) and not math.isfinite(value) else value

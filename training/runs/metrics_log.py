@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..common.callbacks import Callbacks
+from ..common.files import writing
 from ..config.training_settings import TrainingSettings
 from .folder import RunFolder
 
@@ -36,6 +37,10 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         self._folder.add_row(row)
+        self.show(row)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Passes on a row that is in metrics.jsonl."""
         if self._events is not None:
             self._events.add(row)
         if "event" in row:
@@ -55,26 +60,33 @@ class TensorboardEvents:
     def __init__(self, folder: RunFolder, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder.path / "tensorboard"
-        first = not any(path.glob("events.*"))
+        self._path = folder.path / "tensorboard"
+        first = not any(self._path.glob("events.*"))
         self._folder = folder
-        self._writer = SummaryWriter(str(path), purge_step=None if first else step, flush_secs=FLUSH_SECONDS)
+        with writing(self._path):
+            purge = None if first else step
+            self._writer = SummaryWriter(str(self._path), purge_step=purge, flush_secs=FLUSH_SECONDS)
         for row in folder.rows():
             if first or row["step"] >= step:
                 self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         kind, step = row.get("event", "train"), row["step"]
-        for name, value in figures(row):
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
-        if "grid" in row:
-            from ..data.images import load_image
+        with writing(self._path):
+            for name, value in figures(row):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+            if "grid" in row:
+                self._add_samples(row)
 
-            self._writer.add_image("samples", load_image(self._folder.samples / row["grid"]), step)
-            self._writer.add_text("prompts", "\n\n".join(row["prompts"]), step)
+    def _add_samples(self, row: Mapping[str, Any]) -> None:
+        from ..data.images import load_image
+
+        self._writer.add_image("samples", load_image(self._folder.samples / row["grid"]), row["step"])
+        self._writer.add_text("prompts", "\n\n".join(row["prompts"]), row["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._path):
+            self._writer.close()
 
 
 def figures(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ measurement. A run that was asked to finish early counts as finished until more 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
-from ..common.files import read_tensors
+from ..common.files import WriteFailed
 from ..config.guard import GuardRule
 from ..config.training_settings import TrainingSettings
 from .folder import RunFolder
+from .state_file import read_state_file, saved_step
+
+log = logging.getLogger(__name__)
 
 
 def stopped_early(stale: int, settings: TrainingSettings) -> bool:
@@ -78,7 +82,7 @@ def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
     Raises ValueError when the file is of another step: the run was killed after that step, and then asked for fewer
     steps than it had done.
     """
-    tensors, about = read_tensors(folder.guarded)
+    tensors, about, _ = read_state_file(folder.guarded)
     if int(about["step"]) != step:
         raise ValueError(
             f"{folder.guarded} is of step {about['step']}; expected step {step}. Ask for as many steps as before, or "
@@ -104,7 +108,7 @@ def describe_guard(status: Mapping[str, Any]) -> str:
 
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
-    return read_tensors(folder.best) if folder.best.exists() else None
+    return read_state_file(folder.best)[:2] if folder.best.exists() else None
 
 
 @contextmanager
@@ -119,9 +123,23 @@ def record_failure(folder: RunFolder, callbacks: Callbacks, step: Callable[[], i
     try:
         yield
     except BaseException as error:
-        if world().is_main:
-            state = "interrupted" if isinstance(error, callbacks.interrupts) else "failed"
-            done, message = step() or folder.status()["step"], str(error) or type(error).__name__
+        if not world().is_main:
+            raise
+        done = step() or folder.status()["step"]
+        if isinstance(error, WriteFailed):
+            error.args = (f"{error} {_kept(folder)}",)
+        message = str(error) or type(error).__name__
+        state = "interrupted" if isinstance(error, callbacks.interrupts) else "failed"
+        try:
             folder.set_status(state, done, message=message)
-            callbacks.on_state(state, done, message)
+        except WriteFailed as second:
+            log.error("run %r: %s", folder.name, second)  # the first error is the one to see
+        callbacks.on_state(state, done, message)
         raise
+
+
+def _kept(folder: RunFolder) -> str:
+    """What is left of a run that could not write a file."""
+    step = saved_step(folder.latest) if folder.latest.exists() else None
+    kept = "has no saved state yet" if step is None else f"keeps its state after step {step}"
+    return f"Run {folder.name!r} {kept}: queue it again to go on."

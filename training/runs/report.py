@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -15,8 +16,20 @@ from ..common.files import write_text
 from ..data.images import to_pil
 from ..plots.run_chart import run_chart
 from .folder import RunFolder
-from .report_text import Row, ending, environment_table, outcome, settings_tables, summary, token_table
+from .records import as_written
+from .report_text import (
+    KINDS,
+    Row,
+    ending,
+    environment_table,
+    outcome,
+    settings_tables,
+    stretches_table,
+    summary,
+    token_table,
+)
 
+REPORT = "report.html"
 MAX_SAMPLES = 24
 """Steps whose samples are in the report, the first and the last among them."""
 SIDE = 256
@@ -44,6 +57,7 @@ def write_report(
     folder: RunFolder,
     tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
     pictures: Mapping[str, Sequence[tuple[str, Tensor]]] | None = None,
+    status: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes report.html into a run folder and returns its path.
 
@@ -51,27 +65,45 @@ def write_report(
         folder: the run's.
         tables: title -> rows of equal keys, for the top of the page.
         pictures: title -> pairs of caption and picture (3, H, W), besides the run's samples.
+        status: how the run ended, where status.json does not say so yet.
+
+    Raises:
+        ValueError: The run's files are damaged; the message names the run.
     """
-    rows, about = folder.rows(), folder.config() or {}
-    parts = [f"<h1>{html.escape(folder.name)}</h1>", _paragraph(ending(folder.status()))]
-    parts += [_paragraph(summary(about))] if about else []
-    parts += [_table(title, table) for title, table in (tables or {}).items()]
+    rows, about, status = folder.rows(), folder.config() or {}, status or folder.status()
+    with as_written(folder.path):
+        return _page(folder, _body(folder, rows, about, status, tables or {}, pictures or {}))
+
+
+def _body(
+    folder: RunFolder,
+    rows: Sequence[Row],
+    about: Mapping[str, Any],
+    status: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Mapping[str, object]]],
+    pictures: Mapping[str, Sequence[tuple[str, Tensor]]],
+) -> str:
+    parts = [f"<h1>{html.escape(folder.name)}</h1>", _paragraph(ending(status))]
+    described = about.get("identity", {}).get("kind") in KINDS  # not so a measurement of `evaluate`
+    parts += [_paragraph(summary(about))] if described else []
+    parts += [_table(title, table) for title, table in tables.items()]
     parts += [_table("Figures", outcome(rows)), _table("New words", token_table(rows))]
     chart = data_url(run_chart(folder.name, rows, rates=True).movedim(-1, 0))
     parts.append(f'<h2>Curves</h2><figure><img alt="curves of the run" src="{chart}"></figure>')
-    parts += [_pictures(title, pairs) for title, pairs in (pictures or {}).items()]
+    parts += [_pictures(title, pairs) for title, pairs in pictures.items()]
     parts.append("<h2>Samples while training</h2>")
     files = folder.pictures()
     parts += [_strip(files, row) for row in _spread([row for row in rows if row.get("event") == "sample"])]
-    if about:
+    if described:
         changed, usual = settings_tables(about)
         parts += [_table("Settings that are not the defaults", changed), _folded("All other settings", usual)]
-        parts.append(_table("Made with", environment_table(about)))
-    return _page(folder, "".join(parts))
+    parts.append(_table("Made with", environment_table(about)))
+    parts.append(_table("Stretches of steps", stretches_table(about)))
+    return "".join(parts)
 
 
 def _page(folder: RunFolder, body: str) -> Path:
-    path, title = folder.path / "report.html", html.escape(folder.name)
+    path, title = folder.path / REPORT, html.escape(folder.name)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     write_text(path, f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{STYLE}</style>{body}</html>')
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..config.embedding import EmbeddingConfig
@@ -51,8 +52,9 @@ def ending(status: Mapping[str, Any]) -> str:
 
 def summary(about: Mapping[str, Any]) -> str:
     """A run's kind and main settings in a few sentences, from its config.json."""
-    config, kind = about["config"], about["identity"]["kind"]
-    settings = config["settings"]
+    kind = about["identity"]["kind"]
+    config = _with_defaults(KINDS[kind], about["config"])
+    settings = _with_defaults(TrainingSettings, config["settings"])
     batches = settings["total_batch"] // config["batch_size"] or settings["gradient_accumulation"]
     what = "prompts" if kind == "reward" and config["method"] != "direct" else "images"
     batch = f"{config['batch_size'] * batches} {what} a step"
@@ -65,6 +67,11 @@ def summary(about: Mapping[str, Any]) -> str:
         f"rate of {config['learning_rate']:g}, {settings['lr_schedule']}{warm}; {settings['precision']}, seed "
         f"{config['seed']}."
     )
+
+
+def _with_defaults(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of settings that it lacks, since an earlier version made it."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING} | dict(values)
 
 
 def _trained(kind: str, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
@@ -156,4 +163,26 @@ def token_table(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def environment_table(about: Mapping[str, Any]) -> list[Row]:
     """The machine and the versions of programs that the run was made with."""
-    return [{"name": name, "value": value} for name, value in about.get("environment", {}).items()]
+    return [{"name": name, "value": value} for name, value in (about.get("environment") or {}).items()]
+
+
+def stretches_table(about: Mapping[str, Any]) -> list[Row]:
+    """What changed from which step on, for a run that went on with other settings or elsewhere; else empty."""
+    stretches = about.get("stretches", ())
+    return [
+        {"from step": now["after_step"] + 1, "what": what, "value": _text(value), "before": _text(old)}
+        for before, now in pairwise(stretches)
+        for what, value, old in _changes(before, now)
+    ]
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and earlier value of every entry that differs between two records of a stretch."""
+    both = [{} if value is None else value for value in (before, now)]
+    if before != now and all(isinstance(value, dict) for value in both):
+        before, now = both
+        for key in dict.fromkeys([*before, *now]):
+            if key != "after_step":
+                yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, now, before

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import finite_number, label, metadata_json, read_tensors, reading, short, whole_number
 from .projection import Projection
 from .t5 import Padding
 from .t5_file import file_hash
@@ -24,6 +25,8 @@ METADATA = "retune.text_encoder"
 """Metadata entry with the description, as JSON."""
 RUN = "retune.run"
 """Metadata entry with facts about the run, as JSON."""
+MOST_TOKENS = 1 << 16
+"""Longest context that a file may ask for; with pads every prompt takes it."""
 PREFIX = "projection."
 """Prefix of the projection's tensors."""
 
@@ -123,9 +126,14 @@ class SavedTextEncoder:
 
 
 def _find_by_name(root: Path, name: str) -> list[Path]:
-    """Files and folders of a name below a folder, also in linked folders, sorted."""
-    paths = []
+    """Files and folders of a name below a folder, sorted; also in linked folders, each visited once."""
+    paths, visited = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder above it would lead round and round
+            folders.clear()
+            continue
+        visited.add(real)
         if name in folders or name in files:
             paths.append(Path(folder) / name)
     return sorted(paths)
@@ -168,41 +176,46 @@ def read_text_encoder(path: str | Path) -> SavedTextEncoder:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
-    description = _description(path.name, metadata)
-    try:
-        return _from_description(path.name, description, tensors)
-    except KeyError as error:
-        raise ValueError(
-            f"{path.name} is damaged: its description lacks {error}. Save the text encoder again."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
+    with reading(path, advice="Save the text encoder again."):
+        description = _description(path, metadata)
+        try:
+            return _from_description(path.name, description, tensors)
+        except ValueError as error:
+            raise ValueError(f"{label(path)} is damaged: {error}") from error
 
 
-def _description(name: str, metadata: Mapping[str, str]) -> dict:
+def _description(path: Path, metadata: Mapping[str, str]) -> dict:
     """The text encoder's description in a file's metadata; ValueError if there is none or its version is newer."""
     if METADATA not in metadata:
-        raise ValueError(f"{name} is no saved text encoder; expected a file written by Save Text Encoder")
-    description = json.loads(metadata[METADATA])
-    version = description.get("format_version", 0)
+        raise ValueError(f"{path.name} is no saved text encoder; expected a file written by Save Text Encoder")
+    description = metadata_json(metadata, METADATA)
+    version = whole_number(description.get("format_version", 0), "its format version", 0)
     if version > FORMAT_VERSION:
-        raise ValueError(f"{name} has format version {version}; expected at most {FORMAT_VERSION}. Update retune.")
+        raise ValueError(f"{path.name} has format version {version}; expected at most {FORMAT_VERSION}. Update retune.")
     return description
 
 
 def _from_description(name: str, description: dict, tensors: dict) -> SavedTextEncoder:
-    """Builds the text encoder from a file's JSON and tensors; KeyError for a missing entry."""
+    """Builds the text encoder from a file's JSON and tensors; KeyError or ValueError for what does not fit."""
     state = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
-    projection = Projection.from_state(description["projection"], state)
+    std = description["target_std"]
+    most = whole_number(description["max_tokens"], "max_tokens", 2, MOST_TOKENS)
     return SavedTextEncoder(
-        projection=projection,
-        padding=Padding(max_tokens=description["max_tokens"], pad=description["pad"]),
-        t5_file=description["t5_file"],
-        t5_sha256=description["t5_sha256"],
-        t5_config=description["t5_config"],
-        tokenizer=description["tokenizer"],
-        target_std=description["target_std"],
-        dtype=description["dtype"],
-        keeps_clip=description.get("keeps_clip", False),
+        projection=Projection.from_state(_entry(description, "projection", dict), state),
+        padding=Padding(max_tokens=most, pad=_entry(description, "pad", str)),
+        t5_file=_entry(description, "t5_file", str),
+        t5_sha256=_entry(description, "t5_sha256", str),
+        t5_config=_entry(description, "t5_config", dict),
+        tokenizer=_entry(description, "tokenizer", str),
+        target_std=None if std is None else finite_number(std, "target_std"),
+        dtype=_entry(description, "dtype", str),
+        keeps_clip=_entry({"keeps_clip": False} | description, "keeps_clip", bool),
         name=name,
     )
+
+
+def _entry(description: Mapping[str, Any], name: str, kind: type) -> Any:
+    """An entry of a type. Raises KeyError where it is missing and ValueError for another type."""
+    if not isinstance(description[name], kind):
+        raise ValueError(f"its {name} is {short(description[name])}; expected a {kind.__name__}")
+    return description[name]

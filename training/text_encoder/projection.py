@@ -6,11 +6,13 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import count_numbered, metadata_json, read_tensors, reading, whole_number
 from ..common.rng import generator
 from ..models.protocols import Conditioning
 from .resampler import Resampler, hidden_width
@@ -94,6 +96,8 @@ class Projection(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Draws all weights from generator(seed, "projection"); the pooled map has a generator of its own."""
+        if self.linear.weight.is_meta:  # weights follow from a file
+            return
         random = generator(seed, "projection")
         self._initialise_linear(self.linear, random)
         if self.kind == "mlp":
@@ -176,14 +180,41 @@ class Projection(nn.Module):
 
     @staticmethod
     def from_state(config: Mapping, state: Mapping[str, Tensor]) -> Projection:
-        """Rebuilds a projection from its `config()` and state dict. Raises ValueError if they do not match."""
+        """Rebuilds a projection from its `config()` and state dict.
+
+        Raises ValueError if they do not match, and for weights that are NaN or infinite.
+        """
         try:
-            optional = {name: config[name] for name in ("pooled_width", "tokens", "layers", "bands") if name in config}
-            result = Projection(config["in_width"], config["width"], config["kind"], bias=config["bias"], **optional)
-            result.load_state_dict({name: value.float() for name, value in state.items()})
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"the projection's tensors do not fit its description {dict(config)}: {error}") from error
+            with torch.device("meta"):  # nothing of the described size is made before the shapes are compared
+                result = Projection(**_arguments(config, state))
+            _expect_shapes(result, state)
+        except (KeyError, ValueError) as error:
+            about = f"{dict(config)}"[:300]
+            raise ValueError(f"the projection's tensors do not fit its description {about}: {error}") from error
+        result.load_state_dict({name: value.float().clone() for name, value in state.items()}, assign=True)
         return result
+
+
+def _arguments(config: Mapping, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `Projection` in a description. KeyError or ValueError for a wrong one, or too many layers."""
+    least = {"in_width": 1, "width": 1, "pooled_width": 0, "tokens": 1, "layers": 1, "bands": 0}
+    sizes = {name: whole_number(config[name], name, low) for name, low in least.items() if name in config}
+    layers = count_numbered(state, "resampler.blocks.")
+    if config["kind"] in RESAMPLERS and sizes.get("layers", layers) != layers:
+        raise ValueError(f"layers is {sizes['layers']}; expected {layers}, as its tensors have it")
+    sizes |= {"in_width": sizes["in_width"], "width": sizes["width"]}
+    return sizes | {"kind": config["kind"], "bias": bool(config["bias"])}
+
+
+def _expect_shapes(projection: Projection, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a state dict has the names and shapes of a projection, and finite numbers."""
+    for name in sorted(projection.state_dict().keys() ^ state.keys()):
+        raise ValueError(f"{name} is {'not described' if name in state else 'missing'}; expected equal names")
+    for name, value in projection.state_dict().items():
+        if value.shape != state[name].shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")
+        if not state[name].is_floating_point() or not state[name].isfinite().all():
+            raise ValueError(f"{name} holds NaN, infinity or whole numbers; expected finite numbers. Train it again")
 
 
 def masked_mean(states: Tensor, real: Tensor) -> Tensor:
@@ -216,4 +247,5 @@ def read_projection(path: str | Path) -> Projection:
     tensors, metadata = read_tensors(path)
     if METADATA not in metadata:
         raise ValueError(f"{Path(path).name} is no saved projection; expected the metadata entry {METADATA}")
-    return Projection.from_state(json.loads(metadata[METADATA]), tensors)
+    with reading(path, advice="Save the projection again."):
+        return Projection.from_state(metadata_json(metadata, METADATA), tensors)

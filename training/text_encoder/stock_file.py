@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, read_tensors, reading
 
 METADATA = "retune.run"
 """Metadata entry with facts about the run, as JSON."""
@@ -84,7 +85,8 @@ def read_stock_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     clip = {name: value for name, value in tensors.items() if name.startswith("text_model.")}
     if "text_model.embeddings.token_embedding.weight" not in clip:
         raise ValueError(f"{Path(path).name} holds no CLIP text encoder; expected tensors text_model.*")
-    return clip, json.loads(metadata.get(METADATA, "{}"))
+    with reading(path):
+        return clip, metadata_json(metadata, METADATA, default={})
 
 
 def encoder_names(names: Iterable[str]) -> list[str]:

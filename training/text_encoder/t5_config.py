@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..common.foreign import count_numbered
 from ..common.text import first_few
 
 FIRST_QUERY = "block.0.layer.0.SelfAttention.q.weight"
 FP8_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant")
 PILE_VOCABULARY = 32128
 BYT5_VOCABULARY = 384
+FEWEST_BUCKETS = 4
+"""Of the relative positions: half of them for each direction, half of those for single distances."""
 _BLOCK = re.compile(r"(?:^|\.)(decoder\.)?block\.(\d+)\.layer\.")
 
 
@@ -45,21 +48,25 @@ def t5_config(shapes: Mapping[str, Sequence[int]]) -> dict:
         shapes: Tensor name, with any prefix -> shape.
 
     Raises:
-        ValueError: The file has no T5 encoder, lacks tensors, or has layers that T5 does not have.
+        ValueError: The file has no T5 encoder, lacks tensors, or has layers or shapes that T5 does not have.
     """
     names = t5_names(shapes)
     by_name = {name: tuple(shapes[key]) for name, key in names.items()}
-    layers = 1 + max(int(match[2]) for match in map(_BLOCK.search, by_name) if match)
+    layers = count_numbered(by_name, "encoder.block.", gaps=True)
     gated = any(".wi_0." in name for name in by_name)
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
     bias_per_layer = layers > 1 and bias.format(1) in by_name
     _check_complete(by_name, layers, gated, bias_per_layer)
-    vocabulary, d_model = by_name["shared.weight"]
-    buckets, heads = by_name[bias.format(0)]
-    inner = by_name["encoder." + FIRST_QUERY][0]
-    if inner % heads:
-        raise ValueError(f"the query width of the T5 file is {inner}; expected a multiple of its {heads} heads")
-    d_ff = by_name[f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
+    vocabulary, d_model = _matrix(by_name, "shared.weight")
+    buckets, heads = _matrix(by_name, bias.format(0))
+    inner = _matrix(by_name, "encoder." + FIRST_QUERY)[0]
+    if inner % heads or buckets < FEWEST_BUCKETS:
+        raise ValueError(
+            f"the query width of the T5 file is {inner}, with {heads} heads and {buckets} buckets; expected a multiple "
+            f"of its heads, and at least {FEWEST_BUCKETS} buckets"
+        )
+    d_ff = _matrix(by_name, f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight")[0]
+    _check_shapes(by_name, (vocabulary, d_model, inner, d_ff, buckets, heads))
     pile = bias_per_layer and vocabulary == PILE_VOCABULARY
     return {
         "model_type": "umt5" if bias_per_layer else "t5",
@@ -78,6 +85,32 @@ def t5_config(shapes: Mapping[str, Sequence[int]]) -> dict:
         "eos_token_id": 2 if pile else 1,
         "pad_token_id": 1 if pile else 0,
     }
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    """The shape of a matrix. Raises ValueError for another number of dimensions, and for an empty one."""
+    shape = shapes[name]
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{name} has shape {shape}; expected two sizes of at least 1. Download the file again")
+    return shape
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], sizes: tuple[int, int, int, int, int, int]) -> None:
+    """Raises ValueError for the first weight whose shape does not follow from a T5's sizes; others are left out."""
+    vocabulary, d_model, inner, d_ff, buckets, heads = sizes
+    endings = {
+        "shared.weight": (vocabulary, d_model),
+        "norm.weight": (d_model,),
+        "relative_attention_bias.weight": (buckets, heads),
+        "SelfAttention.o.weight": (d_model, inner),
+        "DenseReluDense.wo.weight": (d_model, d_ff),
+        **{f"SelfAttention.{part}.weight": (inner, d_model) for part in "qkv"},
+        **{f"DenseReluDense.{part}.weight": (d_ff, d_model) for part in ("wi", "wi_0", "wi_1")},
+    }
+    for name, shape in shapes.items():
+        expected = next((sizes for ending, sizes in endings.items() if name.endswith(ending)), shape)
+        if shape != expected:
+            raise ValueError(f"{name} has shape {shape}; expected {expected}. Download the file again")
 
 
 def expected_names(layers: int, gated: bool, bias_per_layer: bool) -> list[str]:

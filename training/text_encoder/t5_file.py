@@ -6,10 +6,8 @@ Names and shapes are checked first, so that an unsuitable file fails before its 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +15,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.foreign import (
+    TensorFile,
+    is_file,
+    label,
+    open_tensors,
+    parse_json,
+    read_json,
+    read_pickle,
+    reading,
+    short,
+)
 from .t5_config import t5_config, t5_names
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TORCH_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+EXPECTED_DTYPES = "expected fp32, fp16, bf16 or fp8 weights. Use the original file, or one in fp8 for less memory"
 
 
 class T5Weights(NamedTuple):
@@ -31,15 +41,6 @@ class T5Weights(NamedTuple):
     state_dict: dict[str, Tensor]
     config: dict
     file_hash: str
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Open weight files: shapes by tensor name, a function that reads a tensor, and the metadata."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
@@ -54,13 +55,10 @@ def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
         ValueError: The file has no complete T5 encoder, or one in an unsupported format.
     """
     path = Path(path)
-    files = weight_files(path)
-    with _open_all(files) as source:
-        try:
-            config = t5_config(source.shapes)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
-        _check_quantisation(path, source)
+    with _open_all(path) as source:
+        _refuse_quantised(source.shapes)
+        config = t5_config(source.shapes)
+        _check_formats(source)
         state = {
             name: _read_weight(source, key, dtype)
             for name, key in t5_names(source.shapes).items()
@@ -71,17 +69,14 @@ def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
 
 def read_t5_config(path: str | Path) -> dict:
     """Reads only a T5's configuration, from file headers (a .bin file is read completely). Errors as `read_t5`."""
-    path = Path(path)
-    with _open_all(weight_files(path)) as source:
-        try:
-            return t5_config(source.shapes)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
+    with _open_all(Path(path)) as source:
+        _refuse_quantised(source.shapes)
+        return t5_config(source.shapes)
 
 
 def embedded_sentencepiece(path: str | Path) -> bytes | None:
     """The sentencepiece model in the tensor `spiece_model` of ComfyUI's mT5 and UMT5 files, or None."""
-    with _open_all(weight_files(Path(path))) as source:
+    with _open_all(Path(path)) as source:
         key = next((key for key in source.shapes if key.rsplit(".", 1)[-1] == "spiece_model"), None)
         return None if key is None else bytes(source.read(key).to(torch.uint8).numpy())
 
@@ -91,19 +86,20 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: The path or a shard does not exist, or the folder has no unambiguous weight file.
-        ValueError: The file is a GGUF file.
+        ValueError: The file is a GGUF file, a pipe or a device, or the folder's index is damaged.
     """
-    if path.is_file():
+    if is_file(path):
         _refuse_gguf(path)
         return [path]
     if not path.is_dir():
+        if path.exists():
+            raise ValueError(f"{label(path)} is a pipe or a device; expected a file. Give the path of a file.")
         raise FileNotFoundError(f"no T5 at {path}; expected a .safetensors file or a Hugging Face folder")
     for name in INDEX_FILES:
-        if (path / name).is_file():
-            shards = sorted(set(json.loads((path / name).read_text(encoding="utf-8"))["weight_map"].values()))
-            return [_existing(path / shard) for shard in shards]
+        if is_file(path / name):
+            return _shards(path / name)
     for name in WEIGHT_FILES:
-        if (path / name).is_file():
+        if is_file(path / name):
             return [path / name]
     single = sorted(path.glob("*.safetensors"))
     if len(single) == 1:
@@ -129,81 +125,109 @@ def file_hash(path: str | Path) -> str:
 def _digest(path: str, size: int, modified: int) -> str:
     """SHA-256 of a file, cached by path, size and modification time: hashing T5-XXL takes many seconds."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
 
 
+def _shards(index: Path) -> list[Path]:
+    """The weight files that an index lists, all in its folder."""
+    listed = read_json(index, dict)
+    with reading(index):
+        names = set(listed["weight_map"].values())
+        for name in names:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+                raise ValueError(f"a shard is {short(name)}; expected the name of a file in the index's folder")
+    return [_existing(index.parent / name) for name in sorted(names)]
+
+
 def _existing(file: Path) -> Path:
     """The shard's path; FileNotFoundError if it is missing."""
-    if not file.is_file():
+    if not is_file(file):
         raise FileNotFoundError(f"shard {file.name} is missing from {file.parent.name}. Download the folder again.")
     return file
 
 
 def _refuse_gguf(path: Path) -> None:
     """Raises ValueError for a GGUF file."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix.lower() == ".gguf":
         raise ValueError(f"{path.name} is a GGUF file; expected safetensors. Use the original or an fp8 version.")
 
 
 @contextmanager
-def _open_all(files: list[Path]) -> Iterator[_Source]:
-    """Opens weight files as one source."""
+def _open_all(path: Path) -> Iterator[TensorFile]:
+    """Opens the weight files of a T5 as one; what fails inside names the file or folder."""
     with ExitStack() as stack:
-        sources = [_open(file, stack) for file in files]
+        sources = [_open(file, stack) for file in weight_files(path)]
         shapes = {key: shape for source in sources for key, shape in source.shapes.items()}
         source_of = {key: source for source in sources for key in source.shapes}
-        yield _Source(shapes, lambda key: source_of[key].read(key), sources[0].metadata)
+        with reading(path):
+            if not sources:
+                raise ValueError("its index lists no file; expected weights. Download the folder again")
+            yield TensorFile(shapes, lambda key: source_of[key].read(key), sources[0].metadata)
 
 
-def _open(file: Path, stack: ExitStack) -> _Source:
-    return _open_torch(file) if file.suffix.lower() in TORCH_ENDINGS else _open_safe(file, stack)
+def _open(file: Path, stack: ExitStack) -> TensorFile:
+    if file.suffix.lower() in TORCH_ENDINGS:
+        return _open_torch(file)
+    return stack.enter_context(open_tensors(file))
 
 
-def _open_safe(file: Path, stack: ExitStack) -> _Source:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened = stack.enter_context(safe_open(str(file), framework="pt"))
-    except SafetensorError as error:
-        raise ValueError(f"{file.name} is damaged or no safetensors file ({error}). Download it again.") from error
-    shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
-    return _Source(shapes, opened.get_tensor, opened.metadata() or {})
-
-
-def _open_torch(file: Path) -> _Source:
+def _open_torch(file: Path) -> TensorFile:
     """Opens a pickled state dict of tensors only."""
-    import pickle
-    import zipfile
-
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file.name} is damaged or holds more than tensors. Convert it to safetensors.") from error
+    state = read_pickle(file, mmap=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    return _Source({key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__)
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    return TensorFile({key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__)
 
 
-def _read_weight(source: _Source, key: str, dtype: torch.dtype) -> Tensor:
-    """A weight in a dtype; an fp8 weight is multiplied by its scale."""
+def _read_weight(source: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
+    """A weight in a dtype; an fp8 weight is multiplied by its scale. Raises ValueError where it is NaN or infinite."""
     weight = source.read(key)
+    if not weight.is_floating_point():
+        raise ValueError(f"{key} is stored as {str(weight.dtype)[6:]}; expected fp32, fp16, bf16 or fp8 weights")
+    weight = _scaled(source, key, weight).to(dtype)
+    if not weight.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{key} holds NaN or infinity; expected numbers. Download the file again")
+    return weight
+
+
+def _scaled(source: TensorFile, key: str, weight: Tensor) -> Tensor:
+    """A weight multiplied by its scale, in fp32, where the file has one for it."""
     module = key.removesuffix("weight")
     scale = next((module + s for s in ("scale_weight", "weight_scale") if module + s in source.shapes), None)
     if scale is None:
-        return weight.to(dtype)
+        return weight
     factor = source.read(scale).float()
-    return (weight.float() * (factor.reshape(-1, 1) if factor.numel() > 1 else factor)).to(dtype)
+    if factor.numel() not in (1, len(weight)):
+        raise ValueError(f"{scale} has {factor.numel()} values; expected 1 or one for each of {len(weight)} rows")
+    return weight.float() * factor.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _check_quantisation(path: Path, source: _Source) -> None:
+_QUANTISED = {
+    "bitsandbytes": (".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
+    "optimum-quanto": ("._data", "._scale"),
+    "GPTQ or AWQ": (".qweight", ".qzeros"),
+}
+"""Library -> endings of the names of the tensors that it puts in place of weights."""
+
+
+def _refuse_quantised(names: Iterable[str]) -> None:
+    """Raises ValueError for the formats of other programs that hold no weights as numbers."""
+    names = list(names)
+    for library, endings in _QUANTISED.items():
+        if any(name.endswith(endings) for name in names):
+            raise ValueError(f"it is quantised by {library}; {EXPECTED_DTYPES}")
+
+
+def _check_formats(source: TensorFile) -> None:
     """Raises ValueError for ComfyUI's quantised formats other than fp8."""
     for key in source.shapes:
         if key.endswith(".comfy_quant"):
-            kind = json.loads(bytes(source.read(key).numpy())).get("format", "unknown")
+            kind = parse_json(bytes(source.read(key).to(torch.uint8).numpy()).decode(), dict).get("format", "unknown")
             if kind not in FP8_FORMATS:
-                raise ValueError(f"{path.name} is quantised as {kind}; expected fp32, fp16, bf16 or fp8 weights.")
+                raise ValueError(f"it is quantised as {short(kind)}; {EXPECTED_DTYPES}")

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..common.foreign import existing_file, is_file, label, parse_json, read_bytes, read_text, reading
+from ..common.text import expect_whole_characters
 from .t5_config import BYT5_VOCABULARY
 from .t5_file import embedded_sentencepiece
 
@@ -25,6 +27,10 @@ class T5Tokenizer:
         fingerprint: Changes with the vocabulary and the rules.
         end_token: Id of </s>.
         pad_token: Id of <pad>.
+        source: Its file, for messages.
+
+    Raises:
+        ValueError: The vocabulary is empty.
     """
 
     def __init__(
@@ -36,7 +42,11 @@ class T5Tokenizer:
         *,
         end_token: int = 1,
         pad_token: int = 0,
+        source: str | Path = "the tokenizer",
     ):
+        if not vocabulary:
+            raise ValueError(f"{label(source)} has no tokens; expected a vocabulary. Use the model's tokenizer.")
+        self._source = source
         self._encode_text, self._vocabulary, self._decode_ids = encode_text, vocabulary, decode_ids
         self.fingerprint, self.end_token, self.pad_token = fingerprint, end_token, pad_token
 
@@ -46,9 +56,12 @@ class T5Tokenizer:
         return 1 + max(self._vocabulary.values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text with </s> at the end."""
+        """Ids of a text with </s> at the end. Raises ValueError for a text or a tokenizer that gives no ids."""
         special = (self.end_token, self.pad_token)
-        return [token for token in self._encode_text(text) if token not in special] + [self.end_token]
+        text = expect_whole_characters(text, "a prompt")
+        with reading(self._source, "of another model", "Use the tokenizer that belongs to the T5."):
+            ids = self._encode_text(text)
+        return [token for token in ids if token not in special] + [self.end_token]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         special = (self.end_token, self.pad_token) if skip_special_tokens else ()
@@ -71,25 +84,32 @@ def load_tokenizer(path: str | Path, *, end_token: int = 1, pad_token: int = 0) 
     """
     path = Path(path)
     file = _file_in(path) if path.is_dir() else path
-    if file is None or not file.is_file():
+    if file is None or not file.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; expected {', '.join(FILES)} or a folder with one of them")
-    if file.suffix == ".json":
-        return _from_json(file, end_token, pad_token)
-    return sentencepiece_tokenizer(file.read_bytes(), end_token=end_token, pad_token=pad_token)
+    special = {"end_token": end_token, "pad_token": pad_token}
+    if existing_file(file).suffix == ".json":
+        return _from_json(file, **special)
+    return sentencepiece_tokenizer(read_bytes(file), source=file, **special)
 
 
-def sentencepiece_tokenizer(model: bytes, *, end_token: int = 1, pad_token: int = 0) -> T5Tokenizer:
-    """The tokenizer of a sentencepiece model, given as its file's content (mT5, UMT5, Pile-T5)."""
+def sentencepiece_tokenizer(model: bytes, *, source: str | Path = "spiece_model", **special: int) -> T5Tokenizer:
+    """The tokenizer of a sentencepiece model, given as its file's content (mT5, UMT5, Pile-T5).
+
+    Args:
+        model: The content.
+        source: The file it is from, for messages.
+        special: `end_token` and `pad_token`.
+
+    Raises:
+        ValueError: The content is damaged.
+    """
     import sentencepiece
 
-    try:
+    with reading(source, "no sentencepiece model", "Download it again."):
         processor = sentencepiece.SentencePieceProcessor(model_proto=model, add_bos=False, add_eos=False)
-    except RuntimeError as error:
-        raise ValueError(f"the sentencepiece model of {len(model)} bytes is damaged ({error})") from error
-    vocabulary = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+        vocabulary = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
     fingerprint = hashlib.sha256(model).hexdigest()
-    special = {"end_token": end_token, "pad_token": pad_token}
-    return T5Tokenizer(processor.encode, vocabulary, processor.decode, fingerprint, **special)
+    return T5Tokenizer(processor.encode, vocabulary, processor.decode, fingerprint, source=source, **special)
 
 
 def byte_tokenizer() -> T5Tokenizer:
@@ -129,7 +149,8 @@ def find_tokenizer(
         return byte_tokenizer()
     spiece = embedded_sentencepiece(model)
     if spiece is not None:
-        return _check_size(sentencepiece_tokenizer(spiece, **special), config, f"the one inside {Path(model).name}")
+        inside = sentencepiece_tokenizer(spiece, source=model, **special)
+        return _check_size(inside, config, f"the one inside {Path(model).name}")
     candidates = _candidate_folders(Path(model), config, comfyui)
     for candidate in candidates:
         if _file_in(candidate) is not None:
@@ -156,7 +177,7 @@ def _candidate_folders(model: Path, config: dict, comfyui: str | Path | None) ->
 
 def _file_in(folder: Path) -> Path | None:
     """The tokenizer file in a folder, or None."""
-    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in FILES if is_file(folder / name)), None)
 
 
 def _check_size(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenizer:
@@ -169,29 +190,23 @@ def _check_size(tokenizer: T5Tokenizer, config: dict, origin: str) -> T5Tokenize
     return tokenizer
 
 
-def _parse_tokenizer(file: Path, text: str):
-    """The tokenizers library's Tokenizer of a tokenizer.json, without truncation and padding. file: for the message."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{file.name} in {file.parent.name} is no tokenizer.json ({error})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _from_json(file: Path, end_token: int, pad_token: int) -> T5Tokenizer:
     """Reads a tokenizer.json of the tokenizers library."""
-    text = file.read_text(encoding="utf-8")
-    backend = _parse_tokenizer(file, text)
-    fingerprint = hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
+    from tokenizers import Tokenizer
+
+    text = read_text(file)
+    with reading(file, "no tokenizer.json"):
+        content = parse_json(text, dict)
+        backend = Tokenizer.from_str(text)
+        backend.no_truncation()
+        backend.no_padding()
+        vocabulary = backend.get_vocab(with_added_tokens=True)
     return T5Tokenizer(
         lambda prompt: backend.encode(prompt, add_special_tokens=False).ids,
-        backend.get_vocab(with_added_tokens=True),
+        vocabulary,
         lambda ids: backend.decode(ids),
-        fingerprint,
+        hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         end_token=end_token,
         pad_token=pad_token,
+        source=file,
     )

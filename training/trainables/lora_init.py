@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.text import first_few
 from ..formats.lora import Lora, LoraModule
 from ..formats.lora_difference import LINEAR_KINDS, low_rank_delta
-from ..formats.lora_names import TEXT, detect_naming
+from ..formats.lora_names import TEXT, Naming, detect_naming
 from .lora import Adapters
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
     naming = detect_naming(start, unet_config=unet_config)
     by_layer = {plain_layer(name): name for name in adapters.modules}
     values, idle, misfits = dict(adapters.values()), [], []
-    for module in start.modules.values():
-        name = by_layer.get(plain_layer(naming.comfyui_name(module.name) or module.name))
+    for layer, module in modules_by_layer(start, naming).items():
+        name = by_layer.get(layer)
         if name is None:
             idle.append(module.name)
             continue
@@ -59,6 +59,19 @@ def start_from(adapters: Adapters, start: Lora, unet_config: Mapping | None = No
     if idle:
         log.warning("%s: %d layers have no adapter here and are left out: %s", start.name, len(idle), first_few(idle))
     adapters.load(values)
+
+
+def modules_by_layer(lora: Lora, naming: Naming) -> dict[str, LoraModule]:
+    """The LoRA's layers by ComfyUI's names, or by their own where these are not understood; see `plain_layer`.
+
+    Raises ValueError for two layers of one name, of which one would be lost.
+    """
+    modules: dict[str, LoraModule] = {}
+    for module in lora.modules.values():
+        layer = plain_layer(naming.comfyui_name(module.name) or module.name)
+        if (other := modules.setdefault(layer, module)) is not module:
+            raise ValueError(f"{lora.name} has {other.name} and {module.name}, which are one layer; expected it once.")
+    return modules
 
 
 def plain_layer(layer: str) -> str:
