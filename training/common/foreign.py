@@ -336,8 +336,11 @@ def _honest_pickle(path: Path) -> io.BytesIO:
 
 def _is_stored_archive(path: Path, size: int) -> bool:
     """Whether an archive is not compressed. Raises ValueError if it unpacks to much more than its size."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except ValueError as error:  # zipfile's own, of an archive that is cut off
+        raise zipfile.BadZipFile(str(error)) from error
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > 2 * size + 64 * MB:
         raise ValueError(f"its content unpacks to {unpacked / MB:.0f} MB; expected about its size, {size / MB:.0f} MB")
