@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import pickle
 import pickletools
 import re
 import stat
@@ -311,7 +312,10 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
         zipped = zipfile.is_zipfile(path)
         stored = zipped and _is_stored_archive(path, size)
         source = path if zipped else _honest_pickle(path)
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        except ValueError as error:  # torch's own, such as "negative seek value" of a file that is cut off
+            raise pickle.UnpicklingError(str(error)) from error
         _expect_plain(content, size)
         return content
 
