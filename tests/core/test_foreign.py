@@ -185,3 +185,12 @@ def test_a_pickle_of_the_old_format_may_not_declare_more_than_its_file(tmp_path)
     (tmp_path / "forged.pt").write_bytes(data[:at] + b"J\xff\xff\xff\x7f" + data[at + 2 :])
     with pytest.raises(FileError, match="forged.pt: one of its tensors has 2147483647 numbers"):
         foreign.read_pickle(tmp_path / "forged.pt")
+
+
+@pytest.mark.parametrize("size", [10, 5000, 60_000, -30])
+def test_a_cut_pickle_is_called_damaged_at_any_size(tmp_path, size):
+    path = tmp_path / "words.pt"
+    torch.save({"state_dict": {str(i): torch.ones(40, 40) for i in range(20)}}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(FileError, match=r"words.pt is damaged or holds more than tensors \("):
+        foreign.read_pickle(path)

@@ -152,7 +152,7 @@ def live_bytes() -> int:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
+        if isinstance(thing, torch.Tensor) and thing.device.type != "meta" and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

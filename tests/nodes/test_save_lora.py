@@ -189,7 +189,9 @@ def test_metadata_of_a_run(sd15, lora_kinds, save, tmp_path):
     )
     run = tmp_path / "my run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"config": config, "prediction_type": "epsilon"}))
+    (run / "config.json").write_text(
+        json.dumps({"identity": {"kind": "lora"}, "config": config, "prediction_type": "epsilon"})
+    )
     for name, value in (("000010_00", 0.1), ("000200_00", 0.9), ("000200_01", 0.5), ("000200_grid", 0.2)):
         save_png(torch.full((3, 96, 64), value), run / "samples" / f"{name}.png")
     tensors, _ = made(lora_kinds.lora, weights_of(sd15[0]), "", [UNET + layer for layer in UNET_LAYERS["sd15"]])

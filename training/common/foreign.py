@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import pickle
 import pickletools
 import re
 import stat
@@ -311,7 +312,10 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
         zipped = zipfile.is_zipfile(path)
         stored = zipped and _is_stored_archive(path, size)
         source = path if zipped else _honest_pickle(path)
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        except ValueError as error:  # torch's own, such as "negative seek value" of a file that is cut off
+            raise pickle.UnpicklingError(str(error)) from error
         _expect_plain(content, size)
         return content
 
@@ -336,8 +340,11 @@ def _honest_pickle(path: Path) -> io.BytesIO:
 
 def _is_stored_archive(path: Path, size: int) -> bool:
     """Whether an archive is not compressed. Raises ValueError if it unpacks to much more than its size."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except ValueError as error:  # zipfile's own, of an archive that is cut off
+        raise zipfile.BadZipFile(str(error)) from error
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > 2 * size + 64 * MB:
         raise ValueError(f"its content unpacks to {unpacked / MB:.0f} MB; expected about its size, {size / MB:.0f} MB")
