@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...training.common.files import read_tensors, write_tensors
+from ...training.common.files import write_tensors
+from ...training.common.foreign import read_tensors
 from ...training.common.rng import generator
 from ...training.demo.scenes import SIDE, training_scenes
 from .vae import SEED, latents_of, load_vae, pictures, run_steps
