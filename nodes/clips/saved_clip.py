@@ -113,7 +113,7 @@ def open_text_encoder(path: Path, keep_clip=None):
     """
     import folder_paths
 
-    from ...training.common.files import read_tensors
+    from ...training.common.foreign import read_tensors
     from ...training.text_encoder.file import METADATA, PREFIX, read_text_encoder
     from ..common.demo_model import load_demo_clip
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ...training.common.files import read_tensors
+from ...training.common.foreign import read_tensors
 from ...training.demo.files import weights_path
 from ...training.models import ldm
 from ...training.text_encoder.stock_file import read_stock_file

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...training.common.foreign import explain
+from ...training.common.foreign import unforeseen
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,4 @@ def _net(node: type, run: Any) -> Iterator[None]:
             raise
         what = f"{node.GET_SCHEMA().display_name}{f', run {run}' if run else ''}"
         log.exception("%s failed", what)
-        raise ValueError(
-            f"{what} failed: {explain(error)} ({type(error).__name__}), which no check foresaw. Please report it with "
-            "the traceback in ComfyUI's log."
-        ) from error
+        raise ValueError(f"{unforeseen(what, error)} Please report it with the traceback in ComfyUI's log.") from error

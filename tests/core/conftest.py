@@ -1,6 +1,7 @@
 """Tiny models of the real classes, with fixed random weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,3 +154,37 @@ def train_arguments(single_file, picture_folder):
         return ["train", *listed, "--no-buckets", *more]
 
     return arguments
+
+
+@pytest.fixture
+def diffusers_folder(tiny_model, tmp_path):
+    """The tiny model as a diffusers folder."""
+    from diffusers import DDIMScheduler
+    from retune.training.models.diffusers import SD1_SCHEDULER
+
+    folder = tmp_path / "diffusers"
+    tiny_model.denoiser.network.save_pretrained(folder / "unet")
+    tiny_model.autoencoder.network.save_pretrained(folder / "vae")
+    tiny_model.text_encoder.network.save_pretrained(folder / "text_encoder")
+    DDIMScheduler(**SD1_SCHEDULER).save_pretrained(folder / "scheduler")
+    shutil.copytree(tmp_path / "clip_tokenizer", folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip_tensors():
+    """`open_clip_tensors(vocabulary, width, hidden, projected, layers)`: a random text encoder in OpenCLIP's layout."""
+
+    def make(vocabulary, width, hidden, projected, layers=3):
+        shapes = {"token_embedding.weight": (vocabulary, width), "positional_embedding": (77, width)}
+        shapes |= {"text_projection": (width, projected), "ln_final.weight": (width,), "ln_final.bias": (width,)}
+        linear = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width)}
+        linear |= {"mlp.c_fc.": (hidden, width), "mlp.c_proj.": (width, hidden)}
+        for block in (f"transformer.resblocks.{i}." for i in range(layers)):
+            shapes |= {block + name + "weight": shape for name, shape in linear.items()}
+            shapes |= {block + name + "bias": shape[:1] for name, shape in linear.items()}
+            shapes |= {f"{block}ln_{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")}
+        random = torch.Generator().manual_seed(3)
+        return {name: 0.2 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+    return make

@@ -246,7 +246,7 @@ def test_every_tensor_learns_and_the_model_stays_as_it_was(demo, pictures, tmp_p
 
 
 def test_the_run_keeps_a_copy_for_other_programs(demo, pictures, tmp_path):
-    from retune.training.common.files import read_tensors
+    from retune.training.common.foreign import read_tensors
     from retune.training.formats.lora import read_lora
 
     config = lora_config(text_encoder_learning_rate=1e-3, algorithm="LoCon")

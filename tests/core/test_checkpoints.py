@@ -1,13 +1,13 @@
 """Checkpoints of other kinds and layouts: SD2.x and distilled SDXL load, scaled fp8 is unfolded, the rest is named."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.models import ldm
-from retune.training.models.diffusers import SD1_SCHEDULER, load_denoiser, load_model
+from retune.training.models.diffusers import load_denoiser, load_model
 from retune.training.models.quantised import unfolded
 
 KEY = "input_blocks.1.1.transformer_blocks.0.attn2.to_k."
@@ -241,30 +241,16 @@ def test_distilled_sdxl_is_described_by_its_shapes(kind):
     assert ldm.to_diffusers(in_file, ldm.unet_names(read)).keys() == state.keys()
 
 
-def open_clip_tensors(vocabulary, width=64, layers=3):
-    """A random text encoder in OpenCLIP's layout."""
-    shapes = {"token_embedding.weight": (vocabulary, width), "positional_embedding": (77, width)}
-    shapes |= {"text_projection": (width, width), "ln_final.weight": (width,), "ln_final.bias": (width,)}
-    linear = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width)}
-    linear |= {"mlp.c_fc.": (2 * width, width), "mlp.c_proj.": (width, 2 * width)}
-    for block in (f"transformer.resblocks.{i}." for i in range(layers)):
-        shapes |= {block + name + "weight": shape for name, shape in linear.items()}
-        shapes |= {block + name + "bias": shape[:1] for name, shape in linear.items()}
-        shapes |= {f"{block}ln_{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")}
-    random = torch.Generator().manual_seed(3)
-    return {name: 0.2 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ldm.SD2_CLIP_PREFIXES)
-def test_an_sd2_file_loads_with_its_text_encoder(single_file, tmp_path, prefix):
+def test_an_sd2_file_loads_with_its_text_encoder(single_file, tmp_path, prefix, open_clip_tensors):
     """OpenCLIP's layout; states before the last layer, after the final norm; padded with "!", as in ComfyUI."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     tensors, metadata = read_tensors(single_file)
     config = json.loads(metadata["retune.config"])
-    words = open_clip_tensors(config["clip"]["vocab_size"])
+    words = open_clip_tensors(config["clip"]["vocab_size"], width=64, hidden=128, projected=64)
     config["clip"] = None
     tensors = {name: value for name, value in tensors.items() if not name.startswith("cond_stage_model.")}
     tensors |= {prefix + name: value for name, value in (words | {"logit_scale": torch.tensor(4.6)}).items()}
@@ -284,27 +270,14 @@ def test_an_sd2_file_loads_with_its_text_encoder(single_file, tmp_path, prefix):
     assert encoder.name == "clip_h" and encoder.pooled_width == 0
 
 
-@pytest.fixture
-def folder(tiny_model, tmp_path):
-    from diffusers import DDIMScheduler
-
-    path = tmp_path / "diffusers"
-    tiny_model.denoiser.network.save_pretrained(path / "unet")
-    tiny_model.autoencoder.network.save_pretrained(path / "vae")
-    tiny_model.text_encoder.network.save_pretrained(path / "text_encoder")
-    DDIMScheduler(**SD1_SCHEDULER).save_pretrained(path / "scheduler")
-    shutil.copytree(tmp_path / "clip_tokenizer", path / "tokenizer")
-    return path
-
-
-def test_a_folder_of_fp16_files_alone_loads(folder, tiny_model):
+def test_a_folder_of_fp16_files_alone_loads(diffusers_folder, tiny_model):
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
         ("text_encoder", "model"),
     ):
-        (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
-    found = load_model(folder)
+        (diffusers_folder / part / f"{stem}.safetensors").rename(diffusers_folder / part / f"{stem}.fp16.safetensors")
+    found = load_model(diffusers_folder)
     assert found.denoiser.fingerprint == tiny_model.denoiser.fingerprint
     assert found.text_encoder.fingerprint == tiny_model.text_encoder.fingerprint
 
@@ -313,11 +286,11 @@ UNET_FILE, TEXT_FILE = "unet/diffusion_pytorch_model.safetensors", "text_encoder
 
 
 @pytest.mark.parametrize("file", [UNET_FILE, "vae/diffusion_pytorch_model.safetensors", TEXT_FILE])
-def test_weights_that_a_folder_lacks_are_not_made_up(folder, file):
+def test_weights_that_a_folder_lacks_are_not_made_up(diffusers_folder, file):
     """The libraries only warn, and begin with random or empty ones."""
-    changed(folder / file, lambda tensors: tensors.pop(min(tensors)))
+    changed(diffusers_folder / file, lambda tensors: tensors.pop(min(tensors)))
     with pytest.raises(ValueError, match=f"{file.partition('/')[0]}.* lacks 1 tensors such as"):
-        load_model(folder)
+        load_model(diffusers_folder)
 
 
 FOLDER_FAULTS = [
@@ -339,26 +312,26 @@ FOLDER_FAULTS = [
 
 
 @pytest.mark.parametrize("file, change, words", FOLDER_FAULTS)
-def test_settings_of_a_folder_that_fit_no_model_are_named(folder, file, change, words):
-    about = json.loads((folder / file).read_text(encoding="utf-8"))
-    (folder / file).write_text(json.dumps(about | change), encoding="utf-8")
+def test_settings_of_a_folder_that_fit_no_model_are_named(diffusers_folder, file, change, words):
+    about = json.loads((diffusers_folder / file).read_text(encoding="utf-8"))
+    (diffusers_folder / file).write_text(json.dumps(about | change), encoding="utf-8")
     with pytest.raises(ValueError, match=words):
-        load_model(folder)
+        load_model(diffusers_folder)
 
 
 @pytest.mark.parametrize(
     "file", ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json", UNET_FILE, TEXT_FILE]
 )
-def test_damaged_files_of_a_folder_are_named(folder, file):
-    data = (folder / file).read_bytes()
-    (folder / file).write_bytes(data[: len(data) // 2])
+def test_damaged_files_of_a_folder_are_named(diffusers_folder, file):
+    data = (diffusers_folder / file).read_bytes()
+    (diffusers_folder / file).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=file.partition("/")[0]):
-        load_model(folder)
+        load_model(diffusers_folder)
 
 
-def test_a_damaged_tokenizer_is_named(folder):
+def test_a_damaged_tokenizer_is_named(diffusers_folder):
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
-        if (folder / "tokenizer" / name).exists():
-            (folder / "tokenizer" / name).write_text("[" * 5000, encoding="utf-8")
+        if (diffusers_folder / "tokenizer" / name).exists():
+            (diffusers_folder / "tokenizer" / name).write_text("[" * 5000, encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer"):
-        load_model(folder)
+        load_model(diffusers_folder)

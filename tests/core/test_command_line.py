@@ -14,7 +14,8 @@ from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
 from retune.training.commands.train import regularisation_folder
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.fields import config_fields, field_docs
 from retune.training.config.flags import add_flags, read_flags
 from retune.training.config.run import TrainModelConfig

@@ -18,13 +18,13 @@ from retune.training.common.files import (
     is_reserved,
     long_path,
     overwrite,
-    read_tensors,
     replace,
     write_json,
     write_tensors,
     write_text,
     writing,
 )
+from retune.training.common.foreign import read_tensors
 from retune.training.config.checks import check_run_name
 from retune.training.runs.folder import RunFolder, move_aside
 

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.guard import GuardRule
 from retune.training.config.reward import RewardTuneConfig
 from retune.training.config.run import former_identity, identity

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from retune.training.__main__ import main
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -5,23 +5,10 @@ import shutil
 
 import pytest
 import torch
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.models.diffusers import load_denoiser, load_model
 from retune.training.models.protocols import Conditioning
-
-
-@pytest.fixture
-def diffusers_folder(tiny_model, tmp_path):
-    from diffusers import DDIMScheduler
-    from retune.training.models.diffusers import SD1_SCHEDULER
-
-    folder = tmp_path / "diffusers"
-    tiny_model.denoiser.network.save_pretrained(folder / "unet")
-    tiny_model.autoencoder.network.save_pretrained(folder / "vae")
-    tiny_model.text_encoder.network.save_pretrained(folder / "text_encoder")
-    DDIMScheduler(**SD1_SCHEDULER).save_pretrained(folder / "scheduler")
-    shutil.copytree(tmp_path / "clip_tokenizer", folder / "tokenizer")
-    return folder
 
 
 @torch.no_grad()

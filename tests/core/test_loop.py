@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from retune.training.common.callbacks import Callbacks
-from retune.training.common.files import WriteFailed, read_tensors
+from retune.training.common.files import WriteFailed
+from retune.training.common.foreign import read_tensors
 from retune.training.config.loop import LoopConfig, TrainingDiverged
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from retune.training.commands.lora_files import ConvertLoraConfig, ResizeLoraConfig, convert_lora, resize_lora
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.formats.lora import Lora, LoraModule, parse_lora, read_lora
 from retune.training.formats.lora_keys import is_text_layer, kohya_aliases, split_key
 from retune.training.formats.lora_names import TEXT, UNET, Naming, detect_naming

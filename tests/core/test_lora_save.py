@@ -8,7 +8,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.formats.lora import parse_lora, read_lora
 from retune.training.formats.lora_difference import delta_weight
 from retune.training.formats.lora_metadata import THUMBNAIL_BYTES, LoraDescription, tag_frequency, thumbnail_uri

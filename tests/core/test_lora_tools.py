@@ -15,7 +15,8 @@ from retune.training.commands.lora_files import (
     resize_lora,
 )
 from retune.training.commands.open_model import open_unet
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.formats.lora import read_lora
 from retune.training.formats.lora_difference import delta_weight, truncated_svd
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model, open_denoiser, save_unet, unet_parameters
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.demo.files import weights_path

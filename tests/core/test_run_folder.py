@@ -8,15 +8,9 @@ from threading import Thread
 
 import pytest
 import torch
-from retune.training.common.files import (
-    atomic_path,
-    check_free_disk,
-    read_tensors,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from retune.training.common.files import atomic_path, check_free_disk, write_json, write_tensors, write_text
 from retune.training.common.fingerprint import tensors_sketch
+from retune.training.common.foreign import read_tensors
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.demo.editions import UNETS
 from retune.training.loop.checkpoint import load_state, restore_optimizer, save_state

@@ -7,7 +7,8 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.lora import LoraConfig
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.models import ldm, open_clip
@@ -34,20 +35,6 @@ UNET = {
 }
 
 
-def open_clip_tensors(vocabulary, width=WIDTHS[1], layers=3):
-    """A random text encoder in OpenCLIP's layout, as checkpoints hold SDXL's second one."""
-    shapes = {"token_embedding.weight": (vocabulary, width), "positional_embedding": (77, width)}
-    shapes |= {"text_projection": (width, POOLED), "ln_final.weight": (width,), "ln_final.bias": (width,)}
-    linear = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width)}
-    linear |= {"mlp.c_fc.": (64, width), "mlp.c_proj.": (width, 64)}
-    for block in (f"transformer.resblocks.{i}." for i in range(layers)):
-        shapes |= {block + name + "weight": shape for name, shape in linear.items()}
-        shapes |= {block + name + "bias": shape[:1] for name, shape in linear.items()}
-        shapes |= {f"{block}ln_{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")}
-    random = torch.Generator().manual_seed(3)
-    return {name: 0.2 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
-
-
 def seeded(build):
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -55,8 +42,9 @@ def seeded(build):
 
 
 @pytest.fixture
-def second_in_checkpoint(tiny_model):
-    return open_clip_tensors(tiny_model.text_encoder.network.config.vocab_size)
+def second_in_checkpoint(tiny_model, open_clip_tensors):
+    """SDXL's second encoder."""
+    return open_clip_tensors(tiny_model.text_encoder.network.config.vocab_size, WIDTHS[1], 64, POOLED)
 
 
 @pytest.fixture
@@ -174,12 +162,12 @@ def test_fingerprint_follows_weights_and_pads(folder, tmp_path):
     assert len({known.fingerprint, other.fingerprint, changed.fingerprint}) == 3
 
 
-def test_true_shapes_of_the_second_encoder_are_recognised():
+def test_true_shapes_of_the_second_encoder_are_recognised(open_clip_tensors):
     """SDXL's own sizes; names as diffusers converts them."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    tensors = open_clip_tensors(64, layers=2)
+    tensors = open_clip_tensors(64, WIDTHS[1], 64, POOLED, layers=2)
     found = open_clip.to_transformers(tensors | {"logit_scale": torch.tensor(4.6)})
     about = clip_config(found)
     assert (about["hidden_size"], about["projection_dim"], about["num_hidden_layers"]) == (WIDTHS[1], POOLED, 2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.reward import RewardTuneConfig
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.prompts import Prompt

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings

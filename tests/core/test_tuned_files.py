@@ -6,7 +6,8 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model
-from retune.training.common.files import read_tensors, write_tensors
+from retune.training.common.files import write_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.lora import ALGORITHMS, LoraConfig
 from retune.training.formats.lora_metadata import LoraDescription
 from retune.training.formats.lora_save import save_lora

@@ -9,7 +9,7 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.data.images import load_image
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.lora import read_lora

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from retune.training.commands.comfyui_server import WorkflowFailed
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 

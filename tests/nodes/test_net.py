@@ -15,7 +15,7 @@ def failing(comfyui):
     class Failing(io.ComfyNode):
         @classmethod
         def define_schema(cls):
-            return io.Schema(node_id="RetuneFailing", display_name="Failing", category="retune", inputs=[])
+            return io.Schema(node_id="Failing", display_name="Failing", category="retune", inputs=[])
 
         @classmethod
         def execute(cls, error, run_name="r"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
 FILES = FIXTURES / "files"

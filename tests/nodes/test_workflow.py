@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.training.commands.comfyui_server import server
-from retune.training.common.files import read_tensors
+from retune.training.common.foreign import read_tensors
 from retune.training.runs.folder import RunFolder
 from safetensors import safe_open
 from safetensors.torch import save_file

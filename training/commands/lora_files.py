@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..common.files import read_tensors
+from ..common.foreign import read_tensors
 from ..config.checks import check_fields
 from ..config.fields import setting
 from ..formats.lora import Lora, LoraModule, parse_lora, read_lora

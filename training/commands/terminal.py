@@ -8,14 +8,15 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..common.callbacks import Callbacks, StepInfo
 from ..common.distributed import world
 from ..common.files import write_text
-from ..common.foreign import explain
+from ..common.foreign import unforeseen
 from ..loop.memory import OutOfMemory
 from .comfyui_server import WorkflowFailed
 
@@ -24,6 +25,14 @@ INTERVAL = 2.0
 """Seconds between two lines of progress."""
 ERROR_LOG = "error.log"
 """File of a run's folder with the traceback of an error that nobody foresaw."""
+
+
+class Unforeseen(RuntimeError):
+    """An error that no check foresaw; the message names the run or the verb."""
+
+
+FORESEEN = (ValueError, OSError, WorkflowFailed, OutOfMemory)
+"""What checks raise: errors that the user can fix."""
 
 
 class Terminal(Callbacks):
@@ -62,15 +71,12 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
     try:
-        result = function(arguments)
-    except (ValueError, OSError, WorkflowFailed, OutOfMemory) as error:
+        with _net(arguments):
+            result = function(arguments)
+    except (*FORESEEN, Unforeseen) as error:
         log.info("traceback of the error", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
-        return 2
-    except Exception as error:
-        log.info("traceback of the error", exc_info=True)
-        sys.stderr.write(f"error: {_unforeseen(error, arguments)}\n")
-        return 1
+        return 1 if isinstance(error, Unforeseen) else 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on where it was\n")
         return 130
@@ -81,11 +87,21 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
     return 0
 
 
-def _unforeseen(error: Exception, arguments: argparse.Namespace) -> str:
-    """The line for an error that no check caught; its traceback goes into the folder of the run, if there is one."""
+@contextmanager
+def _net(arguments: argparse.Namespace) -> Iterator[None]:
+    """Raises Unforeseen in place of an exception that no check foresaw."""
+    try:
+        yield
+    except FORESEEN:
+        raise
+    except Exception as error:
+        raise Unforeseen(_with_advice(error, arguments)) from error
+
+
+def _with_advice(error: Exception, arguments: argparse.Namespace) -> str:
+    """The line for an unforeseen error; its traceback goes into the folder of the run, if there is one."""
     name = getattr(arguments, "run_name", None)
-    what = f"run {name}" if name else arguments.verb
-    text = f"{what} failed: {explain(error)} ({type(error).__name__}), which no check foresaw."
+    text = unforeseen(f"run {name}" if name else arguments.verb, error)
     folder = Path(arguments.output) / name if name and getattr(arguments, "output", None) else None
     if folder is None or not folder.is_dir():
         return f"{text} Please report it with the traceback, which --verbose prints."

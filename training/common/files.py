@@ -19,9 +19,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import foreign
-from .foreign import existing_file, read_pickle, read_tensors
 
-__all__ = ["existing_file", "read_pickle", "read_tensors"]
 WINDOWS = sys.platform == "win32"
 _OPEN_ELSEWHERE = 2.0
 """Seconds that a rename or a deletion is tried while the file is open in another program, which Windows refuses."""

@@ -112,6 +112,11 @@ def explain(error: BaseException) -> str:
     return text[:300] or type(error).__name__
 
 
+def unforeseen(what: str, error: Exception) -> str:
+    """The first sentence on an error that no check foresaw; what: the verb, the node or the run that failed."""
+    return f"{what} failed: {explain(error)} ({type(error).__name__}), which no check foresaw."
+
+
 def existing_file(path: str | Path) -> Path:
     """The path of a regular file.
 
@@ -340,11 +345,8 @@ def _honest_pickle(path: Path) -> io.BytesIO:
 
 def _is_stored_archive(path: Path, size: int) -> bool:
     """Whether an archive is not compressed. Raises ValueError if it unpacks to much more than its size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except ValueError as error:  # zipfile's own, of an archive that is cut off
-        raise zipfile.BadZipFile(str(error)) from error
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > 2 * size + 64 * MB:
         raise ValueError(f"its content unpacks to {unpacked / MB:.0f} MB; expected about its size, {size / MB:.0f} MB")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..common.files import RESERVED_NAMES as RESERVED_NAMES
 from ..common.files import is_reserved
 from ..common.text import expect_whole_characters
 from .fields import config_fields

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.callbacks import Callbacks
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
 from ..common.fingerprint import tensors_fingerprint
+from ..common.foreign import read_tensors
 from ..config.lora import LoraConfig
 from ..data.examples import Dataset
 from ..formats.lora import Lora

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
-from ..common.files import read_tensors, write_tensors
+from ..common.files import write_tensors
+from ..common.foreign import read_tensors
 from ..config.loop import Batches
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.files import read_tensors, write_tensors
-from ..common.foreign import metadata_json, open_tensors, reading, whole_number
+from ..common.files import write_tensors
+from ..common.foreign import metadata_json, open_tensors, read_tensors, reading, whole_number
 
 DIGEST = "retune.digest"
 STATE = "retune.state"
