@@ -83,4 +83,7 @@ class RetuneLoadTextEncoder(io.ComfyNode):
         from .clips.saved_clip import open_text_encoder
 
         path = weights_path(DEMO_CLIPS[file]) if file in DEMO_CLIPS else listed_file(file, ENCODERS)
-        return io.NodeOutput(open_text_encoder(path, keep_clip))
+        clip, note = open_text_encoder(path, keep_clip)
+        if note:
+            log.warning("%s", note)
+        return io.NodeOutput(clip, ui={"text": [note]} if note else None)

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...training.common.foreign import metadata_json, read_tensors, reading
+from ...training.demo.editions import EDITIONS, made_for_another
 from ...training.demo.files import WEIGHTS
-from ...training.text_encoder.file import SavedTextEncoder
+from ...training.text_encoder.file import RUN, SavedTextEncoder
 from ...training.text_encoder.stock_file import CLIPS, encoder_names, write_stock_files
 from ..common.paths import output_path
 from ..common.weights import patched_weight
@@ -104,8 +106,11 @@ def load_saved_text_encoder(saved: SavedTextEncoder, folders: Iterable[str | Pat
     return clip
 
 
-def open_text_encoder(path: Path, keep_clip=None):
-    """The CLIP of a file that Save Text Encoder wrote: a T5 with its projection, or the demo model's CLIP.
+def open_text_encoder(path: Path, keep_clip=None) -> tuple[Any, str]:
+    """A file that Save Text Encoder wrote: a T5 with its projection, or the demo model's CLIP.
+
+    Returns:
+        The CLIP, and a sentence that says that it was made for an earlier demo model, or "".
 
     Raises:
         ValueError: for another file; the message names the stock loader for it.
@@ -113,13 +118,31 @@ def open_text_encoder(path: Path, keep_clip=None):
     """
     import folder_paths
 
-    from ...training.common.foreign import read_tensors
     from ...training.text_encoder.file import METADATA, PREFIX, read_text_encoder
     from ..common.demo_model import load_demo_clip
 
-    if METADATA in read_tensors(path, PREFIX)[1]:
+    metadata = read_tensors(path, PREFIX)[1]
+    with reading(path):
+        base = metadata_json(metadata, RUN, default={}).get("base")
+    base = str(base.get("model", "")) if isinstance(base, dict) else ""
+    if METADATA in metadata:
         folders = folder_paths.get_folder_paths("text_encoders")
-        return load_saved_text_encoder(read_text_encoder(path), folders, keep_clip)
+        clip = load_saved_text_encoder(read_text_encoder(path), folders, keep_clip)
+        return clip, _another_demo_of_t5(path.name, base, clip.cond_stage_model.retune_source.path)
     if keep_clip is not None:
         raise ValueError(f"{path.name} is a CLIP, beside which none can be kept; expected keep_clip unconnected.")
-    return load_demo_clip(path)
+    return load_demo_clip(path), _another_demo(path.name, base)
+
+
+def _another_demo(name: str, base: str) -> str:
+    line = made_for_another(base, EDITIONS[-1].name)
+    return f"{name} {line}" if line else ""
+
+
+def _another_demo_of_t5(name: str, base: str, t5: Path) -> str:
+    """`_another_demo` of a projection for one of the demo's T5s, whose file tells where the run does not."""
+    if WEIGHTS not in t5.parents:
+        return ""
+    if t5.parent != WEIGHTS:
+        return _another_demo(name, EDITIONS[0].unet)
+    return _another_demo(name, base) if base else ""

@@ -118,7 +118,7 @@ def _storage_dtype(dtype: str, path: Path) -> torch.dtype:
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    is_demo = path.resolve() == (WEIGHTS / "t5.safetensors").resolve()
+    is_demo = WEIGHTS.resolve() in path.resolve().parents
     chosen = torch.float32 if is_demo and dtype == "default" else DTYPES[dtype]
     return chosen or comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from retune.tools.build_demo.embeddings import PICTURES, SEED, embedding_config
+from retune.benchmarks.word_study import word_config
+from retune.tools.build_demo.embeddings import PICTURES, SEED
 from retune.training.commands.demo import DRAW_OPTIONS, held_out_captions
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.config.embedding import EmbeddingConfig
@@ -49,7 +50,7 @@ def test_the_workflow_trains_what_is_shipped():
     nodes = {node["class_type"]: node["inputs"] for node in json.loads(WORKFLOW.read_text(encoding="utf-8")).values()}
     run, data = nodes["RetuneTrainEmbedding"], nodes["RetuneDemoDataset"]
     assert (data["count"], data["seed"], data["subset"]) == (PICTURES, SEED, "heart")
-    expected = embedding_config("heart")
+    expected = word_config("heart", "heart")
     names = ("token", "vectors", "initial_text", "caption_word", "template", "steps", "batch_size", "learning_rate")
     assert all(run[name] == getattr(expected, name) for name in (*names, "norm", "lora_rank", "seed"))
     settings = nodes["RetuneTrainingSettings"]
@@ -69,7 +70,7 @@ def test_a_word_is_learned_from_five_pictures_and_the_rest_of_the_prompt_kept(tm
     model = build_model(ModelConfig(model="demo"))
     images, captions = demo_examples(PICTURES, SEED, "heart")
     assert all("figure" in caption for caption in captions)
-    config = embedding_config("heart")
+    config = word_config("heart", "heart")
     assert isinstance(config, EmbeddingConfig) and isinstance(config.settings, TrainingSettings)
     trained = train_embedding(model, from_images(list(images), captions), config, tmp_path)
     (concept,) = trained.embedding.concepts

@@ -176,9 +176,7 @@ def test_a_run_of_an_earlier_demo_model_is_refused_by_name(tmp_path):
     folder = RunFolder(tmp_path / "r")
     folder.path.mkdir()
     folder.claim({"model": next(iter(UNETS))}, {})
-    with pytest.raises(
-        ValueError, match="made with the demo model of versions 0.1 to 0.3; this is another"
-    ):
+    with pytest.raises(ValueError, match="made with the demo model of versions 0.1 to 0.3; this is another"):
         folder.claim({"model": "f" * 32}, {})
 
 

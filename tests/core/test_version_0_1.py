@@ -11,10 +11,12 @@ from retune.training.__main__ import main
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.foreign import read_tensors
 from retune.training.data.images import load_image
+from retune.training.demo.files import weights_path
 from retune.training.formats.embedding import read_embedding
 from retune.training.formats.lora import read_lora
 from retune.training.formats.lora_difference import LINEAR_KINDS, delta_weight
 from retune.training.models.clip import ClipTextEncoder
+from retune.training.rewards import load
 from retune.training.text_encoder.file import read_text_encoder
 from retune.training.text_encoder.stock_file import read_stock_file
 from retune.training.text_encoder.t5 import load_t5
@@ -64,7 +66,9 @@ def expected_of(file):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, kind):
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, kind, monkeypatch):
+    rewards = {path.name: path for path in (FIXTURES / "demo").iterdir()}  # the demo's, which are others now
+    monkeypatch.setattr(load, "weights_path", lambda name: rewards.get(name) or weights_path(name))
     folder, run = FIXTURES / "runs" / kind, tmp_path / "r"
     shutil.copytree(folder / "stopped", run)
     words = json.loads((folder / "arguments.json").read_bytes())

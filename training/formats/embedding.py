@@ -47,7 +47,8 @@ class Embedding:
 
     Args:
         concepts: A token and its vectors each.
-        metadata: JSON values about the training; `save_embedding` reads `base` (SD1.x, ...), `steps` and `run`.
+        metadata: JSON values about the training; `save_embedding` reads `base` (SD1.x, ...), `steps`, `run` and
+            `model` (fingerprint of the UNet).
     """
 
     concepts: tuple[Concept, ...]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..demo.editions import BASE, edition_of_tokens, made_for_another
 from ..models.concepts import Concept, Vocabulary
 from .embedding import EmbeddingFile
 from .embedding_fit import family_of
@@ -83,12 +84,16 @@ def base_of_embedding(file: EmbeddingFile) -> Base:
 def embedding_warnings(
     files: Sequence[EmbeddingFile], concept: Concept, vocabularies: Mapping[str, Vocabulary]
 ) -> list[str]:
-    """Warnings about a token that is an ordinary word, a file for another model family, or vectors of zeros."""
+    """Warnings about a token that is an ordinary word, a file for another model, or vectors of zeros."""
     warnings, family = token_warnings(concept.token, vocabularies), family_of(vocabularies)
+    edition = next((name for v in vocabularies.values() if (name := edition_of_tokens(v.table))), "")
     for file in files:
         base = base_of_embedding(file)
         if base.family and family and base.family != family:
             warnings.append(f"{file.name} was made for {base}; this text encoder is {family}'s.")
+    for file in files:
+        if line := made_for_another(file.metadata.get(BASE, ""), edition):
+            warnings.append(f"{file.name} {line}")
     zeros = [name for name, vectors in concept.vectors.items() if not vectors.any(dim=1).all()]
     return warnings + [f"{files[0].name} has vectors of zeros for {name}; they say nothing." for name in zeros]
 

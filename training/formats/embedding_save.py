@@ -22,6 +22,7 @@ from torch import Tensor
 from ..common.files import atomic_path, is_reserved, write_tensors
 from ..common.foreign import read_pickle, read_tensors
 from ..config.tokens import check_token
+from ..demo.editions import BASE
 from ..models.concepts import Concept
 from .embedding import Embedding
 from .embedding_fit import family_of
@@ -150,7 +151,7 @@ def _file_metadata(concept: Concept, metadata: Mapping, content: Mapping[str, Te
     """Token, step, base and run; ModelSpec 1.0.1 for the families it defines. No date: equal content, equal file."""
     family = metadata.get("base") or family_of(concept.vectors)
     entries = {"token": concept.token, "step": metadata.get("steps"), "base_model": family, "run": metadata.get("run")}
-    entries |= {"software": "Retune"}
+    entries |= {"software": "Retune", BASE: metadata.get("model")}
     if family in ARCHITECTURES:
         spec = {
             "sai_model_spec": "1.0.1",

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.provenance import about_run
+from ..demo.editions import BASE
 from .lora import Lora, LoraModule
 from .lora_keys import DOWN, MID
 from .lora_names import Naming
@@ -54,7 +55,7 @@ class LoraDescription:
     """Facts about a LoRA that become metadata of its file.
 
     Args:
-        run: The config.json of its run. Used are `config` and, if present, `unet` (the UNet's config),
+        run: The config.json of its run. Used are `config` and, if present, `identity`, `unet` (the UNet's config),
             `prediction_type`, `resolution` (pixels), `images` (their number), `tag_frequency` and `rewards` (the terms
             that a reward tuning maximised).
         trigger_words: Words that activate it in a prompt.
@@ -90,6 +91,7 @@ def build_metadata(
     inherited = {k: v for k, v in description.file_metadata.items() if k not in ("format", "lora_adapter_metadata")}
     entries = _base_entries(naming) | inherited | _network_entries(lora, naming) | _training_entries(description.run)
     entries |= _base_entries(naming) if naming.family else {}
+    entries |= {BASE: fingerprint} if (fingerprint := description.run.get("identity", {}).get("model")) else {}
     model_hash, legacy_hash = model_hashes(tensors, entries)
     entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
     entries |= _modelspec_entries(naming, description, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}

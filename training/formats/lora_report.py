@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..common.text import first_few
+from ..demo.editions import BASE, made_for_another
 from .lora import Lora
 from .lora_keys import PEFT, unwrapped
 
@@ -50,6 +51,7 @@ class LoraReport:
         strength_model: Its strength on the UNet.
         strength_clip: Its strength on the text encoder.
         family: Family of the model it was applied to, "" if unknown.
+        edition: Name of the demo model it was applied to, "" for other models.
         has_clip: Whether there was a text encoder to apply it to.
         model_layers: Number of layers applied to the UNet.
         text_layers: Number of layers applied to the text encoder.
@@ -62,6 +64,7 @@ class LoraReport:
     strength_model: float
     strength_clip: float
     family: str = ""
+    edition: str = ""
     has_clip: bool = True
     model_layers: int = 0
     text_layers: int = 0
@@ -77,6 +80,8 @@ class LoraReport:
             lines.append(line)
         if base.family and self.family and base.family != self.family:
             lines.append(f"{name} was made for {base}; the model is {self.family}.")
+        if line := made_for_another(self.lora.metadata.get(BASE, ""), self.edition):
+            lines.append(f"{name} {line}")
         expected = set() if self.has_clip else self._text_keys()
         unused = [key for key in self.unused if key not in expected]
         if not self.model_layers + self.text_layers:

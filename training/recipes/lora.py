@@ -163,7 +163,7 @@ def write_lora(folder: RunFolder, tensors: Mapping[str, Tensor], config: LoraCon
         ending: how the run ended.
     """
     about = {"run": config.run_name, "algorithm": config.algorithm, **ending}
-    write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)})
+    write_tensors(folder.path / ARTIFACT, dict(tensors), {"retune.run": json.dumps(about)} | folder.base())
     picture = last_sample(folder.path)
     metadata = LoraDescription(run=folder.config(), thumbnail=thumbnail_uri(picture) if picture else "")
     save_lora(folder.path / f"{config.run_name}.safetensors", tensors, description=metadata)

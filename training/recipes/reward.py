@@ -306,7 +306,7 @@ def _write(
         denoiser = model.denoiser
         markers, metadata = unet_description(denoiser.prediction_type, denoiser.sigmas, ldm.UNET_PREFIX)
         values = markers | dict(values)
-    write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)} | metadata)
+    write_tensors(folder.path / ARTIFACT, dict(values), {"retune.run": json.dumps(about)} | folder.base() | metadata)
 
 
 def read_tuned_model(folder: Path) -> TunedModel:

@@ -207,7 +207,8 @@ def _write(
 ) -> None:
     """Writes the vectors as the text encoder reads them, a file for other programs for each token, and the LoRA."""
     concepts = tokens.concepts(values)
-    about = {"base": family_of(concepts[0].vectors), "run": config.run_name, **ending}
+    model = folder.config()["identity"]["model"]
+    about = {"base": family_of(concepts[0].vectors), "run": config.run_name, "model": model, **ending}
     vectors = {f"{concept.token}/{name}": v for concept in concepts for name, v in concept.vectors.items()}
     write_tensors(folder.path / ARTIFACT, vectors, {"retune.run": json.dumps(about)})
     if adapters is not None:

@@ -121,7 +121,7 @@ def _write(
     if projection is not None:
         about["projection"] = projection.config()
         tensors = {PROJECTION_PREFIX + name: value for name, value in projection.state_dict().items()} | tensors
-    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)} | metadata)
+    write_tensors(folder.path / ARTIFACT, tensors, {"retune.run": json.dumps(about)} | folder.base() | metadata)
 
 
 def read_trained_model(folder: Path) -> TrainedModel:

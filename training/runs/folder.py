@@ -39,7 +39,7 @@ from ..common.files import (
 from ..common.fingerprint import sketches_match
 from ..config.checks import check_run_name
 from ..config.run import RESUMABLE_SETTINGS
-from ..demo.editions import UNETS
+from ..demo.editions import BASE, UNETS
 from .records import read_config, read_rows, read_status
 from .state_file import saved_step
 
@@ -106,6 +106,10 @@ class RunFolder:
         """The content of config.json, or None in a new folder."""
         path = self.path / "config.json"
         return read_config(path) if path.exists() else None
+
+    def base(self) -> dict[str, str]:
+        """The metadata entry of the run's results that says which model it trained."""
+        return {BASE: (self.config() or {})["identity"]["model"]}
 
     def status(self) -> dict[str, Any]:
         """The content of status.json; state "new" without one."""

@@ -1,0 +1,102 @@
+"""Files made with an earlier demo model load with today's, and it is said that they were made for another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from retune.training.commands.open_model import build_demo_model
+from retune.training.common.foreign import read_tensors
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
+from retune.training.data.dataset import from_images
+from retune.training.demo.editions import BASE, EDITIONS, UNETS, edition_of_tokens, made_for_another
+from retune.training.demo.files import WEIGHTS, weights_path
+from retune.training.demo.scenes import demo_examples
+from retune.training.formats.embedding import read_embedding
+from retune.training.formats.embedding_fit import assign_to_encoders
+from retune.training.formats.embedding_report import embedding_report
+from retune.training.formats.lora import read_lora
+from retune.training.formats.lora_report import LoraReport
+from retune.training.models.concepts import Concept
+from retune.training.recipes.apply_results import with_tuned
+from retune.training.recipes.lora import train_lora
+from retune.training.recipes.textual_inversion import train_embedding
+from retune.training.text_encoder.file import read_text_encoder
+from retune.training.text_encoder.t5 import load_t5
+
+FILES = Path(__file__).resolve().parents[1] / "fixtures" / "demo_0_3"
+OLD, NEW = EDITIONS[0].name, EDITIONS[-1].name
+
+
+@pytest.fixture
+def pictures():
+    images, captions = demo_examples(4, 0)
+    return from_images(list(images), captions)
+
+
+def test_the_last_edition_is_what_is_shipped():
+    model = build_demo_model()
+    assert model.denoiser.fingerprint == EDITIONS[-1].unet and len(UNETS) == len(EDITIONS)
+    t5 = read_tensors(weights_path("t5.safetensors"))[0]["shared.weight"]
+    assert [edition_of_tokens(table) for table in (model.text_encoder.vocabularies["clip_l"].table, t5)] == [NEW, NEW]
+    earlier = read_tensors(WEIGHTS / "earlier" / "t5.safetensors")[0]["shared.weight"]
+    assert edition_of_tokens(earlier) == OLD and edition_of_tokens(torch.zeros(49408, 8)) == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "edition", "said"),
+    [
+        (EDITIONS[-1].unet, NEW, ""),
+        (EDITIONS[0].unet, NEW, f"was made for {OLD}; this is {NEW}, "),
+        ("0" * 32, NEW, f"was made for another model; this is {NEW}, "),
+        ("", NEW, f"does not say which model it was made for, as files of {OLD}; this is {NEW}."),
+        (EDITIONS[0].unet, "", ""),
+    ],
+)
+def test_what_is_said_of_a_file(base, edition, said):
+    found = made_for_another(base, edition)
+    assert found.startswith(said) if said else found == ""
+
+
+def test_an_old_lora_changes_the_model_with_a_warning(caplog):
+    model = build_demo_model()
+    before = {name: value.clone() for name, value in model.denoiser.network.state_dict().items()}
+    with_tuned(model, [str(FILES / "warm_edges.safetensors")])
+    assert any(not torch.equal(value, before[name]) for name, value in model.denoiser.network.state_dict().items())
+    assert "warm_edges.safetensors does not say which model it was made for" in caplog.text
+    report = LoraReport(read_lora(FILES / "warm_edges.safetensors"), 1.0, 1.0, edition=NEW, model_layers=1)
+    assert f"as files of {OLD}" in report.text()
+
+
+def test_an_old_word_fits_with_a_warning():
+    vocabularies = build_demo_model().text_encoder.vocabularies
+    file = read_embedding(FILES / "heart.safetensors")
+    concept = Concept("<heart>", assign_to_encoders(file, vocabularies))
+    assert f"heart.safetensors does not say which model it was made for, as files of {OLD}" in embedding_report(
+        [file], concept, vocabularies
+    )
+
+
+def test_a_reference_to_the_old_t5_finds_it():
+    saved = read_text_encoder(FILES / "t5_reference.safetensors")
+    path = saved.find_t5([WEIGHTS])
+    assert path.parent == WEIGHTS / "earlier"
+    encoder = load_t5(path, saved.projection, padding=saved.padding)
+    saved.check_tokenizer(encoder.tokenizer.fingerprint)
+    context = encoder.encode(encoder.tokenize(["a red circle on the left"])).context
+    expected = read_tensors(FILES / "expected.safetensors")[0]["t5_reference"]
+    torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_made_now_says_what_it_was_made_with(tmp_path, pictures):
+    short = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3}
+    train_lora(build_demo_model(), pictures, LoraConfig(run_name="l", rank=1, alpha=1.0, **short), tmp_path)
+    train_embedding(build_demo_model(), pictures, EmbeddingConfig(run_name="e", token="<x>", **short), tmp_path)
+    files = [tmp_path / "l" / "lora.safetensors", tmp_path / "l" / "l.safetensors"]
+    files += (tmp_path / "e" / "embeddings").iterdir()
+    assert len(files) == 3
+    assert {read_tensors(file)[1][BASE] for file in files} == {EDITIONS[-1].unet}
+    word = read_embedding(files[-1])
+    vocabularies = build_demo_model().text_encoder.vocabularies
+    concept = Concept("<x>", assign_to_encoders(word, vocabularies))
+    assert "made for" not in embedding_report([word], concept, vocabularies)
