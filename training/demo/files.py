@@ -30,7 +30,7 @@ def weights_path(name: str) -> Path:
     path = WEIGHTS / name
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing. Reinstall the package, or in a checkout build the demo model (two hours on two "
+            f"{path} is missing. Reinstall the package, or in a checkout build the demo model (four hours on two "
             "CPU cores): python -m retune.tools.build_demo"
         )
     return path
