@@ -107,7 +107,8 @@ class RetuneApplyLora(io.ComfyNode):
 
         rows = [file_row(row) for row in chosen_rows(count)]
         if trained is not None:
-            rows.append(Row(lora_of("trained", trained), trained_strength_model, trained_strength_clip))
+            strengths = trained_strength_model, trained_strength_clip
+            rows.append(Row(lora_of("trained", trained), *strengths, is_file=False))
         model, clip, uses = apply_loras(model, clip, rows)
         for line in (line for use in uses for line in use.warnings()):
             log.warning("%s", line)

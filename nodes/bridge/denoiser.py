@@ -14,7 +14,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
-from ...training.formats.lora_names import UNET
 from ...training.models.noise_levels import OWN_SIGMAS
 from ...training.models.protocols import Conditioning
 from .device import load_fully, static_clone, without_inference_tensors
@@ -41,7 +40,8 @@ class ComfyDenoiser:
         self.latent_channels = self.patcher.model.latent_format.latent_channels
         self.pooled_width = pooled_width_of(self.patcher)
         self.input_channels = self.network.in_channels
-        self.fingerprint = unet_fingerprint(self.patcher)
+        weights = [*self.network.named_parameters(), ("sigmas", self.sigmas)]
+        self.fingerprint = tensors_fingerprint(weights, self.prediction_type)
         self.device = self.patcher.load_device
 
     def load(self, memory: int = 0) -> None:
@@ -150,14 +150,6 @@ def context_width_of(model) -> int:
     if model is None:
         raise ValueError("model is not connected; expected a MODEL for context_width auto, or choose a number.")
     return _context_width(model.model.diffusion_model)
-
-
-def unet_fingerprint(patcher, patched: bool = True) -> str:
-    """`Denoiser.fingerprint` of a MODEL, of its weights as they are in memory, or as they are without patches."""
-    sampling, backup = patcher.get_model_object("model_sampling"), {} if patched else patcher.backup
-    weights = dict(patcher.model.diffusion_model.named_parameters())
-    weights |= {name: backup[UNET + name].weight for name in weights if UNET + name in backup}
-    return tensors_fingerprint([*weights.items(), ("sigmas", sampling.sigmas)], prediction_type_of(sampling))
 
 
 def _context_width(network: nn.Module) -> int:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from ...training.common.foreign import reading
 from ...training.common.text import first_few
-from ...training.demo.editions import UNETS
-from ...training.demo.files import demo_config
+from ...training.demo.editions import CONV_IN, edition_of_unet
 from ...training.formats.lora import Lora, LoraModule, dora_axis, parse_lora
 from ...training.formats.lora_blocks import BlockWeights, block_weights
 from ...training.formats.lora_keys import BIAS, kohya_aliases
+from ...training.formats.lora_names import UNET
 from ...training.formats.lora_report import WIDTHS, LoraReport, base_of_lora
-from .denoiser import unet_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ class Row:
     strength_clip: float
     blocks: str = ""
     """Block weights as the user wrote them (`block_weights`)."""
+    is_file: bool = True
+    """Whether it was read from a file, whose metadata say which model it was made for."""
 
 
 class Dora(WeightAdapterBase):
@@ -185,7 +186,7 @@ def apply_loras(model, clip, rows: Iterable[Row]):
     """
     unet = PatchTarget(model, unet_names(model))
     text = None if clip is None else PatchTarget(clip.patcher, text_names(clip))
-    edition = edition_of(model, unet)
+    edition = edition_of_unet(unet.weights.get(UNET + CONV_IN))
     uses = [_add(row, unet, text, edition) for row in rows]
     return unet.patched(model), None if clip is None else text.patched(clip), uses
 
@@ -193,6 +194,7 @@ def apply_loras(model, clip, rows: Iterable[Row]):
 def _add(row: Row, unet: PatchTarget, text: PatchTarget | None, edition: str) -> LoraReport:
     """Collects one row's patches in the targets, and reports what was used."""
     strengths, has_clip = (row.strength_model, row.strength_clip), text is not None
+    edition = edition if row.is_file else ""
     use = LoraReport(row.lora, *strengths, family_of(unet), edition=edition, has_clip=has_clip)
     use.unused += row.lora.other_keys
     blocks = block_weights(row.blocks, unet.weights)
@@ -297,12 +299,6 @@ def family_of(unet: PatchTarget) -> str:
     """Model family ("SD1.x", "SD2.x", "SDXL") by the width of the cross-attention's context; empty for others."""
     widths = (value.shape[1] for name, value in unet.weights.items() if name.endswith("attn2.to_k.weight"))
     return WIDTHS.get(next(widths, 0), "")
-
-
-def edition_of(model, unet: PatchTarget) -> str:
-    """The demo model that a MODEL is, patches aside; "" for all others, whose numbers are not read."""
-    shapes = {f"model.{name}": tuple(value.shape) for name, value in unet.weights.items()}
-    return UNETS.get(unet_fingerprint(model, patched=False), "") if demo_config(shapes) else ""
 
 
 def lora_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Lora:

@@ -7,6 +7,7 @@ torch.optim.Muon computes in bfloat16, which on many CPUs is twenty times slower
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,15 +19,29 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, from the reference implementation."""
 
 
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """A matrix with the singular vectors of `matrix` (M, N) and singular values of about 1, by Newton-Schulz steps."""
+def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Matrices with the singular vectors of `matrices` (B, M, N) and singular values of about 1, by Newton-Schulz steps.
+
+    Of wide matrices X, such as a convolution's 96 x 864, only the Gram matrices X X^T are iterated: the steps are
+    polynomials of these.
+    """
     a, b, c = _COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if is_tall else matrices
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    if wide.shape[2] < 2 * wide.shape[1]:
+        for _ in range(iterations):
+            gram = wide @ wide.mT
+            wide = a * wide + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ wide
+    else:
+        gram = wide @ wide.mT
+        unit = torch.eye(gram.shape[1], device=wide.device, dtype=wide.dtype)
+        product = unit.expand_as(gram)
+        for _ in range(iterations):
+            polynomial = a * unit + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product, gram = polynomial @ product, polynomial @ gram @ polynomial
+        wide = product @ wide
+    return wide.mT if is_tall else wide
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,19 +62,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every weight that has a gradient."""
+        """Updates every weight that has a gradient; those of one shape at once, which takes a third of the time."""
         for group in self.param_groups:
+            by_shape = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, group)
+                    by_shape[weight.flatten(1).shape].append(weight)
+            for shape, weights in by_shape.items():
+                directions = torch.stack([self._direction(weight, group["momentum"]).flatten(1) for weight in weights])
+                scale = 0.2 * max(shape) ** 0.5
+                for weight, change in zip(weights, orthogonalised(directions), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(change.view_as(weight), alpha=-group["lr"] * scale)
 
-    def _update(self, weight: nn.Parameter, group: dict) -> None:
+    def _direction(self, weight: nn.Parameter, decay: float) -> Tensor:
         momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        momentum.lerp_(weight.grad, 1 - group["momentum"])
-        direction = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
-        scale = 0.2 * max(direction.shape) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonalised(direction).view_as(weight), alpha=-group["lr"] * scale)
+        momentum.lerp_(weight.grad, 1 - decay)
+        return weight.grad.lerp(momentum, decay)
 
 
 def muon_and_adamw(

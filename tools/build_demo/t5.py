@@ -109,7 +109,7 @@ def probe(train: int = 2000, test: int = 500) -> dict[str, float]:
     """For each attribute, the share of held-out captions for which a linear map of the mean token state predicts it."""
     from .text import SEED as TEXT_SEED
 
-    scenes = [scene for scene in training_scenes(2 * train, SEED) if not scene.style][:train]
+    scenes = [scene for scene in training_scenes(2 * train, SEED) if not scene.words][:train]
     scenes += held_out_scenes(test, SEED)
     prompts = [caption(scene, generator(TEXT_SEED, "probe", i)) for i, scene in enumerate(scenes)]
     states = mean_states(prompts)

@@ -216,7 +216,7 @@ def _prepare_start(networks: nn.ModuleDict, tokenizer) -> None:
 
 
 def train_unet(work: Path) -> dict[str, float]:
-    """Trains UNet and CLIP; every 500 steps measures alignment and writes `demo.safetensors` when it improved."""
+    """Trains UNet and CLIP, measures alignment every 1000 steps, and writes `demo.safetensors`."""
     from diffusers.models.attention_processor import AttnProcessor
 
     build_tokenizers(WEIGHTS)
@@ -242,20 +242,16 @@ def train_unet(work: Path) -> dict[str, float]:
         nn.utils.clip_grad_norm_([*networks["unet"].parameters(), *networks["clip"].parameters()], 1.0)
         return float(loss.detach())
 
-    best = -1.0
-
     def after(done: int) -> None:
-        nonlocal best
         update_average(networks, done)
-        if done % CHECK_EVERY == 0 or done == STEPS:
+        if done % CHECK_EVERY == 0:
             figures, _ = measure(networks, tokenizer, work, CHECK_IMAGES)
             networks.train()
             LOG.info("step %d: %s", done, {name: round(share, 3) for name, share in figures.items()})
-            if figures["alignment"] > best or done == STEPS:
-                best = figures["alignment"]
-                write_demo(networks, tokenizer, work)
 
-    return run_steps("unet", networks, optimizers, step, STEPS, LEARNING_RATE, work, after)
+    figures = run_steps("unet", networks, optimizers, step, STEPS, LEARNING_RATE, work, after)
+    write_demo(networks, tokenizer, work)
+    return figures
 
 
 def write_demo(networks: nn.ModuleDict, tokenizer, work: Path) -> None:

@@ -45,6 +45,8 @@ SHAPE_WEIGHT = 2.0
 """Extra weight of pixels that differ from the median colour: the shapes, which cover a small area."""
 SQUARE_WEIGHT = 4.0
 """Weight of the squared error: the absolute error alone fills the hole of a small ring, as its pixels are few."""
+SCALING_FACTOR = 0.4277592577313616
+"""The first demo model's: what ComfyUI saved of that model has no config, and is decoded right with this one's."""
 SAVE_EVERY = 120
 """Seconds between two states."""
 KL_WEIGHT = 1e-4
@@ -108,10 +110,19 @@ def train_vae(work: Path) -> dict[str, float]:
         return absolute
 
     figures = run_steps("vae", vae, optimizers, step, CROP_STEPS + FULL_STEPS, LEARNING_RATE, work)
-    scale = 1 / latents_of(vae, images[:1000], 1.0).std().item()
-    metadata = {"config": json.dumps(CONFIG | {"scaling_factor": scale})}
+    scale_latents(vae, 1 / (SCALING_FACTOR * latents_of(vae, images[:1000], 1.0).std().item()))
+    metadata = {"config": json.dumps(CONFIG | {"scaling_factor": SCALING_FACTOR})}
     write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
     return figures
+
+
+@torch.no_grad()
+def scale_latents(vae: nn.Module, factor: float) -> None:
+    """Multiplies an AutoencoderKL's latents by a factor; what it reconstructs stays the same."""
+    vae.quant_conv.weight[:4] *= factor
+    vae.quant_conv.bias[:4] *= factor
+    vae.quant_conv.bias[4:] += 2 * math.log(factor)
+    vae.post_quant_conv.weight /= factor
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ def build_metadata(
     inherited = {k: v for k, v in description.file_metadata.items() if k not in ("format", "lora_adapter_metadata")}
     entries = _base_entries(naming) | inherited | _network_entries(lora, naming) | _training_entries(description.run)
     entries |= _base_entries(naming) if naming.family else {}
-    entries |= {BASE: fingerprint} if (fingerprint := description.run.get("identity", {}).get("model")) else {}
+    if base := description.run.get("identity", {}).get("model"):
+        entries[BASE] = str(base)
     model_hash, legacy_hash = model_hashes(tensors, entries)
     entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
     entries |= _modelspec_entries(naming, description, format) | {"modelspec.hash_sha256": f"0x{model_hash}"}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.foreign import existing_file, metadata_json, read_json, reading
 from ..common.text import first_few
-from ..demo.editions import BASE, UNETS, made_for_another
+from ..demo.editions import BASE, CONV_IN, edition_of_unet, made_for_another
 from ..formats.lora import Lora, LoraModule, dora_axis, parse_lora, read_lora_tensors
 from ..formats.lora_difference import LINEAR_KINDS, delta_weight
 from ..formats.lora_keys import BIAS, split_key
@@ -113,7 +113,7 @@ def _with_file(
     model: TextToImage, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], strength: float
 ) -> TextToImage:
     weights, encoder = model_weights(model), model.text_encoder
-    if line := made_for_another(metadata.get(BASE, ""), UNETS.get(model.denoiser.fingerprint, "")):
+    if line := made_for_another(metadata.get(BASE, ""), edition_of_unet(weights.get(UNET + CONV_IN))):
         log.warning("%s %s", name, line)
     if any(split_key(key)[1] for key in tensors):
         config = model.denoiser.network.config

@@ -39,7 +39,7 @@ from ..common.files import (
 from ..common.fingerprint import sketches_match
 from ..config.checks import check_run_name
 from ..config.run import RESUMABLE_SETTINGS
-from ..demo.editions import BASE, UNETS
+from ..demo.editions import BASE, edition_of_run
 from .records import read_config, read_rows, read_status
 from .state_file import saved_step
 
@@ -183,8 +183,8 @@ class RunFolder:
         message = f"{name} is {now!r}; run {self.name!r} was made with {before!r}"
         if name in FINGERPRINTS:
             message = f"{FINGERPRINTS[name]} differs from the one that run {self.name!r} was made with"
-        if name == "model" and before in UNETS:
-            message = f"run {self.name!r} was made with {UNETS[before]}; this is {UNETS.get(now, 'another model')}"
+        if (earlier := edition_of_run(old)) and earlier != (here := edition_of_run(identity)):
+            message = f"run {self.name!r} was made with {earlier}; this is {here or 'another model'}"
         raise ValueError(
             f"{message}. Use another run name such as {next_name(self.path)!r}, set it back to go on, or choose "
             "resume = restart."
