@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.commands.demo import DRAW_OPTIONS
+from ..training.commands.demo import DRAW_OPTIONS, captions_of
 from ..training.commands.open_model import build_demo_model
 from ..training.common.callbacks import Callbacks
-from ..training.common.rng import generator
+from ..training.config.checks import check_range
 from ..training.demo.judge import ALIGNMENT, alignment
 from ..training.demo.quality import quality_shares
-from ..training.demo.scenes import ATTRIBUTES, QUALITIES, QUALITY_WORDS, Scene, caption, held_out_scenes, with_words
+from ..training.demo.scenes import ATTRIBUTES, QUALITIES, QUALITY_WORDS, Scene, held_out_scenes, with_words
 from ..training.models.protocols import TextToImage
 from ..training.rewards.load import RewardConfig, load_reward
 from ..training.sampling.generate import draw
@@ -31,7 +31,10 @@ class DemoModelConfig:
     """How much is drawn."""
 
     captions: int = 500
-    """Held-out captions; a fifth of them for each quality word."""
+    """Held-out captions, drawn without words of quality and with each of them."""
+
+    def __post_init__(self) -> None:
+        check_range(self, captions=(2, 10**5))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Drawn:
 
 def draw_and_judge(model: TextToImage, scenes: Sequence[Scene], callbacks: Callbacks, name: str) -> Drawn:
     """Draws a caption of each scene from the noise that its place has, and reads the pictures."""
-    captions = [caption(scene, generator(1, "judged", i)) for i, scene in enumerate(scenes)]
+    captions = captions_of(scenes)
 
     def report(done: int, total: int) -> None:
         callbacks.on_text(f"{name}: drawing {done} of {total}")
@@ -73,26 +76,23 @@ def run_demo_model_bench(config: DemoModelConfig, callbacks: Callbacks) -> dict:
         "rows", one for each attribute, quality word, and the ideal prompt; and "table", the same as text.
     """
     model, count = build_demo_model(), config.captions
-    plain = draw_and_judge(model, held_out_scenes(count, 1), callbacks, "no quality word")
+    scenes = held_out_scenes(count, 1)
+    plain = draw_and_judge(model, scenes, callbacks, "no quality word")
     rows = [_row(name, plain.figures[name], count, plain.scores) for name in (ALIGNMENT, *ATTRIBUTES)]
-    few = held_out_scenes(max(1, count // 5), 1)
     for word in QUALITY_WORDS:
-        drawn = draw_and_judge(model, [with_words(scene, [word]) for scene in few], callbacks, word)
-        rows.append(_row(word, drawn.figures[word], len(few), drawn.scores, drawn.figures[ALIGNMENT]))
-    praised = draw_and_judge(model, [with_words(scene, IDEAL) for scene in few], callbacks, "ideal")
+        drawn = draw_and_judge(model, [with_words(scene, [word]) for scene in scenes], callbacks, word)
+        rows.append(_row(word, drawn.figures[word], count, drawn.scores, drawn.figures[ALIGNMENT]))
+    praised = draw_and_judge(model, [with_words(scene, IDEAL) for scene in scenes], callbacks, "ideal")
     share = min(praised.figures[word] for word in IDEAL)
-    rows.append(_row(", ".join(IDEAL), share, len(few), praised.scores, praised.figures[ALIGNMENT]))
+    rows.append(_row(", ".join(IDEAL), share, count, praised.scores, praised.figures[ALIGNMENT]))
     gain, error = paired_gain(plain, praised)
     sentence = f"The ideal prompt raises the aesthetic by {gain:.2f} ± {error:.2f} standard deviations."
     return {"rows": rows, "gain": gain, "gain error": error, "table": f"{_table(rows)}\n\n{sentence}"}
 
 
 def paired_gain(before: Drawn, after: Drawn) -> tuple[float, float]:
-    """The mean rise of the aesthetic from equal noise, and its standard error, in standard deviations of `before`.
-
-    Only as many pictures count as `after` has.
-    """
-    rise = (after.scores - before.scores[: len(after.scores)]) / before.scores.std()
+    """The mean rise of the aesthetic from equal noise, and its standard error, in standard deviations of `before`."""
+    rise = (after.scores - before.scores) / before.scores.std()
     return rise.mean().item(), rise.std().item() / math.sqrt(len(rise))
 
 

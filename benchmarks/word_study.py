@@ -31,7 +31,7 @@ _NOUN = re.compile(r"\b(circle|square|triangle|cross|ring)(e?s)?\b")
 
 
 def word_config(name: str, figure: str, steps: int = 250, batch_size: int = 16, seed: int = 0) -> EmbeddingConfig:
-    """As in the example workflow "Train a textual inversion from five images"."""
+    """How a word is learned from pictures of a figure: as the example workflow "Train a textual inversion" does."""
     return EmbeddingConfig(
         run_name=name,
         token=f"<{figure}>",

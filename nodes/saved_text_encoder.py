@@ -75,7 +75,12 @@ class RetuneLoadTextEncoder(io.ComfyNode):
                     "The CLIP that the text encoder was used with, if there was one; it is not in the file."
                 ),
             ],
-            outputs=[io.Clip.Output(tooltip="The text encoder as it was saved.")],
+            outputs=[
+                io.Clip.Output(tooltip="The text encoder as it was saved."),
+                io.String.Output(
+                    display_name="report", tooltip="What was loaded, and whether it was made for another demo model."
+                ),
+            ],
         )
 
     @classmethod
@@ -86,4 +91,5 @@ class RetuneLoadTextEncoder(io.ComfyNode):
         clip, note = open_text_encoder(path, keep_clip)
         if note:
             log.warning("%s", note)
-        return io.NodeOutput(clip, ui={"text": [note]} if note else None)
+        report = "\n".join([path.name, *([f"  warning: {note}"] if note else [])])
+        return io.NodeOutput(clip, report, ui={"text": [report]})

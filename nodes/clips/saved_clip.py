@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.foreign import metadata_json, read_tensors, reading
-from ...training.demo.editions import EDITIONS, made_for_another
+from ...training.demo.editions import EDITIONS, edition_of_tokens, made_for_another
 from ...training.demo.files import WEIGHTS
 from ...training.text_encoder.file import RUN, SavedTextEncoder
 from ...training.text_encoder.stock_file import CLIPS, encoder_names, write_stock_files
 from ..common.paths import output_path
 from ..common.weights import patched_weight
 from .blend_weights import has_hooks, is_bypassed
-from .concept_tokens import concepts_of
+from .concept_tokens import concepts_of, vocabularies_of
 from .t5_clip import load_t5_clip, t5_parts
 
 
@@ -131,11 +131,15 @@ def open_text_encoder(path: Path, keep_clip=None) -> tuple[Any, str]:
         return clip, _another_demo_of_t5(path.name, base, clip.cond_stage_model.retune_source.path)
     if keep_clip is not None:
         raise ValueError(f"{path.name} is a CLIP, beside which none can be kept; expected keep_clip unconnected.")
-    return load_demo_clip(path), _another_demo(path.name, base)
+    clip = load_demo_clip(path)
+    (vocabulary,) = vocabularies_of(clip).values()
+    return clip, _another_demo(path.name, base, edition_of_tokens(vocabulary.table))
 
 
-def _another_demo(name: str, base: str) -> str:
-    line = made_for_another(base, EDITIONS[-1].name)
+def _another_demo(name: str, base: str, edition: str = "") -> str:
+    """A sentence about a file for another demo model. edition: Whose token embeddings it has, if that is known."""
+    known = next((other.unet for other in EDITIONS if other.name == edition), base)
+    line = made_for_another(known, EDITIONS[-1].name)
     return f"{name} {line}" if line else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ...training.common.foreign import read_tensors
+from ...training.demo.editions import CONV_IN, EDITIONS, edition_of_unet
 from ...training.demo.files import weights_path
 from ...training.models import ldm
 from ...training.text_encoder.stock_file import read_stock_file
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = "demo.safetensors"
 DEMO_CLASS = "RetuneDemoModel"
@@ -37,7 +41,17 @@ def read_demo(path: Path | None = None) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = read_tensors(weights_path(BUILT_IN))
     config = json.loads(metadata["retune.config"])
     if path is not None:
-        tensors |= _fitting(read_tensors(path)[0], tensors, path)
+        fitting = _fitting(read_tensors(path)[0], tensors, path)
+        edition = edition_of_unet(fitting.get(ldm.UNET_PREFIX + CONV_IN))
+        if edition not in ("", EDITIONS[-1].name) and len(fitting) < len(tensors):
+            log.warning(
+                "%s has the UNet of %s, and not all else; the rest is of %s and does not fit it. Save the whole "
+                "checkpoint with CheckpointSave in that version.",
+                path.name,
+                edition,
+                EDITIONS[-1].name,
+            )
+        tensors |= fitting
     return {name: value.float() for name, value in tensors.items()}, config
 
 

@@ -1,12 +1,18 @@
 """Benchmarks: turns are interleaved, the first turn does not count, every one runs on the demo model."""
 
 import json
+import math
 
 import pytest
+import torch
+from retune.benchmarks import word_study
 from retune.benchmarks.__main__ import main
-from retune.benchmarks.catalog import LORA, REWARD, STUDIES
+from retune.benchmarks.catalog import DEMO_MODEL, LORA, REWARD, STUDIES
+from retune.benchmarks.demo_model import Drawn, paired_gain
 from retune.benchmarks.speed import TIMINGS, run_timing
 from retune.benchmarks.timing import median_seconds
+from retune.training.demo.judge import ALIGNMENT
+from retune.training.demo.scenes import ATTRIBUTES, QUALITY_WORDS
 
 
 def test_medians_of_interleaved_turns_without_the_first():
@@ -32,7 +38,37 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | {LORA, REWARD}
+    assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | {DEMO_MODEL, LORA, REWARD}
     assert main(["speed"]) == 2
-    names = "training-step, drawing, text, reward, reset-study, projection-start, reward-study, lora"
+    names = (
+        "training-step, drawing, text, demo-model, reward, reset-study, projection-start, reward-study, word-study, "
+        "lora"
+    )
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err
+
+
+def test_the_demo_model_is_measured_word_by_word(capsys):
+    assert main(["demo-model", "--captions", "3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["said"] for row in figures["rows"]] == [
+        *(ALIGNMENT, *ATTRIBUTES, *QUALITY_WORDS),
+        "glossy, sunlit, rich",
+    ]
+    assert all(0 <= row["read right"] <= 1 and row["error"] > 0 for row in figures["rows"])
+    assert all(f"| {row['said']} | {row['read right']:.3f} " in figures["table"] for row in figures["rows"])
+    assert main(["demo-model", "--captions", "1"]) == 2
+
+
+def test_the_gain_is_of_pairs_in_deviations_of_what_was_before():
+    before, after = (Drawn(torch.tensor(scores), {}) for scores in ([1.0, 2.0, 3.0], [2.0, 4.0, 3.0]))
+    assert paired_gain(before, after) == pytest.approx((1.0, 1 / math.sqrt(3)))
+
+
+def test_findings_name_the_mean_the_worst_and_the_best_choice_of_pictures():
+    shares = {0: 0.5, 1: 0.9, 2: 0.7}
+    rows = [
+        {"figure": "heart", "pictures": choice, "drawn": share, "drawn_se": 0.01} for choice, share in shares.items()
+    ]
+    (sentence,) = word_study.findings(rows)
+    assert sentence.startswith("heart: 0.70 over 3 choices of pictures, from 0.50")
+    assert "(pictures 0) to 0.90" in sentence and sentence.endswith("(pictures 1).")

@@ -4,13 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from retune.tools.build_demo import vae
 from retune.tools.build_demo.muon import Muon, muon_and_adamw, orthogonalised
 from retune.tools.build_demo.readme import write_readme
+from retune.tools.build_demo.scorer import TEXT_LENGTH
 from retune.tools.build_demo.text import HIDDEN_WORDS, MOST_HIDDEN, SYNONYMS, near_miss, with_hidden_words
 from retune.tools.build_demo.unet import blurred_hidden_words, clip_tokenizer, tokens_of
 from retune.training.common.rng import generator
-from retune.training.demo.scenes import ATTRIBUTES, QUALITIES, caption, is_held_out, training_scenes
+from retune.training.demo.scenes import (
+    ATTRIBUTES,
+    QUALITIES,
+    VALUES,
+    caption,
+    held_out_scenes,
+    is_held_out,
+    pick,
+    training_scenes,
+    with_words,
+)
 from retune.training.demo.shapes import NAMED_SHAPES, UNNAMED_SHAPES
 from torch import nn
 
@@ -85,6 +97,34 @@ def test_a_near_miss_differs_in_one_thing_and_is_never_held_out():
             assert other == replace(scene, words=other.words, **{quality: getattr(other, quality)})
         changed |= {*differences, *(word for pair in words for word in pair)}
     assert changed >= {*ATTRIBUTES, "glossy", "dim", "rich"}
+
+
+def test_words_are_near_misses_of_held_out_scenes_too():
+    scenes = [with_words(scene, ["glossy", "dim"]) for scene in held_out_scenes(60, 5)]
+    misses = [near_miss(scene, generator(number, "miss")) for number, scene in enumerate(scenes)]
+    assert {scene.words != miss.words for scene, miss in zip(scenes, misses, strict=True)} == {True, False}
+
+
+def test_no_caption_is_cut_off_in_the_scorers_text():
+    tokenizer = clip_tokenizer()
+    for number, scene in enumerate(training_scenes(400, 6)):
+        rng = generator(number, "words")
+        longest = replace(scene, count=3, position="bottom right" if "bottom right" in VALUES["position"] else "bottom")
+        text = caption(with_words(longest, [pick(ends, rng) for ends in QUALITIES.values()]), rng)
+        assert len(tokenizer(text).input_ids) <= TEXT_LENGTH
+
+
+def test_scaled_latents_are_decoded_alike():
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(**vae.CONFIG).eval()
+    images = vae.pictures(training_scenes(2, 0), 0)
+    latents, moments = vae.latents_of(autoencoder, images, 1.0), autoencoder.encode(images / 127.5 - 1).latent_dist
+    rebuilt = vae.decoded(autoencoder, latents, 1.0)
+    vae.scale_latents(autoencoder, 3.0)
+    scaled = autoencoder.encode(images / 127.5 - 1).latent_dist
+    torch.testing.assert_close(scaled.mean, 3 * latents)
+    torch.testing.assert_close(scaled.std, 3 * moments.std)
+    torch.testing.assert_close(vae.decoded(autoencoder, scaled.mean, 1.0), rebuilt, rtol=1e-4, atol=1e-5)
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):

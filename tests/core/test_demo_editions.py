@@ -4,17 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from retune.training.commands.lora_files import ConvertLoraConfig, ResizeLoraConfig, convert_lora, resize_lora
 from retune.training.commands.open_model import build_demo_model
 from retune.training.common.foreign import read_tensors
 from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.lora import LoraConfig
 from retune.training.data.dataset import from_images
-from retune.training.demo.editions import BASE, EDITIONS, UNETS, edition_of_tokens, made_for_another
+from retune.training.demo.editions import (
+    BASE,
+    CONV_IN,
+    EDITIONS,
+    edition_of_run,
+    edition_of_tokens,
+    edition_of_unet,
+    made_for_another,
+)
 from retune.training.demo.files import WEIGHTS, weights_path
 from retune.training.demo.scenes import demo_examples
-from retune.training.formats.embedding import read_embedding
+from retune.training.formats.embedding import Embedding, read_embedding
 from retune.training.formats.embedding_fit import assign_to_encoders
 from retune.training.formats.embedding_report import embedding_report
+from retune.training.formats.embedding_save import save_embedding
 from retune.training.formats.lora import read_lora
 from retune.training.formats.lora_report import LoraReport
 from retune.training.models.concepts import Concept
@@ -34,13 +44,32 @@ def pictures():
     return from_images(list(images), captions)
 
 
+def conv_in_of(model):
+    return dict((model.denoiser.canonical_name(n), p) for n, p in model.denoiser.network.named_parameters())[CONV_IN]
+
+
 def test_the_last_edition_is_what_is_shipped():
     model = build_demo_model()
-    assert model.denoiser.fingerprint == EDITIONS[-1].unet and len(UNETS) == len(EDITIONS)
+    assert model.denoiser.fingerprint == EDITIONS[-1].unet and model.autoencoder.fingerprint == EDITIONS[-1].vaes[0]
     t5 = read_tensors(weights_path("t5.safetensors"))[0]["shared.weight"]
     assert [edition_of_tokens(table) for table in (model.text_encoder.vocabularies["clip_l"].table, t5)] == [NEW, NEW]
     earlier = read_tensors(WEIGHTS / "earlier" / "t5.safetensors")[0]["shared.weight"]
     assert edition_of_tokens(earlier) == OLD and edition_of_tokens(torch.zeros(49408, 8)) == ""
+
+
+def test_a_unet_is_known_by_its_first_convolution_also_when_it_was_trained():
+    conv_in = conv_in_of(build_demo_model()).detach()
+    noise = torch.randn(conv_in.shape, generator=torch.Generator().manual_seed(0))
+    assert edition_of_unet(conv_in) == edition_of_unet(conv_in + 0.1 * conv_in.std() * noise) == NEW
+    assert edition_of_unet(conv_in.std() * noise) == edition_of_unet(torch.zeros(320, 4, 3, 3)) == ""
+    assert edition_of_unet(None) == ""
+
+
+def test_a_run_is_known_by_its_unet_or_by_its_autoencoder():
+    old = EDITIONS[0]
+    for identity in ({"model": old.unet}, {"model": "reset", "vae": old.vaes[0]}, {"model": "x", "vae": old.vaes[1]}):
+        assert edition_of_run(identity) == OLD
+    assert edition_of_run({"model": ["odd"], "vae": None}) == edition_of_run({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -48,8 +77,8 @@ def test_the_last_edition_is_what_is_shipped():
     [
         (EDITIONS[-1].unet, NEW, ""),
         (EDITIONS[0].unet, NEW, f"was made for {OLD}; this is {NEW}, "),
-        ("0" * 32, NEW, f"was made for another model; this is {NEW}, "),
-        ("", NEW, f"does not say which model it was made for, as files of {OLD}; this is {NEW}."),
+        ("0" * 32, NEW, ""),
+        ("", NEW, f"does not say which model it was made for; files of {OLD} do not. This is {NEW}."),
         (EDITIONS[0].unet, "", ""),
     ],
 )
@@ -65,14 +94,14 @@ def test_an_old_lora_changes_the_model_with_a_warning(caplog):
     assert any(not torch.equal(value, before[name]) for name, value in model.denoiser.network.state_dict().items())
     assert "warm_edges.safetensors does not say which model it was made for" in caplog.text
     report = LoraReport(read_lora(FILES / "warm_edges.safetensors"), 1.0, 1.0, edition=NEW, model_layers=1)
-    assert f"as files of {OLD}" in report.text()
+    assert f"files of {OLD} do not" in report.text()
 
 
 def test_an_old_word_fits_with_a_warning():
     vocabularies = build_demo_model().text_encoder.vocabularies
     file = read_embedding(FILES / "heart.safetensors")
     concept = Concept("<heart>", assign_to_encoders(file, vocabularies))
-    assert f"heart.safetensors does not say which model it was made for, as files of {OLD}" in embedding_report(
+    assert f"heart.safetensors does not say which model it was made for; files of {OLD} do not" in embedding_report(
         [file], concept, vocabularies
     )
 
@@ -92,11 +121,21 @@ def test_what_is_made_now_says_what_it_was_made_with(tmp_path, pictures):
     short = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3}
     train_lora(build_demo_model(), pictures, LoraConfig(run_name="l", rank=1, alpha=1.0, **short), tmp_path)
     train_embedding(build_demo_model(), pictures, EmbeddingConfig(run_name="e", token="<x>", **short), tmp_path)
-    files = [tmp_path / "l" / "lora.safetensors", tmp_path / "l" / "l.safetensors"]
+    main = tmp_path / "l" / "l.safetensors"
+    files = [
+        tmp_path / "l" / "lora.safetensors",
+        main,
+        tmp_path / "converted.safetensors",
+        tmp_path / "cut.safetensors",
+    ]
+    convert_lora(ConvertLoraConfig(lora=main, output=files[2], format="diffusers"))
+    resize_lora(ResizeLoraConfig(lora=main, output=files[3], rank=1))
     files += (tmp_path / "e" / "embeddings").iterdir()
-    assert len(files) == 3
+    assert len(files) == 5
     assert {read_tensors(file)[1][BASE] for file in files} == {EDITIONS[-1].unet}
     word = read_embedding(files[-1])
     vocabularies = build_demo_model().text_encoder.vocabularies
     concept = Concept("<x>", assign_to_encoders(word, vocabularies))
     assert "made for" not in embedding_report([word], concept, vocabularies)
+    (pickled,) = save_embedding(tmp_path, Embedding((concept,), {"model": EDITIONS[-1].unet}), "A1111 pt")[0]
+    assert read_embedding(pickled).metadata[BASE] == EDITIONS[-1].unet

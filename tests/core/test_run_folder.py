@@ -12,7 +12,7 @@ from retune.training.common.files import atomic_path, check_free_disk, write_jso
 from retune.training.common.fingerprint import tensors_sketch
 from retune.training.common.foreign import read_tensors
 from retune.training.config.training_settings import TrainingSettings
-from retune.training.demo.editions import UNETS
+from retune.training.demo.editions import EDITIONS
 from retune.training.loop.checkpoint import load_state, restore_optimizer, save_state
 from retune.training.loop.optimizers import build_optimizer
 from retune.training.runs.folder import RunFolder, move_aside, next_name
@@ -175,7 +175,7 @@ def test_a_projection_computed_again_may_differ_in_its_last_bits(tmp_path):
 def test_a_run_of_an_earlier_demo_model_is_refused_by_name(tmp_path):
     folder = RunFolder(tmp_path / "r")
     folder.path.mkdir()
-    folder.claim({"model": next(iter(UNETS))}, {})
+    folder.claim({"model": EDITIONS[0].unet}, {})
     with pytest.raises(ValueError, match="made with the demo model of versions 0.1 to 0.3; this is another"):
         folder.claim({"model": "f" * 32}, {})
 

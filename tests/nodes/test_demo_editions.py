@@ -9,7 +9,7 @@ from retune.training.demo.editions import EDITIONS
 
 FILES = Path(__file__).resolve().parents[1] / "fixtures" / "demo_0_3"
 OLD, NEW = EDITIONS[0].name, EDITIONS[-1].name
-SAID = f"does not say which model it was made for, as files of {OLD}; this is {NEW}."
+SAID = f"does not say which model it was made for; files of {OLD} do not. This is {NEW}."
 
 
 @pytest.fixture
@@ -38,21 +38,47 @@ def apply(model, lora):
 def test_a_lora(demo, folders):
     model, _, report = apply(demo[0], "warm_edges.safetensors")
     assert f"warm_edges.safetensors {SAID}" in report and model.patches
-    assert "made for" not in apply(demo[0], "demo: warm edges")[2].replace("base", "")
-    again = apply(model, "warm_edges.safetensors")[2]  # the patches that are on it do not make it another model
-    assert SAID in again
+    own = apply(demo[0], "demo: warm edges")[2]
+    assert "made for" not in own
+    assert SAID in apply(model, "warm_edges.safetensors")[2]  # patches do not make it another model
 
 
-def test_text_encoders(folders, comfyui):
+def test_nothing_is_said_of_what_was_just_trained(demo):
+    from retune.nodes.lora import RetuneApplyLora
+    from retune.training.formats.lora import read_lora_tensors
+
+    trained = read_lora_tensors(FILES / "warm_edges.safetensors")[0]
+    with torch.inference_mode():
+        report = RetuneApplyLora.execute(demo[0], {"count": "1", "lora_1": "none"}, trained=trained).result[2]
+    assert "keys used" in report and "made for" not in report
+
+
+@pytest.mark.parametrize("file", ["glossy", "t5_reference"])
+def test_text_encoders(folders, file):
     from retune.nodes.saved_text_encoder import RetuneLoadTextEncoder
 
     with torch.inference_mode():
-        for file, said in (("glossy", f"was made for {OLD}; this is {NEW}"), ("t5_reference", f"was made for {OLD}")):
-            output = RetuneLoadTextEncoder.execute(f"{file}.safetensors")
-            assert said in output.ui["text"][0]
-            clip = output.result[0]
-            context = clip.encode_from_tokens(clip.tokenize("a red circle on the left"))
-            assert context.shape[-1] == 128
-        from retune.nodes.saved_text_encoder import DEMO_CLIPS
+        clip, report = RetuneLoadTextEncoder.execute(f"{file}.safetensors").result
+        context = clip.encode_from_tokens(clip.tokenize("a red circle on the left"))
+    assert f"{file}.safetensors was made for {OLD}; this is {NEW}" in report or f"{file}.safetensors {SAID}" in report
+    assert context.shape[-1] == 128
 
-        assert RetuneLoadTextEncoder.execute(next(iter(DEMO_CLIPS))).ui is None
+
+def test_todays_text_encoder_and_one_saved_without_a_run_need_no_word(demo, folders):
+    import folder_paths
+    from retune.nodes.saved_text_encoder import DEMO_CLIPS, RetuneLoadTextEncoder
+    from retune.training.text_encoder.stock_file import write_stock_files
+
+    path = Path(folder_paths.get_folder_paths("text_encoders")[0]) / "own.safetensors"
+    state = {f"clip_l.{name}": value for name, value in demo[1].cond_stage_model.clip_l.state_dict().items()}
+    write_stock_files({"clip_l": path}, state, {})
+    with torch.inference_mode():
+        for file in ("own.safetensors", *DEMO_CLIPS):
+            assert "made for" not in RetuneLoadTextEncoder.execute(file).result[1]
+
+
+def test_a_run_records_the_autoencoder_of_the_demo(demo):
+    from retune.nodes.bridge.autoencoder import ComfyAutoencoder
+
+    found = ComfyAutoencoder(demo[2], demo[0].model.latent_format).fingerprint
+    assert found == EDITIONS[-1].vaes[1]

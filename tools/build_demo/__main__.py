@@ -57,7 +57,7 @@ def finished_parts(work: Path) -> dict[str, dict]:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="build_demo", description="Trains the demo model and writes its weights.")
-    parser.add_argument("--part", choices=PARTS, help="one part only, again (default: those not finished, in order)")
+    parser.add_argument("--part", choices=PARTS, help="one part only (default: those not finished, in order)")
     parser.add_argument("--work", type=Path, default=Path("output/demo_build"), help="folder for unfinished work")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; figures in weights/README.md are from 2")
     arguments = parser.parse_args()

@@ -31,7 +31,7 @@ PICTURES: Mapping[str, dict] = {"warm edges": {"look": "warm edges"}, "crescents
 
 
 def lora_config(name: str) -> LoraConfig:
-    """As in the example workflow "Train a style LoRA"."""
+    """How a demo LoRA is trained: as the example workflow "Train a style LoRA" does."""
     return LoraConfig(
         run_name=name,
         algorithm="LoCon",

@@ -20,7 +20,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices with the singular vectors of `matrices` (B, M, N) and singular values of about 1, by Newton-Schulz steps.
+    """Matrices with the singular vectors of `matrices` (B, M, N) and values of about 1, by Newton-Schulz steps.
 
     Of wide matrices X, such as a convolution's 96 x 864, only the Gram matrices X X^T are iterated: the steps are
     polynomials of these.

@@ -43,7 +43,8 @@ PAIRS = 6000
 STEPS, BATCH, LEARNING_RATE = 3000, 64, 1e-3
 QUALITY_WEIGHT = 5.0
 """Weight of a linear regression of the qualities, so that the embedding contains them for the aesthetic head."""
-TEXT_LENGTH = 24
+TEXT_LENGTH = 32
+"""Tokens of the longest caption: words of quality have up to six each."""
 
 
 def scorer_config(tokenizer) -> dict:
@@ -66,7 +67,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def tokens_of(tokenizer, texts: list[str]) -> Tensor:
-    """(B, 24) ids padded with the end token; every caption is shorter."""
+    """(B, 32) ids padded with the end token."""
     options = {"padding": "max_length", "truncation": True, "max_length": TEXT_LENGTH, "return_tensors": "pt"}
     return tokenizer(texts, **options).input_ids
 
@@ -146,7 +147,7 @@ def aesthetic(images: Tensor) -> Tensor:
 @torch.no_grad()
 def scorer_figures(count: int = 300) -> dict[str, float]:
     """On held-out scenes: the share of captions that come first and among the first five of `count`; R^2 of the head;
-    and "agreement", the share of captions that score higher than one with one word exchanged."""
+    and those of `agreement`."""
     scenes = list({scene_key(scene): scene for scene in held_out_scenes(1500, 9)}.values())[:count]
     images, quality = pictures(scenes, 9), 10 * qualities_of(scenes).mean(1)
     texts = [caption(scene, generator(9, "scorer caption", i)) for i, scene in enumerate(scenes)]
@@ -156,12 +157,15 @@ def scorer_figures(count: int = 300) -> dict[str, float]:
     residual = (aesthetic(images) - quality).square().mean() / quality.var(correction=0)
     top1, top5 = (places < 1).float().mean(), (places < 5).float().mean()
     figures = {"candidates": len(scenes), "top1": top1.item(), "top5": top5.item(), "r2": 1 - residual.item()}
-    return figures | {"agreement": agreement(count)}
+    return figures | agreement(count)
 
 
 @torch.no_grad()
-def agreement(count: int) -> float:
-    """The share of drawn held-out scenes with quality words whose caption scores higher than that of a near miss."""
+def agreement(count: int) -> dict[str, float]:
+    """Of drawn held-out scenes with quality words, the share whose caption scores higher than that of a near miss.
+
+    "agreement of attributes" where an attribute differs, "agreement of words" where a quality word does.
+    """
     scenes = [
         with_words(scene, random_words(generator(9, "words", i))) for i, scene in enumerate(held_out_scenes(count, 8))
     ]
@@ -169,7 +173,10 @@ def agreement(count: int) -> float:
     image = image_embeddings(pictures(scenes, 8))
     texts = [caption(s, generator(9, "agreement", i)) for i, s in enumerate([*scenes, *misses])]
     right, wrong = embeddings(load_scorer(), None, tokens_of(clip_tokenizer(), texts))[1].split(count)
-    return ((image * right).sum(1) > (image * wrong).sum(1)).float().mean().item()
+    agrees = (image * right).sum(1) > (image * wrong).sum(1)
+    word = torch.tensor([scene.words != miss.words for scene, miss in zip(scenes, misses, strict=True)])
+    shares = {"attributes": agrees[~word], "words": agrees[word]}
+    return {f"agreement of {name}": each.float().mean().item() for name, each in shares.items()}
 
 
 def load_scorer() -> nn.Module:

@@ -71,10 +71,15 @@ def _replaced(row: list[int], words: set[tuple[int, ...]], shape: int, first: in
 
 
 def near_miss(scene: Scene, rng: Generator) -> Scene:
-    """A training scene that differs in one attribute, or in one quality word that it has (and the quality with it)."""
+    """A scene that differs in one attribute, or in one quality word that it has (and the quality with it).
+
+    In another attribute only where that makes no held-out combination, which no training may see.
+    """
     while True:
         name = pick([*ATTRIBUTES, *scene.words], rng)
-        other = _with_another_value(scene, name, rng) if name in ATTRIBUTES else _with_opposite(scene, name)
+        if name not in ATTRIBUTES:
+            return _with_opposite(scene, name)
+        other = _with_another_value(scene, name, rng)
         if other is not None and not is_held_out(other):
             return other
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.files import read_json, write_json, write_text
+from ..common.rng import generator
 from ..config.flags import add_flags, read_flags
 from ..config.folder import FolderConfig
 from ..config.model import ModelConfig
@@ -29,7 +30,7 @@ from ..data.folder import load_folder
 from ..data.images import save_png
 from ..demo.files import weights_path
 from ..demo.judge import alignment
-from ..demo.scenes import caption, demo_examples, held_out_scenes
+from ..demo.scenes import Scene, caption, demo_examples, held_out_scenes
 from ..models.protocols import TextToImage
 from ..recipes.unet import TrainedModel, read_trained_model, train_model
 from ..runs.folder import RunFolder, move_aside
@@ -86,9 +87,12 @@ class DemoConfig:
 
 def held_out_captions(count: int) -> list[str]:
     """Captions of held-out combinations, which no training picture has."""
-    from ..common.rng import generator
+    return captions_of(held_out_scenes(count, 1))
 
-    return [caption(scene, generator(1, "judged", i)) for i, scene in enumerate(held_out_scenes(count, 1))]
+
+def captions_of(scenes: Sequence[Scene]) -> list[str]:
+    """A caption of each scene, whose wording depends on its place."""
+    return [caption(scene, generator(1, "judged", i)) for i, scene in enumerate(scenes)]
 
 
 def write_pictures(folder: Path, count: int, seed: int, on_text: Callable[[str], None]) -> None:

@@ -176,7 +176,8 @@ def extract_lora(config: ExtractLoraConfig) -> dict:
     if not tensors:
         raise ValueError("base and tuned do not differ in any layer that a LoRA covers; expected a tuned model.")
     lora = parse_lora("the difference", tensors)
-    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run=other))
+    run = {**other, "identity": about["identity"]}  # made with base, and to be sampled as tuned is
+    save_lora(config.output, lora, config.format, config.dtype, LoraDescription(run=run))
     covered = sum(each.energy for each in factors.values())
     figures = {"left_out": outside / (covered + outside)}
     if figures["left_out"] > 0.01:
@@ -234,12 +235,13 @@ def _hugging_face(name: str) -> str:
 
 
 def _open(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The UNet's config and prediction type, and ComfyUI's name -> weight of UNet and text encoders."""
+    """The UNet's config, prediction type and fingerprint, and ComfyUI's name -> weight of UNet and text encoders."""
     from .open_model import open_denoiser, unet_parameters
 
     denoiser = open_denoiser(model)
     unet = {UNET + name: value.detach() for name, value in unet_parameters(denoiser).items()}
     about = {"unet": denoiser.network.config, "prediction_type": denoiser.prediction_type}
+    about["identity"] = {"model": denoiser.fingerprint}
     return about, unet | open_text_encoders(model)
 
 

@@ -41,9 +41,9 @@ EDITIONS = (
     Edition(
         "the demo model of versions 0.1 to 0.3",
         unet="ee2e97ad86ce5e00b1c5de4bcd4e2f78",
-        vaes=("VAE_CORE", "VAE_COMFY"),
+        vaes=("2b99b99bc7d79abe6673f838b3b7492f", "35b363a9464f0946eb3e5a645fd499f6"),
         tokens=("b51296b2fed44f193458ac2f44715893", "22bad7b0086ec8669010d3c11cc91e78"),
-        conv_in=(0.0,),
+        conv_in=(-0.0403, 0.1177, -0.0355, -0.0094, -0.124, 0.0788, -0.092, -0.0415),
     ),
 )
 """The oldest first; the last one is shipped."""

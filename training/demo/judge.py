@@ -90,9 +90,20 @@ class Outline:
     colour: str
 
 
-def outline(pixels: np.ndarray) -> Outline | None:
-    """The shapes of an image (3, 128, 128) in 0..1; None on a rough background and where there are none."""
-    back = fit_background(pixels)
+def pixels_of(image: Tensor | np.ndarray) -> np.ndarray:
+    """An image as an array (3, 128, 128); ValueError for another size."""
+    pixels = np.asarray(image, dtype=np.float32)
+    if pixels.shape != (3, SIDE, SIDE):
+        raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
+    return pixels
+
+
+def outline(pixels: np.ndarray, back: Background | None = None) -> Outline | None:
+    """The shapes of an image (3, 128, 128) in 0..1; None on a rough background and where there are none.
+
+    back: Its background, where `fit_background` was called already.
+    """
+    back = fit_background(pixels) if back is None else back
     if back.rough:
         return None
     coverage = _coverage(pixels, back.pixels)
@@ -105,12 +116,10 @@ def outline(pixels: np.ndarray) -> Outline | None:
 
 def read(image: Tensor | np.ndarray) -> Reading:
     """Reads one image (3, 128, 128) in 0..1."""
-    pixels = np.asarray(image, dtype=np.float32)
-    if pixels.shape != (3, SIDE, SIDE):
-        raise ValueError(f"image has shape {pixels.shape}; expected (3, {SIDE}, {SIDE}). Resize it first.")
+    pixels = pixels_of(image)
     back = fit_background(pixels)
     background = UNSURE if back.rough else _background_name(back)
-    found = None if back.rough else outline(pixels)
+    found = outline(pixels, back)
     if found is None:
         return Reading(background=background)
     masks = [(found.coverage * piece, piece) for piece in found.pieces]
@@ -126,7 +135,7 @@ def read(image: Tensor | np.ndarray) -> Reading:
 
 def drawn_shape(image: Tensor | np.ndarray) -> str:
     """The name of an image's shape, also of those that captions never name; "unsure" where none fits."""
-    found = outline(np.asarray(image, dtype=np.float32))
+    found = outline(pixels_of(image))
     return UNSURE if found is None else found.shape
 
 

@@ -7,12 +7,12 @@ exploit, so it measures independently what tuning for the head does to pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor
 
-from .judge import UNSURE, Background, Outline, outline, parse_quality
+from .judge import UNSURE, Background, Outline, outline, parse_quality, pixels_of
 from .scenes import COLOURS, LIGHT, LUMINANCE, PALEST, QUALITIES, VIGNETTE, Scene, gloss
 
 DARKEST = 0.15
@@ -28,7 +28,7 @@ def qualities(image: Tensor | np.ndarray) -> dict[str, float]:
 
     All are NaN on a picture without shapes that the judge can make out.
     """
-    found = outline(np.asarray(image, dtype=np.float32))
+    found = outline(pixels_of(image))
     if found is None:
         return dict.fromkeys(QUALITIES, math.nan)
     values = {"polish": _polish(found), "light": _light(found.back), "richness": _richness(found)}
@@ -57,14 +57,9 @@ def quality_shares(images: Iterable[Tensor], captions: Iterable[Scene | str]) ->
     return {word: float(np.mean(values)) for word, values in read.items()}
 
 
-def polish(image: Tensor | np.ndarray) -> float:
-    """The polish of an image (3, 128, 128) in 0..1: 0 (flat) to 1 (glossy), or NaN where it cannot be measured."""
-    return qualities(image)["polish"]
-
-
-def mean_quality(images: Iterable[Tensor], names: Sequence[str] = tuple(QUALITIES)) -> float:
-    """Mean of the named qualities over the images in which they can be measured; NaN where in none."""
-    values = [found[name] for found in map(qualities, images) for name in names if found[name] == found[name]]
+def mean_quality(images: Iterable[Tensor]) -> float:
+    """Mean of all qualities over the images in which they can be measured; NaN where in none."""
+    values = [value for found in map(qualities, images) for value in found.values() if value == value]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -144,7 +144,7 @@ def _a1111_dictionary(token: str, vectors: Tensor, metadata: Mapping) -> dict[st
         "step": metadata.get("steps"),
         "sd_checkpoint": None,
         "sd_checkpoint_name": metadata.get("base"),
-    }
+    } | ({BASE: metadata["model"]} if "model" in metadata else {})
 
 
 def _file_metadata(concept: Concept, metadata: Mapping, content: Mapping[str, Tensor]) -> dict[str, str]:

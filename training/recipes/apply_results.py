@@ -25,7 +25,7 @@ from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..formats.lora_report import missing_alpha
 from ..models import ldm
 from ..models.prediction import split_markers
-from ..models.protocols import TextToImage
+from ..models.protocols import Denoiser, TextToImage
 from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
@@ -113,8 +113,7 @@ def _with_file(
     model: TextToImage, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], strength: float
 ) -> TextToImage:
     weights, encoder = model_weights(model), model.text_encoder
-    if line := made_for_another(metadata.get(BASE, ""), edition_of_unet(weights.get(UNET + CONV_IN))):
-        log.warning("%s %s", name, line)
+    warn_of_another_demo(name, metadata, model.denoiser)
     if any(split_key(key)[1] for key in tensors):
         config = model.denoiser.network.config
         values = merged(parse_lora(name, tensors, metadata), weights, strength, config)
@@ -140,6 +139,13 @@ def _check_finite(name: str, values: Mapping[str, Tensor], weights: Mapping[str,
             f"{name} makes {first_few(bad)} NaN, infinite or too large for {str(weights[bad[0]].dtype)[6:]}; expected "
             "finite weights. Use an earlier save, or a lower strength."
         )
+
+
+def warn_of_another_demo(name: str, metadata: Mapping[str, str], denoiser: Denoiser) -> None:
+    """Logs that a file with this metadata was made for another model than a demo model's denoiser."""
+    weights = {denoiser.canonical_name(key): value for key, value in denoiser.network.named_parameters()}
+    if line := made_for_another(metadata.get(BASE, ""), edition_of_unet(weights.get(CONV_IN))):
+        log.warning("%s %s", name, line)
 
 
 def model_weights(model: TextToImage) -> dict[str, Tensor]:

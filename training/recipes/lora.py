@@ -28,6 +28,7 @@ from ..models.protocols import Denoiser, TextToImage
 from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, layers_of, select_layers, text_rate
 from ..trainables.lora_init import start_from
+from .apply_results import warn_of_another_demo
 from .checks import check_fit
 from .denoising import train_on_images
 from .run import TrainingJob
@@ -79,6 +80,7 @@ def train_lora(
     with model.text_encoder.training() if config.trains_text else nullcontext():
         adapters = Adapters(selected, networks_of(model, selected), config, config.seed)
         if start is not None:
+            warn_of_another_demo(start.name, start.metadata, model.denoiser)
             start_from(adapters, start, about["unet"])
         job = TrainingJob(
             name="lora",

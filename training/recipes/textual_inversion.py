@@ -29,7 +29,7 @@ from ..data.templates import (
 )
 from ..formats.embedding import Embedding, read_embedding
 from ..formats.embedding_fit import assign_to_encoders, family_of
-from ..formats.embedding_report import median_norm, token_warnings, vector_statistics
+from ..formats.embedding_report import embedding_warnings, median_norm, token_warnings, vector_statistics
 from ..formats.embedding_save import expect_file_names, save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
@@ -163,8 +163,11 @@ def read_concepts(entries: Iterable[str], encoder: TextEncoder) -> list[Concept]
         token, equals, file = entry.partition("=")
         if not equals:
             raise ValueError(f"known embedding is {entry!r}; expected token=file, such as <my-cat>=cat.safetensors.")
-        vectors = assign_to_encoders(read_embedding(file, token), encoder.vocabularies)
-        concepts.append(Concept(check_token(token), vectors))
+        read, vocabularies = read_embedding(file, token), encoder.vocabularies
+        concept = Concept(check_token(token), assign_to_encoders(read, vocabularies))
+        for line in embedding_warnings([read], concept, vocabularies):
+            log.warning("%s", line)
+        concepts.append(concept)
     return concepts
 
 
