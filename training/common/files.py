@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import foreign
+from .tensor_writer import Visit, write_content
 
 WINDOWS = sys.platform == "win32"
 _OPEN_ELSEWHERE = 2.0
@@ -224,35 +225,22 @@ def overwrite(path: str | Path, text: str) -> None:
         file.truncate()
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, wholly or not at all; equal content gives equal bytes.
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    visit: Visit | None = None,
+    late: Callable[[], Mapping[str, str]] = dict,
+) -> None:
+    """Writes a safetensors file, wholly or not at all, with one tensor after the other in RAM.
 
-    Raises WriteFailed, which on a full disk says how much is needed.
+    Equal content gives equal bytes. visit, late: see `tensor_writer.write_content`. Raises WriteFailed, which on a full
+    disk says how much is needed.
     """
-    from safetensors.torch import save_file
-
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with atomic_path(path, durable=True, size=size) as temporary:
-        mode = temporary.stat().st_mode
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, temporary, dict(metadata or {}))
-        temporary.chmod(mode)  # safetensors creates files that only their owner may read
-        _sort_metadata(temporary)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sorts the metadata in a safetensors file's header: its order differs from process to process."""
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8").ljust(length)
-        if len(text) != length:
-            raise AssertionError(f"sorted header has {len(text)} bytes; expected {length}")
-        file.seek(8)
-        file.write(text)
+    with atomic_path(path, durable=True, size=size) as temporary, open(temporary, "wb") as file:
+        write_content(file, tensors, metadata or {}, visit, late)
+        file.close()  # before the rename
 
 
 def read_json(path: Path) -> Any:

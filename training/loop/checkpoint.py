@@ -40,7 +40,7 @@ def load_loop(loop: Loop) -> int:
 
     Raises ValueError when the run has done more steps than it is asked for.
     """
-    state = load_state(loop.folder)
+    state = load_state(loop.folder, copy=False)
     if state is None:
         return 0
     if state.step > loop.config.steps:
@@ -56,7 +56,8 @@ def load_loop(loop: Loop) -> int:
 def _restore(loop: Loop, state: State) -> None:
     gradient_step = loop.gradient_step
     loop.trainable.load(state.masters)
-    gradient_step.ema = {name: state.ema[name].to(value) for name, value in gradient_step.ema.items()}
+    for name, average in gradient_step.ema.items():
+        average.copy_(state.ema[name])
     restore_optimizer(gradient_step.optimizer, state.optimizer)
     loop.validation = ValidationRecord.from_state_dict(state.extra)
     loop.objective.load_state(state.extra.get("objective", {}))
@@ -110,7 +111,7 @@ def save_state(
     groups = [{key: v for key, v in group.items() if key not in AS_BUILT} for group in state_dict["param_groups"]]
     about = {"step": step, "metrics_size": folder.metrics_size(), "optimizer": numbers, "groups": groups}
     about |= {"record": folder.record, "extra": dict(extra)}
-    write_state_file(folder.latest, _unshared(tensors), {STATE: json.dumps(about)})
+    write_state_file(folder.latest, tensors, {STATE: json.dumps(about)})
 
 
 def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,25 +132,15 @@ def _set_nested(entries: dict[str, Any], name: str, value: Any) -> None:
         entries[first] = value
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share memory with an earlier one (bitsandbytes' code books): safetensors refuses those."""
-    storages: set[int] = set()
-    unshared = {}
-    for name, value in tensors.items():
-        storage = value.untyped_storage().data_ptr()
-        unshared[name] = value.clone() if storage in storages else value
-        storages.add(storage)
-    return unshared
-
-
-def load_state(folder: RunFolder) -> State | None:
+def load_state(folder: RunFolder, copy: bool = True) -> State | None:
     """The last saved state, or None when there is none.
 
-    Raises ValueError for a damaged or changed file, and for one that was saved under the settings of another run.
+    copy: whether its tensors are copied into RAM, rather than left in the file until each is used. Raises ValueError
+    for a damaged or changed file, and for one that was saved under the settings of another run.
     """
     if not folder.latest.exists():
         return None
-    tensors, metadata, verified = read_state_file(folder.latest)
+    tensors, metadata, verified = read_state_file(folder.latest, copy)
     if not verified:
         log.warning("the state of run %r is of an earlier version and could not be verified", folder.name)
     with reading_state(folder.latest):
@@ -177,8 +168,21 @@ def _parse_state(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Sta
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Loads a saved state of parameters and groups; the learning rate stays as built."""
+    """Loads a saved state of parameters and groups; the learning rate stays as built.
+
+    Tensors that torch takes over as they are, on the CPU, are copied one by one: the saved ones may lie in a file.
+    """
     groups = optimizer.state_dict()["param_groups"]
     for group, entries in zip(groups, saved["param_groups"], strict=False):  # none in states of earlier versions
         group.update({key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})
     optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
+    for entries in optimizer.state.values():
+        _copy_from_file(entries)
+
+
+def _copy_from_file(entries: dict[str, Any]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            _copy_from_file(value)
+        elif isinstance(value, Tensor) and value.device.type == "cpu":
+            entries[key] = value.clone()

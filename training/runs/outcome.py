@@ -58,7 +58,7 @@ def is_finished(
 
 
 def saved_result(folder: RunFolder, kind: str, guard_step: int | None) -> tuple[dict[str, Tensor], int]:
-    """The weights that a result of kind "best" or "guard" has, and their step.
+    """The weights that a result of kind "best" or "guard" has, left in their file until they are used, and their step.
 
     Args:
         folder: the run's.
@@ -82,7 +82,7 @@ def guarded_values(folder: RunFolder, step: int) -> dict[str, Tensor]:
     Raises ValueError when the file is of another step: the run was killed after that step, and then asked for fewer
     steps than it had done.
     """
-    tensors, about, _ = read_state_file(folder.guarded)
+    tensors, about, _ = read_state_file(folder.guarded, copy=False)
     if int(about["step"]) != step:
         raise ValueError(
             f"{folder.guarded} is of step {about['step']}; expected step {step}. Ask for as many steps as before, or "
@@ -108,7 +108,7 @@ def describe_guard(status: Mapping[str, Any]) -> str:
 
 def best_values(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Weights of the lowest validation loss and their metadata, or None when nothing was validated."""
-    return read_state_file(folder.best)[:2] if folder.best.exists() else None
+    return read_state_file(folder.best, copy=False)[:2] if folder.best.exists() else None
 
 
 @contextmanager
