@@ -7,13 +7,13 @@ offloads it; its weights are never changed, only replaced by fp32 masters for th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 
 from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
+from ...training.models.blocks import recomputed
 from ...training.models.noise_levels import OWN_SIGMAS
 from ...training.models.protocols import Conditioning
 from .device import load_fully, static_clone, without_inference_tensors
@@ -88,20 +88,8 @@ class ComfyDenoiser:
         other.sigmas = sigmas
         return other
 
-    @contextmanager
-    def checkpointing(self, enabled: bool) -> Iterator[None]:
-        """Recomputes ResBlocks and SpatialTransformers; ComfyUI's `use_checkpoint` fails with frozen weights."""
-        blocks = [m for m in self.network.modules() if type(m).__name__ in ("ResBlock", "SpatialTransformer")]
-        if enabled:
-            from torch.utils.checkpoint import checkpoint
-
-            for block in blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
+    def checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return recomputed(self.network, enabled)
 
     def canonical_name(self, name: str) -> str:
         return name

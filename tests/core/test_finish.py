@@ -168,7 +168,7 @@ def test_scores_of_a_step_that_did_not_end_are_not_counted(tiny_model, tmp_path)
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / "r" / name).read_bytes()
 
 
-LEAN = TrainingSettings(precision="bf16", optimizer="Adafactor", gradient_checkpointing=True)
+LEAN = TrainingSettings(precision="bf16", optimizer="Adafactor", gradient_checkpointing=True, block_swap=38)
 
 
 def test_hints_name_only_what_applies():
@@ -183,6 +183,11 @@ def test_hints_name_only_what_applies():
     whole = memory_hints(TrainModelConfig(**base, batch_size=9, train="whole UNet", settings=total), (64, 64))
     assert "batch_size 3 in place of 9, with total_batch 9 as it is" in whole and "train = whole UNet" in whole
     assert "ema_decay 0 in place of 0.99" in whole and "pictures of" not in whole
+    assert "fused_backward on" in whole and "block_swap" not in whole
+    summed = memory_hints(TrainModelConfig(**base, batch_size=3, train="whole UNet", settings=total), (64, 64))
+    assert "fused_backward on" not in summed
+    kept = memory_hints(LoraConfig(**base, settings=dataclasses.replace(LEAN, block_swap=0)), (64, 64))
+    assert kept.startswith("Set block_swap above 0 (slower, frozen weights stay in RAM): this run then goes on")
     word = EmbeddingConfig(**base, token="<x>", lora_rank=4, settings=LEAN)
     assert "lora_rank 2 in place of 4" in memory_hints(word, (64, 64))
     text = RewardTuneConfig(**base, stop_gradient=False, settings=LEAN)

@@ -92,15 +92,6 @@ def test_contexts_of_unequal_length_in_one_batch_stay_exact(tiny_model):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointing_is_on_inside_only(tiny_model):
-    denoiser = tiny_model.denoiser
-    with denoiser.checkpointing(True):
-        assert denoiser.network.is_gradient_checkpointing
-    assert not denoiser.network.is_gradient_checkpointing
-    with denoiser.checkpointing(False):
-        assert not denoiser.network.is_gradient_checkpointing
-
-
 @torch.no_grad()
 def test_autoencoder_scales_and_maps_ranges_as_diffusers_does(tiny_model):
     autoencoder, vae = tiny_model.autoencoder, tiny_model.autoencoder.network

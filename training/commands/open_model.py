@@ -22,6 +22,7 @@ from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
 from ..models.layers import reset_weights
 from ..models.prediction import Correction, plain_values, unet_description
 from ..models.protocols import Denoiser, TextToImage
+from ..models.visitors import Visitors
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
 from ..text_encoder.fit import EncoderStates, fit_projection
@@ -55,8 +56,13 @@ UNET_SHAPE = (
 """The values of a UNet's config that a file written here keeps."""
 
 
-def build_model(config: ModelConfig) -> TextToImage:
+def build_model(config: ModelConfig, visiting: bool = False) -> TextToImage:
     """The model that a config describes, in fp32.
+
+    Args:
+        config: the model.
+        visiting: whether text encoder and VAE are on the device only while they are used, and the UNet does not
+            compute. Not for trainings of the text encoder or through the VAE.
 
     Raises:
         ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
@@ -75,11 +81,22 @@ def build_model(config: ModelConfig) -> TextToImage:
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
-    encoder = model.text_encoder
-    text_modules = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
-    for module in (model.denoiser.network, model.autoencoder.network, *text_modules):
-        module.to(config.device or "cpu")
+    _place(model, torch.device(config.device or "cpu"), visiting)
     return model
+
+
+def _place(model: TextToImage, device: torch.device, visiting: bool) -> None:
+    """Puts a model on a device, or its text encoder and VAE where they wait for their use."""
+    encoder, vae = model.text_encoder, model.autoencoder.network
+    backbone = encoder.network if encoder.projection is None else encoder.model
+    if encoder.projection is not None:
+        encoder.projection.to(device)
+    if visiting and device.type != "cpu":
+        backbones = list(backbone) if isinstance(backbone, nn.ModuleList) else [backbone]
+        Visitors(model.denoiser.network, (backbones, [vae]), device)
+        return
+    for module in (model.denoiser.network, vae, backbone):
+        module.to(device)
 
 
 def build_demo_model(**options) -> TextToImage:

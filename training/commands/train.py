@@ -16,7 +16,14 @@ from ..config.model import ModelConfig
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
-from ..config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
+from ..config.training_settings import (
+    CARD_RETRAINING,
+    CARD_RUNS,
+    CARDS,
+    PRESET_RUNS,
+    PRESETS,
+    TrainingSettings,
+)
 from ..data.examples import Dataset
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
@@ -29,15 +36,21 @@ STOPPING = (
     "it after the step in progress, with its result: the same command then returns that, and more --steps continue it."
 )
 """Below the help of every training."""
-TRAIN_PRESETS = {name: values | PRESET_RUNS.get(name, {}) for name, values in PRESETS.items()}
-NO_PRESETS = {"custom": {}}
+CARD_PRESETS = {name: values | CARD_RUNS[name] for name, values in CARDS.items()}
+TRAIN_PRESETS = {
+    name: values | PRESET_RUNS.get(name, {}) | CARD_RUNS.get(name, {}) | CARD_RETRAINING.get(name, {})
+    for name, values in PRESETS.items()
+}
+ADAPTER_PRESETS = LORA_PRESETS | {name: values | LORA_PRESETS[name.split()[0]] for name, values in CARD_PRESETS.items()}
+OTHER_PRESETS = {"custom": {}, **CARD_PRESETS}
 
 
 def run_train(arguments: argparse.Namespace) -> dict:
     from ..recipes.unet import train_model
 
     config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
-    trained = train_model(open_model(arguments), dataset, config, arguments.output, Terminal())
+    model = open_model(arguments, visiting=not config.settings.varies_captions)
+    trained = train_model(model, dataset, config, arguments.output, Terminal())
     return result_of(trained.path)
 
 
@@ -47,7 +60,9 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 
     config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
-    trained = train_lora(open_model(arguments), dataset, config, arguments.output, Terminal(), start=start)
+    text_stays = any(config.text_rates) or config.settings.varies_captions
+    model = open_model(arguments, visiting=not text_stays)
+    trained = train_lora(model, dataset, config, arguments.output, Terminal(), start=start)
     return result_of(trained.path)
 
 
@@ -89,12 +104,12 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
     return read_flags(arguments, config, settings=settings, samples=samples)
 
 
-def open_model(arguments: argparse.Namespace) -> TextToImage:
+def open_model(arguments: argparse.Namespace, visiting: bool = False) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Prints what its UNet is taken to predict and why, which --prediction corrects.
+    Prints what its UNet is taken to predict and why, which --prediction corrects. visiting: see `build_model`.
     """
-    model = build_model(read_model_flags(arguments))
+    model = build_model(read_model_flags(arguments), visiting)
     denoiser = model.denoiser
     sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model
@@ -139,7 +154,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-lora", type=Path, help="a LoRA file of any trainer whose values the adapters begin with"
     )
-    _add_run_flags(parser, LORA_PRESETS)
+    _add_run_flags(parser, ADAPTER_PRESETS)
 
 
 def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +168,7 @@ def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN=FILE",
         help="tokens that prompts and --initial-text may use",
     )
-    _add_run_flags(parser, NO_PRESETS)
+    _add_run_flags(parser, OTHER_PRESETS)
 
 
 def add_reward_flags(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +183,7 @@ def add_reward_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="folder of captioned images, for --method direct")
     _add_data_flags(parser, skip=("folder",))
     add_flags(parser, TrainingSettings)
-    _add_run_flags(parser, NO_PRESETS)
+    _add_run_flags(parser, OTHER_PRESETS)
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
@@ -197,9 +212,19 @@ def _add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> N
 
 VERBS = {
     "train": Verb("retrain layers of a UNet on captioned images", add_train_flags, run_train, STOPPING, TRAIN_PRESETS),
-    "lora": Verb("train a LoRA on captioned images", add_lora_flags, run_lora, STOPPING, LORA_PRESETS),
+    "lora": Verb("train a LoRA on captioned images", add_lora_flags, run_lora, STOPPING, ADAPTER_PRESETS),
     "embedding": Verb(
-        "train new words of a text encoder (textual inversion)", add_embedding_flags, run_embedding, STOPPING
+        "train new words of a text encoder (textual inversion)",
+        add_embedding_flags,
+        run_embedding,
+        STOPPING,
+        OTHER_PRESETS,
     ),
-    "reward": Verb("tune a text encoder or UNet so that pictures score higher", add_reward_flags, run_reward, STOPPING),
+    "reward": Verb(
+        "tune a text encoder or UNet so that pictures score higher",
+        add_reward_flags,
+        run_reward,
+        STOPPING,
+        OTHER_PRESETS,
+    ),
 }

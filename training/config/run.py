@@ -32,7 +32,8 @@ class RunConfig:
     samples: SamplePrompts = SamplePrompts()
     resume: Literal["auto", "restart"] = setting("auto")
     """auto: resume the run of this name if its settings are equal; restart: move the old folder aside. Steps, samples,
-    validate_every, save_every, early_stop_after, result, tensorboard and gradient_checkpointing may change."""
+    validate_every, save_every, early_stop_after, result, tensorboard, gradient_checkpointing and block_swap may
+    change."""
 
     def __post_init__(self) -> None:
         check_run_name(self.run_name)
@@ -73,7 +74,7 @@ class TrainModelConfig(RunConfig):
 RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}
 """Fields that may differ when a run resumes."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
-RESUMABLE_SETTINGS |= {"gradient_checkpointing"}  # same bits, and a run that ran out of memory may need it
+RESUMABLE_SETTINGS |= {"gradient_checkpointing", "block_swap"}  # same bits, and a run out of memory may need them
 
 
 def identity(config: Any) -> dict[str, Any]:

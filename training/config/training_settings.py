@@ -10,6 +10,8 @@ from .fields import setting
 
 GROUPS = ("projection", "cross_attention", "self_attention", "rest")
 """Parts of a model that may each have a learning rate and a first step."""
+STEP_BY_TENSOR = ("AdamW", "Adafactor", "SGD", "AdamW8bit")
+"""Optimizers whose update of one tensor depends on no other tensor, and on no count of all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,12 @@ class TrainingSettings:
     """Share of a caption's tags left out each time it is shown."""
     tensorboard: bool = setting(False, advanced=True)
     """Write events for TensorBoard into the run's folder; needs the package tensorboard."""
+    block_swap: int = setting(0, low=0, high=1000, step=1, advanced=True)
+    """Blocks of the UNet, from the last one back, whose frozen weights stay in RAM and come to the GPU while they are
+    used; slower, same result. SD1.5 has 38 blocks, SDXL 87."""
+    fused_backward: bool = setting(False, advanced=True)
+    """Use and free each gradient as soon as it is there: 4 bytes less for each trained weight. For AdamW, Adafactor,
+    SGD and AdamW8bit without gradient accumulation; max_grad_norm then clips each tensor by itself."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -134,12 +142,60 @@ class TrainingSettings:
                 f"ema_decay is {self.ema_decay}; expected 0 with AdamWScheduleFree, which averages the weights itself."
             )
 
+        self._check_fused_backward()
+
+    def _check_fused_backward(self) -> None:
+        if self.fused_backward and self.optimizer not in STEP_BY_TENSOR:
+            raise ValueError(
+                f"fused_backward is on with optimizer {self.optimizer}; expected one of {', '.join(STEP_BY_TENSOR)}, "
+                "which update each tensor by itself."
+            )
+        if self.fused_backward and self.precision == "fp16":
+            raise ValueError(
+                "fused_backward is on with precision fp16, whose overflows are known only when all gradients are "
+                "there; expected bf16 or fp32."
+            )
+
     @property
     def varies_captions(self) -> bool:
         """Whether an image's caption differs between epochs, by its tags (caption_dropout aside)."""
         return self.caption_shuffle or self.tag_dropout > 0
 
 
+_CARD = {
+    "optimizer": "AdamW",
+    "precision": "bf16",
+    "gradient_accumulation": 4,
+    "total_batch": 0,
+    "ema_decay": 0.0,
+    "gradient_checkpointing": True,
+    "block_swap": 0,
+    "fused_backward": False,
+}
+"""What decides on memory; for adapters and words, and pictures of the model's size one by one."""
+CARDS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": _CARD,
+    "SDXL 8 GB": _CARD | {"block_swap": 60},
+    "SDXL 12 GB": _CARD,
+    "SDXL 24 GB": _CARD | {"gradient_accumulation": 1},
+}
+"""Presets by the memory of the graphics card."""
+_SDXL_RUN = {"resolution": 1024, "sample_width": 1024, "sample_height": 1024, "batch_size": 1}
+CARD_RUNS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": {"resolution": 512, "sample_width": 512, "sample_height": 512, "batch_size": 1},
+    "SDXL 8 GB": _SDXL_RUN,
+    "SDXL 12 GB": _SDXL_RUN,
+    "SDXL 24 GB": _SDXL_RUN | {"batch_size": 4},
+}
+"""What the command line sets besides: sizes of pictures and batch."""
+_FUSED = {"gradient_accumulation": 1, "fused_backward": True}
+CARD_RETRAINING: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": {"train": "cross-attention"},
+    "SDXL 8 GB": {"train": "cross-attention K/V", "optimizer": "AdamW8bit", **_FUSED},
+    "SDXL 12 GB": {"train": "cross-attention K/V", "block_swap": 40, **_FUSED},
+    "SDXL 24 GB": {"train": "cross-attention", "batch_size": 1, **_FUSED},
+}
+"""What the command line sets besides for retraining, whose trained weights need most of the memory."""
 PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},
@@ -150,6 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss_weighting": "min-SNR",
         "snr_gamma": 5.0,
     },
+    **CARDS,
 }
 """Named groups of settings; those of a preset other than "custom" replace the user's."""
 PRESET_RUNS: dict[str, dict[str, Any]] = {"T5 swap, source notes": {"learning_rate": 4e-5, "steps": 10_000}}

@@ -14,6 +14,7 @@ from ..config.loop import Batches, LoopConfig
 from ..objectives.objective import Objective
 from ..trainables.base import Trainable
 from .ema import update_ema
+from .fused_backward import FusedBackward
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .precision import autocast, loss_scaler
 
@@ -39,6 +40,7 @@ class GradientStep:
         self.world: World = world()
         self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, self.settings, trainable.rate)
         self.scaler = loss_scaler(self.settings.precision, device)
+        self.fused = FusedBackward(self.optimizer, self.settings) if self.settings.fused_backward else None
         self.ema = {k: v.clone() for k, v in trainable.values().items()} if self.settings.ema_decay else {}
         self._check_learning_rates()
 
@@ -58,6 +60,7 @@ class GradientStep:
             The mean loss per sample, and the means of the objective's further figures.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self._set_rates(step)
         batches = self._batches(step)
         total, loss, parts = sum(len(batch) for batch in batches), 0.0, {}
         for batch in batches:
@@ -112,6 +115,8 @@ class GradientStep:
         Groups that are still frozen at this step lose their gradient first, so that neither the norm nor the optimizer
         counts them.
         """
+        if self.fused:
+            return self.fused.norm().item()
         for group in self.optimizer.param_groups:
             if group_rate(group["name"], step, self.settings) == 0:
                 for parameter in group["params"]:
@@ -122,12 +127,25 @@ class GradientStep:
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""
+        if not self.fused:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        update_ema(self.ema, self.trainable.parameters, step, self.settings.ema_decay)
+        if self.fused:
+            self.fused.end()
+
+    @property
+    def updating(self) -> bool:
+        """Whether some weights, but not yet all, are those after the step in progress."""
+        return self.fused is not None and self.fused.updating
+
+    def _set_rates(self, step: int) -> None:
+        """Sets the groups' learning rates; with a fused backward the weights change in the backward pass."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"] * group_rate(group["name"], step, self.settings)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        update_ema(self.ema, self.trainable.parameters, step, self.settings.ema_decay)
+        if self.fused:
+            self.fused.begin(step)
 
     def learning_rate(self, step: int) -> float:
         """The run's learning rate at a step, before the multiples of groups and parameters."""

@@ -253,7 +253,8 @@ class Loop:
                 traceback.clear_frames(error.__traceback__)
                 self.gradient_step.optimizer.zero_grad(set_to_none=True)
             diverged = isinstance(error, TrainingDiverged) and self.saved_step >= 0
-            if not self.updating and self.step != self.saved_step and not diverged:
+            updating = self.updating or self.gradient_step.updating
+            if not updating and self.step != self.saved_step and not diverged:
                 self._save_after(error)
             if out_of_memory:
                 hints = self.config.memory_hints

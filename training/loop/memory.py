@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..config.run import RunConfig
+from ..config.training_settings import STEP_BY_TENSOR
 
 LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
 """Optimizers that keep two or more fp32 numbers for every trained one."""
@@ -44,11 +45,19 @@ def memory_hints(config: RunConfig, size: tuple[int, int]) -> str:
         *_fewer_weights(config),
     ]
     hints = [f"Turn {checkpointing}: this run then goes on where it is."] if checkpointing else []
+    hints += _swap_hint(config)
     if others:
-        start = "Or, under another run name" if checkpointing else "Under another run name"
+        start = "Or, under another run name" if hints else "Under another run name"
         hints.append(f"{start}: {'; '.join(others)}.")
     hints.append("Other programs that use the device may be closed too, and the same run queued again.")
     return " ".join(hints)
+
+
+def _swap_hint(config: RunConfig) -> Iterator[str]:
+    """Frozen weights in RAM, for a run that has them and recomputes its activations already."""
+    settings = config.settings
+    if settings.gradient_checkpointing and not settings.block_swap and not _retrains_whole_unet(config):
+        yield "Set block_swap above 0 (slower, frozen weights stay in RAM): this run then goes on where it is."
 
 
 def _smaller_batch(config: RunConfig) -> Iterator[str]:
@@ -83,6 +92,9 @@ def _smaller_numbers(config: RunConfig) -> Iterator[str]:
         yield "precision bf16 in place of fp32"
     if settings.optimizer in LARGE_STATES:
         yield f"optimizer AdamW8bit or Adafactor in place of {settings.optimizer}"
+    fusible = settings.optimizer in STEP_BY_TENSOR and config.gradient_accumulation == 1
+    if _retrains_whole_unet(config) and fusible and not settings.fused_backward:
+        yield "fused_backward on"
     if settings.ema_decay:
         yield f"ema_decay 0 in place of {settings.ema_decay:g}"
 
@@ -95,7 +107,11 @@ def _fewer_weights(config: RunConfig) -> Iterator[str]:
             yield f"{name} {rank // 2} in place of {rank}"
     if getattr(config, "text_encoder_learning_rate", 0):
         yield f"text_encoder_learning_rate 0 in place of {config.text_encoder_learning_rate:g}"
-    if getattr(config, "train", "") in ("whole UNet", "UNet"):
+    if _retrains_whole_unet(config):
         yield f"fewer layers than train = {config.train}"
     if not getattr(config, "stop_gradient", True):
         yield "stop_gradient on"
+
+
+def _retrains_whole_unet(config: RunConfig) -> bool:
+    return getattr(config, "train", "") in ("whole UNet", "UNet")

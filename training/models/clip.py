@@ -27,6 +27,7 @@ from .concepts import (
 )
 from .parameters import ParameterRef, expect_shape, expect_tensors, finite_weight, parameter_refs
 from .protocols import Conditioning
+from .visitors import arrive
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -188,6 +189,7 @@ class ClipTextEncoder:
         return [rows[part.token] if isinstance(part, Concept) else self._ids(part) for part in parts]
 
     def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
+        arrive(self.network)
         device = self.token_embedding.weight.device
         flat = torch.tensor([window for windows in tokens for window in windows], device=device)
         with embedding(self.token_embedding, flat, self.concepts, self.name) as flat:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..common.fingerprint import tensors_fingerprint
 from ..common.foreign import reading
 from . import ldm
+from .blocks import recomputed
 from .checkpoint import SD1_VAE, SDXL_VAE, Checkpoint, ConfigOf, no_config, open_checkpoint
 from .clip import SD2_WIDTH, ClipTextEncoder
 from .folders import expect_parts, folder_clip, folder_scheduler, folder_unet, folder_vae
@@ -26,6 +27,7 @@ from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of,
 from .prediction import AS_READ, Correction, Finding
 from .protocols import Conditioning, TextToImage
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
+from .visitors import arrive, send_visitors_away
 
 __all__ = [
     "SD1_SCHEDULER",
@@ -78,6 +80,7 @@ class DiffusersDenoiser:
         return (1 - sigma) * latent + sigma * noise if self.prediction_type == "flow" else latent + sigma * noise
 
     def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        send_visitors_away(self.network)
         scaled = noisy if self.prediction_type == "flow" else noisy / (1 + _column(sigma) ** 2).sqrt()
         return self.network(
             scaled,
@@ -115,14 +118,8 @@ class DiffusersDenoiser:
         other.sigmas, other._log_sigmas = sigmas, sigmas.log()
         return other
 
-    @contextmanager
-    def checkpointing(self, enabled: bool):
-        if enabled:
-            self.network.enable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            self.network.disable_gradient_checkpointing()
+    def checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return recomputed(self.network, enabled)
 
     def canonical_name(self, name: str) -> str:
         return ldm.rename(name, self._names)
@@ -154,6 +151,7 @@ class DiffusersAutoencoder:
         self.fingerprint = tensors_fingerprint(vae.named_parameters(), vae.config.scaling_factor)
 
     def encode(self, images: Tensor) -> Tensor:
+        arrive(self.network)
         parameter = next(self.network.parameters())
         posterior = self.network.encode(images.to(parameter) * 2 - 1).latent_dist
         return posterior.mode() * self.network.config.scaling_factor
@@ -162,6 +160,7 @@ class DiffusersAutoencoder:
         return self.pixels(latents).clamp(0, 1)
 
     def pixels(self, latents: Tensor) -> Tensor:
+        arrive(self.network)
         parameter = next(self.network.parameters())
         images = self.network.decode(latents.to(parameter) / self.network.config.scaling_factor).sample
         return images / 2 + 0.5

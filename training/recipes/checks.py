@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..config.run import RunConfig
+from ..loop.fused_backward import check_fused_backward
 from ..loop.optimizers import check_optimizer
+from ..models.block_swap import check_block_swap
 from ..models.protocols import TextToImage
 from ..objectives.losses import check_objective
 from ..runs.folder import RunFolder
@@ -28,6 +30,8 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
     check_optimizer(settings, config.learning_rate, denoiser.device)
+    check_fused_backward(config)
+    check_block_swap(denoiser, settings.block_swap)
     if settings.precision == "fp16" and denoiser.device.type != "cuda":
         raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
     check_objective(settings, denoiser.prediction_type)

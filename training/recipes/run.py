@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
+from ..models import ldm
+from ..models.block_swap import swapped_blocks
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
@@ -95,12 +97,22 @@ def run_training(
             return folder.path
         with record_failure(folder, callbacks):
             loop = build_loop(folder, callbacks)
-        with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+        with _saving_memory(model, config, loop):
             values = loop.run()
         if here.is_main:
             _finish(job, folder, loop, values, callbacks)
         here.barrier()
         return folder.path
+
+
+@contextmanager
+def _saving_memory(model: TextToImage, config: RunConfig, loop: Loop) -> Iterator[None]:
+    """While entered, blocks are swapped and recomputed as the settings ask."""
+    settings, denoiser = config.settings, model.denoiser
+    trained = {name.removeprefix(ldm.UNET_PREFIX) for name in loop.trainable.parameters}
+    recompute = settings.gradient_checkpointing
+    with swapped_blocks(denoiser, settings.block_swap, trained, recompute), denoiser.checkpointing(recompute):
+        yield
 
 
 def _finish(

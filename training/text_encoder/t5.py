@@ -27,6 +27,7 @@ from ..models.concepts import (
 )
 from ..models.parameters import ParameterRef, parameter_refs
 from ..models.protocols import Conditioning
+from ..models.visitors import arrive
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
 from .tokenizers import T5Tokenizer, find_tokenizer
@@ -164,6 +165,7 @@ class T5TextEncoder:
             pooled output is the mean (B, d_model) of the real tokens' states, or None if the projection does not read
             it; it is computed here because a mask of None does not tell which tokens are real.
         """
+        arrive(self.model)
         ids, real = self._batch(tokens)
         with embedding(self.token_embedding, ids, self.concepts, self.name) as ids:
             states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state

@@ -1,0 +1,72 @@
+"""Text encoder and VAE are on the device only while they are used, one group at a time, never beside the UNet."""
+
+import dataclasses
+
+import pytest
+import torch
+from retune.training.commands.open_model import build_demo_model
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.models.visitors import Visitors, arrive, send_visitors_away
+from retune.training.recipes.unet import train_model
+from torch import nn
+
+
+class Moves(nn.Module):
+    """A network that notes where it was sent."""
+
+    def __init__(self, log, name):
+        super().__init__()
+        self.log, self.name = log, name
+
+    def to(self, device):
+        self.log.append((self.name, str(device)))
+        return self
+
+
+def test_one_group_is_there_at_a_time():
+    log = []
+    unet, clip_l, clip_g, vae = (Moves(log, name) for name in ("unet", "clip_l", "clip_g", "vae"))
+    device = torch.device("cuda:0")
+    Visitors(unet, ([clip_l, clip_g], [vae]), device)
+    assert log == [("unet", "cuda:0"), ("clip_l", "cpu"), ("clip_g", "cpu"), ("vae", "cpu")]
+    log.clear()
+    arrive(clip_l)
+    arrive(clip_g)
+    assert log == [("clip_l", "cuda:0"), ("clip_g", "cuda:0")]
+    arrive(vae)
+    assert log[2:] == [("clip_l", "cpu"), ("clip_g", "cpu"), ("vae", "cuda:0")]
+    send_visitors_away(unet)
+    send_visitors_away(unet)
+    assert log[5:] == [("vae", "cpu")]
+    arrive(vae)
+    assert log[6:] == [("vae", "cuda:0")]
+    arrive(nn.Linear(1, 1))
+    send_visitors_away(nn.Linear(1, 1))
+
+
+def test_a_run_computes_the_unet_with_nobody_else_there(tiny_model, pictures, tmp_path):
+    settings = TrainingSettings(validation_fraction=0.3, validate_every=2, warmup_steps=0)
+    samples = SamplePrompts(prompts=("a red circle",), every=1, steps=2, cfg=2.0, width=32, height=32)
+    config = TrainModelConfig(run_name="plain", steps=2, batch_size=2, settings=settings, samples=samples)
+    plain = train_model(tiny_model, pictures, config, tmp_path)
+    parts = [part.network for part in (tiny_model.denoiser, tiny_model.text_encoder, tiny_model.autoencoder)]
+    unet, clip, vae = parts
+    visitors, seen = Visitors(unet, ([clip], [vae]), torch.device("cpu")), set()
+    for name, network in (("unet", unet), ("clip", clip), ("vae", vae.encoder), ("vae", vae.decoder)):
+        network.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.add((name, *(id(one) for one in visitors._there)))
+        )
+    (tmp_path / "plain").rename(tmp_path / "before")
+    again = train_model(tiny_model, pictures, dataclasses.replace(config, run_name="v"), tmp_path / "new")
+    assert seen == {("unet",), ("clip", id(clip)), ("vae", id(vae))}
+    assert all(torch.equal(again.unet[name], value) for name, value in plain.unet.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"t5": "demo"}])
+def test_a_model_on_a_cpu_has_no_visitors(options, caplog):
+    model = build_demo_model(**options)
+    encoder = model.text_encoder
+    network = encoder.network if encoder.projection is None else encoder.model
+    assert all("_retune_visitors" not in vars(n) for n in (network, model.denoiser.network, model.autoencoder.network))
