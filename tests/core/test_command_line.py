@@ -13,15 +13,18 @@ from retune.training.__main__ import main, parser
 from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
-from retune.training.commands.train import regularisation_folder
+from retune.training.commands.train import read_run_flags, regularisation_folder
 from retune.training.common.files import write_tensors
 from retune.training.common.foreign import read_tensors
+from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.fields import config_fields, field_docs
 from retune.training.config.flags import add_flags, read_flags
+from retune.training.config.lora import LoraConfig
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
-from retune.training.config.training_settings import TrainingSettings
+from retune.training.config.training_settings import CARD_RETRAINING, CARD_RUNS, CARDS, TrainingSettings
 from retune.training.data.folder import FolderConfig
+from retune.training.loop.fused_backward import check_fused_backward
 from retune.training.models import ldm
 from retune.training.models.layers import ResetConfig
 
@@ -125,6 +128,24 @@ def test_a_preset_changes_defaults_and_flags_win():
     found = parser("T5 swap, source notes").parse_args(flags)
     assert (found.learning_rate, found.steps, found.total_batch, found.loss_weighting) == (4e-5, 7, 64, "min-SNR")
     assert parser().parse_args(REQUIRED).total_batch == 0
+
+
+def test_presets_by_card_set_everything_that_memory_depends_on():
+    fields = ("precision", "optimizer", "gradient_checkpointing", "block_swap", "fused_backward")
+    fields += ("gradient_accumulation", "total_batch", "ema_decay", "batch_size", "resolution", "sample_width")
+    needed = {"train": [], "lora": [], "embedding": ["--token", "<x>"], "reward": ["--rewards", "demo aesthetic"]}
+    for card in CARDS:
+        for verb, more in needed.items():
+            arguments = [verb, *REQUIRED[1:], *more]
+            found = parser(card).parse_args([*arguments, "--preset", card])
+            assert all(name in CARDS[card] | CARD_RUNS[card] for name in fields)
+            expected = CARDS[card] | CARD_RUNS[card] | (CARD_RETRAINING[card] if verb == "train" else {})
+            assert {name: getattr(found, name) for name in fields} == {name: expected[name] for name in fields}
+            kind = {"train": TrainModelConfig, "lora": LoraConfig, "embedding": EmbeddingConfig}.get(verb)
+            if kind:
+                check_fused_backward(read_run_flags(found, kind))
+    lora = parser("SDXL 8 GB").parse_args(["lora", *REQUIRED[1:], "--preset", "SDXL 8 GB", "--block-swap", "87"])
+    assert (lora.rank, lora.block_swap, lora.resolution) == (32, 87, 1024)
 
 
 def test_the_preset_reaches_the_run(train_arguments, tmp_path):

@@ -69,6 +69,29 @@ def test_checkpointing_gives_the_same_gradient(demo, core_demo):
     assert gradients[0] != 0 and gradients[1] == pytest.approx(gradients[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_swapped_blocks_of_comfyuis_unet_give_the_same_gradient(demo, recompute):
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.models.block_swap import check_block_swap, swapped_blocks
+    from retune.training.models.blocks import blocks_in_order
+
+    noisy, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0])
+    states, gradients = Conditioning(torch.ones(1, 4, 128)), []
+    with torch.inference_mode(), text_to_image(*demo) as model:
+        denoiser = model.denoiser
+        before = {name: p.detach().clone() for name, p in denoiser.network.named_parameters()}
+        count = len(blocks_in_order(denoiser))
+        for swapped in (0, 3, count):
+            context = states.context.clone().requires_grad_()
+            with swapped_blocks(denoiser, swapped, (), recompute), denoiser.checkpointing(recompute):
+                denoiser.predict(noisy, sigma, Conditioning(context)).square().sum().backward()
+            gradients.append(context.grad)
+        assert count > 3 and torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+        assert all(torch.equal(p, before[name]) for name, p in denoiser.network.named_parameters())
+        with pytest.raises(ValueError, match=f"expected at most {count}, the blocks of this UNet"):
+            check_block_swap(denoiser, count + 1)
+
+
 def test_fifty_steps_give_the_same_losses_in_both_implementations(demo, core_demo, pictures, tmp_path):
     from retune.nodes.bridge.view import text_to_image
     from retune.nodes.clips import t5_clip
