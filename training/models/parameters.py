@@ -75,12 +75,16 @@ def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 @contextmanager
 def gradients_required(networks: Iterable[nn.Module], required: bool) -> Iterator[None]:
-    """While entered, all parameters of these module trees require a gradient, or none does."""
-    changed = [p for network in networks for p in network.parameters() if p.requires_grad != required]
+    """While entered, all parameters of these module trees require a gradient, or none does.
+
+    It holds no parameter, so that one which is replaced meanwhile, as when a model moves, leaves memory.
+    """
+    refs = [ref for network in networks for ref in parameter_refs(network).values()]
+    changed = [ref for ref in refs if ref.tensor.requires_grad != required]
     try:
-        for parameter in changed:
-            parameter.requires_grad_(required)
+        for ref in changed:
+            ref.tensor.requires_grad_(required)
         yield
     finally:
-        for parameter in changed:
-            parameter.requires_grad_(not required)
+        for ref in changed:
+            ref.tensor.requires_grad_(not required)

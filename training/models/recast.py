@@ -59,6 +59,21 @@ class FrozenConv2d(torch.autograd.Function):
         return nn.grad.conv2d_input(ctx.shape, operand, gradient, **ctx.geometry), None, None, None, None
 
 
+class FrozenTransposed(torch.autograd.Function):
+    """y = x W for a frozen W, of one dimension of outputs and one of inputs; nothing but the stored W is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, operand: Operand) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.operand = operand
+        return x.matmul(operand(weight, x).flatten(1))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return F.linear(gradient, ctx.operand(weight, gradient).flatten(1)), None, None
+
+
 def geometry_of(layer: nn.Conv2d) -> dict[str, Any]:
     """A convolution's stride, padding, dilation and groups."""
     return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
