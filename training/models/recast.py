@@ -125,6 +125,21 @@ def _has_numeric_padding(layer: nn.Conv2d) -> bool:
     return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
+def store_in(network: nn.Module, dtype: torch.dtype, exact: Callable[[str], bool]) -> None:
+    """Rounds the weights and biases of linear and convolution layers to a dtype, one after another, and makes all other
+    parameters fp32: norms, which autocast computes in fp32, and what trains, whose masters begin with all its digits.
+
+    Args:
+        network: whose parameters are replaced.
+        dtype: of the arithmetic that the network is meant for.
+        exact: whether a parameter, by its name in the network, is not rounded.
+    """
+    paths = {module: path for path, module in network.named_modules()}
+    rounded = {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(dtype if name in rounded and not exact(name) else torch.float32)
+
+
 @contextmanager
 def recasting(layers: Iterable[nn.Module], operand: Operand = cast) -> Iterator[None]:
     """While entered, these layers compute by `recast_forward`; afterwards they are as they were.
