@@ -22,8 +22,15 @@ Operand = Callable[[Tensor, Tensor], Tensor]
 
 
 def cast(stored: Tensor, like: Tensor) -> Tensor:
-    """The stored tensor in the dtype and on the device of `like`; itself where it has both already."""
-    return stored.to(like.device, like.dtype)
+    """The stored tensor, dequantised, in the dtype and on the device of `like`; itself where it has both already."""
+    moved = stored.to(like.device)
+    return (moved.dequantize() if is_quantised(moved) else moved).to(like.dtype)
+
+
+def is_quantised(stored: Tensor) -> bool:
+    """Whether a tensor is of a class that dequantises itself, as those of ComfyUI and torchao do; its dtype is then
+    that of the values which it stands for."""
+    return type(stored).dequantize is not Tensor.dequantize
 
 
 class RecastLinear(torch.autograd.Function):
@@ -140,7 +147,8 @@ def recast_forward(layer: nn.Module, x: Tensor, operand: Operand = cast) -> Tens
     A weight that has the arithmetic's dtype and device already takes torch's own way.
     """
     dtype, weight = arithmetic_dtype(x), layer.weight
-    if operand is cast and weight.dtype == dtype and weight.device == x.device:
+    plain = operand is cast and not is_quantised(weight)
+    if plain and weight.dtype == dtype and weight.device == x.device:
         return type(layer).forward(layer, x)
     return product(layer, x.to(dtype), operand, bias=True)
 
