@@ -97,7 +97,7 @@ def run_training(
             return folder.path
         with record_failure(folder, callbacks):
             loop = build_loop(folder, callbacks)
-        with _saving_memory(model, config, loop):
+        with _saving_memory(model, config, loop), loop.trainable.mounted():
             values = loop.run()
         if here.is_main:
             _finish(job, folder, loop, values, callbacks)
