@@ -220,14 +220,15 @@ def test_a_run_with_more_blocks_than_there_are_ends_before_any_work(tiny_model, 
     assert not list(tmp_path.glob("r*"))
 
 
-def test_retraining_keeps_the_trained_weights_on_the_device(tiny_model, pictures, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_retraining_keeps_the_trained_weights_on_the_device(tiny_model, pictures, tmp_path, precision):
     from retune.training.config.run import TrainModelConfig
     from retune.training.config.training_settings import TrainingSettings
     from retune.training.recipes.unet import train_model
 
     found = []
     for number, count in enumerate((0, 4)):
-        settings = TrainingSettings(warmup_steps=0, block_swap=count)
+        settings = TrainingSettings(warmup_steps=0, block_swap=count, precision=precision)
         run = TrainModelConfig(run_name=f"{number}", steps=2, learning_rate=1e-3, settings=settings)
         found.append(train_model(tiny_model, pictures, run, tmp_path).unet)
     assert same_bits(*found)

@@ -93,6 +93,21 @@ def test_folders_of_other_kinds_say_what_they_are(tmp_path):
         load_denoiser(tmp_path / "video")
 
 
+@pytest.mark.parametrize("dtype, own_dtypes", [("F16", False), ("F16", True), ("F32", False)])
+def test_loading_needs_no_more_than_the_model(single_file, tmp_path, live_bytes, dtype, own_dtypes):
+    """Weights lie in the file until each is copied: neither its content nor a part of it is in RAM twice."""
+    if dtype == "F16":
+        changed(single_file, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    with live_bytes() as memory:
+        model = load_model(single_file, tokenizer=tmp_path / "clip_tokenizer", own_dtypes=own_dtypes)
+    networks = (model.denoiser.network, model.text_encoder.network, model.autoencoder.network)
+    sizes = [p.numel() * p.element_size() for network in networks for p in network.parameters()]
+    assert sum(sizes) <= memory.peak <= 1.05 * sum(sizes) + 2 * max(sizes)
+    kept = {name: p.detach().clone() for name, p in model.denoiser.network.named_parameters()}
+    single_file.write_bytes(b"")  # nothing of it is mapped any more
+    assert all(torch.equal(p, kept[name]) for name, p in model.denoiser.network.named_parameters())
+
+
 def changed(file, change, about=None):
     tensors, metadata = read_tensors(file)
     change(tensors)

@@ -23,12 +23,12 @@ def config(name, **settings):
     return TrainModelConfig(**run, settings=TrainingSettings(**(QUIET | settings)))
 
 
-@pytest.mark.parametrize("optimizer", STEP_BY_TENSOR)
-def test_the_weights_are_those_of_an_unfused_run(tiny_model, pictures, tmp_path, optimizer):
+@pytest.mark.parametrize("optimizer, precision", [*((o, "fp32") for o in STEP_BY_TENSOR), ("AdamW", "bf16")])
+def test_the_weights_are_those_of_an_unfused_run(tiny_model, pictures, tmp_path, optimizer, precision):
     if optimizer in optimizers.PACKAGES:
         pytest.importorskip(optimizers.PACKAGES[optimizer][0])
     options = {"optimizer": optimizer, "ema_decay": 0.9, "lr_cross_attention": 2.0, "unfreeze_self_attention": 3}
-    options["gradient_checkpointing"] = True
+    options |= {"gradient_checkpointing": True, "precision": precision}
     runs = [
         train_model(tiny_model, pictures, config(f"{fused}", fused_backward=fused, **options), tmp_path)
         for fused in (False, True)

@@ -45,7 +45,7 @@ _VAE_PARTS = ("encoder.", "decoder.", "quant", "post_quant")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors, scaled ones unfolded.
+    """A checkpoint's tensors, which stay in its file until they are used; scaled ones are unfolded.
 
     Attributes:
         path: its file.
@@ -143,7 +143,7 @@ def open_checkpoint(path: Path, unet_only: bool = False, config_of: ConfigOf = n
         expect_unet(file.shapes)
         chosen = _chosen(file, unet_only)
         expect_readable_weights({name: file.dtypes[name] for name in chosen})
-        tensors = unfolded({name: file.read(name).clone() for name in chosen}, file.metadata)
+        tensors = unfolded({name: file.read(name) for name in chosen}, file.metadata)
         config = metadata_json(file.metadata, "retune.config", dict, config_of(file.shapes))
     weights, markers = split_markers(tensors, ldm.UNET_PREFIX)
     unet = _below(weights, ldm.UNET_PREFIX) or {n: v for n, v in weights.items() if n.startswith(_BARE)}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.foreign import count_numbered, is_file, open_tensors, read_json, reading, short, whole_number
 from .noise_levels import SD1_SCHEDULER
-from .parameters import finite_weight
+from .parameters import expect_finite
 from .prediction import AS_READ, Correction, Finding, corrected
 
 PIPELINES = "Stable Diffusion 1.x, 2.x or XL"
@@ -192,5 +192,5 @@ def _expect_complete(report: Mapping[str, Any]) -> None:
 
 def _finite(module: nn.Module) -> nn.Module:
     for name, value in module.named_parameters():
-        finite_weight(name, value, "it")
+        expect_finite(name, value.float(), "it")
     return module

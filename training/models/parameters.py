@@ -64,11 +64,19 @@ def expect_shape(name: str, value: Tensor, shape: Iterable[int], owner: str) -> 
 
 
 def finite_weight(name: str, value: Tensor, owner: str, *, own_dtype: bool = False) -> Tensor:
-    """A weight in fp32, or as it is. Raises ValueError where it has NaN or infinite values."""
+    """A copy of a weight in fp32, or in its own dtype: `value` may lie in a file.
+
+    Raises ValueError where it has NaN or infinite values.
+    """
     exact = value.float()
-    if not exact.sum().isfinite() and not exact.isfinite().all():  # the sum alone is the cheaper pass
+    expect_finite(name, exact, owner)
+    return value.clone() if own_dtype or exact is value else exact
+
+
+def expect_finite(name: str, value: Tensor, owner: str) -> None:
+    """Raises ValueError where an fp32 weight has NaN or infinite values."""
+    if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone is the cheaper pass
         raise ValueError(f"{owner}: {name} has values that are no finite numbers. Download or save the file again.")
-    return value if own_dtype else exact
 
 
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
