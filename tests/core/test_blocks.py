@@ -11,6 +11,16 @@ from retune.training.models.diffusers import DiffusersDenoiser
 from retune.training.models.protocols import Conditioning
 from torch import nn
 
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+
 
 def conditioning(denoiser, batch=1):
     random = torch.Generator().manual_seed(1)
@@ -54,17 +64,8 @@ def test_blocks_come_in_the_order_in_which_they_run(sd15_unet, sdxl_unet):
 def test_sdxl_has_87_blocks_and_its_deep_transformers_are_recomputed_block_by_block():
     from diffusers import UNet2DConditionModel
 
-    config = {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-    }
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel(**SDXL)
     assert len(blocks_in_order(DiffusersDenoiser(unet))) == 87 == len(units_to_recompute(unet))
 
 
@@ -232,3 +233,41 @@ def test_retraining_keeps_the_trained_weights_on_the_device(tiny_model, pictures
         run = TrainModelConfig(run_name=f"{number}", steps=2, learning_rate=1e-3, settings=settings)
         found.append(train_model(tiny_model, pictures, run, tmp_path).unet)
     assert same_bits(*found)
+
+
+class Attention(torch.autograd.Function):
+    """What fused attention keeps for backward, without computing it: on the meta device torch has no such kernel."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, size, kept, least", [({"cross_attention_dim": 768}, 64, 764, 163), (SDXL, 128, 5119, 588)]
+)
+def test_megabytes_of_activations_at_real_size(config, size, kept, least, live_bytes, monkeypatch):
+    """SD1.5 at 512 pixels and SDXL at 1024, one picture in bf16: the figures of the help page."""
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v)
+    )
+    found = {}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config).to(torch.bfloat16).requires_grad_(False)
+        for enabled in (False, True):
+            noisy = torch.empty(1, 4, size, size, dtype=torch.bfloat16, requires_grad=True)
+            context = torch.empty(1, 77, config["cross_attention_dim"], dtype=torch.bfloat16, requires_grad=True)
+            with recomputed(unet, enabled), live_bytes() as memory:
+                output = unet(noisy, torch.zeros(1), encoder_hidden_states=context).sample
+                output.backward(torch.empty_like(output))
+            found[enabled] = memory.peak / 2**20
+    assert found[False] == pytest.approx(kept, rel=0.05) and found[True] == pytest.approx(least, rel=0.05)
