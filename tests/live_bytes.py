@@ -8,10 +8,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that operations make inside; those from before do not count."""
+    """Counts storages that operations make inside, on one kind of device; those from before do not count."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
         super().__init__()
+        self.device = device
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
@@ -27,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage):
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known and self._known[key]() is not None:
+        if storage.device.type != self.device or (key in self._known and self._known[key]() is not None):
             return
 
         def gone(_):
