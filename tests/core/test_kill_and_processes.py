@@ -54,7 +54,7 @@ torch.nn.init.constant_(layer.weight, 0.5)
 
 class Batches:
     def batch(self, number):
-        return [3.0 * number, 3.0 * number + 1, 3.0 * number + 5]
+        return [3.0 * number, 3.0 * number + 1, 3.0 * number + 5, 3.0 * number + 6]
 
 
 class Objective:
@@ -70,7 +70,7 @@ class Objective:
 
 
 settings = TrainingSettings(gradient_accumulation=2, optimizer="SGD", weight_decay=0.0)
-config = LoopConfig(steps=1, batch_size=3, learning_rate=0.1, settings=settings, samples=SamplePrompts())
+config = LoopConfig(steps=1, batch_size=4, learning_rate=0.1, settings=settings, samples=SamplePrompts())
 weights = SelectedWeights(parameter_refs(layer, "w."), [layer])
 Loop(RunFolder(Path(sys.argv[1])), weights, Objective(), Batches(), config).run()
 """
@@ -162,7 +162,7 @@ def test_two_processes_equal_one(train_arguments, tmp_path, kind):
 def test_two_processes_log_the_figures_of_the_whole_step(tmp_path):
     start_two("-c", LOGGED, tmp_path)
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    mean = (3 + 4 + 8 + 6 + 7 + 11) / 6  # two batches of three, of which the first process sees two
+    mean = (3 + 4 + 8 + 9 + 6 + 7 + 11 + 12) / 8  # two batches of four, of which a process sees two each
     assert row["mean"] == pytest.approx(mean) and row["one"] == pytest.approx(1)
     assert row["loss"] == pytest.approx(0.5 * mean) and row["grad_norm"] == pytest.approx(mean)
 

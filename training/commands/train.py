@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..common.distributed import world
 from ..config.embedding import EmbeddingConfig
 from ..config.flags import add_flags, read_flags
 from ..config.folder import FolderConfig
@@ -26,7 +27,8 @@ from .verb import Verb, add_output_flag, read_model_flags
 
 STOPPING = (
     "Ctrl-C stops the run, and the same command resumes it where it was. A file named finish in the run's folder ends "
-    "it after the step in progress, with its result: the same command then returns that, and more --steps continue it."
+    "it after the step in progress, with its result: the same command then returns that, and more --steps continue it. "
+    "Under `accelerate launch` all processes train one run: --batch-size counts the samples of all of them together."
 )
 """Below the help of every training."""
 TRAIN_PRESETS = {name: values | PRESET_RUNS.get(name, {}) for name, values in PRESETS.items()}
@@ -86,7 +88,21 @@ def result_of(path: Path) -> dict:
 def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
     """A run's config with its settings and sample prompts."""
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
-    return read_flags(arguments, config, settings=settings, samples=samples)
+    run = read_flags(arguments, config, settings=settings, samples=samples)
+    _say_share(run)
+    return run
+
+
+def _say_share(run: RunConfig) -> None:
+    """Prints how a batch divides among several processes; ValueError where it does not."""
+    here = world()
+    share = here.share(run.batch_size)
+    if here.size > 1 and here.is_main:
+        in_all = run.batch_size * run.gradient_accumulation
+        sys.stderr.write(
+            f"batch_size {run.batch_size} is that of all {here.size} processes together, {share} each; a step has "
+            f"{in_all} images\n"
+        )
 
 
 def open_model(arguments: argparse.Namespace) -> TextToImage:
