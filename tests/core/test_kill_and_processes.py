@@ -122,9 +122,12 @@ def test_killed_runs_end_with_the_same_bits(train_arguments, tmp_path):
 
 # not the layers of the time: norms of one channel a group take them away, and AdamW makes steps of what rounding left
 LORA = ["--targets", "regex", "--target-regex", "^(?!.*emb_layers).*(block|text_encoders)", "--algorithm", "LoCon"]
+REWARD = ["--rewards", "demo CLIP", "--sampling-steps", "2", "--gradient-steps", "1", "--width", "32", "--height", "32"]
 KINDS = {
     "train": ("model.safetensors", []),
     "lora": ("lora.safetensors", [*LORA, "--rank", "4", "--text-encoder-learning-rate", "1e-3", "--steps", "4"]),
+    "embedding": ("tokens.safetensors", ["--token", "<it>", "--vectors", "2", "--steps", "2"]),
+    "reward": ("lora.safetensors", [*REWARD, "--train", "text encoder LoRA", "--lora-rank", "4", "--steps", "2"]),
 }
 
 
@@ -132,10 +135,12 @@ KINDS = {
 def test_two_processes_equal_one(train_arguments, tmp_path, kind):
     """A LoRA's text encoder trains too."""
     file, more = KINDS[kind]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo small blue squares\na green star\n", encoding="utf-8")
 
     def arguments(output):
         _, *flags = train_arguments(output, "--ema-decay", "0", *more)
-        return [kind, *flags]
+        return [kind, *flags, *(["--prompts", str(prompts)] if kind == "reward" else [])]
 
     assert main(arguments(tmp_path / "one")) == 0
     start_two("-m", "retune.training", *arguments(tmp_path / "two"))

@@ -213,15 +213,27 @@ def test_the_gradient_is_that_of_one_process(tmp_path):
     assert all(torch.equal(zero[name], one[name]) for name in zero)
 
 
-@pytest.mark.parametrize("verb", ["train", "lora", "embedding"])
-def test_a_batch_that_does_not_divide_is_refused_before_any_work(tmp_path, verb):
-    token = ["--token", "<it>"] if verb == "embedding" else []
-    flags = [verb, "--model", "nowhere", "--folder", "nowhere", "--run-name", "r", "--batch-size", "3", *token]
-    codes, outputs = start(2, "-m", "retune.training", *flags, "--output", tmp_path)
-    assert codes == [2, 2]
-    for output in outputs:
-        assert "batch_size is 3 on 2 processes; expected a multiple of 2" in output
-        assert "choose 4, or another number of processes" in output
+LAUNCH = [
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_machines",
+    "1",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+]
+
+
+@pytest.mark.parametrize("verb", ["train", "lora", "embedding", "reward"])
+def test_accelerate_launches_every_trainer_and_a_batch_that_does_not_divide_is_refused(tmp_path, verb):
+    """Before anything is loaded: neither model nor pictures are there."""
+    more = {"embedding": ["--token", "<it>"], "reward": ["--rewards", "demo CLIP"]}.get(verb, [])
+    flags = [verb, "--model", "nowhere", "--folder", "nowhere", "--run-name", "r", "--batch-size", "3", *more]
+    codes, (output,) = start(1, "-m", *LAUNCH, "-m", "retune.training", *flags, "--output", tmp_path)
+    assert codes != [0]
+    assert output.count("batch_size is 3 on 2 processes; expected a multiple of 2") == 2
+    assert "choose 4, or another number of processes" in output
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -81,25 +82,25 @@ class GradientStep:
         shared = self._all_reduce(losses, parts) if self.world.size > 1 else losses.new_empty(0)
         norm = self._clip(step).to(losses)
         values = iter(torch.cat([losses, norm.view(1), shared]).tolist())
-        figures = Figures(sum(islice(values, len(losses))), next(values), parts)
-        if self.world.size == 1:
-            return figures
-        figures.parts.update(zip(parts, values))  # noqa: B905 (the counts come after the parts)
-        self._drop_gradients(list(values), step)
-        return figures
+        loss, norm = sum(islice(values, len(losses))), next(values)
+        if self.world.size > 1:
+            parts = dict(zip(parts, values, strict=False))  # what remains are the counts
+            self._drop_gradients(list(values), step)
+        return Figures(loss, norm, parts)
 
     def _backward(self, step: int, callbacks: Callbacks) -> tuple[Tensor, dict[str, float]]:
         """This process's gradient; the losses of its batches as shares of the step's, and its share of the figures."""
         batches = self._batches(step)
         total, losses, parts = sum(len(batch) for batch in batches), [], {}
+        trains = self.world.size > 1  # there another process may have the gradient that this one lacks
         for batch in batches:
-            loss, batch_parts = self._backward_batch(self.world.shard(batch), step, total, callbacks)
+            loss, figures, has_gradient = self._backward_batch(self.world.shard(batch), step, total, callbacks)
             losses.append(loss)
-            for key, value in batch_parts.items():
+            trains = trains or has_gradient
+            for key, value in figures.items():
                 parts[key] = parts.get(key, 0.0) + value
-        if self.world.size == 1:
-            _expect_gradient(any(loss.requires_grad for loss in losses), step)
-        return torch.stack(losses).detach().float(), parts
+        _expect_gradient(trains, step)
+        return torch.stack(losses).float(), parts
 
     def _batches(self, step: int) -> list[list[tuple[int, Any]]]:
         """The batches of a step as pairs of (index of the sample within the step, slot)."""
@@ -110,8 +111,12 @@ class GradientStep:
 
     def _backward_batch(
         self, batch: list[tuple[int, Any]], step: int, total: int, callbacks: Callbacks
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Adds a batch's gradient to the parameters'; returns its share in loss and figures of a step of `total`."""
+    ) -> tuple[Tensor, dict[str, float], bool]:
+        """Adds a batch's gradient to the parameters'.
+
+        Returns:
+            Its share in the loss and in the figures of a step of `total` samples, and whether it has a gradient.
+        """
         indices, slots = zip(*batch, strict=True)
         loaded = self.objective.load(list(slots))
         callbacks.after_load()
@@ -120,7 +125,8 @@ class GradientStep:
             loss = result.per_sample.sum() / total
             if loss.requires_grad:  # not where no caption of the batch has the learned word
                 self.scaler.scale(loss).backward()
-        return loss, {key: value * len(batch) / total for key, value in result.parts.items()}
+        shares = {key: value * len(batch) / total for key, value in result.parts.items()}
+        return loss.detach(), shares, loss.requires_grad
 
     def _all_reduce(self, losses: Tensor, parts: dict[str, float]) -> Tensor:
         """Sums gradients and losses over all processes, in place.
@@ -159,9 +165,7 @@ class GradientStep:
                     parameter.grad = None
         parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
-        if not self.settings.max_grad_norm:
-            return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""
