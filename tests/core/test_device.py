@@ -24,6 +24,8 @@ from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.recipes.unet import train_model
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.load import RewardConfig, load_reward
+from retune.training.text_encoder.fit import EncoderStates, fit_projection
+from retune.training.text_encoder.scale import token_std
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
 FLOAT64 = {
@@ -172,3 +174,19 @@ def test_a_run_on_a_device_is_that_on_the_cpu(tiny_model, write_t5_folder, devic
     if trainer in DENOISING:
         assert [sum(reads.values()) for reads in counted.reads] == [1, 1]
         assert not any(dtype.is_floating_point for casts in counted.casts for dtype, _ in casts)
+
+
+def test_a_projection_is_fitted_and_scaled_on_a_device(tiny_model, write_t5_folder, device, tmp_path):
+    config = ModelConfig(model="", t5=write_t5_folder(tmp_path / "t5"), target_std=1.0)
+    model, prompts = with_t5(tiny_model, config), [f"{number} red circles" for number in range(10)]
+
+    def measured():
+        states = EncoderStates(model.text_encoder, before_projection=True)
+        reference = EncoderStates(tiny_model.text_encoder, before_projection=False)
+        _, report = fit_projection(states, reference, prompts)
+        return report.explained, token_std(model.text_encoder, prompts)
+
+    before = measured()
+    tiny_model.text_encoder.network.to("lazy")
+    move(model, "lazy")
+    assert measured() == pytest.approx(before, rel=1e-3)

@@ -69,13 +69,13 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def broadcast(self, number: int, device: torch.device) -> int:
-        """The number of the main process, on every process."""
+    def broadcast(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """The numbers of the main process, on every process."""
         if self.size == 1:
-            return number
-        shared = torch.tensor([number if self.is_main else 0], device=device)
-        torch.distributed.all_reduce(shared)
-        return int(shared)
+            return list(numbers)
+        shared = torch.tensor(numbers).to(device)
+        torch.distributed.broadcast(shared, src=0)
+        return shared.tolist()
 
     def barrier(self) -> None:
         """Waits until every process has called this."""

@@ -217,10 +217,9 @@ class Loop:
 
     def _broadcast_ending(self) -> None:
         """Gives all processes the decisions of the main one, which alone evaluates."""
-        self.validation.stale = self.world.broadcast(self.validation.stale, self.device)
-        self.finishing = bool(self.world.broadcast(int(self.finishing), self.device))
-        if self.guard:
-            self.guard_stopped = bool(self.world.broadcast(int(self.guard_stopped), self.device))
+        decisions = [self.validation.stale, int(self.finishing), int(self.guard_stopped)]
+        self.validation.stale, finishing, guard_stopped = self.world.broadcast(decisions, self.device)
+        self.finishing, self.guard_stopped = bool(finishing), bool(guard_stopped)
 
     def _resume(self) -> None:
         """Restores the last saved state, or that of the very beginning where there is none."""

@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 
 class EncoderStates:
-    """`Encoder` for a `TextEncoder`: its output, or its backbone's output before the projection."""
+    """`Encoder` for a `TextEncoder`: its output, or its backbone's output before the projection, on the CPU."""
 
     def __init__(self, encoder, *, before_projection: bool):
         self._encode = encoder.backbone if before_projection else encoder.encode
@@ -49,11 +49,11 @@ class EncoderStates:
 
     def states(self, prompt: str) -> tuple[Tensor, Tensor]:
         tokens = self._encoder.tokenize([prompt])
-        return self._encode(tokens).context[0], self._real_tokens(tokens)[0]
+        return self._encode(tokens).context[0].cpu(), self._real_tokens(tokens)[0].cpu()
 
     def pooled(self, prompt: str) -> Tensor | None:
         pooled = self._encode(self._encoder.tokenize([prompt])).pooled
-        return None if pooled is None else pooled[0]
+        return None if pooled is None else pooled[0].cpu()
 
 
 @dataclass(frozen=True)
