@@ -307,7 +307,12 @@ def sdxl_unet():
 @pytest.fixture(scope="session")
 def lora_kinds():
     """tests/lora_kinds.py: random layers of every algorithm, with the weights that come of them."""
-    spec = importlib.util.spec_from_file_location("retune_lora_kinds", ROOT / "tests" / "lora_kinds.py")
+    return load_beside("lora_kinds")
+
+
+def load_beside(name: str):
+    """A module of this folder; the tests' folders are no packages."""
+    spec = importlib.util.spec_from_file_location(f"retune_{name}", ROOT / "tests" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -316,7 +321,12 @@ def lora_kinds():
 @pytest.fixture(scope="session")
 def live_bytes():
     """tests/live_bytes.py: a mode that counts the bytes of tensors which operations make inside of it."""
-    spec = importlib.util.spec_from_file_location("retune_live_bytes", ROOT / "tests" / "live_bytes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveBytes
+    return load_beside("live_bytes").LiveBytes
+
+
+@pytest.fixture
+def device():
+    """tests/simulated_device.py, entered: a device that is not there, with what it counts."""
+    module = load_beside("simulated_device")
+    with module.simulated_device() as mode:
+        yield mode

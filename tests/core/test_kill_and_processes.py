@@ -54,7 +54,7 @@ torch.nn.init.constant_(layer.weight, 0.5)
 
 class Batches:
     def batch(self, number):
-        return [3.0 * number, 3.0 * number + 1, 3.0 * number + 5]
+        return [3.0 * number, 3.0 * number + 1, 3.0 * number + 5, 3.0 * number + 6]
 
 
 class Objective:
@@ -70,7 +70,7 @@ class Objective:
 
 
 settings = TrainingSettings(gradient_accumulation=2, optimizer="SGD", weight_decay=0.0)
-config = LoopConfig(steps=1, batch_size=3, learning_rate=0.1, settings=settings, samples=SamplePrompts())
+config = LoopConfig(steps=1, batch_size=4, learning_rate=0.1, settings=settings, samples=SamplePrompts())
 weights = SelectedWeights(parameter_refs(layer, "w."), [layer])
 Loop(RunFolder(Path(sys.argv[1])), weights, Objective(), Batches(), config).run()
 """
@@ -122,9 +122,12 @@ def test_killed_runs_end_with_the_same_bits(train_arguments, tmp_path):
 
 # not the layers of the time: norms of one channel a group take them away, and AdamW makes steps of what rounding left
 LORA = ["--targets", "regex", "--target-regex", "^(?!.*emb_layers).*(block|text_encoders)", "--algorithm", "LoCon"]
+REWARD = ["--rewards", "demo CLIP", "--sampling-steps", "2", "--gradient-steps", "1", "--width", "32", "--height", "32"]
 KINDS = {
     "train": ("model.safetensors", []),
     "lora": ("lora.safetensors", [*LORA, "--rank", "4", "--text-encoder-learning-rate", "1e-3", "--steps", "4"]),
+    "embedding": ("tokens.safetensors", ["--token", "<it>", "--vectors", "2", "--steps", "2"]),
+    "reward": ("lora.safetensors", [*REWARD, "--train", "text encoder LoRA", "--lora-rank", "4", "--steps", "2"]),
 }
 
 
@@ -132,10 +135,12 @@ KINDS = {
 def test_two_processes_equal_one(train_arguments, tmp_path, kind):
     """A LoRA's text encoder trains too."""
     file, more = KINDS[kind]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo small blue squares\na green star\n", encoding="utf-8")
 
     def arguments(output):
         _, *flags = train_arguments(output, "--ema-decay", "0", *more)
-        return [kind, *flags]
+        return [kind, *flags, *(["--prompts", str(prompts)] if kind == "reward" else [])]
 
     assert main(arguments(tmp_path / "one")) == 0
     start_two("-m", "retune.training", *arguments(tmp_path / "two"))
@@ -162,7 +167,7 @@ def test_two_processes_equal_one(train_arguments, tmp_path, kind):
 def test_two_processes_log_the_figures_of_the_whole_step(tmp_path):
     start_two("-c", LOGGED, tmp_path)
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    mean = (3 + 4 + 8 + 6 + 7 + 11) / 6  # two batches of three, of which the first process sees two
+    mean = (3 + 4 + 8 + 9 + 6 + 7 + 11 + 12) / 8  # two batches of four, of which a process sees two each
     assert row["mean"] == pytest.approx(mean) and row["one"] == pytest.approx(1)
     assert row["loss"] == pytest.approx(0.5 * mean) and row["grad_norm"] == pytest.approx(mean)
 

@@ -36,7 +36,7 @@ FORESEEN = (ValueError, OSError, WorkflowFailed, OutOfMemory)
 
 
 class Terminal(Callbacks):
-    """Progress as lines on standard error, at most one every two seconds."""
+    """Progress of the main process as lines on standard error, at most one every two seconds."""
 
     def __init__(self):
         self._last = 0.0
@@ -54,7 +54,7 @@ class Terminal(Callbacks):
         self._write(text, info.step == info.steps)
 
     def _write(self, text: str, always: bool = False) -> None:
-        if always or time.monotonic() - self._last > INTERVAL:
+        if world().is_main and (always or time.monotonic() - self._last > INTERVAL):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
             self._last = time.monotonic()

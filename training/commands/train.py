@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..common.distributed import world
 from ..config.embedding import EmbeddingConfig
 from ..config.flags import add_flags, read_flags
 from ..config.folder import FolderConfig
@@ -36,7 +37,8 @@ from .verb import Verb, add_output_flag, read_model_flags
 
 STOPPING = (
     "Ctrl-C stops the run, and the same command resumes it where it was. A file named finish in the run's folder ends "
-    "it after the step in progress, with its result: the same command then returns that, and more --steps continue it."
+    "it after the step in progress, with its result: the same command then returns that, and more --steps continue it. "
+    "Under `accelerate launch` all processes train one run: --batch-size counts the samples of all of them together."
 )
 """Below the help of every training."""
 CARD_PRESETS = {name: values | CARD_RUNS[name] for name, values in CARDS.items()}
@@ -107,7 +109,20 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     run = read_flags(arguments, config, settings=settings, samples=samples)
+    _say_share(run)
     return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output)
+
+
+def _say_share(run: RunConfig) -> None:
+    """Prints how a batch divides among several processes; ValueError where it does not."""
+    here = world()
+    share = here.share(run.batch_size)
+    if here.size > 1 and here.is_main:
+        in_all = run.batch_size * run.gradient_accumulation
+        sys.stderr.write(
+            f"batch_size {run.batch_size} is that of all {here.size} processes together, {share} each; a step has "
+            f"{in_all} images\n"
+        )
 
 
 def open_model(arguments: argparse.Namespace, config: RunConfig, visiting: bool = False) -> TextToImage:

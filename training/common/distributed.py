@@ -8,9 +8,10 @@ one up to the order of additions, except for adapters' dropout, which each proce
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """The others wait while the main process fills caches, draws and validates: torch's ten minutes are too short."""
+FLAT_SIZE = 2**26
+"""Elements that are summed over processes at once, at most: a quarter of a GB in fp32. A larger tensor goes alone."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,32 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share(self, batch_size: int) -> int:
+        """Samples of a batch that each process computes. Raises ValueError for a batch that does not divide."""
+        if batch_size % self.size:
+            raise ValueError(
+                f"batch_size is {batch_size} on {self.size} processes; expected a multiple of {self.size}. It counts "
+                f"the samples of all processes together: choose {batch_size // self.size * self.size + self.size}, or "
+                "another number of processes."
+            )
+        return batch_size // self.size
+
     def shard(self, items: list) -> list:
         """This process's part of a list, round robin: items rank, rank + size, ..."""
         return items[self.rank :: self.size]
 
-    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
-        """Sums each tensor over all processes, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Sums each tensor over all processes, in place; every process gives the same shapes in the same order.
+
+        Tensors travel as few long ones: a message for each of a LoRA's hundreds would cost its latency each time.
+        """
+        if self.size == 1:
+            return
+        for part in _parts(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in part])
+            torch.distributed.all_reduce(flat)
+            for tensor, summed in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
 
     def all_gather(self, value: Any) -> list:
         """The values of all processes, in order of rank; for small objects that pickle."""
@@ -49,18 +69,32 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def broadcast(self, number: int, device: torch.device) -> int:
-        """The number of the main process, on every process."""
+    def broadcast(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """The numbers of the main process, on every process."""
         if self.size == 1:
-            return number
-        shared = torch.tensor([number if self.is_main else 0], device=device)
-        torch.distributed.all_reduce(shared)
-        return int(shared)
+            return list(numbers)
+        shared = torch.tensor(numbers).to(device)
+        torch.distributed.broadcast(shared, src=0)
+        return shared.tolist()
 
     def barrier(self) -> None:
         """Waits until every process has called this."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors on one device and of one dtype, of FLAT_SIZE elements at most."""
+    for _, alike in groupby(tensors, key=lambda tensor: (tensor.device, tensor.dtype)):
+        part: list[Tensor] = []
+        room = FLAT_SIZE
+        for tensor in alike:
+            if part and tensor.numel() > room:
+                yield part
+                part, room = [], FLAT_SIZE
+            part.append(tensor)
+            room -= tensor.numel()
+        yield part
 
 
 def world() -> World:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-@torch.no_grad()
 def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], step: int, decay: float) -> None:
     """Moves the averages towards the parameters of optimizer step `step` (from 1), in place.
 
@@ -16,5 +15,6 @@ def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], step
     d = min(decay, (1 + step) / (10 + step)).
     """
     decay = min(decay, (1 + step) / (10 + step))
-    for name, average in ema.items():
-        average.lerp_(parameters[name].to(average), 1 - decay)
+    if ema:
+        current = [parameters[name].detach().to(average) for name, average in ema.items()]
+        get_ema_multi_avg_fn(decay)(list(ema.values()), current, None)

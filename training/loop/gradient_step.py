@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,10 +22,22 @@ from .optimizers import build_optimizer, evaluation_weights, group_rate, learnin
 from .precision import autocast, loss_scaler
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a step measures before the weights change."""
+
+    loss: float
+    """Mean per sample."""
+    norm: float
+    """The gradient's, before it is clipped; not finite after an fp16 overflow."""
+    parts: dict[str, float]
+    """Means of the objective's further figures."""
+
+
 class GradientStep:
     """The optimizer and what surrounds it: accumulation, all-reduce, loss scaling, clipping and the average.
 
-    An optimizer step `step` (from 1) is `backward(step)`, `clip(step)` and `update(step)`, in this order.
+    An optimizer step `step` (from 1) is `gradient(step)`, then `update(step)`.
 
     Args:
         trainable: whose parameters are optimized.
@@ -30,6 +45,9 @@ class GradientStep:
         batches: order of the training data.
         config: number of steps, batch size, learning rate and settings.
         device: where the objective computes.
+
+    Raises:
+        ValueError: nothing would train at the first step, or a batch does not divide among the processes.
     """
 
     def __init__(
@@ -38,6 +56,7 @@ class GradientStep:
         self.trainable, self.objective, self.batches = trainable, objective, batches
         self.config, self.settings, self.device = config, config.settings, device
         self.world: World = world()
+        self.world.share(config.batch_size)
         self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, self.settings, trainable.rate)
         self.scaler = loss_scaler(self.settings.precision, device)
         self.fused = FusedBackward(self.optimizer, self.settings) if self.settings.fused_backward else None
@@ -53,22 +72,38 @@ class GradientStep:
                 "lr_... setting or set its unfreeze_... to 0."
             )
 
-    def backward(self, step: int, callbacks: Callbacks) -> tuple[float, dict[str, float]]:
-        """Sums loss and gradient over the accumulated batches of all processes.
+    def gradient(self, step: int, callbacks: Callbacks) -> Figures:
+        """Sums the gradient over the accumulated batches of all processes, and clips it.
 
-        Returns:
-            The mean loss per sample, and the means of the objective's further figures.
+        The device is read once, when all of this is on its way: each read makes the host wait for it.
+
+        Raises ValueError when the loss depends on nothing that trains.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._set_rates(step)
+        losses, parts = self._backward(step, callbacks)
+        shared = self._all_reduce(losses, parts) if self.world.size > 1 else losses.new_empty(0)
+        norm = self._clip(step).to(losses)
+        values = iter(torch.cat([losses, norm.view(1), shared]).tolist())
+        loss, norm = sum(islice(values, len(losses))), next(values)
+        if self.world.size > 1:
+            parts = dict(zip(parts, values, strict=False))  # what remains are the counts
+            self._drop_gradients(list(values), step)
+        return Figures(loss, norm, parts)
+
+    def _backward(self, step: int, callbacks: Callbacks) -> tuple[Tensor, dict[str, float]]:
+        """This process's gradient; the losses of its batches as shares of the step's, and its share of the figures."""
         batches = self._batches(step)
-        total, loss, parts = sum(len(batch) for batch in batches), 0.0, {}
+        total, losses, parts = sum(len(batch) for batch in batches), [], {}
+        trains = self.world.size > 1  # there another process may have the gradient that this one lacks
         for batch in batches:
-            batch_loss, batch_parts = self._backward_batch(self._shard(batch), step, total, callbacks)
-            loss += batch_loss
-            for key, value in batch_parts.items():
+            loss, figures, has_gradient = self._backward_batch(self.world.shard(batch), step, total, callbacks)
+            losses.append(loss)
+            trains = trains or has_gradient
+            for key, value in figures.items():
                 parts[key] = parts.get(key, 0.0) + value
-        return self._all_reduce(loss, parts)
+        _expect_gradient(trains, step)
+        return torch.stack(losses).float(), parts
 
     def _batches(self, step: int) -> list[list[tuple[int, Any]]]:
         """The batches of a step as pairs of (index of the sample within the step, slot)."""
@@ -77,53 +112,65 @@ class GradientStep:
         size = self.config.batch_size
         return [list(enumerate(slots, start=micro * size)) for micro, slots in enumerate(batches)]
 
-    def _shard(self, batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-        """This process's samples of a batch."""
-        shard = self.world.shard(batch)
-        if not shard:
-            raise ValueError(
-                f"batch_size is {self.config.batch_size} on {self.world.size} processes; expected one each."
-            )
-        return shard
-
     def _backward_batch(
         self, batch: list[tuple[int, Any]], step: int, total: int, callbacks: Callbacks
-    ) -> tuple[float, dict[str, float]]:
-        """Adds a batch's gradient to the parameters'; returns its share in loss and figures of a step of `total`."""
+    ) -> tuple[Tensor, dict[str, float], bool]:
+        """Adds a batch's gradient to the parameters'.
+
+        Returns:
+            Its share in the loss and in the figures of a step of `total` samples, and whether it has a gradient.
+        """
         indices, slots = zip(*batch, strict=True)
         loaded = self.objective.load(list(slots))
         callbacks.after_load()
         with self.trainable.attach(rng_key=(step, indices[0])), autocast(self.settings.precision, self.device):
             result = self.objective(list(zip(indices, loaded, strict=True)), step)
             loss = result.per_sample.sum() / total
-            _expect_gradient(loss, step)
-            self.scaler.scale(loss).backward()
-        return loss.item(), {key: value * len(batch) / total for key, value in result.parts.items()}
+            if loss.requires_grad:  # not where no caption of the batch has the learned word
+                self.scaler.scale(loss).backward()
+        shares = {key: value * len(batch) / total for key, value in result.parts.items()}
+        return loss.detach(), shares, loss.requires_grad
 
-    def _all_reduce(self, loss: float, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """Sums gradients, loss and figures over all processes, which have the same figures in the same order."""
-        if self.world.size == 1:
-            return loss, parts
-        figures = torch.tensor([loss, *parts.values()], device=self.device, dtype=torch.float64)
-        self.world.all_reduce_([p.grad for p in self.trainable.parameters.values() if p.grad is not None] + [figures])
-        loss, *values = figures.tolist()
-        return loss, dict(zip(parts, values, strict=True))
+    def _all_reduce(self, losses: Tensor, parts: dict[str, float]) -> Tensor:
+        """Sums gradients and losses over all processes, in place.
 
-    def clip(self, step: int) -> float:
-        """Clips the gradient to max_grad_norm and returns its norm before that; not finite after an fp16 overflow.
+        What has no gradient in one process may have one in another (a dropped module, a caption without the learned
+        word), so every process sums all gradients, with zeros for those that it lacks.
+
+        Returns:
+            The sums of `parts`, in order, and for each parameter the number of processes that had a gradient of it.
+        """
+        parameters = list(self.trainable.parameters.values())
+        present = [float(parameter.grad is not None) for parameter in parameters]
+        shared = torch.tensor([*parts.values(), *present]).to(losses)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.all_reduce_([*(parameter.grad for parameter in parameters), losses, shared])
+        return shared
+
+    def _drop_gradients(self, counts: Sequence[float], step: int) -> None:
+        """Takes the gradients away that no process had, so that the optimizer leaves those parameters alone."""
+        _expect_gradient(any(counts), step)
+        for parameter, count in zip(self.trainable.parameters.values(), counts, strict=True):
+            if not count:
+                parameter.grad = None
+
+    def _clip(self, step: int) -> Tensor:
+        """Clips the gradient to max_grad_norm and returns its norm before that.
 
         Groups that are still frozen at this step lose their gradient first, so that neither the norm nor the optimizer
         counts them.
         """
         if self.fused:
-            return self.fused.norm().item()
+            return self.fused.norm()
         for group in self.optimizer.param_groups:
             if group_rate(group["name"], step, self.settings) == 0:
                 for parameter in group["params"]:
                     parameter.grad = None
         parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf).item()
+        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""
@@ -156,9 +203,9 @@ class GradientStep:
         return self.ema or evaluation_weights(self.optimizer, self.trainable.parameters)
 
 
-def _expect_gradient(loss: Tensor, step: int) -> None:
-    """Raises ValueError for a loss that nothing which trains has a part in."""
-    if not loss.requires_grad:
+def _expect_gradient(trains: bool, step: int) -> None:
+    """Raises ValueError for a step whose loss nothing that trains has a part in."""
+    if not trains:
         raise ValueError(
             f"the loss of step {step} depends on nothing that trains; expected a caption with the learned word in each "
             "batch. Look at the captions, and at caption_dropout and tag_dropout."

@@ -143,17 +143,16 @@ class Loop:
         step = self.step + 1
         self.callbacks.before_step(step)
         with self.timer.measure():
-            loss, parts = self.gradient_step.backward(step, self.callbacks)
-            self._check_finite("loss", loss)
-            norm = self.gradient_step.clip(step)
+            figures = self.gradient_step.gradient(step, self.callbacks)
+            self._check_finite("loss", figures.loss)
             if not self.gradient_step.scaler.is_enabled():  # the scaler skips a step that is not finite
-                self._check_finite("gradient norm", norm)
+                self._check_finite("gradient norm", figures.norm)
             rate = self.gradient_step.learning_rate(step)
-            row = {"step": step, "loss": loss, "learning_rate": rate, **parts}
-            row["grad_norm"] = norm if math.isfinite(norm) else None
+            row = {"step": step, "loss": figures.loss, "learning_rate": rate, **figures.parts}
+            row["grad_norm"] = figures.norm if math.isfinite(figures.norm) else None
             self._update(row)
         pace = self.timer.seconds_per_step
-        self.callbacks.on_step(StepInfo(self.folder.name, step, self.config.steps, loss, rate, pace, row))
+        self.callbacks.on_step(StepInfo(self.folder.name, step, self.config.steps, figures.loss, rate, pace, row))
 
     def _update(self, row: dict[str, Any]) -> None:
         """Updates the weights and logs the step's row. While `updating`, no state is whole enough to be saved."""
@@ -218,10 +217,9 @@ class Loop:
 
     def _broadcast_ending(self) -> None:
         """Gives all processes the decisions of the main one, which alone evaluates."""
-        self.validation.stale = self.world.broadcast(self.validation.stale, self.device)
-        self.finishing = bool(self.world.broadcast(int(self.finishing), self.device))
-        if self.guard:
-            self.guard_stopped = bool(self.world.broadcast(int(self.guard_stopped), self.device))
+        decisions = [self.validation.stale, int(self.finishing), int(self.guard_stopped)]
+        self.validation.stale, finishing, guard_stopped = self.world.broadcast(decisions, self.device)
+        self.finishing, self.guard_stopped = bool(finishing), bool(guard_stopped)
 
     def _resume(self) -> None:
         """Restores the last saved state, or that of the very beginning where there is none."""

@@ -191,8 +191,7 @@ class ClipTextEncoder:
 
     def backbone(self, tokens: list[list[list[int]]]) -> Conditioning:
         arrive(self.network)
-        device = self.token_embedding.weight.device
-        flat = torch.tensor([window for windows in tokens for window in windows], device=device)
+        flat = torch.tensor([window for windows in tokens for window in windows])
         with embedding(self.token_embedding, flat, self.concepts, self.name) as flat:
             output = self.network(input_ids=flat, output_hidden_states=self._penultimate)
         states = output.hidden_states[-2] if self._penultimate else output.last_hidden_state

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
 from ..common.text import plain_text
+from ..common.transfer import upload
 from ..config.tokens import STOCK_MARK
 
 log = logging.getLogger(__name__)
@@ -136,21 +137,22 @@ def embedding(table: nn.Embedding, ids: Tensor, concepts: Sequence[Concept], nam
 
     Args:
         table: the encoder's token embeddings.
-        ids: (B, L) token ids, those of concepts as `concept_rows` numbers them.
+        ids: (B, L) token ids on the CPU, those of concepts as `concept_rows` numbers them.
         concepts: with vectors for the encoder.
         name: of the encoder.
 
     Yields:
-        The ids (B, L) to run the network on, with zeros in place of those beyond the vocabulary.
+        The ids (B, L) to run the network on, on its device, with zeros in place of those beyond the vocabulary.
     """
-    beyond = ids >= len(table.weight)
+    device, beyond = table.weight.device, ids >= len(table.weight)
     if not beyond.any():
-        yield ids
+        yield upload(ids, device)
         return
-    vectors = torch.cat([concept.vectors[name] for concept in concepts]).to(table.weight.device)
-    learned = vectors[(ids - len(table.weight)).clamp(min=0)]
-    handle = table.register_forward_hook(lambda _m, _i, rows: torch.where(beyond[..., None], learned.to(rows), rows))
+    vectors = torch.cat([concept.vectors[name] for concept in concepts]).to(device)
+    learned = vectors[upload((ids - len(table.weight)).clamp(min=0), device)]
+    is_learned = upload(beyond[..., None], device)
+    handle = table.register_forward_hook(lambda _m, _i, rows: torch.where(is_learned, learned.to(rows), rows))
     try:
-        yield ids.masked_fill(beyond, 0)
+        yield upload(ids.masked_fill(beyond, 0), device)
     finally:
         handle.remove()

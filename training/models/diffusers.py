@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common.fingerprint import Sampled, sampled, tensors_fingerprint
 from ..common.foreign import reading
+from ..common.transfer import upload
 from . import ldm
 from .blocks import recomputed
 from .checkpoint import SD1_VAE, SDXL_VAE, Checkpoint, ConfigOf, no_config, open_checkpoint
@@ -87,7 +88,7 @@ class DiffusersDenoiser:
         scaled = noisy if self.prediction_type == "flow" else noisy / (1 + _column(sigma) ** 2).sqrt()
         return self.network(
             scaled,
-            self._times(sigma).to(noisy.device),
+            self._times(sigma),
             encoder_hidden_states=conditioning.context,
             encoder_attention_mask=conditioning.mask,
             added_cond_kwargs=self._size_conditioning(noisy, conditioning),
@@ -99,7 +100,9 @@ class DiffusersDenoiser:
             return sigma * FLOW_TIMES
         if is_edm(self.scheduler):
             return sigma.log() / 4
-        return (sigma.log().cpu()[:, None] - self._log_sigmas[None]).abs().argmin(1)
+        if self._log_sigmas.device != sigma.device:
+            self._log_sigmas = self._log_sigmas.to(sigma.device)
+        return (sigma.log()[:, None] - self._log_sigmas[None]).abs().argmin(1)
 
     def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "eps":
@@ -145,7 +148,7 @@ class DiffusersDenoiser:
         if conditioning.pooled is None:
             raise ValueError("text encoder gives no pooled output; expected one for this model (SDXL).")
         height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        sizes = upload(torch.tensor([height, width, 0, 0, height, width], dtype=noisy.dtype), noisy.device)
         return {"text_embeds": conditioning.pooled, "time_ids": sizes.expand(len(noisy), -1)}
 
 

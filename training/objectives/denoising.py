@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import generator
+from ..common.transfer import upload
 from ..config.training_settings import TrainingSettings
 from ..data.captions import vary_tags
 from ..models.protocols import Conditioning, Denoiser
@@ -100,15 +101,15 @@ class DenoisingObjective:
     def __call__(self, batch: list[tuple[int, TrainingSample]], step: int) -> Loss:
         indices = [index for index, _ in batch]
         samples = [TrainingSample(*sample) for _, sample in batch]
-        latents = torch.stack([sample.latent for sample in samples]).to(self.denoiser.device)
-        total = len(self.denoiser.sigmas)
+        device, total = self.denoiser.device, len(self.denoiser.sigmas)
+        latents = upload(torch.stack([sample.latent for sample in samples]), device)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
         texts = [self._text(sample, step, i) for i, sample in zip(indices, samples, strict=True)]
-        conditioning = self.project(Conditioning.cat(texts).to(self.denoiser.device), torch.tensor(times) / (total - 1))
-        noise = torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]).to(latents)
+        conditioning = self.project(upload(Conditioning.cat(texts), device), torch.tensor(times) / (total - 1))
+        noise = _upload_as(torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]), latents)
         masks = mask_weights([sample.mask for sample in samples], self.settings, latents.shape)
         error = self._error(latents, noise, torch.tensor(times), conditioning, step, indices, masks)
-        return Loss(error * torch.tensor([sample.weight for sample in samples]).to(error))
+        return Loss(error * _upload_as(torch.tensor([sample.weight for sample in samples]), error))
 
     def _text(self, sample: TrainingSample, step: int, index: int) -> Conditioning:
         caption = self._drop_caption(sample.caption, step, index)
@@ -135,18 +136,21 @@ class DenoisingObjective:
         """(B,) weighted errors at training timesteps `times`."""
         settings, prediction_type = self.settings, self.denoiser.prediction_type
         levels = self.denoiser.sigmas[times]
-        sigma, input_noise = levels.to(latents), noise
+        sigma, input_noise = _upload_as(levels, latents), noise
         if settings.input_perturbation:
             extra = [torch.randn(noise.shape[1:], generator=generator(self.seed, "perturb", step, i)) for i in indices]
-            input_noise = noise + settings.input_perturbation * torch.stack(extra).to(noise)
+            input_noise = noise + settings.input_perturbation * _upload_as(torch.stack(extra), noise)
         noisy = self.denoiser.add_noise(latents, input_noise, sigma)
         prediction = self.denoiser.predict(noisy, sigma, conditioning)
         threshold = None
         if settings.loss in HUBER_LOSSES:
             threshold = huber_threshold(levels, times / len(self.denoiser.sigmas), settings, prediction_type)
-        target, weights = self.denoiser.target(latents, noise, sigma), None if masks is None else masks.to(sigma.device)
+        target, weights = (
+            self.denoiser.target(latents, noise, sigma),
+            None if masks is None else upload(masks, sigma.device),
+        )
         error = distance(prediction, target, settings.loss, threshold, weights)
-        return error * snr_weight(sigma, settings, prediction_type)
+        return error * _upload_as(snr_weight(levels, settings, prediction_type), error)
 
     @torch.no_grad()
     def validation(self, loaded: list[TrainingSample], levels: int = 4) -> float:
@@ -191,3 +195,8 @@ class DenoisingObjective:
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _upload_as(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the CPU in the dtype and on the device of `like`."""
+    return upload(values.to(like.dtype), like.device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.transfer import upload
 from ..config.training_settings import TrainingSettings
 
 HUBER_LOSSES = ("huber", "pseudo-huber", "smooth-l1")
@@ -14,7 +15,7 @@ HUBER_LOSSES = ("huber", "pseudo-huber", "smooth-l1")
 
 
 def snr_weight(sigma: Tensor, settings: TrainingSettings, prediction_type: str) -> Tensor:
-    """Loss weight per noise level, with SNR = 1 / sigma^2 for eps and v models.
+    """Loss weight per noise level, with SNR = 1 / sigma^2 for eps and v models. sigma: (B,) on the CPU, for float64.
 
     min-SNR (Hang et al. 2023, arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
     debiased (Yu et al. 2023, arXiv 2310.08442, eq. 9): 1 / sqrt(SNR) with SNR capped at 1000; 1 / (SNR + 1) for v.
@@ -57,8 +58,8 @@ def huber_threshold(sigma: Tensor, time: Tensor, settings: TrainingSettings, pre
         snr          (1 - c) / (1 + sigma)^2 + c
 
     Args:
-        sigma: (B,) noise levels.
-        time: (B,) training timesteps as a share of their number.
+        sigma: (B,) noise levels, on the CPU.
+        time: (B,) training timesteps as a share of their number, on the CPU.
         settings: schedule and c.
         prediction_type: the model's.
 
@@ -100,7 +101,7 @@ def distance(
         prediction: (B, ...).
         target: (B, ...).
         kind: name of the loss.
-        threshold: (B,) c of each sample; 0.1 without it.
+        threshold: (B,) c of each sample, on the CPU; 0.1 without it.
         weights: (B, 1, h, w) factors of the cells.
 
     Returns:
@@ -125,7 +126,7 @@ def _huber(prediction: Tensor, target: Tensor, kind: str, threshold: Tensor) -> 
         function = torch.nn.functional.huber_loss
         pairs = zip(prediction, target, threshold.tolist(), strict=True)
         return torch.stack([function(a, b, reduction="none", delta=c) / c for a, b, c in pairs])
-    c = threshold.to(target).view(-1, *[1] * (target.ndim - 1))
+    c = upload(threshold.to(target.dtype), target.device).view(-1, *[1] * (target.ndim - 1))
     error = 2 * (((prediction - target) ** 2 + c**2).sqrt() - c)
     return c * error if kind == "pseudo-huber" else error
 

@@ -80,9 +80,11 @@ def run_training(
         build_loop: called in the run folder when there is something to train.
 
     Raises:
-        ValueError: the name belongs to a run of other settings, or to one in use; or it has done more steps.
+        ValueError: the name belongs to a run of other settings, or to one in use; or it has done more steps; or a batch
+            does not divide among the processes.
     """
     here, run = world(), run_identity(job.name, model, config) | job.identity
+    here.share(config.batch_size)
     with open_run(root, config) as folder:
         if here.is_main:
             check_steps(folder, config.steps)
@@ -161,7 +163,7 @@ def prediction(model: TextToImage) -> dict:
 def environment(model: TextToImage) -> dict:
     """Machine and versions, on which the last bits of a result depend."""
     device = str(model.denoiser.device)
-    about = {"python": platform.python_version(), "system": platform.platform()}
+    about = {"python": platform.python_version(), "system": platform.platform(), "processes": world().size}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **about}
 
 

@@ -72,14 +72,14 @@ def diversity(images: Tensor, reward: Reward, lpips: bool = True) -> Diversity:
 def vendi_score(embeddings: Tensor) -> float:
     """Effective number of different items, 1 to n, of (n, D) embeddings of length 1 (Friedman & Dieng 2022, arXiv
     2210.02410): exp(-sum l log l) over the eigenvalues l of K / n, with K their cosines; in float64."""
-    vectors = embeddings.detach().double().cpu()
+    vectors = embeddings.detach().cpu().double()
     values = torch.linalg.eigvalsh(vectors @ vectors.T / len(vectors)).clamp(min=0)
     return torch.special.entr(values).sum().exp().item()
 
 
 def mean_pairwise_distance(embeddings: Tensor) -> float:
     """Mean of 1 - cosine over all pairs of (n, D) embeddings of length 1, n >= 2."""
-    vectors = embeddings.detach().double().cpu()
+    vectors = embeddings.detach().cpu().double()
     count = len(vectors)
     others = (vectors @ vectors.T).sum() - vectors.square().sum()
     return 1 - (others / (count * (count - 1))).item()

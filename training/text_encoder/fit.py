@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 
 class EncoderStates:
-    """`Encoder` for a `TextEncoder`: its output, or its backbone's output before the projection."""
+    """`Encoder` for a `TextEncoder`: its output, or its backbone's output before the projection, on the CPU."""
 
     def __init__(self, encoder, *, before_projection: bool):
         self._encode = encoder.backbone if before_projection else encoder.encode
@@ -49,11 +49,11 @@ class EncoderStates:
 
     def states(self, prompt: str) -> tuple[Tensor, Tensor]:
         tokens = self._encoder.tokenize([prompt])
-        return self._encode(tokens).context[0], self._real_tokens(tokens)[0]
+        return self._encode(tokens).context[0].cpu(), self._real_tokens(tokens)[0].cpu()
 
     def pooled(self, prompt: str) -> Tensor | None:
         pooled = self._encode(self._encoder.tokenize([prompt])).pooled
-        return None if pooled is None else pooled[0]
+        return None if pooled is None else pooled[0].cpu()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def fit_projection(
     _set_linear(projection.linear, weight, bias)
     pooled_explained = None
     if pooled_width:
-        means = [state[real].double().cpu().mean(0, keepdim=True) for state, real in states]
+        means = [state[real].cpu().double().mean(0, keepdim=True) for state, real in states]
         targets = [_pooled_target(reference, prompt, pooled_width) for prompt in prompts]
         weight, bias, pooled_metrics = _fit_and_evaluate(list(zip(means, targets, strict=True)), targets, solve)
         _set_linear(projection.pooled, weight, bias)
@@ -206,7 +206,7 @@ def _pooled_target(reference: Encoder, prompt: str, width: int) -> Tensor:
     if pooled is None or pooled.shape != (width,):
         given = "none" if pooled is None else f"one of {tuple(pooled.shape)}"
         raise ValueError(f"the reference's pooled output is {given}; expected {width}. Use the CLIP of an SDXL model.")
-    return pooled.double().cpu()[None]
+    return pooled.cpu().double()[None]
 
 
 def align_states(states: Tensor, real: Tensor, target: Tensor, target_real: Tensor) -> Pair:
@@ -221,7 +221,7 @@ def align_states(states: Tensor, real: Tensor, target: Tensor, target_real: Tens
     Returns:
         (n, D_in) states and (n, D_out) targets, in float64.
     """
-    states, target = states.double().cpu(), target.double().cpu()
+    states, target = states.cpu().double(), target.cpu().double()
     tokens, target_tokens = states[real][:-1], target[target_real][:-1]
     x, y = [states[real][-1:]], [target[target_real][-1:]]
     if len(tokens) and len(target_tokens):
@@ -240,7 +240,7 @@ def align_states(states: Tensor, real: Tensor, target: Tensor, target_real: Tens
 
 def reference_states(target: Tensor, real: Tensor, *, pads: bool) -> Tensor:
     """The reference's outputs (n, D) for a prompt's tokens and end token, with `pads` also for its pads; float64."""
-    target = target.double().cpu()
+    target = target.cpu().double()
     return torch.cat([target[real], target[_pads(real)]]) if pads else target[real]
 
 

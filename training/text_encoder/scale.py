@@ -153,8 +153,8 @@ def _real_states(encoder: TextEncoder, prompt: str, real_tokens: RealTokens | No
     tokens = encoder.tokenize([prompt])
     conditioning = encoder.encode(tokens)
     mask = real_tokens(tokens) if real_tokens is not None else conditioning.mask
-    states = conditioning.context.double()
-    return states.flatten(0, 1) if mask is None else states[mask.to(states.device)]
+    states = conditioning.context.cpu().double()
+    return states.flatten(0, 1) if mask is None else states[mask.cpu()]
 
 
 def scale_context(context: Tensor, target_std: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
+from ..common.transfer import upload
 from ..models.concepts import (
     Concept,
     Vocabulary,
@@ -168,6 +169,7 @@ class T5TextEncoder:
         """
         arrive(self.model)
         ids, real = self._batch(tokens)
+        real = upload(real, self.token_embedding.weight.device)
         with embedding(self.token_embedding, ids, self.concepts, self.name) as ids:
             states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
         mean = masked_mean(states, real) if self.projection.pooled_width else None
@@ -188,7 +190,7 @@ class T5TextEncoder:
 
     def backbone_tokens(self, tokens: list[list[int]]) -> Tensor:
         """(B, L) bool for the output of `backbone`: the prompt's tokens and </s>, without pads."""
-        return self._batch(tokens)[1]
+        return self._batch(tokens)[1].to(self.token_embedding.weight.device)
 
     def scaled(self, factor: float) -> T5TextEncoder:
         """A copy, sharing the T5's weights, with its output multiplied by `factor`."""
@@ -200,13 +202,12 @@ class T5TextEncoder:
         return result.with_concepts(self.concepts)
 
     def _batch(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Padded ids (B, L), and (B, L) bool of the real tokens."""
+        """Padded ids (B, L), and (B, L) bool of the real tokens, both on the CPU."""
         length = self.padding.max_tokens if self.padding.pad == "max_tokens" else max(map(len, tokens))
-        device = self.token_embedding.weight.device
-        ids = torch.full((len(tokens), length), self.tokenizer.pad_token, device=device)
-        real = torch.zeros(len(tokens), length, dtype=torch.bool, device=device)
+        ids = torch.full((len(tokens), length), self.tokenizer.pad_token)
+        real = torch.zeros(len(tokens), length, dtype=torch.bool)
         for row, prompt in enumerate(tokens):
-            ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+            ids[row, : len(prompt)] = torch.tensor(prompt)
             real[row, : len(prompt)] = True
         return ids, real
 
