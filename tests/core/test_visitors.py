@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from retune.training.commands.open_model import build_demo_model
+from retune.training.commands.open_model import build_demo_model, build_model
+from retune.training.config.model import ModelConfig
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
@@ -70,3 +71,14 @@ def test_a_model_on_a_cpu_has_no_visitors(options, caplog):
     encoder = model.text_encoder
     network = encoder.network if encoder.projection is None else encoder.model
     assert all("_retune_visitors" not in vars(n) for n in (network, model.denoiser.network, model.autoencoder.network))
+
+
+@pytest.mark.parametrize("t5", [None, "demo"])
+def test_on_another_device_the_unet_stays_and_the_others_wait_in_ram(t5):
+    model = build_model(ModelConfig(model="demo", t5=t5, device="meta"), visiting=True)
+    encoder = model.text_encoder
+    network = encoder.network if t5 is None else encoder.model
+    assert model.denoiser.device.type == "meta"
+    assert {p.device.type for p in (*network.parameters(), *model.autoencoder.network.parameters())} == {"cpu"}
+    assert t5 is None or {p.device.type for p in encoder.projection.parameters()} == {"meta"}
+    assert vars(network)["_retune_visitors"] is vars(model.denoiser.network)["_retune_visitors"]
