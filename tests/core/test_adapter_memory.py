@@ -11,6 +11,7 @@ from retune.training.trainables.adapter_outputs import dora_output, low_rank_out
 from retune.training.trainables.lora import Adapters
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDE = 64
@@ -73,6 +74,22 @@ def test_nothing_of_a_weights_size_is_kept_for_backward(algorithm, stored):
     assert all(p.grad is not None for p in adapters.parameters.values())
     if stored == torch.float32:
         assert step(network, adapters) == (0, 0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_that_a_forward_pass_leaves_is_small_beside_the_weights(algorithm):
+    """As the allocator counts it, activations included: 0.01 of the weights, and 0.04 for DoRA's norms."""
+    layers = {str(i): nn.Linear(512, 512).requires_grad_(False) for i in range(3)}
+    network = nn.Sequential(*layers.values())
+    adapters = Adapters(layers, [network], LoraConfig(run_name="r", algorithm=algorithm, rank=4), seed=0)
+    x = torch.randn(4, 512)
+    with adapters.attach():
+        network(x).sum().backward()  # makes what is made once
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            output = network(x)
+        kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+        output.sum().backward()
+    assert output.nbytes <= kept < 0.06 * sum(layer.weight.nbytes for layer in layers.values())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
