@@ -127,7 +127,7 @@ KINDS = {
     "train": ("model.safetensors", []),
     "lora": ("lora.safetensors", [*LORA, "--rank", "4", "--text-encoder-learning-rate", "1e-3", "--steps", "4"]),
     "embedding": ("tokens.safetensors", ["--token", "<it>", "--vectors", "2", "--steps", "2"]),
-    "reward": ("lora.safetensors", [*REWARD, "--train", "text encoder LoRA", "--lora-rank", "4", "--steps", "2"]),
+    "reward": ("lora.safetensors", [*REWARD, "--train", "text encoder LoRA", "--optimizer", "SGD", "--steps", "2"]),
 }
 
 
