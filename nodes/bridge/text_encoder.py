@@ -20,7 +20,8 @@ from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
 from ..clips.fingerprint import clip_fingerprint
 from ..common.weights import patched_weight
 from .denoiser import ComfyDenoiser
-from .device import static_clip
+from .layers import training_layers
+from .static import static_clip
 
 CLIP_PROMPT_TOKENS = 75
 """Tokens of a prompt in one of a CLIP's windows of 77, which has a start and an end token."""
@@ -110,7 +111,8 @@ class ComfyTextEncoder:
         self._trains = True
         try:
             self._denoiser.load()
-            yield
+            with training_layers(self.clip.cond_stage_model):
+                yield
         finally:
             self._trains = False
             self._denoiser.keep_loaded.remove(patcher)

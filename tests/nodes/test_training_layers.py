@@ -1,0 +1,196 @@
+"""ComfyUI's layers in training: exact gradients, no copies of frozen weights kept, casting afterwards as ComfyUI left it.
+
+The reference is torch's own autograd over weights that are cast beforehand.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MAKE = {
+    "linear": (lambda ops: ops.Linear(8, 6), (2, 5, 8)),
+    "linear without bias": (lambda ops: ops.Linear(8, 6, bias=False), (3, 8)),
+    "convolution": (lambda ops: ops.Conv2d(8, 6, 3, padding=1), (2, 8, 7, 5)),
+    "strided, dilated and grouped": (lambda ops: ops.Conv2d(8, 6, 3, stride=2, dilation=2, groups=2), (2, 8, 9, 9)),
+    "1-D": (lambda ops: ops.Conv1d(8, 6, 3, padding=1), (2, 8, 7)),
+    "padding same": (lambda ops: ops.Conv2d(8, 6, 3, padding="same"), (2, 8, 7, 5)),
+    "group norm": (lambda ops: ops.GroupNorm(4, 8), (2, 8, 7, 5)),
+    "layer norm": (lambda ops: ops.LayerNorm(8), (2, 5, 8)),
+    "rms norm": (lambda ops: ops.RMSNorm(8), (2, 5, 8)),
+}
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def layer_of(name, dtype=torch.float16):
+    """A frozen layer of ComfyUI with random weights, and a random fp32 input."""
+    import comfy.ops
+
+    make, shape = MAKE[name]
+    layer, random = make(comfy.ops.disable_weight_init), generator()
+    for key, value in layer.named_parameters():
+        owner, _, attribute = key.rpartition(".")
+        drawn = torch.randn(value.shape, generator=random).to(dtype)
+        layer.get_submodule(owner)._parameters[attribute] = nn.Parameter(drawn, requires_grad=False)
+    return layer, torch.randn(shape, generator=random)
+
+
+def output_and_gradient(layer, x):
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    (gradient,) = torch.autograd.grad(output, x, torch.linspace(-1, 1, output.numel()).view_as(output).to(output))
+    return output.detach(), gradient
+
+
+def reference(layer, x):
+    """As torch computes it with weights that were cast before."""
+    import copy
+
+    plain = copy.deepcopy(layer).float()
+    kind = next(
+        kind for kind in (nn.Linear, nn.Conv2d, nn.Conv1d, nn.GroupNorm, nn.LayerNorm) if isinstance(plain, kind)
+    )
+    return output_and_gradient(lambda value: kind.forward(plain, value), x)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "rms norm"])
+def test_half_precision_weights_give_the_gradient_of_their_fp32_values(comfyui, name):
+    from retune.nodes.bridge.layers import training_layers
+
+    layer, x = layer_of(name)
+    expected = reference(layer, x)
+    with training_layers(layer):
+        found = output_and_gradient(layer, x)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not layer.comfy_cast_weights and "forward_comfy_cast_weights" not in vars(layer)
+
+
+def test_an_rms_norm_casts_its_weight(comfyui):
+    from retune.nodes.bridge.layers import training_layers
+
+    layer, x = layer_of("rms norm")
+    with training_layers(layer):
+        output, _ = output_and_gradient(layer, x)
+    assert torch.equal(output, F.rms_norm(x, (8,), layer.weight.float(), layer.eps))
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_copy_of_a_frozen_weight_is_kept(comfyui, name, stored, autocast):
+    """What is saved for backward is the weight itself, and the gradient is that of a weight cast in autograd."""
+    from retune.nodes.bridge.layers import training_layers
+
+    layer, x = layer_of(name, stored)
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else nullcontext()
+    dtype = torch.bfloat16 if autocast else torch.float32
+    with training_layers(layer), precision:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = layer(x.requires_grad_())
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), x)
+    weights = [tensor for tensor in saved if tensor.numel() == layer.weight.numel()]
+    assert {tensor.untyped_storage().data_ptr() for tensor in weights} == {layer.weight.data_ptr()}
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    cast = x.to(dtype)
+    same = F.linear(cast, weight, bias) if name == "linear" else F.conv2d(cast, weight, bias, padding=1)
+    (expected,) = torch.autograd.grad(same.float().square().sum(), x)
+    assert torch.equal(output, same) and torch.equal(gradient, expected)
+
+
+def test_masters_get_their_gradient(comfyui):
+    from retune.nodes.bridge.layers import training_layers
+
+    layer, x = layer_of("linear")
+    master = nn.Parameter(layer.weight.float())
+    layer._parameters["weight"] = master
+    with training_layers(layer):
+        layer(x).square().sum().backward()
+    weight = master.detach().clone().requires_grad_()
+    F.linear(x, weight, layer.bias.float()).square().sum().backward()
+    assert torch.equal(master.grad, weight.grad)
+
+
+def test_a_patch_that_waits_in_ram_is_applied_in_both_passes(comfyui):
+    from comfy.model_patcher import LowVramPatch
+    from retune.nodes.bridge.layers import training_layers
+
+    layer, x = layer_of("linear")
+    change = torch.randn(6, 8, generator=generator())
+    patches = {"weight": [(0.5, ("diff", (change,)), 1.0, None, None)]}
+    layer.weight_function = [LowVramPatch("weight", patches)]
+    base = layer.weight.clone()
+    with training_layers(layer):
+        found = output_and_gradient(layer, x)
+    patched = F.linear(x.requires_grad_(), layer.weight.float() + 0.5 * change, layer.bias.float())
+    (expected,) = torch.autograd.grad(patched, x, torch.linspace(-1, 1, patched.numel()).view_as(patched))
+    torch.testing.assert_close(found[0], patched.detach())
+    torch.testing.assert_close(found[1], expected)
+    assert torch.equal(layer.weight, base)
+
+
+def test_activation_checkpointing_recomputes_through_it(comfyui):
+    from retune.nodes.bridge.layers import training_layers
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = layer_of("convolution")
+    with training_layers(layer):
+        expected = output_and_gradient(layer, x)
+        found = output_and_gradient(lambda value: checkpoint(layer, value, use_reentrant=False), x)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Model(nn.Module):
+    """Layers of ComfyUI in fp16 that a ModelPatcher can load and offload."""
+
+    def __init__(self):
+        super().__init__()
+        self.device = None
+        self.layers = nn.ModuleList([layer_of(name)[0] for name in ("linear", "convolution", "layer norm")])
+
+
+def casting(model):
+    return [(layer.comfy_cast_weights, hasattr(layer, "prev_comfy_cast_weights")) for layer in model.layers]
+
+
+@pytest.mark.parametrize("force_cast", [False, True])
+@pytest.mark.parametrize("at_first", ["loaded", "offloaded"])
+@pytest.mark.parametrize("then", ["stays", "offloaded", "loaded"])
+def test_what_comfyui_offloads_meanwhile_goes_on_casting(comfyui, at_first, then, force_cast):
+    """Afterwards each layer casts exactly as if nothing had been entered, and once it is loaded again too."""
+    from comfy.model_patcher import ModelPatcher
+    from retune.nodes.bridge.layers import training_layers
+
+    cpu, whole = torch.device("cpu"), 1e32
+
+    def through(context):
+        patcher, found = ModelPatcher(Model(), cpu, cpu), []
+        patcher.force_cast_weights = force_cast
+        patcher.partially_load(cpu, whole)
+        if at_first == "offloaded":
+            patcher.partially_unload(cpu, whole)
+        try:
+            with context(patcher.model):
+                if then == "offloaded":
+                    patcher.partially_unload(cpu, whole)
+                if then == "loaded":
+                    patcher.partially_load(cpu, whole)
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            found.append(casting(patcher.model))
+        patcher.partially_unload(cpu, whole)
+        patcher.partially_load(cpu, whole)
+        return [*found, casting(patcher.model)]
+
+    assert through(training_layers) == through(lambda model: nullcontext())
