@@ -1,7 +1,8 @@
 """Models whose weights stay where they are, for those under dynamic VRAM, where weights come and go.
 
 ComfyUI makes such a clone with `clone(disable_dynamic=True)`: it reads the model again by the recipe that the loader
-left in `cached_patcher_init`. Where a loader left none the weights are copied. Neither shares weights with the original.
+left in `cached_patcher_init`. Where a loader left none, the weights are copied. Neither shares weights with the
+original.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def demo(comfyui):
 
 @pytest.fixture
 def dynamic_vram(comfyui, monkeypatch):
-    """ComfyUI's patcher class for dynamic VRAM, in use on this CPU: all that its class does but for the memory of a GPU.
+    """ComfyUI's patcher class for dynamic VRAM, in use on this CPU: all that it does but for the memory of a GPU.
 
     Weights keep their file's dtype until they are loaded, layers cast them for each pass, patches wait for it, and what
     a patcher loaded is taken back when it is unloaded.

@@ -1,4 +1,4 @@
-"""Models under ComfyUI's dynamic VRAM: every loader leaves a recipe, other loaders' weights are copied, none changes."""
+"""Models under ComfyUI's dynamic VRAM: our loaders leave a recipe, other loaders' weights are copied, none changes."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_a_static_t5_is_the_t5_with_its_projection(dynamic_vram, comfyui, dtype)
 
 
 def test_file_and_model_may_differ_in_dtype(dynamic_vram, comfyui):
-    """A file in fp32 for a model in bf16, as ComfyUI loads VAEs: linear layers and convolutions, read again or copied."""
+    """A file in fp32 for a model in bf16, as ComfyUI loads VAEs: every kind of layer, read again or copied."""
     import comfy.model_management
     import comfy.ops
     from retune.nodes.bridge.static import static_clone

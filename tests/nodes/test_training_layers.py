@@ -1,4 +1,4 @@
-"""ComfyUI's layers in training: exact gradients, no copies of frozen weights kept, casting afterwards as ComfyUI left it.
+"""ComfyUI's layers in training: exact gradients, no copies of frozen weights kept, casting afterwards as before.
 
 The reference is torch's own autograd over weights that are cast beforehand.
 """
