@@ -1,11 +1,14 @@
 """Master weights: in effect inside `attach` and nowhere else; gradients go into them alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from retune.training.models.layers import select
 from retune.training.models.parameters import parameter_refs
 from retune.training.models.protocols import Conditioning
-from retune.training.trainables.weights import SelectedWeights
+from retune.training.trainables.weights import SelectedWeights, TrainableGroup
 
 
 def attn2(model):
@@ -107,3 +110,50 @@ def test_targets_find_every_parameter_once_and_nothing_is_an_error(tiny_model):
     assert all(found["unet." + name].tensor is p for name, p in network.named_parameters())
     with pytest.raises(ValueError, match="selection of weights to train is empty"):
         SelectedWeights({}, [network])
+
+
+def test_all_parts_of_a_group_over_one_network_train(tiny_model):
+    """The first part's masters are parameters of the network by the time the second takes effect."""
+    network = tiny_model.denoiser.network
+    refs = parameter_refs(network)
+    parts = [SelectedWeights({n: refs[n] for n in select(refs, layers)}, [network]) for layers in LAYERS_OF_PARTS]
+    group = TrainableGroup((parts[0], 1.0), (parts[1], 0.5))
+    before = {name: (p, p.requires_grad) for name, p in network.named_parameters()}
+    with group.attach():
+        loss(tiny_model).backward()
+    assert all(p.grad.abs().sum() > 0 for p in group.parameters.values())
+    assert all(p.grad is None and before[n] == (p, p.requires_grad) for n, p in network.named_parameters())
+    expected = gradients(tiny_model, checkpointing=False)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(parts[0].parameters[name].grad, gradient, rtol=1e-5, atol=1e-9)
+
+
+LAYERS_OF_PARTS = ("cross-attention", "self-attention")
+
+
+def test_networks_are_frozen_once_for_many_attaches(tiny_model, monkeypatch):
+    network, trainable = tiny_model.denoiser.network, attn2(tiny_model)
+    before = {name: (p, p.requires_grad) for name, p in network.named_parameters()}
+    plain = loss(tiny_model)
+    with pytest.raises(KeyError), trainable.mounted():
+        assert not any(p.requires_grad for p in network.parameters())
+        assert loss(tiny_model).item() == plain.item()
+        monkeypatch.setattr(torch.Tensor, "requires_grad_", None)  # no flag is touched again
+        for _ in range(2):
+            with trainable.attach():
+                assert {n for n, p in network.named_parameters() if p.requires_grad} == trainable.parameters.keys()
+        monkeypatch.undo()
+        raise KeyError("anything")
+    assert all(before[n][0] is p and before[n][1] == p.requires_grad for n, p in network.named_parameters())
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_a_parameter_that_is_replaced_meanwhile_leaves_memory(tiny_model):
+    """As when a model is moved to another device: no copy may stay behind."""
+    layer = tiny_model.denoiser.network.conv_in
+    old = weakref.ref(layer.weight)
+    with attn2(tiny_model).mounted():
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        gc.collect()
+        assert old() is None
+    assert layer.weight.requires_grad

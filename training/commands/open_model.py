@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +55,15 @@ UNET_SHAPE = (
 """The values of a UNet's config that a file written here keeps."""
 
 
-def build_model(config: ModelConfig) -> TextToImage:
-    """The model that a config describes, in fp32.
+def build_model(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, trains: Callable[[str], bool] = lambda name: False
+) -> TextToImage:
+    """The model that a config describes, in fp32 but for the UNet's frozen weights.
+
+    Args:
+        config: the model, and what is done to it.
+        dtype: of the UNet's frozen linear and convolution weights: that of the run's arithmetic.
+        trains: whether a weight of the UNet, by its canonical name, trains.
 
     Raises:
         ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
@@ -65,7 +72,10 @@ def build_model(config: ModelConfig) -> TextToImage:
     path, tokenizer = _checkpoint(config)
     for text in config.tuned:
         result_files(tuned_file(text).path)
-    model = load_model(path, tokenizer=tokenizer, correction=correction_of(config), config_of=demo_config)
+    own_dtypes = dtype != torch.float32 and config.reset is None and not config.tuned  # these compute in fp32
+    model = load_model(
+        path, tokenizer=tokenizer, correction=correction_of(config), config_of=demo_config, own_dtypes=own_dtypes
+    )
     if config.model == DEMO:
         from ..demo.judge import judge_samples
 
@@ -75,6 +85,8 @@ def build_model(config: ModelConfig) -> TextToImage:
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
+    if dtype != torch.float32:
+        model.denoiser.store_in(dtype, trains)
     encoder = model.text_encoder
     text_modules = [encoder.model, encoder.projection] if config.t5 else [encoder.network]
     for module in (model.denoiser.network, model.autoencoder.network, *text_modules):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ..config.embedding import EmbeddingConfig
 from ..config.flags import add_flags, read_flags
@@ -18,6 +20,7 @@ from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
 from ..data.examples import Dataset
+from ..models.layers import is_selected
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from .open_model import build_model
@@ -37,7 +40,7 @@ def run_train(arguments: argparse.Namespace) -> dict:
     from ..recipes.unet import train_model
 
     config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
-    trained = train_model(open_model(arguments), dataset, config, arguments.output, Terminal())
+    trained = train_model(open_model(arguments, config), dataset, config, arguments.output, Terminal())
     return result_of(trained.path)
 
 
@@ -47,7 +50,7 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 
     config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
-    trained = train_lora(open_model(arguments), dataset, config, arguments.output, Terminal(), start=start)
+    trained = train_lora(open_model(arguments, config), dataset, config, arguments.output, Terminal(), start=start)
     return result_of(trained.path)
 
 
@@ -55,7 +58,7 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
     from ..recipes.textual_inversion import read_concepts, train_embedding
 
     config, dataset = read_run_flags(arguments, EmbeddingConfig), open_dataset(arguments)
-    model = open_model(arguments)
+    model = open_model(arguments, config)
     concepts = read_concepts(arguments.known_embeddings, model.text_encoder)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     trained = train_embedding(model, dataset, config, arguments.output, Terminal())
@@ -72,7 +75,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
-    model = open_model(arguments)
+    model = open_model(arguments, config)
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return result_of(tuned.path)
@@ -84,20 +87,34 @@ def result_of(path: Path) -> dict:
 
 
 def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
-    """A run's config with its settings and sample prompts."""
+    """A run's config with its settings and sample prompts; its precision is what "auto" is here."""
+    from ..recipes.checks import with_precision
+
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
-    return read_flags(arguments, config, settings=settings, samples=samples)
+    run = read_flags(arguments, config, settings=settings, samples=samples)
+    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output)
 
 
-def open_model(arguments: argparse.Namespace) -> TextToImage:
+def open_model(arguments: argparse.Namespace, config: RunConfig) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Prints what its UNet is taken to predict and why, which --prediction corrects.
+    Its UNet's frozen weights are held in the dtype of the run's arithmetic. Prints what the UNet is taken to predict
+    and why, which --prediction corrects.
     """
-    model = build_model(read_model_flags(arguments))
+    from ..loop.precision import DTYPES
+
+    model = build_model(read_model_flags(arguments), DTYPES[config.settings.precision], trained_weights(config))
     denoiser = model.denoiser
     sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model
+
+
+def trained_weights(config: RunConfig) -> Callable[[str], bool]:
+    """Whether a run trains a weight of the UNet itself, by its canonical name."""
+    if isinstance(config, TrainModelConfig):
+        return lambda name: is_selected(name, config.train)
+    whole = isinstance(config, RewardTuneConfig) and config.train == "UNet"
+    return lambda name: whole
 
 
 def open_dataset(arguments: argparse.Namespace) -> Dataset:

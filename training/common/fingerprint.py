@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,15 +11,31 @@ SAMPLES = 1024
 SKETCHED = 8
 
 
-def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]], *more: object) -> str:
+@dataclass(frozen=True)
+class Sampled:
+    """All that a fingerprint reads of a tensor, to take it after the tensor has been rounded to another dtype."""
+
+    shape: tuple[int, ...]
+    values: bytes
+
+
+def sampled(tensor: Tensor | Sampled) -> Sampled:
+    """Shape and up to 1024 evenly spaced values of a tensor in fp32."""
+    if isinstance(tensor, Sampled):
+        return tensor
+    return Sampled(tuple(tensor.shape), _spaced(tensor, SAMPLES).numpy().tobytes())
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor | Sampled]], *more: object) -> str:
     """32 hex digits over names, shapes and up to 1024 evenly spaced values of each tensor in fp32, and `more`.
 
     Values are sampled to be fast for any model; training or a merge changes nearly all values of a tensor.
     """
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_spaced(tensor, SAMPLES).numpy().tobytes())
+        found = sampled(tensor)
+        digest.update(f"{name}{found.shape}".encode())
+        digest.update(found.values)
     return digest.hexdigest()[:32]
 
 

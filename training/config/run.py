@@ -9,7 +9,7 @@ from .checks import check_fields, check_run_name
 from .fields import rate_setting, setting
 from .guard import GuardRule
 from .sample_prompts import SamplePrompts
-from .training_settings import TrainingSettings
+from .training_settings import FORMER_DEFAULTS, TrainingSettings
 
 LAYERS = ("cross-attention", "cross-attention K/V", "QK", "self-attention", "all attention", "whole UNet")
 
@@ -88,5 +88,6 @@ def former_identity(config: Any) -> dict[str, Any]:
     """`identity` of the defaults, for settings that did not exist when a run began."""
     values = {f.name: f.default for f in fields(config) if f.name not in RESUMABLE and f.default is not MISSING}
     if "settings" in values:
-        values["settings"] = {k: v for k, v in asdict(values["settings"]).items() if k not in RESUMABLE_SETTINGS}
+        settings = asdict(values["settings"]) | FORMER_DEFAULTS
+        values["settings"] = {k: v for k, v in settings.items() if k not in RESUMABLE_SETTINGS}
     return values

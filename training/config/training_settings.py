@@ -36,8 +36,9 @@ class TrainingSettings:
     total_batch: int = setting(0, low=0, high=10**7, advanced=True)
     """Images per optimiser step, a multiple of batch_size: batches are summed up to it; 0 leaves it to
     gradient_accumulation."""
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32")
-    """Arithmetic of the forward pass (autocast). Trained weights and optimiser states are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto")
+    """Arithmetic of the forward pass (autocast). auto: bf16 where the GPU has it, fp16 on older ones (fp32 for reward
+    tuning), fp32 on a CPU. Trained weights and optimiser states are always fp32."""
     ema_decay: float = setting(0.0, low=0, high=0.999999, step=0.0001, advanced=True)
     """Exponential moving average of the trained weights, used for samples and result; 0 is off, 0.999 is usual."""
     loss: Literal["mse", "huber", "l1", "pseudo-huber", "smooth-l1"] = setting("mse", advanced=True)
@@ -140,6 +141,8 @@ class TrainingSettings:
         return self.caption_shuffle or self.tag_dropout > 0
 
 
+FORMER_DEFAULTS = {"precision": "fp32"}
+"""Defaults that were others when a setting came: what a run means that does not record it."""
 PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},

@@ -81,14 +81,15 @@ class Checkpoint:
         given = _object(self.config, "unet")
         return given | read | {name: given[name] for name in _DESCRIBED if name in given}
 
-    def build_unet(self) -> nn.Module:
-        """The UNet2DConditionModel, fp32."""
+    def build_unet(self, *, own_dtypes: bool = False) -> nn.Module:
+        """The UNet2DConditionModel, in fp32 or in the file's own dtypes."""
         from diffusers import UNet2DConditionModel
 
         expect_plain_unet({name: tuple(value.shape) for name, value in self.unet.items()}, self.context_width)
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(self.unet_config)
-        return assign_weights(unet, ldm.to_diffusers(self.unet, ldm.unet_names(unet.config)), "UNet in the checkpoint")
+        state = ldm.to_diffusers(self.unet, ldm.unet_names(unet.config))
+        return assign_weights(unet, state, "UNet in the checkpoint", own_dtypes=own_dtypes)
 
     def build_vae(self, sdxl: bool) -> nn.Module:
         """The AutoencoderKL, fp32; sdxl: whether it has SDXL's scale where the metadata gives none."""

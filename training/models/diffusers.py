@@ -8,14 +8,14 @@ ComfyUI's folder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..common.fingerprint import tensors_fingerprint
+from ..common.fingerprint import Sampled, sampled, tensors_fingerprint
 from ..common.foreign import reading
 from . import ldm
 from .checkpoint import SD1_VAE, SDXL_VAE, Checkpoint, ConfigOf, no_config, open_checkpoint
@@ -25,6 +25,7 @@ from .kinds import expect_checkpoint_file
 from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of, training_sigmas
 from .prediction import AS_READ, Correction, Finding
 from .protocols import Conditioning, TextToImage
+from .recast import store_in
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
 __all__ = [
@@ -63,6 +64,7 @@ class DiffusersDenoiser:
         self.input_channels = unet.config.in_channels
         self.context_width = unet.config.cross_attention_dim
         self.pooled_width = _pooled_width(unet.config)
+        self._exact: dict[str, Sampled] = {}
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,8 @@ class DiffusersDenoiser:
 
     @property
     def fingerprint(self) -> str:
-        weights = ((self.canonical_name(n), p) for n, p in self.network.named_parameters())
+        names = ((self.canonical_name(name), value) for name, value in self.network.named_parameters())
+        weights = ((name, self._exact.get(name, value)) for name, value in names)
         return tensors_fingerprint([*weights, ("sigmas", self.sigmas)], self.prediction_type)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -114,6 +117,17 @@ class DiffusersDenoiser:
         other = copy.copy(self)
         other.sigmas, other._log_sigmas = sigmas, sigmas.log()
         return other
+
+    def store_in(self, dtype: torch.dtype, exact: Callable[[str], bool] = lambda name: False) -> None:
+        """Holds the weights in the dtype of a run's arithmetic; see `recast.store_in`. `fingerprint` stays what it was.
+
+        Args:
+            dtype: fp32, or half precision to hold the frozen weights in.
+            exact: whether a weight, by its canonical name, trains and so is not rounded.
+        """
+        weights = {self.canonical_name(name): value for name, value in self.network.named_parameters()}
+        self._exact = {name: sampled(self._exact.get(name, value)) for name, value in weights.items()}
+        store_in(self.network, dtype, lambda name: exact(self.canonical_name(name)))
 
     @contextmanager
     def checkpointing(self, enabled: bool):
@@ -168,7 +182,12 @@ class DiffusersAutoencoder:
 
 
 def load_model(
-    path: Path, *, tokenizer: Path | None = None, correction: Correction = AS_READ, config_of: ConfigOf = no_config
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    correction: Correction = AS_READ,
+    config_of: ConfigOf = no_config,
+    own_dtypes: bool = False,
 ) -> TextToImage:
     """A text-to-image model in fp32 from a diffusers folder or a single-file checkpoint in the original layout.
 
@@ -178,6 +197,7 @@ def load_model(
             model.
         correction: of what the model predicts and at which noise levels, where the path tells it wrong.
         config_of: describes a single file without a description by its shapes.
+        own_dtypes: whether the UNet keeps the dtypes of its file, until `DiffusersDenoiser.store_in`.
 
     Raises:
         ValueError: with the path's name: nothing is there, it is another kind of model, or it is damaged.
@@ -186,8 +206,8 @@ def load_model(
     expect_checkpoint_file(path)
     with reading(path, "no model of Stable Diffusion"):
         if path.is_dir():
-            return _load_folder(path, tokenizer, correction)
-        return _load_file(open_checkpoint(path, config_of=config_of), tokenizer, correction)
+            return _load_folder(path, tokenizer, correction, own_dtypes)
+        return _load_file(open_checkpoint(path, config_of=config_of), tokenizer, correction, own_dtypes)
 
 
 def load_denoiser(path: Path, correction: Correction = AS_READ, config_of: ConfigOf = no_config) -> DiffusersDenoiser:
@@ -209,9 +229,9 @@ def _denoiser(unet: nn.Module, finding: Finding) -> DiffusersDenoiser:
     return DiffusersDenoiser(unet, finding.scheduler, finding.source)
 
 
-def _load_folder(path: Path, tokenizer: Path | None, correction: Correction) -> TextToImage:
+def _load_folder(path: Path, tokenizer: Path | None, correction: Correction, own_dtypes: bool) -> TextToImage:
     expect_parts(path, "unet", "vae", "text_encoder")
-    denoiser = _denoiser(folder_unet(path), folder_scheduler(path, correction))
+    denoiser = _denoiser(folder_unet(path, own_dtype=own_dtypes), folder_scheduler(path, correction))
     text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
     return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(folder_vae(path)))
 
@@ -237,8 +257,8 @@ def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
     )
 
 
-def _load_file(checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction) -> TextToImage:
-    denoiser = _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+def _load_file(checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction, own_dtypes: bool) -> TextToImage:
+    denoiser = _denoiser(checkpoint.build_unet(own_dtypes=own_dtypes), checkpoint.scheduler(correction))
     sdxl = denoiser.pooled_width > 0
     vae = DiffusersAutoencoder(checkpoint.build_vae(sdxl))
     return TextToImage(denoiser, checkpoint.build_text_encoder(tokenizer, sdxl), vae)

@@ -61,11 +61,23 @@ def folder_scheduler(path: Path, correction: Correction = AS_READ) -> Finding:
     return corrected(f"{path.name}/scheduler", Finding(scheduler, "scheduler_config.json"), correction)
 
 
-def folder_unet(path: Path) -> nn.Module:
-    """The UNet2DConditionModel."""
+def folder_unet(path: Path, *, own_dtype: bool = False) -> nn.Module:
+    """The UNet2DConditionModel, in fp32 or, where one file of half precision holds it, in that dtype."""
     from diffusers import UNet2DConditionModel
 
-    return _load(UNet2DConditionModel, path / "unet", _UNET_SIZES, _UNET_WIDTHS)
+    dtype = _half_precision(path / "unet") if own_dtype else torch.float32
+    return _load(UNet2DConditionModel, path / "unet", _UNET_SIZES, _UNET_WIDTHS, dtype)
+
+
+def _half_precision(folder: Path) -> torch.dtype:
+    """fp16 or bf16 where a folder's one safetensors file has nothing else; fp32 otherwise."""
+    files = list(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return torch.float32
+    with open_tensors(files[0]) as weights:
+        dtypes = set(weights.dtypes.values())
+    found = {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(iter(dtypes))) if len(dtypes) == 1 else None
+    return found or torch.float32
 
 
 def folder_vae(path: Path) -> nn.Module:
@@ -75,7 +87,13 @@ def folder_vae(path: Path) -> nn.Module:
     return _load(AutoencoderKL, path / "vae", ("layers_per_block",), _VAE_WIDTHS)
 
 
-def _load(kind: type[nn.Module], folder: Path, counts: Iterable[str], widths: Iterable[str]) -> nn.Module:
+def _load(
+    kind: type[nn.Module],
+    folder: Path,
+    counts: Iterable[str],
+    widths: Iterable[str],
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """A module of diffusers with all of its weights."""
     config = read_json(folder / "config.json", dict)
     with reading(folder, f"no {kind.__name__}"):
@@ -84,7 +102,7 @@ def _load(kind: type[nn.Module], folder: Path, counts: Iterable[str], widths: It
             raise ValueError(f"it is a {short(found)}; expected {kind.__name__}, as in {PIPELINES}")
         _expect_numbers(config, counts, 0, MOST_LAYERS)
         _expect_numbers(config, widths, 1, MOST_WIDTH)
-        options = {"local_files_only": True, "torch_dtype": torch.float32, "output_loading_info": True}
+        options = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
         with torch.device("meta"):
             _expect_weights(folder, kind.from_config(config))
         module, report = kind.from_pretrained(folder, variant=_variant(folder, "diffusion_pytorch_model"), **options)

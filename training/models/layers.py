@@ -48,11 +48,15 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     if layers not in LAYER_PATTERNS:
         raise ValueError(f"layers is {layers!r}; expected one of {', '.join(LAYER_PATTERNS)}.")
     within = compile_regex("blocks", blocks, "middle|output_blocks")
-    pattern = re.compile(LAYER_PATTERNS[layers])
-    selected = [name for name in names if pattern.search(name) and within.search(name)]
+    selected = [name for name in names if is_selected(name, layers) and within.search(name)]
     if not selected:
         log.warning("no parameter matched layers %r within blocks %r", layers, blocks)
     return selected
+
+
+def is_selected(name: str, layers: str) -> bool:
+    """Whether a parameter, by its name, belongs to `layers` (a key of LAYER_PATTERNS)."""
+    return re.search(LAYER_PATTERNS[layers], name) is not None
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ def expect_tensors(state: Mapping[str, Tensor], names: Iterable[str], owner: str
         raise ValueError(f"{owner} lacks {len(missing)} tensors such as {min(missing)!r}.")
 
 
-def assign_weights(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> nn.Module:
-    """Fills a module made on the meta device with a complete state dict, in fp32.
+def assign_weights(
+    module: nn.Module, state: Mapping[str, Tensor], owner: str, *, own_dtypes: bool = False
+) -> nn.Module:
+    """Fills a module made on the meta device with a complete state dict, in fp32 or in the tensors' own dtypes.
 
     Raises ValueError for missing or unknown names, other shapes, and weights that are not finite; `owner` names the
     network in its message.
@@ -50,7 +52,8 @@ def assign_weights(module: nn.Module, state: Mapping[str, Tensor], owner: str) -
         raise ValueError(f"{owner} has {len(unknown)} tensors that such a model lacks, such as {min(unknown)!r}.")
     for name, value in state.items():
         expect_shape(name, value, wanted[name].shape, owner)
-    module.load_state_dict({name: finite_weight(name, value, owner) for name, value in state.items()}, assign=True)
+    finite = {name: finite_weight(name, value, owner, own_dtype=own_dtypes) for name, value in state.items()}
+    module.load_state_dict(finite, assign=True)
     return module
 
 
@@ -60,12 +63,12 @@ def expect_shape(name: str, value: Tensor, shape: Iterable[int], owner: str) -> 
         raise ValueError(f"{owner}: {name} is {tuple(value.shape)}; expected {tuple(shape)}. It is of another model.")
 
 
-def finite_weight(name: str, value: Tensor, owner: str) -> Tensor:
-    """A weight in fp32. Raises ValueError where it has NaN or infinite values."""
-    value = value.float()
-    if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone is the cheaper pass
+def finite_weight(name: str, value: Tensor, owner: str, *, own_dtype: bool = False) -> Tensor:
+    """A weight in fp32, or as it is. Raises ValueError where it has NaN or infinite values."""
+    exact = value.float()
+    if not exact.sum().isfinite() and not exact.isfinite().all():  # the sum alone is the cheaper pass
         raise ValueError(f"{owner}: {name} has values that are no finite numbers. Download or save the file again.")
-    return value
+    return value if own_dtype else exact
 
 
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
@@ -75,12 +78,16 @@ def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 @contextmanager
 def gradients_required(networks: Iterable[nn.Module], required: bool) -> Iterator[None]:
-    """While entered, all parameters of these module trees require a gradient, or none does."""
-    changed = [p for network in networks for p in network.parameters() if p.requires_grad != required]
+    """While entered, all parameters of these module trees require a gradient, or none does.
+
+    It holds no parameter, so that one which is replaced meanwhile, as when a model moves, leaves memory.
+    """
+    refs = [ref for network in networks for ref in parameter_refs(network).values()]
+    changed = [ref for ref in refs if ref.tensor.requires_grad != required]
     try:
-        for parameter in changed:
-            parameter.requires_grad_(required)
+        for ref in changed:
+            ref.tensor.requires_grad_(required)
         yield
     finally:
-        for parameter in changed:
-            parameter.requires_grad_(not required)
+        for ref in changed:
+            ref.tensor.requires_grad_(not required)

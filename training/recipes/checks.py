@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig
+from ..config.training_settings import FORMER_DEFAULTS
 from ..loop.optimizers import check_optimizer
+from ..loop.precision import default_precision, has_bf16
 from ..models.protocols import TextToImage
 from ..objectives.losses import check_objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import check_tensorboard
+
+log = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def check_steps(folder: RunFolder, steps: int) -> None:
@@ -28,8 +41,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     check_pooled(model)
     denoiser, settings = model.denoiser, config.settings
     check_optimizer(settings, config.learning_rate, denoiser.device)
-    if settings.precision == "fp16" and denoiser.device.type != "cuda":
-        raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
+    check_precision(settings.precision, denoiser.device)
     check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
     if channels != denoiser.latent_channels:
@@ -37,6 +49,37 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
             f"UNet reads {channels} channels; expected {denoiser.latent_channels}. Inpainting and edit models have "
             "inputs that captioned images do not give."
         )
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError for fp16 without CUDA; warns of bf16 on a card that computes it by other units, slowly."""
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError("precision is 'fp16' without a CUDA device; expected 'fp32' or 'bf16' there.")
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        log.warning("precision is 'bf16' on a card without it, which is slow; 'auto' takes fp16 there")
+
+
+def with_precision(config: Config, device: torch.device, root: Path) -> Config:
+    """The config with precision "auto" replaced by what it is here; any other is left alone.
+
+    A run that goes on keeps the precision that it was begun with, on any device.
+
+    Args:
+        config: the run's.
+        device: where it computes.
+        root: folder of all runs.
+    """
+    settings = config.settings
+    if settings.precision != "auto":
+        return config
+    begun = None if config.resume == "restart" else RunFolder(root / config.run_name).config()
+    if begun is not None:
+        precision, why = (FORMER_DEFAULTS | begun["identity"].get("settings", {}))["precision"], "as the run was begun"
+    else:
+        scaled = not isinstance(config, RewardTuneConfig)
+        precision, why = default_precision(device, scaled), f"by the device ({device.type})"
+    log.info("precision auto is %s, %s", precision, why)
+    return replace(config, settings=replace(settings, precision=precision))
 
 
 def check_width(model: TextToImage) -> None:

@@ -29,7 +29,7 @@ from ..runs.folder import RunFolder
 from ..trainables.lora import Adapters, layers_of, select_layers, text_rate
 from ..trainables.lora_init import start_from
 from .apply_results import warn_of_another_demo
-from .checks import check_fit
+from .checks import check_fit, with_precision
 from .denoising import train_on_images
 from .run import TrainingJob
 
@@ -74,6 +74,7 @@ def train_lora(
             for a second text encoder that is not there, a start that does not fit, or a run of other settings under
             this name.
     """
+    config = with_precision(config, model.denoiser.device, Path(root))
     check_fit(model, config)
     check_second_text(model, config)
     selected, about = select_layers(trainable_layers(model, config), config), describe_training(model, dataset)

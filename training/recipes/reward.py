@@ -44,7 +44,7 @@ from ..text_encoder.stock_file import split_by_encoder, write_stock_files
 from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights
-from .checks import check_fit
+from .checks import check_fit, with_precision
 from .latents import CroppedLatents, fill_latents
 from .lora import ARTIFACT as LORA_ARTIFACT
 from .lora import describe_model, describe_training, networks_of, trainable_layers, write_lora
@@ -103,6 +103,7 @@ def tune(
         ValueError: before any tuning: no prompts or images, no reward with a weight, a text encoder that does not fit,
             a part to train that the model lacks, or a run of other settings under this name.
     """
+    config = with_precision(config, model.denoiser.device, Path(root))
     _check(model, reward, prompts, config, dataset)
     callbacks = callbacks or Callbacks()
     direct = config.method == "direct"

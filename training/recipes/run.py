@@ -95,7 +95,7 @@ def run_training(
             return folder.path
         with record_failure(folder, callbacks):
             loop = build_loop(folder, callbacks)
-        with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+        with model.denoiser.checkpointing(config.settings.gradient_checkpointing), loop.trainable.mounted():
             values = loop.run()
         if here.is_main:
             _finish(job, folder, loop, values, callbacks)

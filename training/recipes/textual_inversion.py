@@ -38,7 +38,7 @@ from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.token_embeddings import TokenEmbeddings, start_concept
 from ..trainables.weights import TrainableGroup
-from .checks import check_fit
+from .checks import check_fit, with_precision
 from .denoising import train_on_images
 from .lora import ARTIFACT as LORA_ARTIFACT
 from .lora import describe_training, unet_layers, write_lora
@@ -89,6 +89,7 @@ def train_embedding(
             encoder does not reach; an initial text without a token, a text encoder that does not fit the UNet, or a
             run of other settings under this name.
     """
+    config = with_precision(config, model.denoiser.device, Path(root))
     check_fit(model, config)
     expect_file_names(config.tokens)
     callbacks, config = callbacks or Callbacks(), _without_empty_captions(config)

@@ -26,7 +26,7 @@ from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..text_encoder.projection import PROJECTION_PREFIX
 from ..trainables.weights import SelectedWeights
-from .checks import check_fit
+from .checks import check_fit, with_precision
 from .denoising import train_on_images
 from .run import AGAIN, TrainingJob
 
@@ -74,6 +74,7 @@ def train_model(
         ValueError: before any training: a text encoder that does not fit the UNet, a run of other settings under this
             name, or too little disk.
     """
+    config = with_precision(config, model.denoiser.device, Path(root))
     check_fit(model, config)
     job = TrainingJob(
         name="model",

@@ -13,7 +13,7 @@ from ..config.lora import LoraConfig
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
-from ..config.training_settings import TrainingSettings
+from ..config.training_settings import FORMER_DEFAULTS, TrainingSettings
 from ..plots.run_chart import smoothed
 from .outcome import describe_guard
 
@@ -54,7 +54,7 @@ def summary(about: Mapping[str, Any]) -> str:
     """A run's kind and main settings in a few sentences, from its config.json."""
     kind = about["identity"]["kind"]
     config = _with_defaults(KINDS[kind], about["config"])
-    settings = _with_defaults(TrainingSettings, config["settings"])
+    settings = _with_defaults(TrainingSettings, FORMER_DEFAULTS | config["settings"])
     batches = settings["total_batch"] // config["batch_size"] or settings["gradient_accumulation"]
     what = "prompts" if kind == "reward" and config["method"] != "direct" else "images"
     batch = f"{config['batch_size'] * batches} {what} a step"

@@ -1,22 +1,30 @@
-"""What every trainable shares: named fp32 masters, and how they are swapped into a network for a step."""
+"""What every trainable shares: named fp32 masters, and how they take effect on a network for a step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..models.parameters import frozen
+from ..models.recast import recastable, recasting
 
 
 class Trainable(ABC):
-    """Named fp32 masters that `attach` puts in effect on a network."""
+    """Named fp32 masters that `attach` puts in effect on networks.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    Args:
+        parameters: masters by name.
+        networks: roots whose own parameters are frozen while mounted.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], networks: Sequence[nn.Module]):
         self.parameters = dict(parameters)
+        self.networks = list(networks)
+        self._mounted = False
 
     def __len__(self) -> int:
         """Number of values that train."""
@@ -45,19 +53,45 @@ class Trainable(ABC):
         """A parameter's learning rate as a multiple of the run's."""
         return 1.0
 
-    @abstractmethod
-    def attach(
-        self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()
-    ) -> AbstractContextManager[None]:
-        """Puts the masters in effect on the network while entered; everything else there is frozen.
+    @contextmanager
+    def mounted(self) -> Iterator[None]:
+        """Freezes the networks, and puts on them what `attach` then only switches on; entered once around a run.
 
-        All of it is restored on the way out, also after an exception.
+        The networks compute as before until `attach`, except that no cast copy of a frozen weight is kept for backward
+        (`models.recast`). All of it is taken off on the way out, also after an exception.
+        """
+        if self._mounted:
+            yield
+            return
+        layers = [layer for network in self.networks for layer in recastable(network)]
+        with frozen(self.networks), recasting(layers), self._mount():
+            self._mounted = True
+            try:
+                yield
+            finally:
+                self._mounted = False
+
+    @contextmanager
+    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
+        """Puts the masters in effect on the networks while entered; everything else there is frozen.
+
+        All of it is restored on the way out, also after an exception. Outside of `mounted` it mounts for itself.
 
         Args:
             values: tensors of the masters' names in place of them, such as their average; this is then no training,
                 and dropout is off.
             rng_key: names the moment of a run, for what is drawn while attached (dropout).
         """
+        with self.mounted(), self._in_effect(values, rng_key):
+            yield
+
+    def _mount(self) -> AbstractContextManager[None]:
+        """Puts on the networks what `_in_effect` switches on; nothing where there is no such thing."""
+        return nullcontext()
+
+    @abstractmethod
+    def _in_effect(self, values: Mapping[str, Tensor] | None, rng_key: tuple[int, ...]) -> AbstractContextManager[None]:
+        """`attach` on networks that are mounted."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
@@ -69,12 +103,11 @@ class SwappedTrainable(Trainable):
 
     Args:
         parameters: masters by name.
-        networks: roots whose parameters are frozen while attached.
+        networks: roots whose own parameters are frozen while mounted.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], networks: Sequence[nn.Module]):
-        super().__init__(parameters)
-        self._networks = list(networks)
+        super().__init__(parameters, networks)
         self._originals: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -90,16 +123,15 @@ class SwappedTrainable(Trainable):
         """Puts tensors in effect."""
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
+    def _in_effect(self, values: Mapping[str, Tensor] | None, rng_key: tuple[int, ...]) -> Iterator[None]:
         originals = self._current()
-        with frozen(self._networks):
-            try:
-                self._originals = originals
-                self._swap(self._replacements(self.parameters if values is None else values, originals))
-                yield
-            finally:
-                self._originals = {}
-                self._swap(originals)
+        try:
+            self._originals = originals
+            self._swap(self._replacements(self.parameters if values is None else values, originals))
+            yield
+        finally:
+            self._originals = {}
+            self._swap(originals)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

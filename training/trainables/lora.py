@@ -2,8 +2,9 @@
 
 The parametrisations and their forward passes are LyCORIS's (lycoris-lora): it has every kind, its tensors carry the
 names that files have, and it leaves the module tree alone, which peft's injection does not. But its `apply_to` leaves a
-bound method on each layer, and its rebuilt weights have the dtype of the base's. So its modules are called here from
-forward hooks, which are removed again, and DoRA's weight is computed in fp32.
+bound method on each layer, its rebuilt weights have the dtype of the base's, and they stay in memory until backward, as
+those of torch.nn.utils.parametrize and of its own functional API would. So its modules are called here from forward
+hooks, which are removed again, by the functions of `adapter_outputs`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from ..config.checks import compile_regex
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
 from ..models.parameters import parameter_refs
-from .weights import SelectedWeights
+from .adapter_outputs import dora_output, low_rank_output
+from .base import Trainable
+from .weights import swapped
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +78,14 @@ def _is_spatial(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
 
 
-class Adapters(SelectedWeights):
+class Adapters(Trainable):
     """One low-rank adapter per layer: fp32 masters named `<layer>.<LyCORIS's tensor name>`.
 
-    The layers' weights are never written.
+    The layers' weights are never written, and no reference to them is held: a model may be moved or unloaded meanwhile.
 
     Args:
         layers: name -> layer of the network, from `select_layers`.
-        networks: roots that are frozen while attached.
+        networks: roots that are frozen while mounted.
         config: algorithm, rank, dropout and rates.
         seed: of the initial values and of dropout.
 
@@ -94,12 +97,16 @@ class Adapters(SelectedWeights):
     def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
         self.config, self.seed = config, seed
         self._layers, self._disabled = dict(layers), False
+        self._training: bool | None = None
+        """Whether the masters are in effect with dropout (True), or values without (False); None while detached."""
         self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
         holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
         for name, module in self.modules.items():
             module.to(self._layers[name].weight.device)
+        self._norms = {n: m.dora_scale.detach().flatten().clone() for n, m in self.modules.items() if m.wd}
         names = {str(i): name for i, name in enumerate(self.modules)}
-        super().__init__({_renamed(path, names): ref for path, ref in parameter_refs(holder).items()}, networks)
+        self._refs = {_renamed(path, names): ref for path, ref in parameter_refs(holder).items()}
+        super().__init__({name: ref.tensor for name, ref in self._refs.items()}, networks)
         self.alphas = {f"{name}.alpha": module.alpha.detach().clone() for name, module in self.modules.items()}
 
     def rate(self, name: str) -> float:
@@ -109,30 +116,45 @@ class Adapters(SelectedWeights):
         return text * (self.config.lora_plus_ratio if name.endswith(_START_AT_ZERO) else 1.0)
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
+    def _mount(self) -> Iterator[None]:
+        """Hooks on the layers, which add nothing until `_in_effect`."""
+        with ExitStack() as stack:
+            for name, layer in self._layers.items():
+                stack.callback(layer.register_forward_hook(self._hook(name)).remove)
+            yield
+
+    @contextmanager
+    def _in_effect(self, values: Mapping[str, Tensor] | None, rng_key: tuple[int, ...]) -> Iterator[None]:
         """Adds the adapters' outputs to those of their layers while entered; see `Trainable.attach`.
 
         Without `values` dropout is on, drawn from (seed, rng_key) alone; the global random state, which torch's and
         LyCORIS's dropout use, is restored afterwards.
         """
-        training = values is None
+        training, before = values is None, self._training
         with ExitStack() as stack:
-            stack.enter_context(super().attach(values))
-            if training and self.config.has_dropout:
+            if not training:
+                stack.enter_context(swapped(self._refs, values))
+            elif self.config.has_dropout:
                 stack.enter_context(_seeded(derive_seed(self.seed, "dropout", *rng_key), self._devices()))
-            for name, layer in self._layers.items():
-                self.modules[name].train(training)
-                handle = layer.register_forward_hook(self._hook(self.modules[name], training))
-                stack.callback(handle.remove)
-            yield
+            try:
+                self._set_mode(training)
+                yield
+            finally:
+                self._set_mode(before)
+
+    def _set_mode(self, training: bool | None) -> None:
+        self._training = training
+        for module in self.modules.values():
+            if training is not None and module.training != training:
+                module.train(training)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        self._disabled = True
+        before, self._disabled = self._disabled, True
         try:
             yield
         finally:
-            self._disabled = False
+            self._disabled = before
 
     def lora_model(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """ComfyUI's LORA_MODEL: copies of the tensors, fp32 on the CPU, alphas included."""
@@ -144,33 +166,24 @@ class Adapters(SelectedWeights):
     def _devices(self) -> list[torch.device]:
         return list({layer.weight.device for layer in self._layers.values() if layer.weight.device.type == "cuda"})
 
-    def _hook(self, module: nn.Module, training: bool) -> Callable:
-        config = self.config
+    def _hook(self, name: str) -> Callable:
+        config, module, norms = self.config, self.modules[name], self._norms.get(name)
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            if self._disabled:
+            x, training = inputs[0], self._training
+            if training is None or self._disabled:
                 return output
             if training and config.module_dropout and torch.rand(()).item() < config.module_dropout:
                 return output
             if training and config.dropout:
                 x = nn.functional.dropout(x, config.dropout)
-            return output + (_dora_output(module, layer, x) if module.wd else module.bypass_forward_diff(x)).to(output)
+            added = low_rank_output(module, x) if norms is None else dora_output(module, layer, norms, x)
+            return output + added.to(output)
 
         return add
 
 
 _START_AT_ZERO = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
-
-
-def _dora_output(module: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """(W' - W) x with W' = m (W + dW) / ||W + dW||, the norm over everything but the input axis (arXiv 2402.09353,
-    eq. 5, per input as in LyCORIS with wd_on_out off, the axis on which all readers of such files agree)."""
-    weight = layer.weight.detach().float()
-    merged = module.apply_weight_decompose(
-        weight + module.make_weight(weight.device).reshape(weight.shape) * module.scale
-    )
-    return module.op(x, (merged - weight).to(x.dtype), None, **module.kw_dict)
 
 
 def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
@@ -181,31 +194,33 @@ def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) 
 
     kinds = {"LoHa": LohaModule, "LoKr": LokrModule}
     rank, alpha = config.shape_of(spatial=_is_spatial(layer))
+    plain, dora = _plain(layer), config.algorithm == "DoRA"
+    if dora:  # its magnitude starts as the weight's
+        plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
     with _seeded(derive_seed(seed, "adapter", name), []), contextlib.redirect_stdout(io.StringIO()):
-        return kinds.get(config.algorithm, LoConModule)(
+        module = kinds.get(config.algorithm, LoConModule)(
             name.replace(".", "_"),
-            _plain(layer),
+            plain,
             lora_dim=rank,
             alpha=alpha,
             rank_dropout=config.rank_dropout,
-            weight_decompose=config.algorithm == "DoRA",
+            weight_decompose=dora,
             wd_on_out=False,
             bypass_mode=True,
             **({"factor": config.lokr_factor} if config.algorithm == "LoKr" else {}),
         ).float()
+    plain.weight = None  # LyCORIS keeps the layer that it was made for
+    return module
 
 
 def _plain(layer: nn.Module) -> nn.Module:
-    """torch's own layer around the same weight: LyCORIS creates its factors with the layer's class, and ComfyUI's
-    classes draw no initial values, or hold no weights at all."""
+    """torch's own layer of the same shape, without values: LyCORIS creates its factors with the layer's class, and
+    ComfyUI's classes draw no initial values, or hold no weights at all."""
     if isinstance(layer, nn.Conv2d):
         geometry = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         more = {"dilation": layer.dilation, "groups": layer.groups}
-        plain = nn.Conv2d(*geometry, **more, bias=False, device="meta")
-    else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
-    return plain
+        return nn.Conv2d(*geometry, **more, bias=False, device="meta")
+    return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:

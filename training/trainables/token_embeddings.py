@@ -68,7 +68,7 @@ class TokenEmbeddings(SwappedTrainable):
     Args:
         concepts: those that the text encoder was given by `with_concepts`; their mappings of vectors are changed while
             attached.
-        networks: roots that are frozen while attached.
+        networks: roots that are frozen while mounted.
         norms: encoder -> length to which every vector is scaled wherever it is read; its gradient then has no part
             along the vector. Encoders that are left out have free lengths.
         device: where the masters are.

@@ -3,7 +3,7 @@
 The network's own parameters are never written, so a base model is bit-identical after any run. Masters are swapped
 into `module._parameters` (as torch.func.functional_call does), which leaves the module tree alone and works with
 backward and with activation checkpointing as long as both happen inside `attach()`. They stay fp32 among frozen weights
-of another dtype; the network casts per operation (autocast, or ComfyUI's own casting).
+of another dtype; the network casts per operation (autocast, `models.recast`, or ComfyUI's own casting).
 """
 
 from __future__ import annotations
@@ -17,12 +17,31 @@ from ..models.parameters import ParameterRef
 from .base import SwappedTrainable, Trainable
 
 
+@contextmanager
+def swapped(refs: Mapping[str, ParameterRef], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While entered, tensors of the same names stand in the place of parameters, on their devices."""
+    originals = {name: ref.tensor for name, ref in refs.items()}
+    replacements = {name: tensors[name].to(original.device) for name, original in originals.items()}
+    try:
+        put(refs, replacements)
+        yield
+    finally:
+        put(refs, originals)
+
+
+def put(refs: Mapping[str, ParameterRef], tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in the place of the parameters of the same names."""
+    for name, tensor in tensors.items():
+        ref = refs[name]
+        ref.owner._parameters[ref.attribute] = tensor
+
+
 class SelectedWeights(SwappedTrainable):
     """Chosen parameters of one or more networks, as fp32 masters under canonical names.
 
     Args:
         selected: canonical name -> the parameter in its network.
-        networks: roots that are frozen while attached.
+        networks: roots that are frozen while mounted.
 
     Raises:
         ValueError: nothing is selected.
@@ -42,13 +61,14 @@ class SelectedWeights(SwappedTrainable):
         return {name: values[name].to(original.device) for name, original in originals.items()}
 
     def _swap(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            ref = self._refs[name]
-            ref.owner._parameters[ref.attribute] = tensor
+        put(self._refs, tensors)
 
 
 class TrainableGroup(Trainable):
     """Several trainables in one run, their names all different.
+
+    All their networks are frozen before any part takes effect: the masters of one may be parameters of a network of
+    another by then.
 
     Args:
         parts: each with its learning rate as a multiple of the run's.
@@ -58,18 +78,26 @@ class TrainableGroup(Trainable):
         self._rates = [rate for _, rate in parts]
         self._parts = [part for part, _ in parts]
         self._owners = {name: i for i, part in enumerate(self._parts) for name in part.parameters}
-        super().__init__({name: value for part in self._parts for name, value in part.parameters.items()})
+        parameters = {name: value for part in self._parts for name, value in part.parameters.items()}
+        super().__init__(parameters, [network for part in self._parts for network in part.networks])
 
     def rate(self, name: str) -> float:
         owner = self._owners[name]
         return self._rates[owner] * self._parts[owner].rate(name)
 
     @contextmanager
-    def attach(self, values: Mapping[str, Tensor] | None = None, rng_key: tuple[int, ...] = ()) -> Iterator[None]:
+    def _mount(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part._mount())
+            yield
+
+    @contextmanager
+    def _in_effect(self, values: Mapping[str, Tensor] | None, rng_key: tuple[int, ...]) -> Iterator[None]:
         with ExitStack() as stack:
             for part in self._parts:
                 of_part = None if values is None else {name: values[name] for name in part.parameters}
-                stack.enter_context(part.attach(of_part, rng_key))
+                stack.enter_context(part._in_effect(of_part, rng_key))
             yield
 
     @contextmanager

@@ -1,0 +1,183 @@
+"""What adapters hold: no base weights, no copies or products of them for backward; and how often they are put on."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from retune.training.config.lora import ALGORITHMS, LoraConfig
+from retune.training.trainables.adapter_outputs import dora_output
+from retune.training.trainables.lora import Adapters
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDE = 64
+
+
+def build(algorithm, **changes):
+    """Two linear layers and a convolution, wide beside their inputs and ranks, with adapters on all that take them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(WIDE, WIDE), nn.SiLU(), nn.Linear(WIDE, WIDE)).requires_grad_(False)
+    layers = {"a": network[0], "b": network[2]}
+    if algorithm in ("LoCon", "LoHa", "LoKr"):
+        network.append(nn.Unflatten(1, (WIDE, 1, 1))).append(nn.Conv2d(WIDE, WIDE, 3, padding=1).requires_grad_(False))
+        layers["c"] = network[4]
+    config = LoraConfig(run_name="r", algorithm=algorithm, rank=2, targets="all", **changes)
+    adapters = Adapters(layers, [network], config, seed=0)
+    random = torch.Generator().manual_seed(1)
+    adapters.load({n: v + 0.1 * torch.randn(v.shape, generator=random) for n, v in adapters.values().items()})
+    return network, adapters
+
+
+class Casts(TorchDispatchMode):
+    """Bytes of tensors of a network's own shapes that casts read, and that any operation makes."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.shapes = {p.shape for p in network.parameters() if p.ndim > 1}
+        self.cast = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+            self.cast += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def step(network, adapters, dtype=None, count=3):
+    """Forward and backward; returns bytes kept of a weight's size that are not the weights, and bytes cast."""
+    own = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *adapters.parameters.values()]}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(count, WIDE, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    with adapters.attach(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with Casts(network) as casts, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            network(x).float().square().mean().backward()
+    products = [t for at, t in kept.items() if at not in own and t.numel() >= WIDE * WIDE]
+    return sum(t.nbytes for t in products), casts.cast
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_of_a_weights_size_is_kept_for_backward(algorithm, stored):
+    network, adapters = build(algorithm)
+    network.to(stored)
+    kept, cast = step(network, adapters, torch.bfloat16)
+    assert kept == 0
+    assert (cast == 0) == (stored == torch.bfloat16)
+    assert all(p.grad is not None for p in adapters.parameters.values())
+    if stored == torch.float32:
+        assert step(network, adapters) == (0, 0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_base_can_leave_memory_while_adapters_live(algorithm):
+    network, adapters = build(algorithm)
+    storages = [weakref.ref(layer.weight) for layer in adapters._layers.values()]
+    with adapters.mounted():
+        step(network, adapters)
+        for layer in adapters._layers.values():
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        gc.collect()
+        assert all(storage() is None for storage in storages)
+        step(network, adapters)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_hooks_are_put_on_once_for_many_attaches(algorithm):
+    network, adapters = build(algorithm)
+    layers, x = list(adapters._layers.values()), torch.ones(1, WIDE)
+    plain = network(x)
+    with pytest.raises(KeyError), adapters.mounted():
+        hooks = [list(layer._forward_hooks.items()) for layer in layers]
+        assert all(len(found) == 1 for found in hooks) and torch.equal(network(x), plain)
+        outputs = []
+        for values in (None, adapters.values(), None):
+            with adapters.attach(values):
+                outputs.append(network(x))
+                with adapters.disabled():
+                    assert torch.equal(network(x), plain)
+            assert torch.equal(network(x), plain)
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        assert not torch.equal(outputs[0], plain)
+        assert [list(layer._forward_hooks.items()) for layer in layers] == hooks
+        raise KeyError("anything")
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in network.modules())
+    assert torch.equal(network(x), plain)
+
+
+def test_the_masters_are_what_the_modules_read():
+    """So that nothing is swapped in a training step; other values are swapped and taken back."""
+    network, adapters = build("LoRA")
+    x, masters = torch.ones(1, WIDE), adapters.values()
+    with adapters.attach({name: torch.zeros_like(value) for name, value in masters.items()}):
+        assert torch.equal(network(x), network(x))
+        zero = network(x)
+    assert torch.equal(zero, network(x))
+    assert all(ref.tensor is adapters.parameters[name] for name, ref in adapters._refs.items())
+
+
+def dora_by_hand(layer, parameters, scale, x, detach):
+    """DoRA's output with the merged weight: arXiv 2402.09353, eq. 5; its norm a constant where detach (section 4.3)."""
+    up, down, magnitude = (parameters[f"lin.{n}"] for n in ("lora_up.weight", "lora_down.weight", "dora_scale"))
+    merged = layer.weight + scale * up.flatten(1) @ down.flatten(1)
+    norm = merged.norm(dim=0)
+    return F.linear(x, magnitude.flatten() * merged / (norm.detach() if detach else norm), layer.bias)
+
+
+def test_doras_gradient_is_the_exact_one_and_not_that_of_a_detached_norm():
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 16).double().requires_grad_(False)
+    config = LoraConfig(run_name="r", algorithm="DoRA", rank=3, alpha=2.0)
+    adapters = Adapters({"lin": layer}, [layer], config, seed=0)
+    adapters.load({n: v + 0.3 * torch.randn(v.shape) for n, v in adapters.values().items()})
+    layer.float()
+    x, towards = torch.randn(7, 24, requires_grad=True), torch.randn(7, 16)
+    names = list(adapters.parameters)
+    wanted = [x, *adapters.parameters.values()]
+    with adapters.attach():
+        output = layer(x)
+        found = torch.autograd.grad((output * towards).sum(), wanted)
+    exact, detached = (
+        torch.autograd.grad((dora_by_hand(layer, adapters.parameters, 2 / 3, x, d) * towards).sum(), wanted)
+        for d in (False, True)
+    )
+    torch.testing.assert_close(output, dora_by_hand(layer, adapters.parameters, 2 / 3, x, False), rtol=1e-4, atol=1e-5)
+    for name, one, other in zip(["x", *names], found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    up = 1 + names.index("lin.lora_up.weight")
+    assert (detached[up] - exact[up]).norm() > 0.1 * exact[up].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_doras_output_beside_half_precision_weights(dtype):
+    """The difference that the adapter makes, to the rounding of the weights' dtype."""
+    network, adapters = build("DoRA")
+    layer, module = network[0].to(dtype), adapters.modules["a"]
+    x = torch.randn(5, WIDE)
+    exact = dora_output(module, layer.float(), layer.weight.norm(dim=0), x)
+    found = dora_output(module, layer.to(dtype), layer.weight.float().norm(dim=0), x.to(dtype))
+    assert found.dtype == dtype
+    assert (found.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_loha_draws_the_same_rank_dropout_in_backward():
+    network, adapters = build("LoHa", rank_dropout=0.5)
+    with adapters.attach(rng_key=(1, 0)):
+        output = network(torch.ones(2, WIDE))
+        loss = output.square().sum()
+        loss.backward()
+    name, master = next(iter(adapters.parameters.items()))
+    change = 1e-3 * torch.randn(master.shape, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            master.add_(sign * change)
+            with adapters.attach(rng_key=(1, 0)):
+                losses.append(network(torch.ones(2, WIDE)).square().sum().item())
+            master.sub_(sign * change)
+    assert (losses[0] - losses[1]) / 2 == pytest.approx((master.grad * change).sum().item(), rel=0.05), name

@@ -1,0 +1,55 @@
+"""What adapters add to their layers' outputs, without a product of the size of a weight that is kept for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..models.recast import FrozenTransposed, arithmetic_dtype, cast, frozen_product
+
+
+def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
+    """dW x of a LyCORIS module.
+
+    LoHa's dW = (A1 B1) * (A2 B2) is as large as the weight, and its product with x keeps it for backward; so it is made
+    again there. LoRA, LoCon and LoKr apply their factors one after another.
+    """
+    if module.name != "loha" or not torch.is_grad_enabled():
+        return module.bypass_forward_diff(x)
+    draws = module.training and bool(module.rank_dropout)
+    return checkpoint(module.bypass_forward_diff, x, use_reentrant=False, preserve_rng_state=draws)
+
+
+def dora_output(module: nn.Module, layer: nn.Module, norms: Tensor, x: Tensor) -> Tensor:
+    """(W' - W) x with W' = m (W + dW) / ||W + dW||, dW = s B A (arXiv 2402.09353, eq. 5), the norm over everything but
+    the input axis, as in LyCORIS with wd_on_out off, the axis on which all readers of such files agree.
+
+    Being per input, g = m / ||W + dW|| scales the activations: (W' - W) x = W ((g - 1) x) + s B A (g x), and no W' is
+    formed. Section 4.3 of the paper takes the norm for a constant in backward, since it would keep W'; here it keeps
+    nothing of that size (`merged_norms`), so the gradient is the exact one.
+
+    Args:
+        module: LyCORIS's, with lora_down (A), lora_up (B) and dora_scale (m).
+        layer: linear, or a convolution with a 1 x 1 kernel.
+        norms: (inputs,) norms of W.
+        x: the layer's input.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        gain = module.dora_scale.flatten() / merged_norms(module, layer, norms)
+    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+    gain, dtype = gain.reshape(shape), arithmetic_dtype(x)
+    difference = frozen_product(layer, (x * (gain - 1)).to(dtype))
+    return difference + module.bypass_forward_diff((x * gain).to(dtype))
+
+
+def merged_norms(module: nn.Module, layer: nn.Module, norms: Tensor) -> Tensor:
+    """||W + s B A|| of each input, (inputs,) fp32, with a gradient to A and B.
+
+    For a column: ||w + s B a||^2 = ||w||^2 + 2 s (B^T w) a + s^2 a (B^T B) a, of which nothing is larger than A.
+    """
+    up, down, weight = module.lora_up.weight.flatten(1), module.lora_down.weight.flatten(1), layer.weight
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    projected = FrozenTransposed.apply(up.t().to(dtype), weight, cast).float()
+    cross, square = (projected * down).sum(0), ((up.t() @ up) @ down * down).sum(0)
+    return (norms.square() + 2 * module.scale * cross + module.scale**2 * square).clamp(min=1e-24).sqrt()
