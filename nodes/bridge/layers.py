@@ -2,8 +2,8 @@
 
 ComfyUI casts a weight for a forward pass and lets autograd keep the copy for the backward pass: of a UNet in fp16 that
 computes in fp32 twice the weights. What it fetches from RAM lies in buffers that the next layers use again. Here a
-frozen weight of a linear layer or a convolution is cast once for the forward and once for the backward pass, and no
-copy is kept between.
+frozen weight of a linear layer or a convolution is cast for the forward and again for the backward pass
+(`training.models.recast`), and no copy is kept between.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ...training.models.recast import arithmetic_dtype, frozen_product
 
 
 @contextmanager
@@ -68,79 +69,49 @@ def _rms_norm(layer: nn.RMSNorm, x: Tensor, weight: Tensor | None, bias: None) -
     return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
 
 
-MATMULS = {nn.Linear: _linear, nn.Conv1d: _convolution, nn.Conv2d: _convolution}
-NORMS = {nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm, nn.RMSNorm: _rms_norm}
+OPERATIONS = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+}
 """Class of torch -> its output for a layer, an input, a weight and a bias."""
 
 
 def _operation(layer: nn.Module) -> Callable | None:
     """What a layer computes; None for others than those above, which keep ComfyUI's forward pass."""
-    return next((operation for kind, operation in (MATMULS | NORMS).items() if isinstance(layer, kind)), None)
+    return next((operation for kind, operation in OPERATIONS.items() if isinstance(layer, kind)), None)
 
 
 def _forward(layer: nn.Module, operation: Callable, x: Tensor) -> Tensor:
-    """A layer's output, in autocast's dtype where that is on and else in its input's."""
+    """A layer's output; a product in autocast's dtype where that is on, anything else in its input's."""
+    operand = partial(_operand, layer)
+    if operation in (_linear, _convolution):
+        x = x.to(arithmetic_dtype(x))
+    if _is_recast(layer, x):
+        return frozen_product(layer, x, operand, bias=True)
+    weight, bias = (None if value is None else operand(value, x) for value in (layer.weight, layer.bias))
+    return operation(layer, x, weight, bias)
+
+
+def _is_recast(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer has a frozen weight that is not as the product with x requires it, and a plain gradient."""
     weight, bias = layer.weight, layer.bias
-    if operation in NORMS.values():  # small: their copies may stay
-        return operation(layer, x, *_cast_both(layer, x.dtype, x.device, weight, bias))
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    cast = partial(_cast_both, layer, dtype, x.device)
-    frozen = not any(value is not None and value.requires_grad for value in (weight, bias))
-    if frozen and not _is_ready(layer, dtype, x.device) and not _is_unusual(layer):
-        return _Recast.apply(x.to(dtype), weight, bias, layer, operation, cast)
-    return operation(layer, x, *cast(weight, bias))
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or any(p is not None and p.requires_grad for p in (weight, bias)):
+        return False
+    pads_plainly = isinstance(layer, nn.Linear) or (
+        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+    is_ready = weight.dtype == x.dtype and weight.device == x.device
+    return pads_plainly and not (is_ready and not layer.weight_function and not layer.bias_function)
 
 
-def _is_ready(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a layer's weight can be used as it is."""
-    changed = layer.weight_function or layer.bias_function
-    return layer.weight.dtype == dtype and layer.weight.device == device and not changed
-
-
-def _is_unusual(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution whose gradient is not a plain transposed one: it pads with other than zeros."""
-    return getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", None), str)
-
-
-def _cast_both(
-    layer: nn.Module, dtype: torch.dtype, device: torch.device, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias as a layer computes with them: on a device, in a dtype, with the patches that wait for this."""
-    return _cast(weight, layer.weight_function, dtype, device), _cast(bias, layer.bias_function, dtype, device)
-
-
-def _cast(value: Tensor | None, functions: Sequence[Callable], dtype: torch.dtype, device: torch.device):
-    if value is None:
-        return None
-    cast = value.to(device, dtype, copy=bool(functions))
+def _operand(layer: nn.Module, stored: Tensor, like: Tensor) -> Tensor:
+    """A layer's weight or bias as it computes: dtype and device of `like`, with the patches that wait for this."""
+    functions = layer.bias_function if stored is layer.bias else layer.weight_function
+    value = stored.to(like.device, like.dtype, copy=bool(functions))
     for function in functions:
-        cast = function(cast)
-    return cast
-
-
-class _Recast(torch.autograd.Function):
-    """A layer's output for a frozen weight and bias, and its gradient at the input, with a cast of its own for each."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, layer, operation, cast):
-        ctx.save_for_backward(weight)
-        ctx.layer, ctx.cast, ctx.shape = layer, cast, x.shape
-        return operation(layer, x, *cast(weight, bias))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (weight,), layer = ctx.saved_tensors, ctx.layer
-        weight, _ = ctx.cast(weight, None)
-        if isinstance(layer, nn.Linear):
-            gradient = grad.reshape(-1, grad.shape[-1]).mm(weight).view(ctx.shape)
-        else:
-            gradient = _convolution_gradient(layer, ctx.shape, weight, grad)
-        return gradient, None, None, None, None, None
-
-
-def _convolution_gradient(layer: nn.Module, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
-    """Gradient at a convolution's input of this shape."""
-    gradients = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input}
-    options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return gradients[len(shape) - 2](shape, weight, grad, *options)
+        value = function(value)
+    return value

@@ -127,13 +127,14 @@ def test_a_patch_that_waits_in_ram_is_applied_in_both_passes(comfyui):
     from retune.nodes.bridge.layers import training_layers
 
     layer, x = layer_of("linear")
-    change = torch.randn(6, 8, generator=generator())
-    patches = {"weight": [(0.5, ("diff", (change,)), 1.0, None, None)]}
-    layer.weight_function = [LowVramPatch("weight", patches)]
+    change, shift = torch.randn(6, 8, generator=generator()), torch.linspace(-1, 1, 6)
+    changes = {"weight": change, "bias": shift}
+    patches = {name: [(0.5, ("diff", (value,)), 1.0, None, None)] for name, value in changes.items()}
+    layer.weight_function, layer.bias_function = [LowVramPatch("weight", patches)], [LowVramPatch("bias", patches)]
     base = layer.weight.clone()
     with training_layers(layer):
         found = output_and_gradient(layer, x)
-    patched = F.linear(x.requires_grad_(), layer.weight.float() + 0.5 * change, layer.bias.float())
+    patched = F.linear(x.requires_grad_(), layer.weight.float() + 0.5 * change, layer.bias + 0.5 * shift)
     (expected,) = torch.autograd.grad(patched, x, torch.linspace(-1, 1, patched.numel()).view_as(patched))
     torch.testing.assert_close(found[0], patched.detach())
     torch.testing.assert_close(found[1], expected)
