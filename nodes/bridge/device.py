@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from ..common.weights import without_inference_tensors
+
+WHOLE = 1e32
+"""Bytes that no model has: ComfyUI's own number for loading all of it."""
 
 
 @contextmanager
@@ -57,28 +59,13 @@ def _residence(count: int | None = None) -> list[tuple]:
 def load_fully(patchers: Sequence, memory: int = 0) -> None:
     """Loads ModelPatchers whole, patches applied, on their devices, with `memory` bytes left free for activations.
 
-    With --novram ComfyUI leaves the weights of its own layers in RAM, from where `training_layers` fetches them. Their
-    patches are applied there, and weights of other layers, which fetch none, are moved.
+    With --novram ComfyUI leaves weights in RAM even then. Training reads each in both passes, and what trains has to be
+    where the activations are, so the rest is loaded too.
     """
     import comfy.model_management
 
-    stays = comfy.model_management.vram_state == comfy.model_management.VRAMState.NO_VRAM
-    options = {"memory_required": memory, "force_full_load": True}
-    options["force_patch_weights"] = stays and any(patcher.patches for patcher in patchers)
-    comfy.model_management.load_models_gpu([*patchers], **options)
+    comfy.model_management.load_models_gpu([*patchers], memory_required=memory, force_full_load=True)
     for patcher in patchers:
-        if stays:
-            _move_others(patcher)
+        if patcher.loaded_size() < patcher.model_size():
+            patcher.partially_load(patcher.load_device, WHOLE)
         without_inference_tensors(patcher.model)
-
-
-def _move_others(patcher) -> None:
-    """Moves weights and buffers to a ModelPatcher's device, but for the weights of layers that ComfyUI casts."""
-    for owner in patcher.model.modules():
-        moved = (owner._buffers,) if hasattr(owner, "comfy_cast_weights") else (owner._parameters, owner._buffers)
-        for tensors in moved:
-            for name, value in tensors.items():
-                if value is not None and value.device != patcher.load_device:
-                    on_device = value.detach().to(patcher.load_device)
-                    is_parameter = tensors is owner._parameters
-                    tensors[name] = nn.Parameter(on_device, requires_grad=False) if is_parameter else on_device

@@ -47,16 +47,21 @@ def is_dynamic(patcher) -> bool:
 def static_clone(patcher):
     """A clone of a ModelPatcher; under dynamic VRAM one with weights of its own, which stay where they are.
 
-    Raises ValueError for a model under dynamic VRAM that can be neither read again nor copied.
+    Raises ValueError for a model under dynamic VRAM that can be neither read again nor copied, or has a bypass LoRA.
     """
     if not is_dynamic(patcher):
         return patcher.clone()
+    if patcher.injections:  # made for the very layers of this model
+        raise ValueError(
+            f"{type(patcher.model).__name__} carries a LoRA that is put on without merging (bypass); expected one in "
+            "the weights, since dynamic VRAM trains on a copy of these. Use ComfyUI's Load LoRA or Apply LoRA, or start "
+            "ComfyUI with --disable-dynamic-vram."
+        )
     source = patcher.clone()
     if source.cached_patcher_init is None:
         source.cached_patcher_init = (_copied, (patcher,))
     static = source.clone(disable_dynamic=True)
     static.cached_patcher_init = patcher.cached_patcher_init
-    static.is_injected = False  # ComfyUI copies the flag, and this model has nothing injected yet
     _cast_as_declared(static.model)
     static.size = 0  # of the original's file; ComfyUI measures it again
     return static

@@ -135,14 +135,13 @@ def test_what_cannot_be_copied_is_refused_with_a_reason(demo_of_files):
         static_clone(model)
 
 
-def test_a_bypass_lora_is_in_the_static_clone(demo_of_files, sampled):
-    """ComfyUI copies the flag that says that a LoRA is injected, from a model that was just sampled with."""
+def test_a_bypass_lora_is_refused(demo_of_files, sampled):
+    """ComfyUI binds it to the layers of the very model that it was put on, and would leave it out without a word."""
     import comfy.weight_adapter
     from comfy.weight_adapter.bypass import BypassInjectionManager
     from retune.nodes.bridge.static import static_clone
 
     model, clip, _ = demo_of_files
-    plain = sampled(model, clip)
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k"
     width, context = model.model.state_dict()[f"{key}.weight"].shape
     factors = torch.ones(width, 2), torch.ones(2, context)
@@ -151,7 +150,6 @@ def test_a_bypass_lora_is_in_the_static_clone(demo_of_files, sampled):
     with_lora = model.clone()
     with_lora.set_injections("bypass_lora", manager.create_injections(with_lora.model))
     drawn = sampled(with_lora, clip)
-    assert not torch.equal(drawn, plain)
-    assert with_lora.is_injected
-    static = static_clone(with_lora)
-    assert not static.is_injected
+    with pytest.raises(ValueError, match=r"bypass.*Load LoRA.*--disable-dynamic-vram"):
+        static_clone(with_lora)
+    assert torch.equal(sampled(with_lora, clip), drawn) and not torch.equal(sampled(model, clip), drawn)

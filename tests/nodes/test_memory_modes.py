@@ -206,3 +206,52 @@ def test_after_an_error_or_a_cancel_too(in_mode, pictures, options, sampled, mon
     expect_unchanged(parts, before, cast=mode != "dynamic")
     torch.testing.assert_close(sampled(*parts[:2]), drawn)
     assert not comfy.model_management.in_training
+
+
+@pytest.fixture
+def loads(comfyui, monkeypatch):
+    """The ModelPatchers of each call of ComfyUI's `load_models_gpu`."""
+    import comfy.model_management
+
+    load, calls = comfy.model_management.load_models_gpu, []
+
+    def counted(models, *args, **options):
+        calls.append(list(models))
+        return load(models, *args, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", counted)
+    return calls
+
+
+def test_models_are_loaded_once_for_a_run(in_mode, pictures, options, loads):
+    """Not once for each batch, of which there are two a step here; samples displace the UNet, which is loaded again."""
+    parts, counts = in_mode("plain"), {}
+    for steps in (1, 2, 4):
+        for samples in (None, options["samples"]):
+            loads.clear()
+            more = options | {"samples": samples, "steps": steps}
+            train_lora(parts, pictures, run_name=f"{steps} steps, {samples is None}", **more)
+            counts[steps, samples is None] = len([models for models in loads if len(models) == 2])  # UNet and CLIP
+    assert counts[2, True] == counts[4, True] == counts[1, True]
+    assert counts[4, False] - counts[2, False] == 2  # one for each picture's decoding
+
+
+def test_what_was_moved_or_displaced_is_loaded_again(in_mode, loads):
+    import comfy.model_management
+    from retune.nodes.bridge.device import Loaded
+
+    (model, clip, vae), loaded = in_mode("plain"), Loaded()
+
+    def loads_of(memory=0):
+        loads.clear()
+        loaded.load([model, clip.patcher], memory)
+        return len(loads)
+
+    assert loads_of() == 1 and loads_of() == 0
+    assert loads_of(10) == 1 and loads_of(10) == 0 and loads_of(5) == 0
+    comfy.model_management.load_models_gpu([vae.patcher])
+    assert loads_of() == 1 and loads_of() == 0
+    model.partially_unload(model.offload_device, model.model_size() / 2)
+    assert loads_of() == 1 and model.loaded_size() == model.model_size()
+    comfy.model_management.unload_all_models()
+    assert loads_of() == 1 and loads_of() == 0
