@@ -54,8 +54,8 @@ def static_clone(patcher):
     if patcher.injections:  # made for the very layers of this model
         raise ValueError(
             f"{type(patcher.model).__name__} carries a LoRA that is put on without merging (bypass); expected one in "
-            "the weights, since dynamic VRAM trains on a copy of these. Use ComfyUI's Load LoRA or Apply LoRA, or start "
-            "ComfyUI with --disable-dynamic-vram."
+            "the weights, of which training under dynamic VRAM has a copy. Use ComfyUI's Load LoRA or Apply LoRA, or "
+            "start ComfyUI with --disable-dynamic-vram."
         )
     source = patcher.clone()
     if source.cached_patcher_init is None:
