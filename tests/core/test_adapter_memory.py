@@ -181,3 +181,29 @@ def test_loha_draws_the_same_rank_dropout_in_backward():
                 losses.append(network(torch.ones(2, WIDE)).square().sum().item())
             master.sub_(sign * change)
     assert (losses[0] - losses[1]) / 2 == pytest.approx((master.grad * change).sum().item(), rel=0.05), name
+
+
+@pytest.mark.parametrize("layout", ["TensorCoreFP8Layout", "TensorWiseINT8Layout"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_adapters_train_beside_weights_that_comfyui_quantises(algorithm, layout):
+    """Outputs and gradients are those beside the dequantised weight, and near those beside the exact one."""
+    tensor = pytest.importorskip("comfy_kitchen.tensor")
+    torch.manual_seed(0)
+    exact = nn.Linear(WIDE, WIDE).requires_grad_(False)
+    stored = tensor.QuantizedTensor.from_float(exact.weight.detach().clone(), layout)
+    gradients = []
+    for weight in (stored, stored.dequantize(), exact.weight):
+        layer = nn.Linear(WIDE, WIDE, bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        network = nn.Sequential(layer)
+        config = LoraConfig(run_name="r", algorithm=algorithm, rank=2)
+        adapters = Adapters({"a": layer}, [network], config, seed=0)
+        random = torch.Generator().manual_seed(1)
+        adapters.load({n: v + 0.1 * torch.randn(v.shape, generator=random) for n, v in adapters.values().items()})
+        x = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with adapters.attach():
+            network(x).square().sum().backward()
+        assert layer.weight is weight or torch.equal(layer.weight, weight)
+        gradients.append(torch.cat([p.grad.flatten() for p in adapters.parameters.values()] + [x.grad.flatten()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    assert F.cosine_similarity(gradients[0], gradients[2], dim=0) > 0.99

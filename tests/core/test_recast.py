@@ -77,15 +77,20 @@ def test_weights_of_the_arithmetics_dtype_take_torchs_own_way(network):
     assert torch.equal(output, expected) and len(kept) == len(kept_by_torch)
 
 
-def test_weights_that_train_get_their_gradient(network):
-    layer = nn.Linear(16, 24)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_train_get_autocasts_gradient_and_keep_no_copy(network, dtype):
+    """To the last bit, so that a run which another version began goes on as it would have."""
+    network.float().requires_grad_(True)
     gradients = []
-    for layers in ([], [layer]):
-        layer.weight.grad = None
-        with recasting(layers), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            layer(torch.ones(2, 16)).float().square().sum().backward()
-        gradients.append(layer.weight.grad)
-    assert torch.equal(*gradients) and gradients[0].dtype == torch.float32
+    for layers in ([], recastable(network)):
+        network.zero_grad()
+        with recasting(layers):
+            output, of_input, kept = run(network, dtype)
+        gradients.append([output, of_input, *(p.grad for p in network.parameters())])
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    assert not [t for at, t in kept.items() if at not in own and t.shape in weight_shapes(network)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
 
 
 def dequantised(scale):

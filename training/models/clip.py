@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from .concepts import (
 )
 from .parameters import ParameterRef, expect_shape, expect_tensors, finite_weight, parameter_refs
 from .protocols import Conditioning
+from .recast import recastable, recasting
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -166,7 +167,7 @@ class ClipTextEncoder:
         return other
 
     def training(self) -> AbstractContextManager:
-        return nullcontext()
+        return recasting(recastable(self.network))
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """One list of windows for each text; a window is start, up to 75 tokens, end, pads.

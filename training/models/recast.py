@@ -1,9 +1,9 @@
-"""Frozen weights in another dtype than that of the arithmetic: cast for one product, and cast again in backward.
+"""Weights in another dtype than that of the arithmetic: cast for one product, and cast again in backward.
 
 A weight that is cast before `nn.functional.linear` or `conv2d` stays in memory, as a copy, until backward has passed:
-autograd saves the operand. `FrozenLinear` and `FrozenConv2d` save the stored weight in its place, which is in memory
-anyway, and make the operand again when its gradient is asked for. So no copy of a frozen weight outlives its layer,
-neither of a cast one nor of a dequantised one, and fp16, bf16, fp8 and int8 weights are held once.
+autograd saves the operand. `RecastLinear` and `RecastConv2d` save the stored weight in its place, which is in memory
+anyway, and make the operand again for backward. So no copy of a weight outlives its layer, neither of a cast one nor of
+a dequantised one: frozen fp16, bf16, fp8 and int8 weights are held once, and fp32 masters too.
 """
 
 from __future__ import annotations
@@ -22,45 +22,84 @@ Operand = Callable[[Tensor, Tensor], Tensor]
 
 
 def cast(stored: Tensor, like: Tensor) -> Tensor:
-    """The stored tensor in the dtype and on the device of `like`; itself where it has both already."""
-    return stored.to(like.device, like.dtype)
+    """The stored tensor, dequantised, in the dtype and on the device of `like`; itself where it has both already."""
+    moved = stored.to(like.device)
+    return (moved.dequantize() if is_quantised(moved) else moved).to(like.dtype)
 
 
-class FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b for frozen W and b; nothing but the stored W is kept, for dL/dx = dL/dy W."""
+def is_quantised(stored: Tensor) -> bool:
+    """Whether a tensor is of a class that dequantises itself, as those of ComfyUI and torchao do; its dtype is then
+    that of the values which it stands for."""
+    return type(stored).dequantize is not Tensor.dequantize
+
+
+class RecastLinear(torch.autograd.Function):
+    """y = x W^T + b, of whose operands only the stored W is kept, and x where W trains.
+
+    dL/dx = dL/dy W, dL/dW = (dL/dy)^T x, each product in the dtype of dL/dy and then cast, as autocast has it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.operand = operand
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.operand, ctx.bias_dtype = operand, None if bias is None else bias.dtype
         return F.linear(x, operand(weight, x), None if bias is None else operand(bias, x))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        return gradient.matmul(ctx.operand(weight, gradient)), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            gradient.matmul(ctx.operand(weight, gradient)) if of_x else None,
+            rows.t().mm(x.reshape(-1, x.shape[-1])).to(weight) if of_weight else None,
+            rows.sum(0).to(ctx.bias_dtype) if of_bias else None,
+            None,
+        )
 
 
-class FrozenConv2d(torch.autograd.Function):
-    """y = x * W + b for frozen W and b; nothing but the stored W is kept, for dL/dx."""
+class RecastConv2d(torch.autograd.Function):
+    """y = x * W + b, of whose operands only the stored W is kept, and x where W trains."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, geometry: dict[str, Any]
     ) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.operand, ctx.geometry, ctx.shape = operand, geometry, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return F.conv2d(x, operand(weight, x), None if bias is None else operand(bias, x), **geometry)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        operand = ctx.operand(weight, gradient)
-        return nn.grad.conv2d_input(ctx.shape, operand, gradient, **ctx.geometry), None, None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        if x is None:  # only its shape matters
+            x = gradient.new_empty(1).expand(ctx.shape)
+        stride, padding, dilation, groups = (ctx.geometry[n] for n in ("stride", "padding", "dilation", "groups"))
+        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            ctx.operand(weight, gradient),
+            [gradient.shape[1]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            ctx.needs_input_grad[:3],
+        )
+        return (
+            of_x,
+            None if of_weight is None else of_weight.to(weight),
+            None if of_bias is None else of_bias.to(ctx.bias_dtype),
+            None,
+            None,
+        )
 
 
-class FrozenTransposed(torch.autograd.Function):
-    """y = x W for a frozen W, of one dimension of outputs and one of inputs; nothing but the stored W is kept."""
+class RecastTransposed(torch.autograd.Function):
+    """y = x W for a frozen W of one dimension of outputs and one of inputs, with nothing kept but the stored W."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, operand: Operand) -> Tensor:
@@ -79,8 +118,8 @@ def geometry_of(layer: nn.Conv2d) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
 
 
-def frozen_product(layer: nn.Module, x: Tensor, operand: Operand = cast, *, bias: bool = False) -> Tensor:
-    """A linear or 2D convolution layer's frozen weight applied to x.
+def product(layer: nn.Module, x: Tensor, operand: Operand = cast, *, bias: bool = False) -> Tensor:
+    """A linear or 2D convolution layer's weight applied to x.
 
     Args:
         layer: its stored weight may have any dtype that `operand` reads.
@@ -90,8 +129,8 @@ def frozen_product(layer: nn.Module, x: Tensor, operand: Operand = cast, *, bias
     """
     added = layer.bias if bias else None
     if isinstance(layer, nn.Conv2d):
-        return FrozenConv2d.apply(x, layer.weight, added, operand, geometry_of(layer))
-    return FrozenLinear.apply(x, layer.weight, added, operand)
+        return RecastConv2d.apply(x, layer.weight, added, operand, geometry_of(layer))
+    return RecastLinear.apply(x, layer.weight, added, operand)
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -105,13 +144,13 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def recast_forward(layer: nn.Module, x: Tensor, operand: Operand = cast) -> Tensor:
     """A linear or 2D convolution layer's output, of whose weight no copy outlives the call.
 
-    A weight that trains, or that has the arithmetic's dtype and device already, takes torch's own way.
+    A weight that has the arithmetic's dtype and device already takes torch's own way.
     """
     dtype, weight = arithmetic_dtype(x), layer.weight
-    trains = weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    if trains or (operand is cast and weight.dtype == dtype and weight.device == x.device):
+    plain = operand is cast and not is_quantised(weight)
+    if plain and weight.dtype == dtype and weight.device == x.device:
         return type(layer).forward(layer, x)
-    return frozen_product(layer, x.to(dtype), operand, bias=True)
+    return product(layer, x.to(dtype), operand, bias=True)
 
 
 def recastable(network: nn.Module) -> list[nn.Module]:
@@ -126,8 +165,10 @@ def _has_numeric_padding(layer: nn.Conv2d) -> bool:
 
 
 def store_in(network: nn.Module, dtype: torch.dtype, exact: Callable[[str], bool]) -> None:
-    """Rounds the weights and biases of linear and convolution layers to a dtype, one after another, and makes all other
-    parameters fp32: norms, which autocast computes in fp32, and what trains, whose masters begin with all its digits.
+    """Rounds the weights and biases of linear and convolution layers to a dtype, one after another.
+
+    Those of them that train stay as they are, since masters begin with all their digits. Other parameters become fp32:
+    norms, which autocast computes in fp32.
 
     Args:
         network: whose parameters are replaced.
@@ -135,9 +176,10 @@ def store_in(network: nn.Module, dtype: torch.dtype, exact: Callable[[str], bool
         exact: whether a parameter, by its name in the network, is not rounded.
     """
     paths = {module: path for path, module in network.named_modules()}
-    rounded = {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
+    of_layers = {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
     for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(dtype if name in rounded and not exact(name) else torch.float32)
+        if name not in of_layers or not exact(name):
+            parameter.data = parameter.data.to(dtype if name in of_layers else torch.float32)
 
 
 @contextmanager

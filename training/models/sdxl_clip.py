@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from .clip import ClipTextEncoder
 from .concepts import Concept, Vocabulary, add_concepts, expect_vectors
 from .parameters import ParameterRef
 from .protocols import Conditioning
+from .recast import recastable, recasting
 
 Windows = list[list[int]]
 SECOND_PAD = 0
@@ -108,7 +109,7 @@ class SdxlTextEncoder:
         return SdxlTextEncoder(self.first.refreshed(), self.second.refreshed())
 
     def training(self) -> AbstractContextManager:
-        return nullcontext()
+        return recasting(recastable(self.network))
 
     def tokenize(self, texts: list[str]) -> list[tuple[Windows, Windows]]:
         """The windows of both encoders, one pair for each text."""

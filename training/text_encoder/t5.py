@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ..models.concepts import (
 )
 from ..models.parameters import ParameterRef, parameter_refs
 from ..models.protocols import Conditioning
+from ..models.recast import recastable, recasting
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
 from .tokenizers import T5Tokenizer, find_tokenizer
@@ -140,7 +141,7 @@ class T5TextEncoder:
         return result.with_concepts(self.concepts)
 
     def training(self) -> AbstractContextManager:
-        return nullcontext()
+        return recasting(recastable(self.model))
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text with </s> at the end, at most `max_tokens`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.recast import FrozenTransposed, arithmetic_dtype, cast, frozen_product
+from ..models.recast import RecastTransposed, arithmetic_dtype, cast, product
 
 
 def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def dora_output(module: nn.Module, layer: nn.Module, norms: Tensor, x: Tensor) -
         gain = module.dora_scale.flatten() / merged_norms(module, layer, norms)
     shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
     gain, dtype = gain.reshape(shape), arithmetic_dtype(x)
-    difference = frozen_product(layer, (x * (gain - 1)).to(dtype))
+    difference = product(layer, (x * (gain - 1)).to(dtype))
     return difference + module.bypass_forward_diff((x * gain).to(dtype))
 
 
@@ -50,6 +50,6 @@ def merged_norms(module: nn.Module, layer: nn.Module, norms: Tensor) -> Tensor:
     """
     up, down, weight = module.lora_up.weight.flatten(1), module.lora_down.weight.flatten(1), layer.weight
     dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    projected = FrozenTransposed.apply(up.t().to(dtype), weight, cast).float()
+    projected = RecastTransposed.apply(up.t().to(dtype), weight, cast).float()
     cross, square = (projected * down).sum(0), ((up.t() @ up) @ down * down).sum(0)
     return (norms.square() + 2 * module.scale * cross + module.scale**2 * square).clamp(min=1e-24).sqrt()
