@@ -1,8 +1,8 @@
 """ComfyUI's layers while a model trains: their weights are cast, or fetched from RAM, for each pass.
 
 ComfyUI casts a weight for a forward pass and lets autograd keep the copy for the backward pass: of a UNet in fp16 that
-computes in fp32 twice the weights. What it fetches from RAM lies in buffers that the next layers use again. Here a
-frozen weight of a linear layer or a convolution is cast for the forward and again for the backward pass
+computes in fp32 twice the weights. What it fetches from RAM lies in buffers that the next layers use again. Here the
+weight of a linear layer or a convolution is cast for the forward and again for the backward pass
 (`training.models.recast`), and no copy is kept between.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...training.models.recast import arithmetic_dtype, frozen_product
+from ...training.models.recast import arithmetic_dtype, cast, is_quantised, product
 
 
 @contextmanager
@@ -91,27 +91,28 @@ def _forward(layer: nn.Module, operation: Callable, x: Tensor) -> Tensor:
     if operation in (_linear, _convolution):
         x = x.to(arithmetic_dtype(x))
     if _is_recast(layer, x):
-        return frozen_product(layer, x, operand, bias=True)
+        return product(layer, x, operand, bias=True)
     weight, bias = (None if value is None else operand(value, x) for value in (layer.weight, layer.bias))
     return operation(layer, x, weight, bias)
 
 
 def _is_recast(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer has a frozen weight that is not as the product with x requires it, and a plain gradient."""
-    weight, bias = layer.weight, layer.bias
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or any(p is not None and p.requires_grad for p in (weight, bias)):
+    """Whether a layer is a product with a weight that is not as it is computed with, and whose gradient is plain."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
         return False
-    pads_plainly = isinstance(layer, nn.Linear) or (
-        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
-    is_ready = weight.dtype == x.dtype and weight.device == x.device
-    return pads_plainly and not (is_ready and not layer.weight_function and not layer.bias_function)
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return False
+    weight, patched = layer.weight, layer.weight_function or layer.bias_function
+    if patched:
+        return not any(value is not None and value.requires_grad for value in (weight, layer.bias))
+    return weight.dtype != x.dtype or weight.device != x.device or is_quantised(weight)
 
 
 def _operand(layer: nn.Module, stored: Tensor, like: Tensor) -> Tensor:
     """A layer's weight or bias as it computes: dtype and device of `like`, with the patches that wait for this."""
-    functions = layer.bias_function if stored is layer.bias else layer.weight_function
-    value = stored.to(like.device, like.dtype, copy=bool(functions))
+    value, functions = cast(stored, like), layer.bias_function if stored is layer.bias else layer.weight_function
+    if functions and value is stored:
+        value = value.clone()  # ComfyUI's patches write into it
     for function in functions:
         value = function(value)
     return value

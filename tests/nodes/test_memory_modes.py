@@ -4,6 +4,7 @@ No GPU is at hand: dynamic VRAM is ComfyUI's own patcher class on a CPU (`dynami
 --novram leave in RAM is given back by each patcher after every load.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -163,8 +164,14 @@ def expect_unchanged(parts, before, cast=False):
             assert torch.equal(after[name], value), name
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("mode", MODES)
+def slow_but(*quick, **choices):
+    """Every combination of two parameters' values; those that are not `quick` are marked slow."""
+    names, values = ",".join(choices), itertools.product(*choices.values())
+    marks = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in values]
+    return pytest.mark.parametrize(names, marks)
+
+
+@slow_but(("dynamic without recipes", "LoRA"), ("dynamic", "reward on the text encoder"), mode=MODES, trainer=TRAINERS)
 def test_the_result_is_that_of_plain_mode_and_the_models_stay_as_they_are(
     in_mode, pictures, options, sampled, trainer, mode
 ):
@@ -181,14 +188,13 @@ def test_the_result_is_that_of_plain_mode_and_the_models_stay_as_they_are(
     torch.testing.assert_close(sampled(*parts[:2]), drawn)
 
 
-@pytest.mark.parametrize("error", [ValueError, "cancel"])
 @pytest.mark.parametrize("trainer", ["LoRA", "reward on the text encoder"])
-@pytest.mark.parametrize("mode", ["dynamic", "offloaded"])
+@slow_but(("dynamic", "cancel"), mode=["dynamic", "offloaded"], error=["error", "cancel"])
 def test_after_an_error_or_a_cancel_too(in_mode, pictures, options, sampled, monkeypatch, trainer, mode, error):
     import comfy.model_management
     from retune.nodes.bridge.denoiser import ComfyDenoiser
 
-    kind = comfy.model_management.InterruptProcessingException if error == "cancel" else error
+    kind = comfy.model_management.InterruptProcessingException if error == "cancel" else ValueError
     predict, calls = ComfyDenoiser.predict, []
 
     def stops(self, *args):
