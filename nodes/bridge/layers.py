@@ -24,17 +24,23 @@ def training_layers(network: nn.Module) -> Iterator[None]:
 
     Whether a layer casts its weights afterwards is for ComfyUI to say, which may have offloaded it in the meantime.
     """
-    layers = [m for m in network.modules() if hasattr(m, "comfy_cast_weights") and _operation(m) is not None]
+    castable = [module for module in network.modules() if hasattr(module, "comfy_cast_weights")]
+    layers = [layer for layer in castable if _operation(layer) is not None]
+    quantised = [layer for layer in castable if _is_quantised_linear(layer) and "forward" not in vars(layer)]
     switched = [layer for layer in layers if not _casts(layer)]
     try:
         for layer in layers:
             layer.forward_comfy_cast_weights = partial(_forward, layer, _operation(layer))
+        for layer in quantised:
+            layer.forward = partial(_quantised_forward, layer)
         _set_casts(switched, True)
         yield
     finally:
         _set_casts(switched, False)
         for layer in layers:
             vars(layer).pop("forward_comfy_cast_weights", None)
+        for layer in quantised:
+            vars(layer).pop("forward", None)
 
 
 def _casts(layer: nn.Module) -> bool:
@@ -94,6 +100,22 @@ def _forward(layer: nn.Module, operation: Callable, x: Tensor) -> Tensor:
         return product(layer, x, operand, bias=True)
     weight, bias = (None if value is None else operand(value, x) for value in (layer.weight, layer.bias))
     return operation(layer, x, weight, bias)
+
+
+def _is_quantised_linear(layer: nn.Module) -> bool:
+    """Whether a layer is ComfyUI's own linear layer of quantised weights, which is none of torch's."""
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "out_features") and weight is not None and weight.ndim == 2 and is_quantised(weight)
+
+
+def _quantised_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """As ComfyUI's forward pass, but for its rounding of the input: the weight is dequantised for each pass."""
+    import comfy.model_management
+
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    scale = getattr(layer, "pre_quant_scale", None)
+    x = x if scale is None else x * cast(scale, x)
+    return product(layer, x.to(arithmetic_dtype(x)), partial(_operand, layer), bias=True)
 
 
 def _is_recast(layer: nn.Module, x: Tensor) -> bool:

@@ -152,6 +152,43 @@ def test_activation_checkpointing_recomputes_through_it(comfyui):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def quantised_layer(kind):
+    """A linear layer of ComfyUI with quantised weights, read as from a file; the weight they stand for, and the bias."""
+    import json
+
+    import comfy.ops
+
+    largest, dtype = {"float8_e4m3fn": (448, torch.float8_e4m3fn), "int8_tensorwise": (127, torch.int8)}[kind]
+    weight = torch.randn(64, 128, generator=generator())
+    scale = weight.abs().max() / largest
+    stored = (weight / scale).round().to(dtype) if dtype == torch.int8 else (weight / scale).to(dtype)
+    about = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    layer = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(128, 64)
+    bias = torch.linspace(-1, 1, 64)
+    state = {"weight": stored, "weight_scale": scale, "comfy_quant": about, "bias": bias}
+    layer.load_state_dict(state, strict=False)
+    return layer.requires_grad_(False), stored.float() * scale, bias
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantised_weights_are_dequantised_for_each_pass(comfyui, kind):
+    from retune.nodes.bridge.layers import training_layers
+    from retune.training.models.recast import is_quantised
+    from retune.training.trainables.lora import layers_of
+
+    layer, weight, bias = quantised_layer(kind)
+    assert is_quantised(layer.weight)
+    x = torch.randn(2, 5, 128, generator=generator())
+    saved = []
+    with training_layers(layer), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = output_and_gradient(layer, x)
+    expected = output_and_gradient(lambda value: F.linear(value, weight, bias), x)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    assert [is_quantised(tensor) for tensor in saved if tensor.shape == weight.shape] == [True]
+    assert "forward" not in vars(layer) and list(layers_of(nn.Sequential(layer))) == ["0"]
+
+
 class Model(nn.Module):
     """Layers of ComfyUI in fp16 that a ModelPatcher can load and offload."""
 
