@@ -153,7 +153,7 @@ def test_activation_checkpointing_recomputes_through_it(comfyui):
 
 
 def quantised_layer(kind):
-    """A linear layer of ComfyUI with quantised weights, read as from a file; the weight they stand for, and the bias."""
+    """ComfyUI's linear layer of quantised weights, read as from a file; the weight that they stand for, and a bias."""
     import json
 
     import comfy.ops
