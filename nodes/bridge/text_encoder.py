@@ -80,7 +80,10 @@ class ComfyTextEncoder:
             return Conditioning.cat(self._encode_prompt(text) for text in tokens)
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
-        return states if self.projection is None else self.projection.project(states, time)
+        if self.projection is None:
+            return states
+        device = next(self.projection.parameters()).device  # the UNet's; with --lowvram the CLIP is on the CPU
+        return self.projection.project(states.to(device), time)
 
     def encode(self, tokens: list[str]) -> Conditioning:
         return self.project(self.backbone(tokens))

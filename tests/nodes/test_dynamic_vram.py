@@ -153,3 +153,38 @@ def test_a_bypass_lora_is_refused(demo_of_files, sampled):
     with pytest.raises(ValueError, match=r"bypass.*Load LoRA.*--disable-dynamic-vram"):
         static_clone(with_lora)
     assert torch.equal(sampled(with_lora, clip), drawn) and not torch.equal(sampled(model, clip), drawn)
+
+
+def test_states_follow_the_projection_to_its_device(comfyui):
+    """With --lowvram and without dynamic VRAM ComfyUI keeps text encoders on the CPU; "meta" stands for the GPU."""
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
+    from retune.nodes.clips.t5_clip import load_t5_clip
+
+    encoder = ComfyTextEncoder(load_t5_clip("demo", Projection(96, 128)))
+    encoder.projection.to("meta")
+    with torch.no_grad():
+        context = encoder.encode(encoder.tokenize(["a red circle"])).context
+    assert context.device.type == "meta" and context.shape[2] == 128
+
+
+@pytest.mark.parametrize("file", [torch.float32, torch.float16])
+def test_the_fingerprints_do_not_depend_on_what_is_loaded(demo_of_files, file):
+    """A file in another dtype than the VAE's: dynamic VRAM casts weights when it loads them."""
+    from comfy.model_management import load_models_gpu
+    from retune.nodes.bridge.autoencoder import ComfyAutoencoder
+    from retune.nodes.bridge.text_encoder import fingerprint_of
+
+    model, clip, vae = demo_of_files
+    for name, value in vae.first_stage_model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        owner = vae.first_stage_model.get_submodule(path)
+        owner._parameters[attribute] = torch.nn.Parameter(value.detach().to(file), requires_grad=False)
+        setattr(owner, f"{attribute}_comfy_model_dtype", torch.bfloat16)
+    vae.vae_dtype = torch.bfloat16
+
+    def fingerprints():
+        return ComfyAutoencoder(vae, model.model.latent_format).fingerprint, fingerprint_of(clip)
+
+    before = fingerprints()
+    load_models_gpu([vae.patcher, clip.patcher])
+    assert vae.patcher.backup and fingerprints() == before
