@@ -51,12 +51,7 @@ def static_clone(patcher):
     """
     if not is_dynamic(patcher):
         return patcher.clone()
-    if patcher.injections:  # made for the very layers of this model
-        raise ValueError(
-            f"{type(patcher.model).__name__} carries a LoRA that is put on without merging (bypass); expected one in "
-            "the weights, of which training under dynamic VRAM has a copy. Use ComfyUI's Load LoRA or Apply LoRA, or "
-            "start ComfyUI with --disable-dynamic-vram."
-        )
+    _expect_no_bypass(patcher)
     source = patcher.clone()
     if source.cached_patcher_init is None:
         source.cached_patcher_init = (_copied, (patcher,))
@@ -65,6 +60,16 @@ def static_clone(patcher):
     _cast_as_declared(static.model)
     static.size = 0  # of the original's file; ComfyUI measures it again
     return static
+
+
+def _expect_no_bypass(patcher) -> None:
+    """Raises ValueError for what is injected into the very layers of a model, where a copy would lack it."""
+    if patcher.injections:
+        raise ValueError(
+            f"{type(patcher.model).__name__} carries a LoRA that is put on without merging (bypass); expected one in "
+            "the weights, of which training under dynamic VRAM has a copy. Use ComfyUI's Load LoRA or Apply LoRA, or "
+            "start ComfyUI with --disable-dynamic-vram."
+        )
 
 
 def static_clip(clip):
