@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from retune.training.__main__ import main
+from retune.training.commands import train
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.commands.train import trained_weights
+from retune.training.common.foreign import read_tensors
 from retune.training.config.lora import LoraConfig
 from retune.training.config.reward import RewardTuneConfig
 from retune.training.config.run import TrainModelConfig, former_identity, identity
@@ -20,6 +24,7 @@ from retune.training.runs.folder import RunFolder
 from retune.training.trainables.lora import Adapters, select_layers
 from torch import nn
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -173,3 +178,20 @@ def test_the_identity_of_a_run_holds_what_auto_became(tmp_path):
     assert identity(config)["settings"]["precision"] == "fp32"
     assert RunFolder(tmp_path / "r").config() is None
     assert identity(replace(config, settings=replace(config.settings, precision="bf16"))) != identity(config)
+
+
+@pytest.mark.parametrize(("kind", "result"), [("lora", "lora.safetensors"), ("train", "model.safetensors")])
+def test_a_bf16_run_on_held_weights_has_the_bits_of_one_on_fp32_weights(tmp_path, monkeypatch, kind, result):
+    """The latter is what earlier versions trained on: a weight cast in every step, here without a copy kept."""
+    words = json.loads((FIXTURES / "runs" / kind / "arguments.json").read_bytes())
+    results = []
+    for name in ("held", "cast"):
+        flags = [word.replace("{here}", str(FIXTURES)).replace("{output}", str(tmp_path / name)) for word in words]
+        assert main([*flags, "--precision", "bf16", "--steps", "2", "--warmup-steps", "1"]) == 0
+        results.append(read_tensors(tmp_path / name / "r" / result)[0])
+        monkeypatch.setattr(train, "build_model", lambda config, *dtype: build_model(config))
+    config = json.loads((tmp_path / "held" / "r" / "config.json").read_bytes())
+    assert config == json.loads((tmp_path / "cast" / "r" / "config.json").read_bytes())
+    assert config["identity"]["settings"]["precision"] == "bf16"
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
