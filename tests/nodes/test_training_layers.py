@@ -232,3 +232,43 @@ def test_what_comfyui_offloads_meanwhile_goes_on_casting(comfyui, at_first, then
         return [*found, casting(patcher.model)]
 
     assert through(training_layers) == through(lambda model: nullcontext())
+
+
+def test_a_unet_in_half_precision_keeps_no_copy_of_a_weight(demo):
+    """What ComfyUI's own casting keeps for the backward pass is counted beside it."""
+    from retune.nodes.bridge.view import text_to_image
+    from retune.training.models.protocols import Conditioning
+
+    model, clip, vae = demo
+    network = model.model.diffusion_model
+    for owner in network.modules():
+        for name, value in owner._parameters.items():
+            owner._parameters[name] = (
+                None if value is None else nn.Parameter(value.detach().half(), requires_grad=False)
+            )
+    shapes = {shape for p in network.parameters() if p.ndim > 1 for shape in (p.shape, p.shape[::-1])}
+
+    def copies(denoiser):
+        """Bytes of what autograd saves in the shape of a weight, the weights themselves left out."""
+        own, found = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if tensor.shape in shapes and storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage
+            return tensor
+
+        noisy = torch.ones(3, 4, 8, 8).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = denoiser.predict(noisy, torch.full((3,), 2.0), Conditioning(torch.ones(3, 5, 128)))
+        (gradient,) = torch.autograd.grad(output.sum(), noisy)
+        return sum(storage.nbytes() for storage in found.values()), gradient
+
+    with torch.inference_mode(), text_to_image(model, clip, vae) as view:
+        kept, gradient = copies(view.denoiser)
+        for layer in network.modules():
+            vars(layer).pop("forward_comfy_cast_weights", None)
+        kept_by_comfyui, expected = copies(view.denoiser)
+    weights = sum(p.nbytes for p in network.parameters())
+    assert kept == 0 and kept_by_comfyui > 1.5 * weights
+    torch.testing.assert_close(gradient, expected)
