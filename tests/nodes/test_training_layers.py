@@ -4,9 +4,11 @@ The reference is torch's own autograd over weights that are cast beforehand.
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from retune.training.config.training_settings import TrainingSettings
 from torch import nn
 from torch.nn import functional as F
 
@@ -152,22 +154,21 @@ def test_activation_checkpointing_recomputes_through_it(comfyui):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def quantised_layer(kind):
-    """ComfyUI's linear layer of quantised weights, read as from a file; the weight that they stand for, and a bias."""
+def quantised_layer(kind, weight, bias):
+    """ComfyUI's linear layer of quantised weights, read as from a file, and the weight that they stand for."""
     import json
 
     import comfy.ops
 
     largest, dtype = {"float8_e4m3fn": (448, torch.float8_e4m3fn), "int8_tensorwise": (127, torch.int8)}[kind]
-    weight = torch.randn(64, 128, generator=generator())
     scale = weight.abs().max() / largest
     stored = (weight / scale).round().to(dtype) if dtype == torch.int8 else (weight / scale).to(dtype)
     about = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
-    layer = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(128, 64)
-    bias = torch.linspace(-1, 1, 64)
-    state = {"weight": stored, "weight_scale": scale, "comfy_quant": about, "bias": bias}
-    layer.load_state_dict(state, strict=False)
-    return layer.requires_grad_(False), stored.float() * scale, bias
+    sizes = weight.shape[1], weight.shape[0], bias is not None
+    layer = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(*sizes)
+    state = {"weight": stored, "weight_scale": scale, "comfy_quant": about}
+    layer.load_state_dict(state if bias is None else state | {"bias": bias}, strict=False)
+    return layer.requires_grad_(False), stored.float() * scale
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
@@ -176,7 +177,8 @@ def test_quantised_weights_are_dequantised_for_each_pass(comfyui, kind):
     from retune.training.models.recast import is_quantised
     from retune.training.trainables.lora import layers_of
 
-    layer, weight, bias = quantised_layer(kind)
+    bias = torch.linspace(-1, 1, 64)
+    layer, weight = quantised_layer(kind, torch.randn(64, 128, generator=generator()), bias)
     assert is_quantised(layer.weight)
     x = torch.randn(2, 5, 128, generator=generator())
     saved = []
@@ -187,6 +189,35 @@ def test_quantised_weights_are_dequantised_for_each_pass(comfyui, kind):
     torch.testing.assert_close(found[1], expected[1])
     assert [is_quantised(tensor) for tensor in saved if tensor.shape == weight.shape] == [True]
     assert "forward" not in vars(layer) and list(layers_of(nn.Sequential(layer))) == ["0"]
+
+
+def test_a_lora_trains_on_a_quantised_base_as_on_the_weights_that_it_stands_for(comfyui, pictures):
+    from retune.nodes.common.demo_model import load_demo
+    from retune.nodes.train_lora import RetuneTrainLora
+
+    class Node(RetuneTrainLora):
+        hidden = SimpleNamespace(unique_id=None, prompt={}, extra_pnginfo=None)
+
+    def trained(is_quantised):
+        model, clip, vae = load_demo()
+        for path, layer in list(model.model.diffusion_model.named_modules()):
+            if isinstance(layer, nn.Linear) and ".attn2.to_" in path:
+                quantised, weight = quantised_layer("float8_e4m3fn", layer.weight, layer.bias)
+                if is_quantised:
+                    owner, _, name = path.rpartition(".")
+                    setattr(model.model.diffusion_model.get_submodule(owner), name, quantised)
+                else:
+                    layer.weight.copy_(weight)
+        settings = TrainingSettings(warmup_steps=1, optimizer="SGD")
+        options = {"steps": 2, "batch_size": 2, "learning_rate": 1.0, "rank": 2, "alpha": 2.0, "algorithm": "LoRA"}
+        options |= {"targets": "cross-attention", "text_encoder_learning_rate": 0.0, "seed": 0, "settings": settings}
+        return Node.execute(model, clip, vae, pictures, run_name=f"quantised {is_quantised}", **options).result[2]
+
+    with torch.inference_mode():
+        expected, found = trained(False), trained(True)
+    assert found.keys() == expected.keys() and any(value.any() for key, value in found.items() if "up" in key)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=name)
 
 
 class Model(nn.Module):
