@@ -1,11 +1,13 @@
 """Low-rank adapters: what they compute, how many there are, and that nothing but they changes."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common.callbacks import Callbacks
 from retune.training.config.lora import ALGORITHMS, LORA_PRESETS, LoraConfig
 from retune.training.config.run import former_identity, identity
 from retune.training.config.sample_prompts import SamplePrompts
@@ -390,6 +392,38 @@ def test_a_run_cut_in_two_ends_like_one_in_one_piece(demo, pictures, tmp_path):
     assert train_lora(demo, pictures, config, tmp_path / "a").tensors.keys() == cut.tensors.keys()
     with pytest.raises(ValueError, match="rank is 8; run 'r' was made with 4"):
         train_lora(demo, pictures, replace(config, rank=8), tmp_path / "a")
+
+
+class Ends(Callbacks):
+    """Raises, if there is something to raise, when the third step begins."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def before_step(self, step):
+        if step == 3 and self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("anything"), KeyboardInterrupt()])
+def test_a_run_hooks_each_layer_once_and_leaves_the_model_as_it_was(demo, pictures, tmp_path, monkeypatch, error):
+    """After success, an error and a cancel; four steps of two batches each, samples and validations."""
+    network, hooked = demo.denoiser.network, []
+    before = {name: (value, value.clone(), value.requires_grad) for name, value in network.named_parameters()}
+    register = nn.Module.register_forward_hook
+    monkeypatch.setattr(
+        nn.Module, "register_forward_hook", lambda layer, hook: hooked.append(layer) or register(layer, hook)
+    )
+    settings = replace(SETTINGS, gradient_accumulation=2, validation_fraction=0.2, validate_every=2)
+    samples = SamplePrompts(prompts=("a red circle",), every=2, steps=1, width=32, height=32)
+    config = lora_config(targets="cross-attention", settings=settings, samples=samples)
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        train_lora(demo, pictures, config, tmp_path, Ends(error))
+    assert len(hooked) == len(set(hooked)) == len(select_layers(trainable_layers(demo, config), config))
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in network.modules())
+    for name, parameter in network.named_parameters():
+        same, values, flag = before[name]
+        assert parameter is same and torch.equal(parameter, values) and parameter.requires_grad == flag
 
 
 def test_checkpointing_changes_no_gradient_even_with_dropout(demo):

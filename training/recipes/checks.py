@@ -74,7 +74,9 @@ def with_precision(config: Config, device: torch.device, root: Path) -> Config:
         return config
     begun = None if config.resume == "restart" else RunFolder(root / config.run_name).config()
     if begun is not None:
-        precision, why = (FORMER_DEFAULTS | begun["identity"].get("settings", {}))["precision"], "as the run was begun"
+        recorded = begun["identity"].get("settings")  # anything else than settings differs, which `claim` says
+        values = FORMER_DEFAULTS | recorded if isinstance(recorded, dict) else FORMER_DEFAULTS
+        precision, why = values["precision"], "as the run was begun"
     else:
         scaled = not isinstance(config, RewardTuneConfig)
         precision, why = default_precision(device, scaled), f"by the device ({device.type})"

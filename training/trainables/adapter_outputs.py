@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..models.recast import RecastTransposed, arithmetic_dtype, cast, product
+from ..models.recast import RecastTransposed, arithmetic_dtype, cast, geometry_of, product
 
 
 def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
@@ -15,10 +16,25 @@ def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
     LoHa's dW = (A1 B1) * (A2 B2) is as large as the weight, and its product with x keeps it for backward; so it is made
     again there. LoRA, LoCon and LoKr apply their factors one after another.
     """
+    draws = module.training and bool(module.rank_dropout)
+    if module.name == "locon" and not draws and x.device.type != "cpu":
+        return two_products(module, x)
     if module.name != "loha" or not torch.is_grad_enabled():
         return module.bypass_forward_diff(x)
-    draws = module.training and bool(module.rank_dropout)
     return checkpoint(module.bypass_forward_diff, x, use_reentrant=False, preserve_rng_state=draws)
+
+
+def two_products(module: nn.Module, x: Tensor) -> Tensor:
+    """s B A x of LoRA and LoCon by torch's own products, s multiplied into B, the smallest of them.
+
+    LyCORIS multiplies the output twice, which takes a pass over it each time, and on a GPU it compiles kernels first.
+    On a CPU its order of operations stays, with the bits of earlier versions.
+    """
+    up = (module.lora_up.weight * module.scale).to(x)
+    if not module.isconv:
+        return F.linear(F.linear(x, module.lora_down.weight.to(x)), up)
+    down = module.lora_down
+    return F.conv2d(F.conv2d(x, down.weight.to(x), None, **geometry_of(down)), up)
 
 
 def dora_output(module: nn.Module, layer: nn.Module, norms: Tensor, x: Tensor) -> Tensor:
@@ -40,7 +56,7 @@ def dora_output(module: nn.Module, layer: nn.Module, norms: Tensor, x: Tensor) -
     shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
     gain, dtype = gain.reshape(shape), arithmetic_dtype(x)
     difference = product(layer, (x * (gain - 1)).to(dtype))
-    return difference + module.bypass_forward_diff((x * gain).to(dtype))
+    return difference + low_rank_output(module, (x * gain).to(dtype))
 
 
 def merged_norms(module: nn.Module, layer: nn.Module, norms: Tensor) -> Tensor:
