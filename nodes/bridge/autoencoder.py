@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...training.common.fingerprint import tensors_fingerprint
+from ..common.weights import base_weight
 
 
 class ComfyAutoencoder:
@@ -19,7 +20,9 @@ class ComfyAutoencoder:
     def __init__(self, vae, latent_format):
         self.vae, self.latent_format = vae, latent_format
         self.downscale = int(vae.spacial_compression_encode())
-        weights = vae.first_stage_model.named_parameters()
+        names = [name for name, _ in vae.first_stage_model.named_parameters()]
+        # Under dynamic VRAM a weight has its file's dtype until it is loaded, and the VAE's from then on.
+        weights = ((name, base_weight(vae.patcher, name).to(vae.vae_dtype)) for name in names)
         self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
 
     def encode(self, images: Tensor) -> Tensor:

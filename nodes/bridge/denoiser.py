@@ -16,7 +16,8 @@ from ...training.common.fingerprint import tensors_fingerprint
 from ...training.models.blocks import recomputed
 from ...training.models.noise_levels import OWN_SIGMAS
 from ...training.models.protocols import Conditioning
-from .device import load_fully, static_clone, without_inference_tensors
+from .device import Loaded
+from .static import static_clone
 
 ACTIVATION_FACTOR = 6
 """Memory of a training step as a multiple of ComfyUI's estimate for inference: backward needs the activations."""
@@ -29,7 +30,7 @@ class ComfyDenoiser:
     """ModelPatchers that `load` loads together with the UNet, such as that of a text encoder that trains."""
 
     def __init__(self, patcher):
-        self.keep_loaded = []
+        self.keep_loaded, self._loaded = [], Loaded()
         self.patcher = static_clone(patcher)
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction_type = prediction_type_of(self.sampling)
@@ -45,11 +46,11 @@ class ComfyDenoiser:
         self.device = self.patcher.load_device
 
     def load(self, memory: int = 0) -> None:
-        """Loads the UNet and `keep_loaded` whole, patches applied, with `memory` bytes left free for activations."""
-        patchers = [self.patcher, *self.keep_loaded]
-        load_fully(patchers, memory)
-        for patcher in patchers:
-            without_inference_tensors(patcher.model)
+        """Loads the UNet and `keep_loaded` whole, patches applied, with `memory` bytes left free for activations.
+
+        Nothing happens where they are loaded, and nothing else was since.
+        """
+        self._loaded.load([self.patcher, *self.keep_loaded], memory)
 
     def activation_memory(self, batch_size: int, height: int, width: int) -> int:
         """Bytes that a training step requires for latents of this size, in addition to the weights."""

@@ -15,9 +15,10 @@ from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.reward import ClipReward
 from ..common.inputs import expect_given
 from ..common.weights import with_text_weights, with_unet_weights
-from .device import static_vae
+from .layers import training_layers
 from .lora_patches import Row, apply_loras, lora_of
 from .rewards import ManagedReward, expect_reward
+from .static import static_vae
 from .text_encoder import with_projection
 from .view import text_to_image
 
@@ -74,7 +75,7 @@ def ready_to_tune(model, clip, vae, reward: ManagedReward) -> Iterator[tuple[Tex
         view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(reward.patchers)]
         view.denoiser.load()  # replaces inference tensors, which cannot be frozen
         rewards = reward.combined()
-        with frozen([vae.first_stage_model, rewards.network]):
+        with frozen([vae.first_stage_model, rewards.network]), training_layers(vae.first_stage_model):
             yield view, rewards
 
 

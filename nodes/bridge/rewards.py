@@ -9,7 +9,7 @@ import torch
 from ...training.rewards.augment import Augmentation
 from ...training.rewards.combined import CombinedReward, Term
 from ...training.rewards.load import RewardConfig, load_reward
-from .device import load_fully, without_inference_tensors
+from .device import load_fully
 
 
 class ManagedReward:
@@ -55,9 +55,6 @@ class ManagedReward:
         """
         memory = self.combined().activation_bytes(batch, gradient)
         load_fully([*dict.fromkeys(self.patchers)], memory)
-        for patcher in self.patchers:
-            patcher.model.to(patcher.load_device)  # with --novram ComfyUI moves the weights and forgets the buffers
-            without_inference_tensors(patcher.model)
 
 
 def expect_reward(reward) -> None:

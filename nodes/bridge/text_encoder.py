@@ -20,7 +20,8 @@ from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
 from ..clips.fingerprint import clip_fingerprint
 from ..common.weights import patched_weight
 from .denoiser import ComfyDenoiser
-from .device import static_clip
+from .layers import training_layers
+from .static import static_clip
 
 CLIP_PROMPT_TOKENS = 75
 """Tokens of a prompt in one of a CLIP's windows of 77, which has a start and an end token."""
@@ -79,7 +80,10 @@ class ComfyTextEncoder:
             return Conditioning.cat(self._encode_prompt(text) for text in tokens)
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:
-        return states if self.projection is None else self.projection.project(states, time)
+        if self.projection is None:
+            return states
+        device = next(self.projection.parameters()).device  # the UNet's; with --lowvram the CLIP is on the CPU
+        return self.projection.project(states.to(device), time)
 
     def encode(self, tokens: list[str]) -> Conditioning:
         return self.project(self.backbone(tokens))
@@ -110,7 +114,8 @@ class ComfyTextEncoder:
         self._trains = True
         try:
             self._denoiser.load()
-            yield
+            with training_layers(self.clip.cond_stage_model):
+                yield
         finally:
             self._trains = False
             self._denoiser.keep_loaded.remove(patcher)

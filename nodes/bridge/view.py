@@ -10,7 +10,8 @@ from ..common.demo_model import is_demo
 from ..common.inputs import expect_given
 from .autoencoder import ComfyAutoencoder, latent_format_of
 from .denoiser import ComfyDenoiser
-from .device import casting_weights, training_mode
+from .device import training_mode
+from .layers import training_layers
 from .text_encoder import ComfyTextEncoder
 
 
@@ -25,6 +26,6 @@ def text_to_image(model, clip, vae) -> Iterator[TextToImage]:
         encoder = ComfyTextEncoder(clip, denoiser)
         if encoder.projection is not None:
             encoder.projection.to(denoiser.device)
-        with casting_weights(denoiser.network):
+        with training_layers(denoiser.network):
             judge = judge_samples if is_demo(model) else None
             yield TextToImage(denoiser, encoder, ComfyAutoencoder(vae, latent_format_of(model)), judge)

@@ -72,7 +72,7 @@ def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynam
 
     Args:
         path: the checkpoint; None for the built-in one.
-        disable_dynamic: whether ComfyUI's dynamic VRAM is not used for MODEL and CLIP.
+        disable_dynamic: whether ComfyUI's dynamic VRAM is not used for them.
 
     Returns:
         MODEL, CLIP (None without it) and VAE, in fp32.
@@ -80,7 +80,8 @@ def load_demo(path: Path | None = None, *, with_clip: bool = True, disable_dynam
     tensors, config = read_demo(path)
     model = _model(tensors, config, disable_dynamic)
     model.cached_patcher_init = (_load_model_patcher, (path,))
-    vae = _vae(tensors, config)
+    vae = _vae(tensors, config, disable_dynamic)
+    vae.patcher.cached_patcher_init = (_load_vae_patcher, (path,))
     clip = _clip(tensors, config, disable_dynamic) if with_clip else None
     if clip is not None:
         clip.patcher.cached_patcher_init = (_load_clip_patcher, (path,))
@@ -107,7 +108,7 @@ def load_demo_clip(path: Path, disable_dynamic: bool = False):
     return clip
 
 
-# What ComfyUI calls for an independent copy of a patcher (another GPU, a deep copy): `cached_patcher_init`.
+# What ComfyUI calls for an independent copy of a patcher (another GPU, without dynamic VRAM): `cached_patcher_init`.
 
 
 def _load_saved_clip_patcher(path: Path, disable_dynamic: bool = False):
@@ -122,6 +123,10 @@ def _load_clip_patcher(path: Path | None, disable_dynamic: bool = False):
     return load_demo(path, disable_dynamic=disable_dynamic)[1].patcher
 
 
+def _load_vae_patcher(path: Path | None, disable_dynamic: bool = False):
+    return load_demo(path, with_clip=False, disable_dynamic=disable_dynamic)[2].patcher
+
+
 def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
     import comfy.model_management
     import comfy.model_patcher
@@ -132,8 +137,7 @@ def _model(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
     network = model_config.get_model(state, ldm.UNET_PREFIX, device=offload)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(network, comfy.model_management.get_torch_device(), offload)
-    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
-    network.load_model_weights(state, ldm.UNET_PREFIX, **({"assign": True} if dynamic else {}))
+    network.load_model_weights(state, ldm.UNET_PREFIX, assign=patcher.is_dynamic())
     return patcher
 
 
@@ -166,12 +170,17 @@ def _model_config(state: dict[str, Tensor], config: dict):
     return model_config
 
 
-def _vae(tensors: dict[str, Tensor], config: dict):
+def _vae(tensors: dict[str, Tensor], config: dict, disable_dynamic: bool):
+    import comfy.model_patcher
     import comfy.sd
 
     state = {n.removeprefix(ldm.VAE_PREFIX): v for n, v in tensors.items() if n.startswith(ldm.VAE_PREFIX)}
     params = {"ddconfig": _ddconfig(config["vae"]), "embed_dim": config["vae"]["latent_channels"]}
-    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
+    if disable_dynamic:  # for which comfy.sd.VAE has no argument
+        devices = vae.patcher.load_device, vae.patcher.offload_device
+        vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, *devices)
+    return vae
 
 
 def _ddconfig(vae: dict) -> dict:

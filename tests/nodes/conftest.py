@@ -29,6 +29,48 @@ def demo(comfyui):
 
 
 @pytest.fixture
+def dynamic_vram(comfyui, monkeypatch):
+    """ComfyUI's patcher class for dynamic VRAM, in use on this CPU: all that it does but for the memory of a GPU.
+
+    Weights keep their file's dtype until they are loaded, layers cast them for each pass, patches wait for it, and what
+    a patcher loaded is taken back when it is unloaded.
+    """
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    pins = ("weights", "patches", "weights-loaded", "patches-loaded")
+
+    class Dynamic(comfy.model_patcher.ModelPatcherDynamic):
+        def __new__(cls, *args, **options):
+            return object.__new__(cls)
+
+        def register_load_device(self, device):
+            state = {name: (SimpleNamespace(size=0), [], [-1], [0], [0], {}) for name in pins}
+            flags = {"hostbufs_initialized": True, "failed": False, "active": False, "current_prompt": False}
+            self.model.dynamic_pins.setdefault(device, state | flags)
+
+        def get_free_memory(self, device):
+            return comfy.model_management.get_free_memory(device)
+
+        def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+            return self.restore_loaded_backups()
+
+        def load(self, *args, **options):
+            super().load(*args, **options)
+            for module in self.model.modules():
+                for name in ("weight", "bias"):
+                    patch = getattr(module, f"{name}_lowvram_function", None)
+                    if patch is not None:  # which only layers in a GPU's memory would apply
+                        getattr(module, f"{name}_function").append(patch)
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    yield Dynamic
+    comfy.model_management.current_loaded_models.clear()
+
+
+@pytest.fixture
 def core_demo():
     """The same model through diffusers."""
     from retune.training.commands.open_model import ModelConfig, build_model

@@ -47,8 +47,15 @@ TARGETS = {
 
 def layers_of(network: nn.Module, name_of: Callable[[str], str] = str) -> dict[str, nn.Module]:
     """Linear and 2D convolution layers of a module tree by `name_of(path)`."""
-    types = (nn.Linear, nn.Conv2d)
-    return {name_of(path): layer for path, layer in network.named_modules() if isinstance(layer, types)}
+    layers = network.named_modules()
+    return {name_of(path): layer for path, layer in layers if isinstance(layer, nn.Conv2d) or _is_linear(layer)}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear: torch's, or one for quantised weights that has the same attributes."""
+    weight = getattr(layer, "weight", None)
+    has_sizes = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    return isinstance(layer, nn.Linear) or (has_sizes and isinstance(weight, Tensor) and weight.ndim == 2)
 
 
 def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
