@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
 
@@ -21,6 +21,11 @@ class ComfyAutoencoder:
         self.downscale = int(vae.spacial_compression_encode())
         weights = vae.first_stage_model.named_parameters()
         self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
+
+    @property
+    def network(self) -> nn.Module:
+        """The VAE's modules."""
+        return self.vae.first_stage_model
 
     def encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
