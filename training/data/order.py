@@ -59,6 +59,10 @@ class BatchOrder:
         examples = self._batches(epoch)[position]
         return [Slot(example, self._draw_flip(step, i), i, epoch, step) for i, example in enumerate(examples)]
 
+    def largest(self) -> Slot:
+        """The image with the most pixels, not mirrored."""
+        return Slot(max(self.dataset.examples, key=lambda e: e.width * e.height), False, 0, 0)
+
     def _draw_flip(self, step: int, index: int) -> bool:
         return self.dataset.flip and bool(torch.rand(1, generator=generator(self.seed, "flip", step, index)) < 0.5)
 

@@ -148,6 +148,25 @@ class DenoisingObjective:
         error = distance(prediction, target, settings.loss, threshold, weights)
         return error * snr_weight(sigma, settings, prediction_type)
 
+    def rehearsal(self, slot: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        (sample,) = self.load([slot])
+        text = sample.text or self.text_of(sample.caption)
+        return {"activations": lambda: self._rehearse(sample, text, count, parameters)}
+
+    def _rehearse(
+        self, sample: TrainingSample, text: Conditioning, count: int, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of a batch of a sample's copies, by the squared error; text that trains is encoded anew."""
+        denoiser, trains = self.denoiser, text.context.requires_grad
+        texts = [self.text_of(sample.caption) if trains else text for _ in range(count)]
+        latents = torch.zeros(count, *sample.latent.shape, device=denoiser.device)
+        times, noise = torch.zeros(count, dtype=torch.long), torch.zeros_like(latents)
+        conditioning = self.project(Conditioning.cat(texts).to(denoiser.device), times / 1.0)
+        sigma = denoiser.sigmas[times].to(latents)
+        prediction = denoiser.predict(denoiser.add_noise(latents, noise, sigma), sigma, conditioning)
+        error = distance(prediction, denoiser.target(latents, noise, sigma), "mse")
+        return torch.autograd.grad(error.sum(), parameters, allow_unused=True)
+
     @torch.no_grad()
     def validation(self, loaded: list[TrainingSample], levels: int = 4) -> float:
         """Mean unweighted loss over fixed noise at `levels` inner timesteps (kohya's recipe); draws no global state.

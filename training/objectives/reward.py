@@ -135,19 +135,54 @@ class RewardObjective:
             The scores; a number whose gradient is that of minus their weighted sum and of the output constraint; and
             (B,) figures of the output constraint.
         """
-        detached = guidance.detached()
-        parameters = [] if self._text_trains else list(self._trainable.parameters.values())
+        detached, prompts = guidance.detached(), [sample.prompt for sample in samples]
         chain = self._draw(indices, samples, step, detached)
-        constraint = self._output_constraint(samples, len(chain.chosen))
-        inputs, prompts = [*detached.tensors, *parameters], [sample.prompt for sample in samples]
         random = generator(self.config.seed, "reward augmentation", step, indices[0])
         scores, at_end = self._end_gradient(chain.states[-1], prompts, random)
         at_end = at_end * _weights(samples).to(at_end).view(-1, 1, 1, 1)
+        return scores, *self._back_propagate(guidance, detached, chain, at_end, samples)
+
+    def _back_propagate(
+        self, guidance: Guidance, detached: Guidance, chain: Chain, at_end: Tensor, samples: Sequence[PromptSample]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The second and third result of `_surrogate`, from the gradient at the chain's end."""
+        parameters = [] if self._text_trains else list(self._trainable.parameters.values())
+        constraint = self._output_constraint(samples, len(chain.chosen))
         back_propagate = self._joint_gradients if self._is_joint else self._stepwise_gradients
-        gradients = back_propagate(chain, detached, at_end, inputs, constraint)
+        gradients = back_propagate(chain, detached, at_end, [*detached.tensors, *parameters], constraint)
         pairs = zip([*guidance.tensors, *parameters], gradients, strict=True)
         surrogate = -sum(torch.dot(tensor.flatten(), gradient.flatten()) for tensor, gradient in pairs)
-        return scores, surrogate, {} if constraint is None else {"eps_mse": constraint.error}
+        return surrogate, {} if constraint is None else {"eps_mse": constraint.error}
+
+    def rehearsal(self, slot: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        samples = self.load([slot]) * count
+        return {
+            "activations": lambda: self._rehearse(samples, parameters),
+            "decode": lambda: self._rehearse_decoding(count),
+        }
+
+    def _rehearse(self, samples: list[PromptSample], parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        guidance, chain = self._guidance_now(samples, self._cfg), self._rehearsed_chain(len(samples))
+        at_end = torch.zeros_like(chain.states[-1])
+        surrogate, _ = self._back_propagate(guidance, guidance.detached(), chain, at_end, samples)
+        return torch.autograd.grad(surrogate, parameters, allow_unused=True)
+
+    def _rehearsed_chain(self, count: int) -> Chain:
+        """Latents as a rollout holds them; of steps that are differentiated one by one, two have all their memory."""
+        denoiser, method = self.model.denoiser, self.config.method
+        shape = (count, denoiser.latent_channels, *self._latent_size)
+        states = [torch.zeros(shape, device=denoiser.device) for _ in range(len(self.chain) + 1)]
+        if method == "one step":
+            return Chain(states[-2:], [clean_step(denoiser, self.chain[-1].sigma)], [0])
+        steps = self.config.gradient_steps if self._is_joint else min(2, self.config.gradient_steps)
+        return Chain(states, self.chain, list(range(len(self.chain) - steps, len(self.chain))))
+
+    def _rehearse_decoding(self, count: int) -> Tensor:
+        part = count if self.reward.compares_images else min(count, self._images_at_once)
+        shape = (part, self.model.denoiser.latent_channels, *self._latent_size)
+        leaf, images = self._pixels(torch.zeros(shape, device=self.model.denoiser.device))
+        self.reward.rehearse(images)
+        return torch.autograd.grad(images, leaf, torch.zeros_like(images))[0]
 
     def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
         """The trajectory of the prompts' pictures, as the sampler draws them."""

@@ -162,6 +162,15 @@ class CombinedReward:
                 (gradient,) = torch.autograd.grad(scored, leaf, gradient)
         return self._sum(parts), gradient
 
+    def rehearse(self, images: Tensor) -> None:
+        """Does the work of `value_and_gradient` that takes memory, on images without values: no scores are read."""
+        for term in self.terms.values():
+            with torch.set_grad_enabled(term.weight != 0):
+                leaf = images.detach().requires_grad_(term.weight != 0)
+                embeddings = term.reward.image_embeddings(leaf)
+            if embeddings.requires_grad:
+                torch.autograd.grad(embeddings.sum(), leaf)
+
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) totals without augmentation."""
         return self.evaluate(images, prompts).total
