@@ -1,4 +1,4 @@
-"""What a run takes of the memory, computed before it: against the tensors of real steps, refused where it cannot fit."""
+"""What a run takes of the memory: as computed before it and as its tensors are; refused where it cannot fit."""
 
 import logging
 from dataclasses import replace
@@ -76,7 +76,7 @@ def test_an_estimate_is_what_real_steps_take(tiny_model, pictures, tmp_path, mon
     estimate, peak = counted(lambda callbacks: run(callbacks=callbacks), monkeypatch)
     assert estimate.needed == pytest.approx(peak, rel=0.1)
     networks = (tiny_model.denoiser.network, tiny_model.autoencoder.network, tiny_model.text_encoder.network)
-    assert estimate.weights == sum(t.nbytes for n in networks for t in (*n.parameters(), *n.buffers()))
+    assert estimate.weights == sum(parameter.nbytes for network in networks for parameter in network.parameters())
     if kind == "UNet":
         assert estimate.masters == estimate.gradients == sum(p.nbytes for p in networks[0].parameters())
 

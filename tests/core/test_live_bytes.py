@@ -47,9 +47,10 @@ def test_what_a_backward_pass_keeps(fake):
 
     if fake:
         with mode:
-            live, _ = counted(run)
+            live, kept = counted(run)
     else:
-        live, _ = counted(run)
+        live, kept = counted(run)
+    assert live.peak - KB <= live.peak_without(kept) <= live.peak
     assert 6 * KB <= live.peak <= 7 * KB + 64 and live.now == KB
     assert weight.grad is None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +26,8 @@ class LiveBytes(TorchDispatchMode):
         """Bytes alive."""
         self.peak = 0
         """The most that were alive at a time."""
+        self._history: list[int] = []
+        self._born: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
 
@@ -35,6 +39,13 @@ class LiveBytes(TorchDispatchMode):
             self._add(tensor, counts=True)
         return result
 
+    def peak_without(self, kept: Iterable[Tensor]) -> int:
+        """The most bytes that were alive at a time besides tensors that are still alive."""
+        sizes = [0] * (len(self._history) + 1)
+        for key in {tensor.untyped_storage()._cdata for tensor in kept} & self._born.keys():
+            sizes[self._born[key]] += self._sizes[key]
+        return max((now - less for now, less in zip(self._history, accumulate(sizes), strict=False)), default=0)
+
     def _add(self, tensor: Tensor, counts: bool) -> None:
         """Begins to follow a tensor's storage, unless it is followed already."""
         storage = tensor.untyped_storage()
@@ -45,10 +56,12 @@ class LiveBytes(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, lambda _: self._remove(key))
         self.now += self._sizes[key]
         self.peak = max(self.peak, self.now)
+        self._born[key] = len(self._history)
+        self._history.append(self.now)
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
-        del self._references[key]
+        del self._references[key], self._born[key]
 
 
 def _tensors(values: Any) -> list[Tensor]:

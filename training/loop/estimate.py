@@ -27,7 +27,7 @@ from .precision import autocast
 log = logging.getLogger(__name__)
 
 ACTIVATIONS = "activations"
-"""The part of `Rehearsal` that computes the gradient of a batch."""
+"""The part of an objective's rehearsal that computes the gradient of a batch."""
 PROBED_VALUES = 1 << 15
 """Values of a small parameter that stands for a larger one: more than 8-bit optimizers leave in fp32."""
 TOLERANCE = 0.1
@@ -93,13 +93,17 @@ class MemoryEstimate:
         return f"memory: at most about {_size(self.peak)} ({parts}){room}"
 
 
-def estimate_memory(step: GradientStep, weights: Iterable[Tensor], rehearsal: Rehearsal) -> MemoryEstimate:
+def estimate_memory(
+    step: GradientStep, weights: Iterable[Tensor], sample: Any, count: int, more: Rehearsal
+) -> MemoryEstimate:
     """Computes what a run will take.
 
     Args:
         step: the run's, not yet begun.
         weights: all parameters and buffers of the model's parts.
-        rehearsal: of the run's objective, with ACTIVATIONS.
+        sample: the loaded slot that takes the most memory.
+        count: samples of a batch in this process.
+        more: parts of a run besides those of its objective, such as drawing samples.
 
     Raises:
         RuntimeError: a network cannot run on tensors without values.
@@ -108,8 +112,8 @@ def estimate_memory(step: GradientStep, weights: Iterable[Tensor], rehearsal: Re
     ours = {id(parameter) for parameter in parameters.values()}
     states = [_state_bytes(tuple(p.shape), p, step.settings) for p in parameters.values()]
     gradients = sum(parameter.nbytes for parameter in parameters.values())
-    mode = fake_mode(weights)
-    peaks = {name: rehearse(step, run, mode) for name, run in rehearsal.items()}
+    peaks = rehearse(step, sample, count, more, fake_mode(weights))
+    batch, activations = peaks.pop(ACTIVATIONS)
     return MemoryEstimate(
         weights=_bytes_on(step.device, (w for w in weights if id(w) not in ours)),
         masters=_bytes_on(step.device, parameters.values()),
@@ -117,10 +121,10 @@ def estimate_memory(step: GradientStep, weights: Iterable[Tensor], rehearsal: Re
         optimizer=sum(size for size, _ in states),
         update=max((extra for _, extra in states), default=0),
         gradients=gradients,
-        activations=max(peaks[ACTIVATIONS] - gradients, 0),
-        decode=max((peak for name, peak in peaks.items() if name != ACTIVATIONS), default=0),
+        activations=activations,
+        decode=max((peak for peak, _ in peaks.values()), default=0),
         accumulates=step.settings.gradient_accumulation > 1,
-        step=peaks[ACTIVATIONS],
+        step=batch,
     )
 
 
@@ -130,17 +134,24 @@ def fake_mode(weights: Iterable[Tensor]) -> FakeTensorMode:
     return next(modes, None) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def rehearse(step: GradientStep, run: Callable[[], Any], mode: FakeTensorMode) -> int:
-    """The most bytes that tensors of a part of a training step have at a time; nothing is computed.
+def rehearse(
+    step: GradientStep, sample: Any, count: int, more: Rehearsal, mode: FakeTensorMode
+) -> dict[str, tuple[int, int]]:
+    """The most bytes that tensors of each part of a step have at a time, with and without those that the part returns.
 
-    Dropout is left out: it draws numbers, which tensors without values have none of.
+    Nothing is computed but the encoding of a prompt where the text encoder trains. Dropout is left out: it draws
+    numbers, which tensors without values have none of. Arguments as for `estimate_memory`.
     """
-    trainable = step.trainable
+    trainable, parameters = step.trainable, list(step.trainable.parameters.values())
     with trainable.attach(trainable.parameters), autocast(step.settings.precision, step.device):
-        with mode, LiveBytes() as live:
-            kept = run()
-    del kept
-    return live.peak
+        parts = {**step.objective.rehearsal(sample, count, parameters), **more}
+        return {name: _peaks(run, mode) for name, run in parts.items()}
+
+
+def _peaks(run: Callable[[], Any], mode: FakeTensorMode) -> tuple[int, int]:
+    with mode, LiveBytes() as live:
+        kept = run()
+    return live.peak, live.peak_without(leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))
 
 
 def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..models.protocols import Conditioning, Denoiser
 from .losses import HUBER_LOSSES, distance, huber_threshold, mask_weights, snr_weight
 from .noise import draw_noise, draw_timestep
 from .objective import Loss
+from .rehearsal import encoded, rehearsed_gradients
 
 
 class TrainingSample(NamedTuple):
@@ -148,24 +150,26 @@ class DenoisingObjective:
         error = distance(prediction, target, settings.loss, threshold, weights)
         return error * snr_weight(sigma, settings, prediction_type)
 
-    def rehearsal(self, slot: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
-        (sample,) = self.load([slot])
-        text = sample.text or self.text_of(sample.caption)
-        return {"activations": lambda: self._rehearse(sample, text, count, parameters)}
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        sample = TrainingSample(*sample)
+        text, held = encoded(lambda: sample.text or self.text_of(sample.caption))
+        return {"activations": lambda: self._rehearse(sample.latent, text, held, count, parameters)}
 
     def _rehearse(
-        self, sample: TrainingSample, text: Conditioning, count: int, parameters: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradient of a batch of a sample's copies, by the squared error; text that trains is encoded anew."""
-        denoiser, trains = self.denoiser, text.context.requires_grad
-        texts = [self.text_of(sample.caption) if trains else text for _ in range(count)]
-        latents = torch.zeros(count, *sample.latent.shape, device=denoiser.device)
+        self, latent: Tensor, text: Conditioning, held: int, count: int, parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradient of a batch of copies of a sample, by the squared error; held: bytes of a prompt's graph."""
+        denoiser = self.denoiser
+        graph = torch.empty(held * count, dtype=torch.uint8, device=denoiser.device)
+        states = Conditioning.cat([text] * count).to(denoiser.device)
+        states = replace(states, context=states.context.detach().requires_grad_(held > 0))
+        latents = torch.zeros(count, *latent.shape, device=denoiser.device)
         times, noise = torch.zeros(count, dtype=torch.long), torch.zeros_like(latents)
-        conditioning = self.project(Conditioning.cat(texts).to(denoiser.device), times / 1.0)
         sigma = denoiser.sigmas[times].to(latents)
-        prediction = denoiser.predict(denoiser.add_noise(latents, noise, sigma), sigma, conditioning)
+        noisy = denoiser.add_noise(latents, noise, sigma)
+        prediction = denoiser.predict(noisy, sigma, self.project(states, times / 1.0))
         error = distance(prediction, denoiser.target(latents, noise, sigma), "mse")
-        return torch.autograd.grad(error.sum(), parameters, allow_unused=True)
+        return rehearsed_gradients(error.sum(), [states.context] if held else [], parameters, graph)
 
     @torch.no_grad()
     def validation(self, loaded: list[TrainingSample], levels: int = 4) -> float:

@@ -33,11 +33,13 @@ class Objective(Protocol):
         """The loss of (index, loaded slot) pairs, where index numbers the sample within optimizer step `step`."""
         ...
 
-    def rehearsal(self, slot: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
         """The parts of a step that hold the most memory, to be run on tensors without values (`loop.estimate`).
 
+        Called while the trained weights are attached.
+
         Args:
-            slot: the one that takes the most memory; it is loaded here.
+            sample: the loaded slot that takes the most memory.
             count: samples of a batch.
             parameters: what trains.
 

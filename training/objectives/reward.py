@@ -11,6 +11,7 @@ instead of prompts in `reward_on_images`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from ..sampling.rollout import (
 from ..trainables.base import Trainable
 from .objective import Loss
 from .regularizers import OutputConstraint, drift
+from .rehearsal import encoded, rehearsed_gradients
 
 GRAPH_PIXELS = 512 * 512
 """Pixels of the pictures that one graph of decoder, rewards or UNet holds, unless one picture has more."""
@@ -154,18 +156,23 @@ class RewardObjective:
         surrogate = -sum(torch.dot(tensor.flatten(), gradient.flatten()) for tensor, gradient in pairs)
         return surrogate, {} if constraint is None else {"eps_mse": constraint.error}
 
-    def rehearsal(self, slot: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
-        samples = self.load([slot]) * count
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        sample, held = PromptSample(*sample), 0
+        if self._text_trains:
+            texts, sizes = zip(*(encoded(partial(self._encode, text)) for text in (sample.prompt, "")), strict=True)
+            sample, held = sample._replace(positive=texts[0], negative=texts[1]), count * sizes[0] + sizes[1]
         return {
-            "activations": lambda: self._rehearse(samples, parameters),
-            "decode": lambda: self._rehearse_decoding(count),
+            "activations": lambda: self._rehearse([sample] * count, held, parameters),
+            "decode": lambda: self._rehearse_decoding(count, held),
         }
 
-    def _rehearse(self, samples: list[PromptSample], parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        guidance, chain = self._guidance_now(samples, self._cfg), self._rehearsed_chain(len(samples))
+    def _rehearse(self, samples: list[PromptSample], held: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of a batch; held: bytes of the text encoder's graph."""
+        graph = torch.empty(held, dtype=torch.uint8, device=self.model.denoiser.device)
+        guidance, chain = self._frozen_guidance(samples, self._cfg).detached(), self._rehearsed_chain(len(samples))
         at_end = torch.zeros_like(chain.states[-1])
         surrogate, _ = self._back_propagate(guidance, guidance.detached(), chain, at_end, samples)
-        return torch.autograd.grad(surrogate, parameters, allow_unused=True)
+        return rehearsed_gradients(surrogate, guidance.tensors, parameters, graph)
 
     def _rehearsed_chain(self, count: int) -> Chain:
         """Latents as a rollout holds them; of steps that are differentiated one by one, two have all their memory."""
@@ -177,12 +184,13 @@ class RewardObjective:
         steps = self.config.gradient_steps if self._is_joint else min(2, self.config.gradient_steps)
         return Chain(states, self.chain, list(range(len(self.chain) - steps, len(self.chain))))
 
-    def _rehearse_decoding(self, count: int) -> Tensor:
+    def _rehearse_decoding(self, count: int, held: int) -> tuple[Tensor, Tensor]:
+        graph = torch.empty(held, dtype=torch.uint8, device=self.model.denoiser.device)
         part = count if self.reward.compares_images else min(count, self._images_at_once)
         shape = (part, self.model.denoiser.latent_channels, *self._latent_size)
         leaf, images = self._pixels(torch.zeros(shape, device=self.model.denoiser.device))
         self.reward.rehearse(images)
-        return torch.autograd.grad(images, leaf, torch.zeros_like(images))[0]
+        return graph, torch.autograd.grad(images, leaf, torch.zeros_like(images))[0]
 
     def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
         """The trajectory of the prompts' pictures, as the sampler draws them."""

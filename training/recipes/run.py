@@ -19,8 +19,7 @@ from ..common.distributed import world
 from ..common.fingerprint import tensors_sketch
 from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
-from ..loop.estimate import MemoryEstimate, check_memory, estimate_memory, free_bytes
-from ..loop.gradient_step import GradientStep
+from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models.prediction import describe
@@ -123,7 +122,10 @@ def expect_memory(
     callbacks.on_text("computing what the run takes of the memory")
     step, networks = loop.gradient_step, (*model_networks(model), *job.networks)
     try:
-        estimate = estimate_memory(step, tensors_of(model, networks), rehearsal_of(model, config, step))
+        (sample,) = step.objective.load([step.batches.largest()])
+        callbacks.after_load()
+        count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
+        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
@@ -137,18 +139,13 @@ def expect_memory(
     return estimate
 
 
-def rehearsal_of(model: TextToImage, config: RunConfig, step: GradientStep) -> dict[str, Callable[[], Any]]:
-    """The parts of a step that hold the most memory, and the decoding of a sample picture."""
-    objective, parameters = step.objective, list(step.trainable.parameters.values())
-    count = -(-config.batch_size // step.world.size)
-    parts = objective.rehearsal(step.batches.largest(), count, parameters)
-    if config.samples.prompts:
-        cells = (size // model.autoencoder.downscale for size in (config.samples.height, config.samples.width))
-        shape = (1, model.denoiser.latent_channels, *cells)
-        parts["samples"] = torch.no_grad()(
-            lambda: model.autoencoder.pixels(torch.zeros(shape, device=model.denoiser.device))
-        )
-    return parts
+def sample_decoding(model: TextToImage, config: RunConfig) -> Rehearsal:
+    """The decoding of a sample picture, where a run draws some."""
+    if not config.samples.prompts:
+        return {}
+    cells = (size // model.autoencoder.downscale for size in (config.samples.height, config.samples.width))
+    shape, device = (1, model.denoiser.latent_channels, *cells), model.denoiser.device
+    return {"samples": torch.no_grad()(lambda: model.autoencoder.pixels(torch.zeros(shape, device=device)))}
 
 
 def model_networks(model: TextToImage) -> list[nn.Module]:
