@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import demo_model, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
+from . import data, demo_model, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
 from .speed import TIMINGS
 from .study import Study
 
-LORA, REWARD, DEMO_MODEL, MEMORY = "lora", "reward", "demo-model", "memory"
+LORA, REWARD, DEMO_MODEL, MEMORY, DATA = "lora", "reward", "demo-model", "memory", "data"
 STUDIES: dict[str, Study] = {
     "reset-study": reset_study.STUDY,
     "projection-start": projection_study.STUDY,
@@ -45,4 +45,4 @@ def descriptions() -> dict[str, str]:
     timings = {name: function.__doc__ for name, function in TIMINGS.items()}
     studies = {name: study.description for name, study in STUDIES.items()}
     long = {DEMO_MODEL: demo_model.DESCRIPTION, REWARD: reward.DESCRIPTION}
-    return timings | long | studies | {LORA: lora.DESCRIPTION, MEMORY: memory_use.DESCRIPTION}
+    return timings | long | studies | {LORA: lora.DESCRIPTION, MEMORY: memory_use.DESCRIPTION, DATA: data.DESCRIPTION}

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from retune.benchmarks import memory_use
 from retune.training.common.callbacks import Callbacks
 from retune.training.common.live_bytes import LiveBytes
 from retune.training.config.lora import LoraConfig
@@ -19,6 +20,7 @@ from retune.training.recipes.lora import train_lora
 from retune.training.recipes.reward import tune
 from retune.training.recipes.unet import train_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .test_reward_tune import PROMPTS, reward
 from .test_reward_tune import config as reward_config
@@ -173,3 +175,45 @@ def test_samples_larger_than_the_training_pictures_count(tiny_model, pictures, t
 
 def test_free_memory_of_a_cpu_is_known():
     assert 0 < free_bytes(CPU) < 2**50
+
+
+def test_the_estimate_of_a_benchmark_is_what_a_step_takes():
+    config = memory_use.MemoryConfig(pixels=64, rank=2)
+    model = memory_use.sized_model("demo", torch.device("cpu"))
+    settings = TrainingSettings(precision="bf16", gradient_checkpointing=True)
+    step, more = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, config, 64, 2)
+    estimate = memory_use.estimate_step(model, step, more)
+    assert estimate.needed == pytest.approx(memory_use.measure_step(model, step, 0), rel=0.1)
+
+
+def sdxl_training():
+    """SDXL's UNet and a LoRA of it, without values, and a function that trains a step by SGD with momentum."""
+    model = memory_use.sized_model("sdxl", mode := FakeTensorMode(allow_non_fake_inputs=True))
+    settings = TrainingSettings(optimizer="SGD")
+    with mode:
+        step, _ = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, memory_use.MemoryConfig(), 512, 1)
+        inputs = torch.zeros(1, 4, 64, 64), torch.ones(1), model.text_encoder.encode([""])
+
+    def train():
+        for _ in range(2):
+            with step.trainable.attach():
+                model.denoiser.predict(*inputs).square().mean().backward()
+            step.optimizer.step()
+            step.optimizer.zero_grad(set_to_none=True)
+
+    return model, step, mode, train
+
+
+@pytest.mark.slow
+def test_the_estimate_of_sdxl_is_what_its_tensors_take():
+    """Masters, gradients, momentum and activations are counted as they are made, weights by their shapes."""
+    model, step, mode, train = sdxl_training()
+    estimate = memory_use.estimate_step(model, step, [model.autoencoder.network])
+    networks = (model.denoiser.network, model.autoencoder.network)
+    weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
+    assert estimate.weights == weights and 2.5e9 * 4 < weights < 2.8e9 * 4
+    with mode, LiveBytes() as live:
+        train()
+    masters = sum(parameter.nbytes for parameter in step.trainable.parameters.values())
+    assert estimate.peak == pytest.approx(weights + masters + live.peak, rel=0.1)
+    assert estimate.needed == pytest.approx(live.peak, rel=0.1)
