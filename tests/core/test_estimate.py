@@ -187,19 +187,22 @@ def test_the_estimate_of_a_benchmark_is_what_a_step_takes():
 
 
 def sdxl_training():
-    """SDXL's UNet and a LoRA of it, without values, and a function that trains a step by SGD with momentum."""
+    """SDXL's UNet without values and a LoRA of it, and a function that trains two steps by SGD with momentum."""
     model = memory_use.sized_model("sdxl", mode := FakeTensorMode(allow_non_fake_inputs=True))
     settings = TrainingSettings(optimizer="SGD")
-    with mode:
-        step, _ = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, memory_use.MemoryConfig(), 512, 1)
-        inputs = torch.zeros(1, 4, 64, 64), torch.ones(1), model.text_encoder.encode([""])
+    step, _ = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, memory_use.MemoryConfig(), 512, 1)
 
     def train():
+        inputs, momentum = (torch.zeros(1, 4, 64, 64), torch.ones(1), model.text_encoder.encode([""])), []
         for _ in range(2):
             with step.trainable.attach():
-                model.denoiser.predict(*inputs).square().mean().backward()
-            step.optimizer.step()
-            step.optimizer.zero_grad(set_to_none=True)
+                loss = model.denoiser.predict(*inputs).square().mean()
+                gradients = torch.autograd.grad(loss, list(step.trainable.parameters.values()))
+            if momentum:
+                torch._foreach_lerp_(momentum, gradients, 0.1)
+            else:
+                momentum.extend(gradient.clone() for gradient in gradients)
+            del loss, gradients
 
     return model, step, mode, train
 
