@@ -16,7 +16,7 @@ class Batches(Protocol):
     def batch(self, number: int) -> list: ...
 
     def largest(self) -> Any:
-        """The slot that takes the most memory, outside of training."""
+        """The slot that takes the most memory, as it would come in training."""
         ...
 
 

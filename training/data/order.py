@@ -71,8 +71,8 @@ class BatchOrder:
         return [Slot(example, self._draw_flip(step, i), i, epoch, step) for i, example in enumerate(examples)]
 
     def largest(self) -> Slot:
-        """The image with the most pixels, not mirrored."""
-        return Slot(max(self.dataset.examples, key=lambda e: e.width * e.height), False, 0, 0)
+        """The image with the most pixels, not mirrored, as the first of batch 1: its caption varies as in training."""
+        return Slot(max(self.dataset.examples, key=lambda e: e.width * e.height), False, 0, 0, 1)
 
     def _draw_flip(self, step: int, index: int) -> bool:
         return self.dataset.flip and bool(torch.rand(1, generator=generator(self.seed, "flip", step, index)) < 0.5)
