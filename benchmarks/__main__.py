@@ -8,10 +8,12 @@ from pathlib import Path
 
 from ..training.commands.terminal import Terminal, run_verb
 from ..training.config.flags import add_flags, read_flags
-from .catalog import DEMO_MODEL, LORA, REWARD, STUDIES, BenchConfig, descriptions
+from .catalog import DATA, DEMO_MODEL, LORA, MEMORY, REWARD, STUDIES, BenchConfig, descriptions
+from .data import DataConfig, run_data_bench
 from .demo_model import DemoModelConfig, run_demo_model_bench
 from .lora import run_lora_bench
 from .lora_runs import LoraBenchConfig
+from .memory_use import MemoryConfig, run_memory_bench
 from .reward import RewardBenchConfig, run_reward_bench
 from .speed import run_timing
 from .study import StudyConfig, run_study
@@ -33,6 +35,11 @@ def bench(arguments: argparse.Namespace) -> dict:
     elif config.name == REWARD:
         sized = read_flags(arguments, RewardBenchConfig, batch_size=batch_size)
         result = run_reward_bench(sized, arguments.comfyui, Terminal())
+    elif config.name == MEMORY:
+        options = read_flags(arguments, MemoryConfig, "memory_")
+        result = run_memory_bench(options, config.size, config.batch_size or 1, Terminal())
+    elif config.name == DATA:
+        result = run_data_bench(read_flags(arguments, DataConfig, "data_"), batch_size, Terminal())
     elif config.name in STUDIES:
         result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
     else:
@@ -57,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add_flags(top, StudyConfig, skip=("batch_size",))
     add_flags(top, DemoModelConfig)
     add_flags(top, LoraBenchConfig, "lora_")
+    add_flags(top, MemoryConfig, "memory_")
+    add_flags(top, DataConfig, "data_")
     add_flags(top, RewardBenchConfig, skip=("rounds", "batch_size"))
     top.add_argument("--comfyui", type=Path, help="ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")
     return top

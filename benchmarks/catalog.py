@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from . import demo_model, lora, projection_study, reset_study, reward, reward_study, word_study
+from . import data, demo_model, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
 from .speed import TIMINGS
 from .study import Study
 
-LORA, REWARD, DEMO_MODEL = "lora", "reward", "demo-model"
+LORA, REWARD, DEMO_MODEL, MEMORY, DATA = "lora", "reward", "demo-model", "memory", "data"
 STUDIES: dict[str, Study] = {
     "reset-study": reset_study.STUDY,
     "projection-start": projection_study.STUDY,
@@ -26,7 +27,9 @@ class BenchConfig:
     rounds: int = 7
     """Turns of every variant, after one that is not counted."""
     batch_size: int = 0
-    """Pictures or captions at a time; 0: 16, or a study's default."""
+    """Pictures or captions at a time; 0: 16, or a study's default, or 1 for `memory`."""
+    size: Literal["demo", "sd15", "sdxl"] = "demo"
+    """Of `memory`: the model whose shapes are measured."""
 
     def __post_init__(self) -> None:
         if self.name and self.name not in descriptions():
@@ -41,6 +44,5 @@ def descriptions() -> dict[str, str]:
     """Name -> a sentence on what is measured."""
     timings = {name: function.__doc__ for name, function in TIMINGS.items()}
     studies = {name: study.description for name, study in STUDIES.items()}
-    return (
-        timings | {DEMO_MODEL: demo_model.DESCRIPTION, REWARD: reward.DESCRIPTION} | studies | {LORA: lora.DESCRIPTION}
-    )
+    long = {DEMO_MODEL: demo_model.DESCRIPTION, REWARD: reward.DESCRIPTION}
+    return timings | long | studies | {LORA: lora.DESCRIPTION, MEMORY: memory_use.DESCRIPTION, DATA: data.DESCRIPTION}

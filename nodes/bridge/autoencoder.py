@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
 from ..common.weights import base_weight
@@ -24,6 +24,11 @@ class ComfyAutoencoder:
         # Under dynamic VRAM a weight has its file's dtype until it is loaded, and the VAE's from then on.
         weights = ((name, base_weight(vae.patcher, name).to(vae.vae_dtype)) for name in names)
         self.fingerprint = tensors_fingerprint(weights, latent_format.scale_factor, str(vae.vae_dtype))
+
+    @property
+    def network(self) -> nn.Module:
+        """The VAE's modules."""
+        return self.vae.first_stage_model
 
     def encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():

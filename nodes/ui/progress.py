@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from ...training.common.callbacks import Callbacks, StepInfo
 from ...training.data.examples import Dataset
 from ...training.models.protocols import TextToImage
@@ -112,6 +114,17 @@ class NodeCallbacks(Callbacks):
         if self._heartbeat.silence > TEXT_INTERVAL:
             self._send_text(text)
             self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
+
+    def on_memory(self, text: str) -> None:
+        self._raise_if_cancelled()
+        self._send_text(text)
+        self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
+
+    def managed_bytes(self, device: torch.device) -> int:
+        import comfy.model_management
+
+        models = [m for m in comfy.model_management.current_loaded_models if m.model is not None]
+        return sum(int(m.model_loaded_memory()) for m in models if m.device == device)
 
     def on_end(self, text: str) -> None:
         self._raise_if_cancelled()

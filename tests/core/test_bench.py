@@ -7,7 +7,7 @@ import pytest
 import torch
 from retune.benchmarks import word_study
 from retune.benchmarks.__main__ import main
-from retune.benchmarks.catalog import DEMO_MODEL, LORA, REWARD, STUDIES
+from retune.benchmarks.catalog import DATA, DEMO_MODEL, LORA, MEMORY, REWARD, STUDIES
 from retune.benchmarks.demo_model import Drawn, paired_gain
 from retune.benchmarks.speed import TIMINGS, run_timing
 from retune.benchmarks.timing import median_seconds
@@ -38,11 +38,12 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | {DEMO_MODEL, LORA, REWARD}
+    others = {DATA, DEMO_MODEL, LORA, MEMORY, REWARD}
+    assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | others
     assert main(["speed"]) == 2
     names = (
         "training-step, drawing, text, demo-model, reward, reset-study, projection-start, reward-study, word-study, "
-        "lora"
+        "lora, memory, data"
     )
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err
 
@@ -57,6 +58,25 @@ def test_the_demo_model_is_measured_word_by_word(capsys):
     assert all(0 <= row["read right"] <= 1 and row["error"] > 0 for row in figures["rows"])
     assert all(f"| {row['said']} | {row['read right']:.3f} " in figures["table"] for row in figures["rows"])
     assert main(["demo-model", "--captions", "1"]) == 2
+
+
+def test_data_is_measured_stage_by_stage(capsys):
+    sizes = "--data-images 20 --data-prompts 100 --data-side 32 --data-batches 3 --batch-size 4"
+    assert main(["data", *sizes.split(), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["stage"], row["count"]) for row in rows] == [
+        *(("read the folder", 20), ("fingerprint", 20), ("fill the cache", 20), ("check a full cache", 20)),
+        *(("shuffle an epoch", 20), ("batches from disk", 3), ("batches from memory", 3)),
+        *(("open the prompts", 100), ("shuffle the prompts", 100), ("batches of prompts", 3)),
+    ]
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_demo_model_is_computed_as_it_is(capsys):
+    assert main(["memory", "--memory-pixels", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["rows"]) == 9 and found["size"] == "demo"
+    assert all(0.9 < row["ratio"] < 1.1 for row in found["rows"])
 
 
 def test_the_gain_is_of_pairs_in_deviations_of_what_was_before():

@@ -172,7 +172,7 @@ def test_too_small_a_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_says_what_is_needed_and_keeps_what_is_done(tmp_path, monkeypatch):
-    from retune.training.data import cache as module
+    from retune.training.data import store as module
 
     written, write = [], module.write_bytes
 

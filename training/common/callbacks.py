@@ -46,6 +46,14 @@ class Callbacks:
     def on_text(self, text: str) -> None:
         """A phase begins: text for people, such as loading, caching or sampling."""
 
+    def on_memory(self, text: str) -> None:
+        """What the run will take of the device's memory was computed: text for people, shown before the first step."""
+        self.on_text(text)
+
+    def managed_bytes(self, device: torch.device) -> int:
+        """Bytes of models on a device, this run's included, that the caller unloads where a run needs their memory."""
+        return 0
+
     def pulse(self) -> None:
         """A part of long work is done, such as a sampler step or a picture; called to allow a cancel."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from .sample_prompts import SamplePrompts
 from .training_settings import TrainingSettings
@@ -14,6 +14,10 @@ class Batches(Protocol):
     """Endless data order, a pure function of the batch's number (from 1)."""
 
     def batch(self, number: int) -> list: ...
+
+    def largest(self) -> Any:
+        """The slot that takes the most memory, as it would come in training."""
+        ...
 
 
 class TrainingDiverged(ValueError):

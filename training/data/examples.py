@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -86,8 +87,12 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """32 hex digits over everything that training uses: content, captions, sizes, order and options."""
-        rows = [[e.key, e.caption, e.width, e.height, e.repeats, *_non_default_fields(e)] for e in self.examples]
-        return content_key(json.dumps([rows, self.crop, self.flip, self.repeats]).encode())
+        digest = hashlib.sha256(b"[[")
+        for number, e in enumerate(self.examples):
+            row = [e.key, e.caption, e.width, e.height, e.repeats, *_non_default_fields(e)]
+            digest.update(f"{', ' if number else ''}{json.dumps(row)}".encode())
+        digest.update(f"], {json.dumps([self.crop, self.flip, self.repeats])[1:]}".encode())
+        return digest.hexdigest()[:32]
 
     @property
     def captions(self) -> list[str]:

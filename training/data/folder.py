@@ -6,8 +6,10 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from ..common.parallel import computed_ahead
 from ..common.text import first_few
 from ..config.folder import FolderConfig
 from .buckets import Size, bucket_for, target_sizes
@@ -44,15 +46,15 @@ def load_folder(config: FolderConfig, on_progress: Progress | None = None) -> Da
     rows, skipped, notes = _find_captions(folder, config)
     buckets = target_sizes(config.resolution, config.buckets)
     examples, sizes = [], []
-    for done, (name, caption) in enumerate(rows, start=1):
-        try:
-            key, size, mask = _read_image(folder / name, config.masks)
-        except ImageError as error:
+    found = computed_ahead(partial(_try_image, folder, config.masks), (name for name, _ in rows))
+    for done, ((name, caption), read) in enumerate(zip(rows, found, strict=True), start=1):
+        if isinstance(read, ImageError):
             if config.on_bad_image == "stop":
-                raise
-            log.warning("%s: %s; skipped.", error.path, error.reason)
-            skipped.append((name, error.reason))
+                raise read
+            log.warning("%s: %s; skipped.", read.path, read.reason)
+            skipped.append((name, read.reason))
         else:
+            key, size, mask = read
             width, height = bucket_for(*size, buckets)
             repeats = folder_repeats(name)
             examples.append(Example(key, caption, width, height, folder / name, name, repeats, config.weight, mask))
@@ -166,6 +168,14 @@ def _expected_caption(captions: str) -> str:
         METADATA: f'"text" in its line of {METADATA}',
         "file name": "words in the file name",
     }[captions]
+
+
+def _try_image(folder: Path, masks: str, name: str) -> tuple[str, Size, Mask | None] | ImageError:
+    """`_read_image`, or what is wrong with the image."""
+    try:
+        return _read_image(folder / name, masks)
+    except ImageError as error:
+        return error
 
 
 def _read_image(path: Path, masks: str) -> tuple[str, Size, Mask | None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common.rng import generator
 from .buckets import Size
@@ -26,6 +28,15 @@ class Slot:
     """Number of the batch, from 1; 0 outside of training, where captions do not vary."""
 
 
+class Permutations(NamedTuple):
+    """The order of an epoch, 8 bytes for each image."""
+
+    images: list[Tensor]
+    """Of the images of each bucket."""
+    batches: Tensor
+    """Of the batches of all buckets, which are numbered bucket by bucket."""
+
+
 class BatchOrder:
     """Shuffled batches, each from a single bucket; has no state between steps.
 
@@ -44,7 +55,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self._buckets = _group_by_size(dataset)
-        self._epoch: tuple[int, list[list[Example]]] | None = None
+        self._epoch: tuple[int, Permutations] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,28 +67,35 @@ class BatchOrder:
         if step < 1:
             raise ValueError(f"step is {step}; expected at least 1. Steps count from 1.")
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        examples = self._batches(epoch)[position]
+        examples = self._examples(self._permutations(epoch), position)
         return [Slot(example, self._draw_flip(step, i), i, epoch, step) for i, example in enumerate(examples)]
+
+    def largest(self) -> Slot:
+        """The image with the most pixels, not mirrored, as the first of batch 1: its caption varies as in training."""
+        return Slot(max(self.dataset.examples, key=lambda e: e.width * e.height), False, 0, 0, 1)
 
     def _draw_flip(self, step: int, index: int) -> bool:
         return self.dataset.flip and bool(torch.rand(1, generator=generator(self.seed, "flip", step, index)) < 0.5)
 
-    def _batches(self, epoch: int) -> list[list[Example]]:
-        """The batches of an epoch, in order; the last epoch asked for is cached."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffle(epoch))
-        return self._epoch[1]
+    def _examples(self, permutations: Permutations, position: int) -> list[Example]:
+        """The images of the batch at a position of an epoch."""
+        number = int(permutations.batches[position])
+        for bucket, order in zip(self._buckets, permutations.images, strict=True):
+            batches = math.ceil(len(bucket) / self.batch_size)
+            if number < batches:
+                start = number * self.batch_size
+                places = (place % len(order) for place in range(start, start + self.batch_size))
+                return [bucket[int(order[place])] for place in places]
+            number -= batches
+        raise AssertionError(f"position {position} is beyond the epoch")
 
-    def _shuffle(self, epoch: int) -> list[list[Example]]:
-        """The batches of an epoch, in order."""
-        random = generator(self.seed, "order", epoch)
-        batches = []
-        for bucket in self._buckets:
-            order = torch.randperm(len(bucket), generator=random).tolist()
-            for start in range(0, len(bucket), self.batch_size):
-                positions = range(start, start + self.batch_size)
-                batches.append([bucket[order[position % len(order)]] for position in positions])
-        return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+    def _permutations(self, epoch: int) -> Permutations:
+        """The permutations of an epoch; those of the last epoch asked for are cached."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = generator(self.seed, "order", epoch)
+            images = [torch.randperm(len(bucket), generator=random) for bucket in self._buckets]
+            self._epoch = (epoch, Permutations(images, torch.randperm(self.steps_per_epoch, generator=random)))
+        return self._epoch[1]
 
 
 def _group_by_size(dataset: Dataset) -> list[list[Example]]:

@@ -216,6 +216,10 @@ class PromptOrder:
         positions = range((number - 1) * self.batch_size, number * self.batch_size)
         return [PromptSlot(self._text_at(position), number, index) for index, position in enumerate(positions)]
 
+    def largest(self) -> PromptSlot:
+        """The first prompt: the pictures of all prompts have one size."""
+        return PromptSlot(self.prompts[0].text, 0, 0)
+
     def _text_at(self, position: int) -> str:
         """The prompt at a position of the endless sequence."""
         if self._cumulative is None:

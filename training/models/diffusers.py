@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -165,7 +166,10 @@ class DiffusersAutoencoder:
     def __init__(self, vae: nn.Module):
         self.network = vae.eval().requires_grad_(False)
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.fingerprint = tensors_fingerprint(vae.named_parameters(), vae.config.scaling_factor)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return tensors_fingerprint(self.network.named_parameters(), self.network.config.scaling_factor)
 
     def encode(self, images: Tensor) -> Tensor:
         arrive(self.network)

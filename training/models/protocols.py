@@ -43,6 +43,11 @@ class Conditioning:
         prefix = None if self.prefix is None else self.prefix.to(*args, **kwargs)
         return Conditioning(context, pooled, mask, prefix)
 
+    def prompts(self, numbers: slice) -> Conditioning:
+        """The conditioning of some of the batch's prompts, views of these tensors."""
+        rest = (None if part is None else part[numbers] for part in (self.pooled, self.mask))
+        return Conditioning(self.context[numbers], *rest, None if self.prefix is None else self.prefix.prompts(numbers))
+
     def append_to(self, first: Conditioning) -> Conditioning:
         """The tokens of `first`, then these, as one conditioning; `pooled` is that of `first` if it has one."""
         masked = self.mask is not None or first.mask is not None
@@ -187,6 +192,8 @@ class TextEncoder(Protocol):
 class Autoencoder(Protocol):
     """Images (B, 3, H, W) in 0..1 to latents (B, C, H / downscale, W / downscale) in the denoiser's scale, and back."""
 
+    network: nn.Module
+    """The VAE, for its parameters and to recompute its activations (`models.recompute`)."""
     fingerprint: str
     """Changes with the weights and the scale; caches of latents are keyed by it."""
     downscale: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..models.protocols import Conditioning, Denoiser
 from .losses import HUBER_LOSSES, distance, huber_threshold, mask_weights, snr_weight
 from .noise import draw_noise, draw_timestep
 from .objective import Loss
+from .rehearsal import encoded, rehearsed_gradients
 
 
 class TrainingSample(NamedTuple):
@@ -151,6 +153,27 @@ class DenoisingObjective:
         )
         error = distance(prediction, target, settings.loss, threshold, weights)
         return error * _upload_as(snr_weight(levels, settings, prediction_type), error)
+
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        sample = TrainingSample(*sample)
+        text, held = encoded(lambda: sample.text or self.text_of(sample.caption))
+        return {"activations": lambda: self._rehearse(sample.latent, text, held, count, parameters)}
+
+    def _rehearse(
+        self, latent: Tensor, text: Conditioning, held: int, count: int, parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradient of a batch of copies of a sample, by the squared error; held: bytes of a prompt's graph."""
+        denoiser = self.denoiser
+        graph = torch.empty(held * count, dtype=torch.uint8, device=denoiser.device)
+        states = Conditioning.cat([text] * count).to(denoiser.device)
+        states = replace(states, context=states.context.detach().requires_grad_(held > 0))
+        latents = torch.zeros(count, *latent.shape, device=denoiser.device)
+        times, noise = torch.zeros(count, dtype=torch.long), torch.zeros_like(latents)
+        sigma = denoiser.sigmas[times].to(latents)
+        noisy = denoiser.add_noise(latents, noise, sigma)
+        prediction = denoiser.predict(noisy, sigma, self.project(states, times / 1.0))
+        error = distance(prediction, denoiser.target(latents, noise, sigma), "mse")
+        return rehearsed_gradients(error.sum(), [states.context] if held else [], parameters, graph)
 
     @torch.no_grad()
     def validation(self, loaded: list[TrainingSample], levels: int = 4) -> float:

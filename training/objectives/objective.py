@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +31,21 @@ class Objective(Protocol):
 
     def __call__(self, batch: list[tuple[int, Any]], step: int) -> Loss:
         """The loss of (index, loaded slot) pairs, where index numbers the sample within optimizer step `step`."""
+        ...
+
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        """The parts of a step that hold the most memory, to be run on tensors without values (`loop.estimate`).
+
+        Called while the trained weights are attached.
+
+        Args:
+            sample: the loaded slot that takes the most memory.
+            count: samples of a batch.
+            parameters: what trains.
+
+        Returns:
+            Part -> a function that does its work and returns what stays; "activations" computes the gradient.
+        """
         ...
 
     def validation(self, loaded: list) -> float:

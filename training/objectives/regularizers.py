@@ -41,18 +41,20 @@ class OutputConstraint:
         self.error = torch.zeros(len(frozen.positive))
         """(B,) mean squared error over the steps so far, unweighted."""
 
-    def gradient(self, x: Tensor, step: Step, output: Tensor) -> Tensor:
+    def gradient(self, x: Tensor, step: Step, output: Tensor, images: slice = slice(None)) -> Tensor:
         """The gradient of minus the weighted error with respect to `output`, and adds the step's error to `error`.
 
         Args:
             x: (B, C, h, w) latents that the step begins with.
             step: the sampler step.
-            output: (B, C, h, w) guided output of the tuned model at x.
+            output: (B', C, h, w) guided output of the tuned model for `images` of x.
+            images: the images' numbers in the batch.
         """
         with torch.no_grad(), self._disabled():
-            difference = output - guided_output(self._denoiser, x, step, self._frozen)
-        self.error = self.error + difference.square().flatten(1).mean(1).cpu() / self._count
-        weights = self._weights.to(difference).view(-1, 1, 1, 1)
+            frozen = guided_output(self._denoiser, x[images], step.images(images), self._frozen.images(images))
+            difference = output - frozen
+        self.error[images] += difference.square().flatten(1).mean(1).cpu() / self._count
+        weights = self._weights[images].to(difference).view(-1, 1, 1, 1)
         return difference * weights * (-2 / (difference[0].numel() * self._count))
 
 

@@ -3,13 +3,15 @@
 One step of TextCraftor (arXiv 2403.18978, algorithm 1): guided DDIM draws pictures of prompts from noise, rewards score
 them, and the gradient passes through the last sampler steps to the trained weights. With the gradient stopped at the
 UNet's input each sampler step is differentiated alone (see `rollout`), after decoder and reward, so that no two graphs
-are in memory at a time. Constraints are in `regularizers`, training on images instead of prompts in
-`reward_on_images`.
+are in memory at a time. Large pictures are differentiated one by one (`GRAPH_PIXELS`), and the decoder's activations
+are recomputed, so that peak memory does not grow with the batch. Constraints are in `regularizers`, training on images
+instead of prompts in `reward_on_images`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +22,28 @@ from ..common.rng import generator
 from ..config.reward import RewardTuneConfig
 from ..data.prompts import PromptSlot
 from ..models.protocols import Conditioning, TextToImage
+from ..models.recompute import recomputed
 from ..rewards.combined import CombinedReward, CombinedScores
 from ..sampling.ddim import initial_noise
 from ..sampling.guidance import Guidance
-from ..sampling.rollout import Step, clean_step, ddim_chain, first_latent, joint_end, rollout, stepwise_gradient
+from ..sampling.rollout import (
+    Step,
+    add_gradients,
+    clean_step,
+    ddim_chain,
+    first_latent,
+    joint_end,
+    rollout,
+    stepwise_gradient,
+    zeros_for_none,
+)
 from ..trainables.base import Trainable
 from .objective import Loss
 from .regularizers import OutputConstraint, drift
+from .rehearsal import encoded, rehearsed_gradients
+
+GRAPH_PIXELS = 512 * 512
+"""Pixels of the pictures that one graph of decoder, rewards or UNet holds, unless one picture has more."""
 
 
 class PromptSample(NamedTuple):
@@ -82,6 +99,7 @@ class RewardObjective:
         self._cfg = config.cfg if self.guided else 1.0
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         reward.reset()
+        self._images_at_once = max(1, GRAPH_PIXELS // (config.width * config.height))
         self._step_scores: tuple[int, list[CombinedScores]] = (0, [])
         """Number of the latest step, and its scores, which the running scales have not counted yet."""
 
@@ -119,19 +137,60 @@ class RewardObjective:
             The scores; a number whose gradient is that of minus their weighted sum and of the output constraint; and
             (B,) figures of the output constraint.
         """
-        detached = guidance.detached()
-        parameters = [] if self._text_trains else list(self._trainable.parameters.values())
+        detached, prompts = guidance.detached(), [sample.prompt for sample in samples]
         chain = self._draw(indices, samples, step, detached)
-        constraint = self._output_constraint(samples, len(chain.chosen))
-        inputs, prompts = [*detached.tensors, *parameters], [sample.prompt for sample in samples]
         random = generator(self.config.seed, "reward augmentation", step, indices[0])
         scores, at_end = self._end_gradient(chain.states[-1], prompts, random)
         at_end = at_end * _weights(samples).to(at_end).view(-1, 1, 1, 1)
+        return scores, *self._back_propagate(guidance, detached, chain, at_end, samples)
+
+    def _back_propagate(
+        self, guidance: Guidance, detached: Guidance, chain: Chain, at_end: Tensor, samples: Sequence[PromptSample]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The second and third result of `_surrogate`, from the gradient at the chain's end."""
+        parameters = [] if self._text_trains else list(self._trainable.parameters.values())
+        constraint = self._output_constraint(samples, len(chain.chosen))
         back_propagate = self._joint_gradients if self._is_joint else self._stepwise_gradients
-        gradients = back_propagate(chain, detached, at_end, inputs, constraint)
+        gradients = back_propagate(chain, detached, at_end, [*detached.tensors, *parameters], constraint)
         pairs = zip([*guidance.tensors, *parameters], gradients, strict=True)
         surrogate = -sum(torch.dot(tensor.flatten(), gradient.flatten()) for tensor, gradient in pairs)
-        return scores, surrogate, {} if constraint is None else {"eps_mse": constraint.error}
+        return surrogate, {} if constraint is None else {"eps_mse": constraint.error}
+
+    def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        sample, held = PromptSample(*sample), 0
+        if self._text_trains:
+            texts, sizes = zip(*(encoded(partial(self._encode, text)) for text in (sample.prompt, "")), strict=True)
+            sample, held = sample._replace(positive=texts[0], negative=texts[1]), count * sizes[0] + sizes[1]
+        return {
+            "activations": lambda: self._rehearse([sample] * count, held, parameters),
+            "decode": lambda: self._rehearse_decoding(count, held),
+        }
+
+    def _rehearse(self, samples: list[PromptSample], held: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of a batch; held: bytes of the text encoder's graph."""
+        graph = torch.empty(held, dtype=torch.uint8, device=self.model.denoiser.device)
+        guidance, chain = self._frozen_guidance(samples, self._cfg).detached(), self._rehearsed_chain(len(samples))
+        at_end = torch.zeros_like(chain.states[-1])
+        surrogate, _ = self._back_propagate(guidance, guidance.detached(), chain, at_end, samples)
+        return rehearsed_gradients(surrogate, guidance.tensors, parameters, graph)
+
+    def _rehearsed_chain(self, count: int) -> Chain:
+        """Latents as a rollout holds them; of steps that are differentiated one by one, two have all their memory."""
+        denoiser, method = self.model.denoiser, self.config.method
+        shape = (count, denoiser.latent_channels, *self._latent_size)
+        states = [torch.zeros(shape, device=denoiser.device) for _ in range(len(self.chain) + 1)]
+        if method == "one step":
+            return Chain(states[-2:], [clean_step(denoiser, self.chain[-1].sigma)], [0])
+        steps = self.config.gradient_steps if self._is_joint else min(2, self.config.gradient_steps)
+        return Chain(states, self.chain, list(range(len(self.chain) - steps, len(self.chain))))
+
+    def _rehearse_decoding(self, count: int, held: int) -> tuple[Tensor, Tensor]:
+        graph = torch.empty(held, dtype=torch.uint8, device=self.model.denoiser.device)
+        part = count if self.reward.compares_images else min(count, self._images_at_once)
+        shape = (part, self.model.denoiser.latent_channels, *self._latent_size)
+        leaf, images = self._pixels(torch.zeros(shape, device=self.model.denoiser.device))
+        self.reward.rehearse(images)
+        return graph, torch.autograd.grad(images, leaf, torch.zeros_like(images))[0]
 
     def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
         """The trajectory of the prompts' pictures, as the sampler draws them."""
@@ -158,16 +217,52 @@ class RewardObjective:
         frozen, weights = self._frozen_guidance(samples, self._cfg), self.config.eps_constraint * _weights(samples)
         return OutputConstraint(self.model.denoiser, frozen, self._trainable.disabled, weights, count)
 
+    def _parts(self, count: int) -> list[slice]:
+        """A batch of `count` images in parts that have one graph each."""
+        return [slice(start, start + self._images_at_once) for start in range(0, count, self._images_at_once)]
+
     def _end_gradient(
         self, latents: Tensor, prompts: list[str], random: torch.Generator
     ) -> tuple[CombinedScores, Tensor]:
         """The scores of decoded latents, and the gradient of their sum with respect to the latents."""
-        with torch.enable_grad():
-            leaf = latents.detach().requires_grad_(True)
-            images = self.model.autoencoder.pixels(leaf)
-            scores, at_images = self.reward.value_and_gradient(images, prompts, random)
-            (gradient,) = torch.autograd.grad(images, leaf, at_images.to(images))
+        parts = self._parts(len(latents))
+        if self.reward.compares_images and len(parts) > 1:
+            return self._compared_gradient(latents, prompts, random)
+        pairs = [self._decoded_gradient(latents[part], prompts[part], random) for part in parts]
+        scores, gradients = zip(*pairs, strict=True)
+        return CombinedScores.cat(scores), torch.cat(gradients)
+
+    def _decoded_gradient(
+        self, latents: Tensor, prompts: list[str], random: torch.Generator
+    ) -> tuple[CombinedScores, Tensor]:
+        """`_end_gradient` in one graph, in which the decoder's activations are recomputed."""
+        leaf, images = self._pixels(latents)
+        scores, at_images = self.reward.value_and_gradient(images, prompts, random)
+        (gradient,) = torch.autograd.grad(images, leaf, at_images.to(images))
         return scores, gradient
+
+    def _compared_gradient(
+        self, latents: Tensor, prompts: list[str], random: torch.Generator
+    ) -> tuple[CombinedScores, Tensor]:
+        """`_end_gradient` of rewards that compare images: all pictures are scored together, without the decoder's
+        graph, then decoded again one by one."""
+        parts = self._parts(len(latents))
+        with torch.no_grad():
+            images = torch.cat([self.model.autoencoder.pixels(latents[part]) for part in parts])
+        scores, at_images = self.reward.value_and_gradient(images, prompts, random)
+        return scores, torch.cat([self._latent_gradient(latents[part], at_images[part]) for part in parts])
+
+    def _latent_gradient(self, latents: Tensor, at_images: Tensor) -> Tensor:
+        """The gradient at latents from that at their pictures."""
+        leaf, images = self._pixels(latents)
+        return torch.autograd.grad(images, leaf, at_images.to(images))[0]
+
+    def _pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents as a leaf, and their pictures with the graph from there, of which the blocks' inputs are kept."""
+        autoencoder = self.model.autoencoder
+        with torch.enable_grad(), recomputed(autoencoder.network):
+            leaf = latents.detach().requires_grad_(True)
+            return leaf, autoencoder.pixels(leaf)
 
     @property
     def _is_joint(self) -> bool:
@@ -183,11 +278,11 @@ class RewardObjective:
     ) -> list[Tensor]:
         """Gradients of `inputs` step by step, stopped at the latent that the UNet reads. at_end: at the chain's end."""
 
-        def constraint_gradient(number: int, output: Tensor) -> Tensor:
-            return constraint.gradient(chain.states[number], chain.steps[number], output)
+        def constraint_gradient(number: int, images: slice, output: Tensor) -> Tensor:
+            return constraint.gradient(chain.states[number], chain.steps[number], output, images)
 
-        of_output = constraint and constraint_gradient
-        return stepwise_gradient(self.model.denoiser, *chain, guidance, at_end, inputs, of_output, self._pulse)
+        of_output, parts = constraint and constraint_gradient, self._parts(len(at_end))
+        return stepwise_gradient(self.model.denoiser, *chain, guidance, at_end, inputs, of_output, self._pulse, parts)
 
     def _joint_gradients(
         self,
@@ -199,15 +294,24 @@ class RewardObjective:
     ) -> list[Tensor]:
         """Gradients of `inputs` through all of the last steps together, the latents that the UNet reads included; the
         constraint still treats the latents as given."""
-        states, steps, chosen = chain
-        with torch.enable_grad():
-            end = joint_end(self.model.denoiser, states, steps, len(chosen), guidance, False, self._pulse)
-            gradients = torch.autograd.grad(end, inputs, at_end, allow_unused=True)
-        gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        total: list[Tensor | None] = [None] * len(inputs)
+        for part in self._parts(len(at_end)):
+            total = add_gradients(total, self._joint_part(chain, guidance, at_end[part], inputs, part))
+        gradients = zeros_for_none(inputs, total)
         if constraint is None:
             return gradients
         constrained = self._stepwise_gradients(chain, guidance, torch.zeros_like(at_end), inputs, constraint)
         return [gradient + other for gradient, other in zip(gradients, constrained, strict=True)]
+
+    def _joint_part(
+        self, chain: Chain, guidance: Guidance, at_end: Tensor, inputs: Sequence[Tensor], images: slice
+    ) -> tuple[Tensor | None, ...]:
+        """`_joint_gradients` of some of the batch's images, whose gradient at the end is `at_end`; None for zeros."""
+        states, steps = [x[images] for x in chain.states], [step.images(images) for step in chain.steps]
+        with torch.enable_grad():
+            guidance, last = guidance.images(images), len(chain.chosen)
+            end = joint_end(self.model.denoiser, states, steps, last, guidance, False, self._pulse)
+            return torch.autograd.grad(end, inputs, at_end, allow_unused=True)
 
     def _guidance_now(self, samples: Sequence[PromptSample], cfg: float) -> Guidance:
         """Conditioning of prompts by the text encoder as it is now."""

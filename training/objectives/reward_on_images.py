@@ -42,6 +42,12 @@ class DirectObjective(RewardObjective):
     def _with_image(self, sample: PromptSample, slot: Slot) -> PromptSample:
         return sample._replace(latent=self._latent_of(slot), weight=slot.example.weight)
 
+    def _rehearsed_chain(self, count: int) -> Chain:
+        shape = (count, self.model.denoiser.latent_channels, *self._latent_size)
+        x = torch.zeros(shape, device=self.model.denoiser.device)
+        single = clean_step(self.model.denoiser, self.model.denoiser.sigmas[:1].expand(count).to(x))
+        return Chain([x, x], [single], [0])
+
     def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
         """One step from the images' latents at drawn noise levels."""
         denoiser, seed, settings = self.model.denoiser, self.config.seed, self.config.settings

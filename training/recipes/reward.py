@@ -117,6 +117,7 @@ def tune(
             write=partial(_write, model, config, trainable),
             identity={"rewards": reward.fingerprint}
             | ({"dataset": dataset.fingerprint} if direct else {"prompts": prompts_fingerprint(prompts)}),
+            networks=(reward.network,),
             details=_describe(model, config, dataset) | {"rewards": reward.describe()} | (details or {}),
         )
         reward.checkpoint(config.settings.gradient_checkpointing)

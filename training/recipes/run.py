@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.fingerprint import tensors_sketch
 from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
+from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models import ldm
@@ -29,6 +31,8 @@ from ..runs.outcome import describe_guard, is_finished, record_failure
 from ..runs.report import REPORT, write_report
 from ..trainables.base import Trainable
 from .checks import check_steps
+
+log = logging.getLogger(__name__)
 
 AGAIN = "Put the file back, or choose resume = restart."
 """What to do about a damaged result of a run."""
@@ -59,6 +63,8 @@ class TrainingJob:
     """Whether tag dropout must keep a tag, such as one with a word that trains."""
     watch: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     """Figures of the trained values, for rows with event "watch"."""
+    networks: tuple[nn.Module, ...] = ()
+    """Networks that are in memory besides the model, such as rewards."""
 
 
 def run_training(
@@ -81,7 +87,7 @@ def run_training(
 
     Raises:
         ValueError: the name belongs to a run of other settings, or to one in use; or it has done more steps; or a batch
-            does not divide among the processes.
+            does not divide among the processes; or the run cannot fit into the device's memory.
     """
     here, run = world(), run_identity(job.name, model, config) | job.identity
     here.share(config.batch_size)
@@ -99,6 +105,8 @@ def run_training(
             return folder.path
         with record_failure(folder, callbacks):
             loop = build_loop(folder, callbacks)
+            with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
+                expect_memory(job, model, config, loop, callbacks)
         with _saving_memory(model, config, loop), loop.trainable.mounted():
             values = loop.run()
         if here.is_main:
@@ -115,6 +123,54 @@ def _saving_memory(model: TextToImage, config: RunConfig, loop: Loop) -> Iterato
     recompute = settings.gradient_checkpointing
     with swapped_blocks(denoiser, settings.block_swap, trained, recompute), denoiser.checkpointing(recompute):
         yield
+
+
+def expect_memory(
+    job: TrainingJob, model: TextToImage, config: RunConfig, loop: Loop, callbacks: Callbacks
+) -> MemoryEstimate | None:
+    """Says what a run will take of its device's memory. Raises ValueError for one that cannot fit.
+
+    None where the model cannot be run without values, as networks of other packages may refuse to; a warning tells why.
+    """
+    callbacks.on_text("computing what the run takes of the memory")
+    step, networks = loop.gradient_step, (*model_networks(model), *job.networks)
+    try:
+        (sample,) = step.objective.load([step.batches.largest()])
+        callbacks.after_load()
+        count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
+        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
+        return None
+    free = free_bytes(step.device)
+    if free is not None:
+        free += max(0, callbacks.managed_bytes(step.device) - estimate.weights)
+    log.info("run %s: %s", loop.folder.name, estimate.text(free))
+    callbacks.on_memory(estimate.text(free))
+    check_memory(estimate, free, step.device, loop.config.memory_hints)
+    return estimate
+
+
+def sample_decoding(model: TextToImage, config: RunConfig) -> Rehearsal:
+    """The decoding of a sample picture, where a run draws some."""
+    if not config.samples.prompts:
+        return {}
+    cells = (size // model.autoencoder.downscale for size in (config.samples.height, config.samples.width))
+    shape, device = (1, model.denoiser.latent_channels, *cells), model.denoiser.device
+    return {"samples": torch.no_grad()(lambda: model.autoencoder.pixels(torch.zeros(shape, device=device)))}
+
+
+def model_networks(model: TextToImage) -> list[nn.Module]:
+    """The module trees of a model; a text encoder's backbone, which has none of its own, is left out."""
+    projection = model.text_encoder.projection
+    return [model.denoiser.network, model.autoencoder.network, *([] if projection is None else [projection])]
+
+
+def tensors_of(model: TextToImage, networks: Iterable[nn.Module]) -> list[Tensor]:
+    """All weights and buffers of module trees and of a model's text encoder."""
+    text = [ref.tensor for ref in model.text_encoder.weights.values()]
+    return [*(tensor for network in networks for tensor in (*network.parameters(), *network.buffers())), *text]
 
 
 def _finish(

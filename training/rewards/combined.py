@@ -57,6 +57,14 @@ class CombinedScores:
     normalised: dict[str, Tensor] = field(default_factory=dict)
     """(B,) by term, detached, with target and running scale applied."""
 
+    @staticmethod
+    def cat(parts: Sequence[CombinedScores]) -> CombinedScores:
+        """The scores of consecutive parts of a batch as those of the batch."""
+        total = torch.cat([part.total for part in parts])
+        raw = {name: torch.cat([part.raw[name] for part in parts]) for name in parts[0].raw}
+        normalised = {name: torch.cat([part.normalised[name] for part in parts]) for name in parts[0].normalised}
+        return CombinedScores(total, raw, normalised)
+
     def means(self) -> dict[str, float]:
         """Means over the batch for the metrics: "reward", and `<name>` and `<name> normalised` of each term."""
         figures = {"reward": self.total.mean().item()}
@@ -91,6 +99,7 @@ class CombinedReward:
         self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
         self.name = " + ".join(self.terms)
         self.reads_prompts = any(term.reward.reads_prompts for term in terms)
+        self.compares_images = any(term.reward.compares_images for term in terms)
 
     def describe(self) -> list[dict[str, Any]]:
         """For a file's metadata: reward, weight, target and form (with a target), and names of files of each term."""
@@ -152,6 +161,15 @@ class CombinedReward:
             if scored is not leaf:
                 (gradient,) = torch.autograd.grad(scored, leaf, gradient)
         return self._sum(parts), gradient
+
+    def rehearse(self, images: Tensor) -> None:
+        """Does the work of `value_and_gradient` that takes memory, on images without values: no scores are read."""
+        for term in self.terms.values():
+            with torch.set_grad_enabled(term.weight != 0):
+                leaf = images.detach().requires_grad_(term.weight != 0)
+                embeddings = term.reward.image_embeddings(leaf)
+            if embeddings.requires_grad:
+                torch.autograd.grad(embeddings.sum(), leaf)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) totals without augmentation."""

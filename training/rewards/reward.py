@@ -32,6 +32,8 @@ class Reward(Protocol):
     """Rough standard deviation of the scores over prompts, the start of their running scale."""
     reads_prompts: bool
     """Whether the scores depend on prompts."""
+    compares_images: bool
+    """Whether an image's score depends on the other images of its batch, which is then never scored in parts."""
     files: tuple[str, ...]
     """Names of the files it was loaded from."""
 
@@ -54,6 +56,7 @@ class Reward(Protocol):
 class _TowerReward:
     """Base of both rewards: an image tower and its preprocessing."""
 
+    compares_images = False
     files: tuple[str, ...] = ()
 
     def __init__(self, name: str, network: nn.Module, towers: Towers, preprocess: Preprocess, typical_scale: float):

@@ -29,6 +29,11 @@ class Guidance:
         negative = None if self.negative is None else _leaves(self.negative)
         return Guidance(_leaves(self.positive), negative, self.cfg)
 
+    def images(self, numbers: slice) -> Guidance:
+        """The guidance of some of the batch's images, views of these tensors."""
+        negative = None if self.negative is None else self.negative.prompts(numbers)
+        return Guidance(self.positive.prompts(numbers), negative, self.cfg)
+
     @property
     def tensors(self) -> list[Tensor]:
         """Contexts and pooled outputs, the positive's first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -30,9 +31,14 @@ class Step:
     a: Tensor
     b: Tensor
 
+    def images(self, numbers: slice) -> Step:
+        """The step of some of the batch's images."""
+        return Step(self.sigma[numbers], self.a[numbers], self.b[numbers]) if self.sigma.ndim else self
 
-OutputGradient = Callable[[int, Tensor], Tensor]
-"""(number of a step, its output (B, C, h, w)) -> gradient, at that output, of a further term of the objective."""
+
+OutputGradient = Callable[[int, slice, Tensor], Tensor]
+"""(number of a step, the images' numbers, their outputs (B', C, h, w)) -> gradient, at these outputs, of a further term
+of the objective."""
 
 
 def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float32) -> list[Step]:
@@ -115,6 +121,7 @@ def stepwise_gradient(
     inputs: Sequence[Tensor],
     output_gradient: OutputGradient | None = None,
     pulse: Callable[[], None] = _no_pulse,
+    images: Sequence[slice] = (slice(None),),
 ) -> list[Tensor]:
     """Gradient of a function of the chain's end through the network outputs of some steps, one step at a time.
 
@@ -129,29 +136,44 @@ def stepwise_gradient(
         end_gradient: (B, C, h, w), the function's gradient at states[-1].
         inputs: tensors to differentiate with respect to: those of `guidance`, parameters of the network.
         output_gradient: adds a function of each chosen step's output, by its gradient there.
-        pulse: called before each chosen step; may raise to cancel.
+        pulse: called before each graph of the network; may raise to cancel.
+        images: parts of the batch; each has a graph of its own, one in memory at a time.
 
     Returns:
         One gradient for each of `inputs`, zeros for those that no chosen step reads.
     """
     total: list[Tensor | None] = [None] * len(inputs)
-    for number in chosen:
+    for number, part in product(chosen, images):
         pulse()
-        weight = chain[number].b
-        for later in chain[number + 1 :]:
-            weight = weight * later.a
+        step = chain[number].images(part)
+        weight = _weight_at_end(chain[number:], part)
         with torch.enable_grad():
-            out = guided_output(denoiser, states[number], chain[number], guidance)
-            at_output = weight.to(out) * end_gradient
+            out = guided_output(denoiser, states[number][part], step, guidance.images(part))
+            at_output = weight.to(out) * end_gradient[part]
             if output_gradient is not None:
-                at_output = at_output + output_gradient(number, out.detach())
-            step_gradients = torch.autograd.grad(out, inputs, at_output, allow_unused=True)
-        total = [_sum(whole, part) for whole, part in zip(total, step_gradients, strict=True)]
-    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, total, strict=True)]
+                at_output = at_output + output_gradient(number, part, out.detach())
+            gradients = torch.autograd.grad(out, inputs, at_output, allow_unused=True)
+        total = add_gradients(total, gradients)
+    return zeros_for_none(inputs, total)
 
 
-def _sum(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return whole if part is None else part if whole is None else whole + part
+def _weight_at_end(chain: Sequence[Step], images: slice) -> Tensor:
+    """d end / d out of the first step of a chain."""
+    weight, *factors = (step.images(images).a if i else step.images(images).b for i, step in enumerate(chain))
+    for factor in factors:
+        weight = weight * factor
+    return weight
+
+
+def add_gradients(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums of two lists of gradients, where None is zero."""
+    pairs = zip(total, more, strict=True)
+    return [whole if part is None else part if whole is None else whole + part for whole, part in pairs]
+
+
+def zeros_for_none(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients of `inputs`, zeros in place of None."""
+    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, gradients, strict=True)]
 
 
 def joint_end(

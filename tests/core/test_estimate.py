@@ -1,0 +1,222 @@
+"""What a run takes of the memory: as computed before it and as its tensors are; refused where it cannot fit."""
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from retune.benchmarks import memory_use
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.live_bytes import LiveBytes
+from retune.training.config.lora import LoraConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop import estimate as module
+from retune.training.loop.estimate import MemoryEstimate, _state_bytes, check_memory, free_bytes
+from retune.training.recipes import run as recipe
+from retune.training.recipes.lora import train_lora
+from retune.training.recipes.reward import tune
+from retune.training.recipes.unet import train_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .test_reward_tune import PROMPTS, reward
+from .test_reward_tune import config as reward_config
+
+CPU = torch.device("cpu")
+
+
+class Records(Callbacks):
+    """Keeps the texts and the memory of the first two steps' tensors."""
+
+    def __init__(self):
+        self.texts, self.live = [], LiveBytes()
+
+    def on_text(self, text):
+        self.texts.append(text)
+
+
+def counted(train, monkeypatch):
+    """A training's estimate and the peak of what its steps' tensors take besides what was there before."""
+    estimates, live, callbacks = [], LiveBytes(), Records()
+    original, steps = recipe.expect_memory, recipe.Loop._train_step
+
+    def expect_memory(*arguments):
+        estimates.append(original(*arguments))
+        return estimates[-1]
+
+    def step(loop):
+        with live:
+            steps(loop)
+
+    monkeypatch.setattr(recipe, "expect_memory", expect_memory)
+    monkeypatch.setattr(recipe.Loop, "_train_step", step)
+    train(callbacks)
+    (estimate,) = estimates
+    assert any(text.startswith("memory: at most about") and "are free" in text for text in callbacks.texts)
+    return estimate, live.peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "AdamW"},
+        {"optimizer": "SGD", "gradient_accumulation": 2, "precision": "bf16"},
+        {"optimizer": "Adafactor", "gradient_checkpointing": True},
+    ],
+)
+@pytest.mark.parametrize("kind", ["LoRA", "UNet"])
+def test_an_estimate_is_what_real_steps_take(tiny_model, pictures, tmp_path, monkeypatch, kind, settings):
+    settings = TrainingSettings(warmup_steps=1, caption_dropout=0.0, **settings)
+    common = {"run_name": "r", "steps": 2, "batch_size": 3, "settings": settings}
+    if kind == "LoRA":
+        run = partial(train_lora, tiny_model, pictures, LoraConfig(**common, rank=2), tmp_path)
+    else:
+        run = partial(train_model, tiny_model, pictures, TrainModelConfig(**common, train="whole UNet"), tmp_path)
+    estimate, peak = counted(lambda callbacks: run(callbacks=callbacks), monkeypatch)
+    assert estimate.needed == pytest.approx(peak, rel=0.1)
+    networks = (tiny_model.denoiser.network, tiny_model.autoencoder.network, tiny_model.text_encoder.network)
+    assert estimate.weights == sum(parameter.nbytes for network in networks for parameter in network.parameters())
+    if kind == "UNet":
+        assert estimate.masters == estimate.gradients == sum(p.nbytes for p in networks[0].parameters())
+
+
+@pytest.mark.parametrize("changes", [{"train": "text encoder"}, {"train": "UNet LoRA", "stop_gradient": False}])
+def test_an_estimate_of_reward_tuning(tiny_model, tmp_path, monkeypatch, changes):
+    settings = TrainingSettings(warmup_steps=1)
+    chosen = reward_config(steps=2, lora_rank=2, width=64, height=64, settings=settings, **changes)
+    run = partial(tune, tiny_model, reward(), PROMPTS, chosen, tmp_path)
+    estimate, peak = counted(lambda callbacks: run(callbacks=callbacks), monkeypatch)
+    assert estimate.needed == pytest.approx(peak, rel=0.1) and estimate.decode > 0
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "SGD"])
+@pytest.mark.parametrize("shape", [(3000, 64), (70, 7), (400000,), (500, 20, 3, 3), ()])
+def test_states_of_large_parameters_follow_from_small_ones(optimizer, shape):
+    settings, weight = TrainingSettings(optimizer=optimizer), nn.Parameter(torch.zeros(shape))
+    found, _ = _state_bytes(shape, weight, settings)
+    weight.grad = torch.zeros_like(weight)
+    real = module.build_optimizer({"": weight}, 0.0, settings)
+    real.step()
+    assert found == sum(value.nbytes for value in real.state[weight].values())
+
+
+def estimate(**changes):
+    parts = {"weights": 40, "masters": 1, "average": 0, "optimizer": 2, "update": 3, "gradients": 1, "activations": 9}
+    return MemoryEstimate(**{"step": 9, **parts, **changes})
+
+
+def test_the_parts_are_not_there_all_together():
+    assert (estimate().present, estimate().peak, estimate().needed) == (41, 52, 11)
+    assert estimate(accumulates=True).peak == 53  # gradients of the batch before
+    assert estimate(decode=20).peak == 63 and estimate(decode=20, accumulates=True).peak == 64
+    assert estimate(update=30).peak == 74
+    text = estimate(weights=3_400_000_000, activations=2_000_000, step=0).text(8_000_000_000)
+    assert text.startswith("memory: at most about 3.40 GB (weights 3.40 GB, ")
+    assert "activations 2 MB" in text and text.endswith("8.00 GB are free")
+    assert estimate().as_dict()["peak"] == 52
+
+
+def test_what_cannot_fit_is_refused_with_what_to_lower(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_swap_bytes", lambda device: 0)
+    check_memory(estimate(), 11, CPU, "Turn it off.")
+    check_memory(estimate(), None, CPU, "")
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        check_memory(estimate(step=105), 100, CPU, "Turn it off.")  # within the estimate's error
+    assert "Turn it off." in caplog.text
+    with pytest.raises(ValueError, match="memory that the run takes on cpu is about .*; expected at most .*Turn it"):
+        check_memory(estimate(step=120), 100, CPU, "Turn it off.")
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(tiny_model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(module, "_swap_bytes", lambda device: 0)
+    config = LoraConfig(run_name="r", steps=2, batch_size=2)
+    with pytest.raises(ValueError, match="expected at most .*which are free.* gradient_checkpointing on"):
+        train_lora(tiny_model, pictures, config, tmp_path)
+    assert not (tmp_path / "r" / "lora.safetensors").exists()
+
+
+def test_memory_of_models_that_are_unloaded_when_it_is_short_counts_as_free(
+    tiny_model, pictures, tmp_path, monkeypatch
+):
+    class Manages(Records):
+        def managed_bytes(self, device):
+            return 10**9
+
+    monkeypatch.setattr(recipe, "free_bytes", lambda device: 1000)
+    callbacks = Manages()
+    train_lora(tiny_model, pictures, LoraConfig(run_name="r", steps=1), tmp_path, callbacks)
+    assert any("GB are free" in text for text in callbacks.texts)
+
+
+def test_a_model_that_needs_values_trains_without_an_estimate(tiny_model, pictures, tmp_path, caplog):
+    class Reads(type(tiny_model.denoiser)):
+        def predict(self, noisy, sigma, conditioning):
+            assert sigma[0].item() >= 0
+            return super().predict(noisy, sigma, conditioning)
+
+    denoiser = Reads(tiny_model.denoiser.network)
+    model = replace(tiny_model, denoiser=denoiser)
+    with caplog.at_level(logging.WARNING):
+        train_lora(model, pictures, LoraConfig(run_name="r", steps=1), tmp_path)
+    assert "the memory is not known" in caplog.text
+
+
+def test_samples_larger_than_the_training_pictures_count(tiny_model, pictures, tmp_path, monkeypatch):
+    samples = SamplePrompts(prompts=("a red circle",), steps=1, width=256, height=256)
+    config = LoraConfig(run_name="r", steps=1, batch_size=1, samples=samples)
+    estimate, _ = counted(partial(train_lora, tiny_model, pictures, config, tmp_path), monkeypatch)
+    assert estimate.decode > estimate.activations
+
+
+def test_free_memory_of_a_cpu_is_known():
+    assert 0 < free_bytes(CPU) < 2**50
+
+
+def test_the_estimate_of_a_benchmark_is_what_a_step_takes():
+    config = memory_use.MemoryConfig(pixels=64, rank=2)
+    model = memory_use.sized_model("demo", torch.device("cpu"))
+    settings = TrainingSettings(precision="bf16", gradient_checkpointing=True)
+    step, more = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, config, 64, 2)
+    estimate = memory_use.estimate_step(model, step, more)
+    assert estimate.needed == pytest.approx(memory_use.measure_step(model, step, 0), rel=0.1)
+
+
+def sdxl_training():
+    """SDXL's UNet without values and a LoRA of it, and a function that trains two steps by SGD with momentum."""
+    model = memory_use.sized_model("sdxl", mode := FakeTensorMode(allow_non_fake_inputs=True))
+    settings = TrainingSettings(optimizer="SGD")
+    step, _ = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, memory_use.MemoryConfig(), 512, 1)
+
+    def train():
+        inputs, momentum = (torch.zeros(1, 4, 64, 64), torch.ones(1), model.text_encoder.encode([""])), []
+        for _ in range(2):
+            with step.trainable.attach():
+                loss = model.denoiser.predict(*inputs).square().mean()
+                gradients = torch.autograd.grad(loss, list(step.trainable.parameters.values()))
+            if momentum:
+                torch._foreach_lerp_(momentum, gradients, 0.1)
+            else:
+                momentum.extend(gradient.clone() for gradient in gradients)
+            del loss, gradients
+
+    return model, step, mode, train
+
+
+@pytest.mark.slow
+def test_the_estimate_of_sdxl_is_what_its_tensors_take():
+    """Masters, gradients, momentum and activations are counted as they are made, weights by their shapes."""
+    model, step, mode, train = sdxl_training()
+    estimate = memory_use.estimate_step(model, step, [model.autoencoder.network])
+    networks = (model.denoiser.network, model.autoencoder.network)
+    weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
+    assert estimate.weights == weights and 2.5e9 * 4 < weights < 2.8e9 * 4
+    with mode, LiveBytes() as live:
+        train()
+    masters = sum(parameter.nbytes for parameter in step.trainable.parameters.values())
+    assert estimate.peak == pytest.approx(weights + masters + live.peak, rel=0.1)
+    assert estimate.needed == pytest.approx(live.peak, rel=0.1)
