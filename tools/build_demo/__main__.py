@@ -20,7 +20,6 @@ from .readme import write_readme
 
 PARTS = {
     "vae": ("vae", "train_vae", ""),
-    "decoder": ("decoder", "train_decoder", ""),
     "t5": ("t5", "train_t5", ""),
     "scorer": ("scorer", "train_scorer", ""),
     "clip_unet": ("unet", "train_unet", ""),

@@ -10,7 +10,6 @@ from ...training.demo.files import WEIGHTS
 
 _TITLES = {
     "vae": "autoencoder",
-    "decoder": "its decoder alone, sharper, on fixed latents",
     "t5": "T5, span corruption",
     "scorer": "scorer and aesthetic head",
     "clip_unet": "UNet with its CLIP",

@@ -45,6 +45,13 @@ EDITIONS = (
         tokens=("b51296b2fed44f193458ac2f44715893", "22bad7b0086ec8669010d3c11cc91e78"),
         conv_in=(-0.0403, 0.1177, -0.0355, -0.0094, -0.124, 0.0788, -0.092, -0.0415),
     ),
+    Edition(
+        "the demo model of version 0.4",
+        unet="60a27d9cad72b6af17e4e5c2b42929f1",
+        vaes=("1318c81e04847e1c5ac05382edf8fde8", "949eff25956983638adf6553053ab9d6"),
+        tokens=("8df7c9b6881523eea9f09de584cc287d", "8b371a749838c8623d8102b090dcf8bf"),
+        conv_in=(-0.0379, 0.0748, -0.0668, -0.0801, -0.1471, 0.0453, -0.1356, -0.0631),
+    ),
 )
 """The oldest first; the last one is shipped."""
 
