@@ -18,7 +18,9 @@ COMFYUI_MODULES |= {"latent_preview"}
 HEAVY = {"accelerate", "diffusers", "lycoris", "matplotlib", "open_clip", "peft", "pandas", "sklearn"}
 HEAVY |= {"scipy", "torchvision", "transformers"}  # ComfyUI may have imported these itself
 COMMAND_LINE_ONLY = {"accelerate"}  # several processes or machines; ComfyUI trains in one
-COMFYUI_BRINGS = set("filelock numpy pillow safetensors scipy sentencepiece tokenizers torch tqdm transformers".split())
+COMFYUI_BRINGS = set(
+    "filelock numpy pillow psutil safetensors scipy sentencepiece tokenizers torch tqdm transformers".split()
+)
 DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "aiohttp": None}
 """Import name -> distribution. aiohttp: only to talk to ComfyUI, which brings it."""
 
