@@ -20,9 +20,10 @@ SCHEDULE_INPUTS = ("total_batch", "lr_cycles", "lr_power", "lr_decay_share", "ea
 NOISE_INPUTS = ("huber_schedule", "huber_c", "multires_iterations", "multires_discount", "zero_terminal_snr")
 NOISE_INPUTS += ("timestep_mean", "timestep_std")
 DATA_INPUTS = ("mask_weight", "mask_normalize", "caption_shuffle", "keep_tokens", "tag_dropout", "tensorboard")
-MEMORY_INPUTS = ("block_swap", "fused_backward")
+MEMORY_INPUTS = ("block_swap", "fused_backward", "shard_weights")
+SPEED_INPUTS = ("compile_blocks", "channels_last")
 SETTING_INPUTS = STEP_INPUTS + LOSS_INPUTS + SAVE_INPUTS + STAGE_INPUTS + SCHEDULE_INPUTS + NOISE_INPUTS + DATA_INPUTS
-SETTING_INPUTS += MEMORY_INPUTS
+SETTING_INPUTS += MEMORY_INPUTS + SPEED_INPUTS
 """Fields of TrainingSettings in the order of the node's inputs: workflows rely on it, a new one goes to the end."""
 MAXIMA = {
     "warmup_steps": 10**5,

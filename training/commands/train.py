@@ -105,11 +105,13 @@ def result_of(path: Path) -> dict:
 
 def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
     """A run's config with its settings and sample prompts; its precision is what "auto" is here."""
+    from ..loop.sharding import check_sharding
     from ..recipes.checks import with_precision
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     run = read_flags(arguments, config, settings=settings, samples=samples)
     _say_share(run)
+    check_sharding(run)
     return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output)
 
 

@@ -77,10 +77,21 @@ class World:
         torch.distributed.broadcast(shared, src=0)
         return shared.tolist()
 
+    def mesh(self, device: torch.device) -> Any:
+        """All processes as a torch DeviceMesh of one dimension; device: of a kind that is theirs."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device.type, (self.size,))
+
     def barrier(self) -> None:
         """Waits until every process has called this."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is divided among processes (DTensor), all of which must ask; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

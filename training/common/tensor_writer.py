@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .distributed import whole
+
 _NAMES = {
     "uint64": "U64",
     "int64": "I64",
@@ -62,7 +64,7 @@ def write_content(
     header = _header(tensors, metadata)
     file.write(header)
     for name in _sorted_names(tensors):
-        ready = tensors[name].detach().cpu().contiguous()
+        ready = whole(tensors[name]).detach().cpu().contiguous()
         if visit is not None:
             visit(name, ready)
         file.write(tensor_bytes(ready))
@@ -72,6 +74,12 @@ def write_content(
             raise AssertionError(f"changed header has {len(text)} bytes; expected {len(header)}")
         file.seek(0)
         file.write(text)
+
+
+def take_part(tensors: Mapping[str, Tensor]) -> None:
+    """What the other processes do while one writes tensors, of which some are divided among them: all gather these."""
+    for name in _sorted_names(tensors):
+        whole(tensors[name])
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

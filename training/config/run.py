@@ -75,6 +75,7 @@ RESUMABLE = {"run_name", "steps", "samples", "resume", "guard_action"}
 """Fields that may differ when a run resumes."""
 RESUMABLE_SETTINGS = {"validate_every", "save_every", "early_stop_after", "result", "tensorboard"}
 RESUMABLE_SETTINGS |= {"gradient_checkpointing", "block_swap"}  # same bits, and a run out of memory may need them
+RESUMABLE_SETTINGS |= {"shard_weights"}  # equal up to the order of additions, as the number of processes is
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ GROUPS = ("projection", "cross_attention", "self_attention", "rest")
 """Parts of a model that may each have a learning rate and a first step."""
 STEP_BY_TENSOR = ("AdamW", "Adafactor", "SGD", "AdamW8bit")
 """Optimizers whose update of one tensor depends on no other tensor, and on no count of all of them."""
+ELEMENTWISE = ("AdamW", "SGD", "Lion")
+"""Optimizers whose update of one number depends on no other number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,15 @@ class TrainingSettings:
     fused_backward: bool = setting(False, advanced=True)
     """Use and free each gradient as soon as it is there: 4 bytes less for each trained weight. For AdamW, Adafactor,
     SGD and AdamW8bit without gradient accumulation; max_grad_norm then clips each tensor by itself."""
+    shard_weights: bool = setting(False, advanced=True)
+    """Divide trained weights, gradients and optimiser states among the processes of `accelerate launch` (FSDP2): less
+    memory on each card. For the `train` command with AdamW, SGD or Lion; ComfyUI has one process."""
+    compile_blocks: bool = setting(False, advanced=True)
+    """Compile the UNet's blocks one by one (torch.compile): minutes at the start and at each new picture size, then
+    faster steps. Needs Triton on a GPU, a C++ compiler on a CPU. For the command line."""
+    channels_last: bool = setting(False, advanced=True)
+    """Hold the UNet's convolutions channels last in memory: same result but for the last digits; slower on a CPU, not
+    measured on GPUs. For the command line."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -6,18 +6,23 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..common.distributed import world
 from ..common.foreign import metadata_json
+from ..common.tensor_writer import take_part
 from ..evaluation.diversity_guard import GuardState
 from ..runs.folder import RunFolder
 from ..runs.state_file import STATE, read_state_file, reading_state, write_state_file
 from .validation import ValidationRecord
 
 if TYPE_CHECKING:
+    from ..trainables.base import Trainable
+    from ..trainables.sharded import Shard
     from .loop import Loop
 
 log = logging.getLogger(__name__)
@@ -26,13 +31,25 @@ AS_BUILT = {"params", "lr", "foreach", "fused"}
 
 
 def save_loop(loop: Loop) -> None:
-    """Saves all that a loop needs to resume after its current step."""
+    """Saves all that a loop needs to resume after its current step.
+
+    Only the main process writes. Where tensors are divided among the processes, all of them must call this.
+    """
     gradient_step = loop.gradient_step
     extra = {**loop.validation.state_dict(), "scaler": gradient_step.scaler.state_dict()}
     extra["objective"] = loop.objective_state
     if loop.guard:
         extra["guard"] = loop.guard.state.to_json()
-    save_state(loop.folder, loop.step, loop.trainable.values(), gradient_step.ema, gradient_step.optimizer, extra)
+    divided, optimizer = loop.trainable.divided, gradient_step.optimizer
+    tensors = (divided(loop.trainable.values()), divided(gradient_step.ema))
+    save_state(loop.folder, loop.step, *tensors, optimizer, extra, _shards(optimizer, loop.trainable))
+
+
+def _shards(optimizer: torch.optim.Optimizer, trainable: Trainable) -> dict[int, Shard]:
+    """The divided parameters by their numbers in the optimizer's state."""
+    names = {id(parameter): name for name, parameter in trainable.parameters.items()}
+    ordered = (names[id(p)] for group in optimizer.param_groups for p in group["params"])
+    return {number: trainable.shards[name] for number, name in enumerate(ordered) if name in trainable.shards}
 
 
 def load_loop(loop: Loop) -> int:
@@ -57,8 +74,9 @@ def _restore(loop: Loop, state: State) -> None:
     gradient_step = loop.gradient_step
     loop.trainable.load(state.masters)
     for name, average in gradient_step.ema.items():
-        average.copy_(state.ema[name])
-    restore_optimizer(gradient_step.optimizer, state.optimizer)
+        average.copy_(loop.trainable.part(name, state.ema[name]))
+    shards = _shards(gradient_step.optimizer, loop.trainable)
+    restore_optimizer(gradient_step.optimizer, parts_of_states(state.optimizer, shards))
     loop.validation = ValidationRecord.from_state_dict(state.extra)
     loop.objective.load_state(state.extra.get("objective", {}))
     if loop.guard:
@@ -96,8 +114,12 @@ def save_state(
     ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any],
+    shards: Mapping[int, Shard] = MappingProxyType({}),
 ) -> None:
-    """Writes state/latest.safetensors; see `State` for the arguments."""
+    """Writes state/latest.safetensors; see `State` for the arguments.
+
+    shards: divided parameters by their numbers in the optimizer; all processes then call this, and the main one writes.
+    """
     tensors = {f"master.{name}": value for name, value in masters.items()}
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     numbers: dict[str, dict[str, Any]] = {}
@@ -105,13 +127,17 @@ def save_state(
     for index, entries in state_dict["state"].items():
         for key, value in _flatten(entries):
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
+                divided = index in shards and shards[index].is_part(value)
+                tensors[f"optimizer.{index}.{key}"] = shards[index].divided(value) if divided else value
             else:
                 numbers.setdefault(str(index), {})[key] = value
     groups = [{key: v for key, v in group.items() if key not in AS_BUILT} for group in state_dict["param_groups"]]
     about = {"step": step, "metrics_size": folder.metrics_size(), "optimizer": numbers, "groups": groups}
     about |= {"record": folder.record, "extra": dict(extra)}
-    write_state_file(folder.latest, tensors, {STATE: json.dumps(about)})
+    if world().is_main:
+        write_state_file(folder.latest, tensors, {STATE: json.dumps(about)})
+    else:
+        take_part(tensors)
 
 
 def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,6 +191,19 @@ def _parse_state(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Sta
             parts[kind][rest] = value
     state_dict = {"state": optimizer, "param_groups": about.get("groups", [])}
     return State(about["step"], about["metrics_size"], parts["master"], parts["ema"], state_dict, about["extra"])
+
+
+def parts_of_states(saved: Mapping[str, Any], shards: Mapping[int, Shard]) -> dict[str, Any]:
+    """A saved state of an optimizer with what this process keeps of it; shards: divided parameters by number."""
+    states = {
+        index: {k: shards[index].part(v) if _is_whole(v, shards.get(index)) else v for k, v in entries.items()}
+        for index, entries in saved["state"].items()
+    }
+    return {**saved, "state": states}
+
+
+def _is_whole(value: Any, shard: Shard | None) -> bool:
+    return shard is not None and isinstance(value, Tensor) and value.dim() > 0 and value.shape == shard.shape
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

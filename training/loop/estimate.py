@@ -119,6 +119,9 @@ def estimate_memory(
     gradients, update = max(sizes) if step.fused else sum(sizes), max((extra for _, extra in states), default=0)
     peaks = rehearse(step, sample, count, more, fake_mode(weights))
     batch, activations = peaks.pop(ACTIVATIONS)
+    if step.trainable.shards:  # whole gradients are there one block at a time
+        activations += step.trainable.gathered_bytes
+        batch = activations + gradients
     return MemoryEstimate(
         weights=_bytes_on(step.device, (w for w in weights if id(w) not in ours)) - swapped,
         masters=_bytes_on(step.device, parameters.values()),
@@ -148,9 +151,12 @@ def rehearse(
     Nothing is computed but the encoding of a prompt where the text encoder trains. Dropout is left out: it draws
     numbers, which tensors without values have none of. Arguments as for `estimate_memory`.
     """
-    trainable, parameters = step.trainable, list(step.trainable.parameters.values())
-    with trainable.attach(trainable.parameters), autocast(step.settings.precision, step.device):
-        parts = {**step.objective.rehearsal(sample, count, parameters), **more}
+    trainable, parameters = step.trainable, dict(step.trainable.parameters)
+    with mode:
+        for name, shard in trainable.shards.items():
+            parameters[name] = nn.Parameter(torch.empty(shard.shape, device=step.device))
+    with trainable.attach(parameters), autocast(step.settings.precision, step.device):
+        parts = {**step.objective.rehearsal(sample, count, list(parameters.values())), **more}
         return {name: _peaks(run, mode) for name, run in parts.items()}
 
 

@@ -135,18 +135,19 @@ class GradientStep:
         """Sums gradients and losses over all processes, in place.
 
         What has no gradient in one process may have one in another (a dropped module, a caption without the learned
-        word), so every process sums all gradients, with zeros for those that it lacks.
+        word), so every process sums all gradients, with zeros for those that it lacks. Divided ones are sums already.
 
         Returns:
             The sums of `parts`, in order, and for each parameter the number of processes that had a gradient of it.
         """
-        parameters = list(self.trainable.parameters.values())
-        present = [float(parameter.grad is not None) for parameter in parameters]
+        parameters, shards = self.trainable.parameters, self.trainable.shards
+        present = [float(parameter.grad is not None) for parameter in parameters.values()]
         shared = torch.tensor([*parts.values(), *present]).to(losses)
-        for parameter in parameters:
+        reduced = [parameter for name, parameter in parameters.items() if name not in shards]
+        for parameter in reduced:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.world.all_reduce_([*(parameter.grad for parameter in parameters), losses, shared])
+        self.world.all_reduce_([*(parameter.grad for parameter in reduced), losses, shared])
         return shared
 
     def _drop_gradients(self, counts: Sequence[float], step: int) -> None:
@@ -168,9 +169,23 @@ class GradientStep:
             if group_rate(group["name"], step, self.settings) == 0:
                 for parameter in group["params"]:
                     parameter.grad = None
-        parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+        norm = self._norm()
+        parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm or math.inf, norm)
+        return norm
+
+    def _norm(self) -> Tensor:
+        """The norm of the whole gradient; squares of what is divided among processes are summed over them."""
+        parameters, shards = self.trainable.parameters, self.trainable.shards
+        whole = [p.grad for name, p in parameters.items() if p.grad is not None and name not in shards]
+        norm = torch.nn.utils.get_total_norm(whole)
+        if not shards:
+            return norm
+        divided = [p.grad for name, p in parameters.items() if p.grad is not None and name in shards]
+        squares = torch.nn.utils.get_total_norm(divided).square()
+        self.world.all_reduce_([squares])
+        return (norm.to(squares).square() + squares).sqrt()
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..common.callbacks import Callbacks, StepInfo
-from ..common.distributed import World, world
+from ..common.distributed import World, whole, world
 from ..common.files import WriteFailed, check_free_disk
 from ..config.loop import Batches, LoopConfig, TrainingDiverged
 from ..evaluation.diversity_guard import Guard
@@ -94,6 +94,7 @@ class Loop:
         self.step, self.saved_step, self.timer = 0, -1, StepTimer()
         self.validation, self.guard_stopped, self.finishing = ValidationRecord(), False, False
         self.objective_state: dict[str, Any] = {}
+        self.gathered: dict[str, Tensor] = {}
         self.updating = False
         self.metrics = MetricsLog(folder, config.settings, self.callbacks)
         self.done_events: set[tuple[str, int]] = set()
@@ -136,8 +137,11 @@ class Loop:
         return stopped_early(self.validation.stale, self.settings)
 
     def values(self) -> Mapping[str, Tensor]:
-        """The weights that are validated, sampled with and saved as the result."""
-        return self.gradient_step.values()
+        """The weights that are validated, sampled with and saved as the result.
+
+        Where they are divided among processes, whole ones while the main process evaluates, and DTensors otherwise.
+        """
+        return self.gathered or self.trainable.divided(self.gradient_step.values())
 
     def _train_step(self) -> None:
         step = self.step + 1
@@ -177,20 +181,42 @@ class Loop:
         """The main process evaluates and saves where it is time to; all of them then learn whether the run ends."""
         if self.world.is_main:
             self.finishing = self.step > 0 and (self.callbacks.wants_finish() or self.folder.take_finish())
+        if self.trainable.shards:
+            self._gather()
+        if self.world.is_main:
             self._evaluate()
-            if self.sampler and (self.step % self.config.sample_every == 0 or self.at_end):
+            if self._samples_now:
                 self._add_event("sample", draw_samples)
-            if self.step and self.step % self.settings.save_every == 0 and not self.at_end:
-                self.callbacks.on_text(f"saving the state after step {self.step}")
-                self._save()
-                self.folder.set_status("running", self.step)
+        self.gathered = {}
         self._broadcast_ending()
+        if self.step and self.step % self.settings.save_every == 0 and not self.at_end:
+            self.callbacks.on_text(f"saving the state after step {self.step}")
+            self._save()
+            if self.world.is_main:
+                self.folder.set_status("running", self.step)
         if self.stopped_early and self.step < self.config.steps:
             stale = self.validation.stale
             self.callbacks.on_text(f"stopping at step {self.step}: {stale} validations without a lower loss")
 
+    @property
+    def _samples_now(self) -> bool:
+        return self.sampler is not None and (self.step % self.config.sample_every == 0 or self.at_end)
+
+    @property
+    def _evaluates_now(self) -> bool:
+        return self.step % self.settings.validate_every == 0 or self.step == self.config.steps or self.finishing
+
+    def _gather(self) -> None:
+        """Gives the main process whole values where it will evaluate; all processes must come here."""
+        (finishing,) = self.world.broadcast([int(self.finishing)], self.device)
+        self.finishing = bool(finishing)
+        evaluates = self._evaluates_now and (self.held_out or self.watch or self.guard)
+        if evaluates or self._samples_now:
+            values = ((name, whole(value)) for name, value in self.values().items())
+            self.gathered = {name: value.cpu() for name, value in values if self.world.is_main}
+
     def _evaluate(self) -> None:
-        if self.step % self.settings.validate_every == 0 or self.step == self.config.steps or self.finishing:
+        if self._evaluates_now:
             if self.held_out:
                 self._add_event("validation", validate)
             if self.watch:
@@ -236,8 +262,9 @@ class Loop:
         self.objective_state = self.objective.state()
 
     def _save(self) -> None:
-        if self.world.is_main:
+        if self.world.is_main or self.trainable.shards:
             save_loop(self)
+        if self.world.is_main:
             self.saved_step = self.step
 
     @contextmanager
@@ -252,7 +279,8 @@ class Loop:
                 self.gradient_step.optimizer.zero_grad(set_to_none=True)
             diverged = isinstance(error, TrainingDiverged) and self.saved_step >= 0
             updating = self.updating or self.gradient_step.updating
-            if not updating and self.step != self.saved_step and not diverged:
+            divided = bool(self.trainable.shards)  # a process cannot save these on its own
+            if not divided and not updating and self.step != self.saved_step and not diverged:
                 self._save_after(error)
             if out_of_memory:
                 hints = self.config.memory_hints

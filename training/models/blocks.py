@@ -63,9 +63,13 @@ def recomputed(network: nn.Module, enabled: bool = True) -> AbstractContextManag
     The gradient has the same bits. (ComfyUI's own `use_checkpoint` fails with frozen weights; diffusers' keeps what
     lies between a transformer's norm and its blocks.)
     """
+    return recomputing(units_to_recompute(network) if enabled else [])
+
+
+def recomputing(units: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """`recomputed` for given modules."""
     from torch.utils.checkpoint import checkpoint
 
-    units = units_to_recompute(network) if enabled else []
     return wrapped(units, lambda unit, forward: partial(checkpoint, forward, use_reentrant=False))
 
 

@@ -11,13 +11,16 @@ import torch
 
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig
-from ..config.training_settings import FORMER_DEFAULTS
+from ..config.training_settings import FORMER_DEFAULTS, TrainingSettings
 from ..loop.fused_backward import check_fused_backward
 from ..loop.memory import retrains_whole_unet
 from ..loop.optimizers import check_optimizer
 from ..loop.precision import default_precision, has_bf16
+from ..loop.sharding import check_sharding
 from ..models.block_swap import check_block_swap
-from ..models.protocols import TextToImage
+from ..models.compiled import check_compiler
+from ..models.diffusers import DiffusersDenoiser
+from ..models.protocols import Denoiser, TextToImage
 from ..objectives.losses import check_objective
 from ..runs.folder import RunFolder
 from ..runs.metrics_log import check_tensorboard
@@ -45,7 +48,9 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     denoiser, settings = model.denoiser, config.settings
     check_optimizer(settings, config.learning_rate, denoiser.device)
     check_fused_backward(config)
+    check_sharding(config)
     _check_swap(model, config)
+    check_speed(denoiser, settings)
     check_precision(settings.precision, denoiser.device)
     check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
@@ -65,6 +70,27 @@ def _check_swap(model: TextToImage, config: RunConfig) -> None:
             f"block_swap is {count} with train = {config.train}; expected 0, since frozen weights alone stay in RAM. "
             "Set it to 0, or train fewer layers."
         )
+
+
+def check_speed(denoiser: Denoiser, settings: TrainingSettings) -> None:
+    """Raises ValueError for compile_blocks or channels_last where they do not apply; warns where they are slower."""
+    for name in ("compile_blocks", "channels_last"):
+        if getattr(settings, name) and not isinstance(denoiser, DiffusersDenoiser):
+            raise ValueError(
+                f"{name} is on in ComfyUI, whose layers move and cast their weights themselves; expected it on the "
+                f"command line. Set {name} off."
+            )
+        if getattr(settings, name) and settings.shard_weights:
+            raise ValueError(f"{name} is on with shard_weights; expected one of them. Set one off.")
+    if settings.compile_blocks and settings.block_swap:
+        raise ValueError(
+            f"compile_blocks is on with block_swap {settings.block_swap}; expected 0, since a compiled block's weights "
+            "stay where they are."
+        )
+    if settings.compile_blocks:
+        check_compiler(denoiser.device)
+    if settings.channels_last and denoiser.device.type == "cpu":
+        log.warning("channels_last is slower on a CPU")
 
 
 def check_precision(precision: str, device: torch.device) -> None:

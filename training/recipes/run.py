@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.fingerprint import tensors_sketch
+from ..common.tensor_writer import take_part
 from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
@@ -24,6 +25,7 @@ from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models import ldm
 from ..models.block_swap import freed_bytes, swapped_blocks
+from ..models.compiled import channels_last, compiled_blocks
 from ..models.parameters import copied_to
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
@@ -109,21 +111,25 @@ def run_training(
             loop = build_loop(folder, callbacks)
             with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
                 expect_memory(job, model, config, loop, callbacks)
-        with _saving_memory(model, config, loop), loop.trainable.mounted():
+        with _in_blocks(model, config, loop), loop.trainable.mounted():
             values = loop.run()
         if here.is_main:
             _finish(job, folder, loop, values, callbacks)
+        else:
+            take_part(values)
         here.barrier()
         return folder.path
 
 
 @contextmanager
-def _saving_memory(model: TextToImage, config: RunConfig, loop: Loop) -> Iterator[None]:
-    """While entered, blocks are swapped and recomputed as the settings ask."""
+def _in_blocks(model: TextToImage, config: RunConfig, loop: Loop) -> Iterator[None]:
+    """While entered, blocks are compiled, swapped and recomputed as the settings ask."""
     settings, denoiser = config.settings, model.denoiser
     trained, recompute = trained_names(loop), settings.gradient_checkpointing
-    with swapped_blocks(denoiser, settings.block_swap, trained, recompute), denoiser.checkpointing(recompute):
-        yield
+    network, swap = denoiser.network, settings.block_swap
+    with channels_last(network, settings.channels_last), compiled_blocks(network, settings.compile_blocks):
+        with swapped_blocks(denoiser, swap, trained, recompute), denoiser.checkpointing(recompute):
+            yield
 
 
 def trained_names(loop: Loop) -> set[str]:

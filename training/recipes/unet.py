@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
+from ..common.distributed import world
 from ..common.files import write_tensors
 from ..common.foreign import metadata_json, read_tensors, reading
 from ..config.run import TrainModelConfig
@@ -25,7 +26,9 @@ from ..models.prediction import split_markers, unet_description
 from ..models.protocols import TextToImage
 from ..runs.folder import RunFolder
 from ..text_encoder.projection import PROJECTION_PREFIX
-from ..trainables.weights import SelectedWeights
+from ..trainables.base import Trainable
+from ..trainables.sharded import ShardedWeights
+from ..trainables.weights import SelectedWeights, TrainableGroup
 from .checks import check_fit, with_precision
 from .denoising import train_on_images
 from .run import AGAIN, TrainingJob
@@ -86,18 +89,24 @@ def train_model(
     return read_trained_model(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
 
 
-def _build_trainable(model: TextToImage, config: TrainModelConfig) -> SelectedWeights:
+def _build_trainable(model: TextToImage, config: TrainModelConfig) -> Trainable:
     """The chosen layers, and the projection if it trains too."""
     denoiser, projection = model.denoiser, model.text_encoder.projection
     refs = {denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
     selected = {ldm.UNET_PREFIX + name: refs[name] for name in select(refs, config.train)}
-    networks = [denoiser.network]
+    of_projection, networks = {}, [denoiser.network]
     if config.train_projection and projection is not None:
-        selected |= parameter_refs(projection, PROJECTION_PREFIX)
+        of_projection = parameter_refs(projection, PROJECTION_PREFIX)
         networks.append(projection)
     elif config.train_projection:
         log.info("the text encoder has no projection; only the UNet trains")
-    return SelectedWeights(selected, networks)
+    if not config.settings.shard_weights:
+        return SelectedWeights(selected | of_projection, networks)
+    mesh, recompute = world().mesh(denoiser.device), config.settings.gradient_checkpointing
+    sharded = ShardedWeights(selected, denoiser.network, mesh, recompute)
+    if not of_projection:
+        return sharded
+    return TrainableGroup((sharded, 1.0), (SelectedWeights(of_projection, [projection]), 1.0))
 
 
 def _write(

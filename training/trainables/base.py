@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..models.parameters import frozen
 from ..models.recast import recastable, recasting
+
+if TYPE_CHECKING:
+    from .sharded import Shard
 
 
 class Trainable(ABC):
@@ -19,16 +23,26 @@ class Trainable(ABC):
     Args:
         parameters: masters by name.
         networks: roots whose own parameters are frozen while mounted.
+
+    Attributes:
+        shards: masters that are divided among processes; `parameters` has this process's rows of them.
+        gathered_bytes: of whole weights and gradients of these that are in memory at a time.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], networks: Sequence[nn.Module]):
         self.parameters = dict(parameters)
         self.networks = list(networks)
+        self.shards: Mapping[str, Shard] = {}
+        self.gathered_bytes = 0
         self._mounted = False
 
     def __len__(self) -> int:
         """Number of values that train."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(self.shape(name).numel() for name in self.parameters)
+
+    def shape(self, name: str) -> torch.Size:
+        """A master's, whole where it is divided among processes."""
+        return (self.shards.get(name) or self.parameters[name]).shape
 
     def values(self) -> dict[str, Tensor]:
         """The masters as plain tensors, without copying."""
@@ -40,14 +54,22 @@ class Trainable(ABC):
         if values.keys() != self.parameters.keys():
             different = sorted(values.keys() ^ self.parameters.keys())
             raise ValueError(f"saved weights differ from the selection in {different[:3]}; expected the same names.")
-        for name, parameter in self.parameters.items():
-            if values[name].shape != parameter.shape:
+        for name in self.parameters:
+            if values[name].shape != self.shape(name):
                 raise ValueError(
-                    f"saved {name} is {tuple(values[name].shape)}; expected {tuple(parameter.shape)}. "
+                    f"saved {name} is {tuple(values[name].shape)}; expected {tuple(self.shape(name))}. "
                     "It belongs to another model."
                 )
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            parameter.copy_(self.part(name, values[name]))
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """What this process keeps of a whole tensor that belongs to a master: its rows where that is divided."""
+        return self.shards[name].part(value) if name in self.shards else value
+
+    def divided(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the masters' names as tensors of whole shape, those that are divided as DTensors."""
+        return {name: self.shards[name].divided(v) if name in self.shards else v for name, v in values.items()}
 
     def rate(self, name: str) -> float:
         """A parameter's learning rate as a multiple of the run's."""

@@ -80,6 +80,8 @@ class TrainableGroup(Trainable):
         self._owners = {name: i for i, part in enumerate(self._parts) for name in part.parameters}
         parameters = {name: value for part in self._parts for name, value in part.parameters.items()}
         super().__init__(parameters, [network for part in self._parts for network in part.networks])
+        self.shards = {name: shard for part in self._parts for name, shard in part.shards.items()}
+        self.gathered_bytes = sum(part.gathered_bytes for part in self._parts)
 
     def rate(self, name: str) -> float:
         owner = self._owners[name]

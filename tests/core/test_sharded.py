@@ -1,0 +1,180 @@
+"""Weights divided among processes (FSDP2, gloo): gradient, weights, states and result of one process; refusals."""
+
+import shutil
+
+import pytest
+import torch
+from retune.training.common.foreign import read_tensors
+from retune.training.config.lora import LoraConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.sharding import check_sharding
+
+from .test_several_processes import masters, run, start, steps_of
+
+TRAIN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from retune.training.common.callbacks import Callbacks
+from retune.training.common.distributed import world
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.data.dataset import from_images
+from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
+from retune.training.models.protocols import Conditioning, TextToImage
+from retune.training.recipes.unet import train_model
+
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+
+
+class Projection(torch.nn.Linear):
+    bands = 0
+
+    def config(self):
+        return {"width": 32}
+
+
+class Text:
+    '''A backbone of fixed states, and a projection that trains.'''
+
+    def __init__(self):
+        self.projection = Projection(32, 32)
+        self.width, self.pooled_width, self.fingerprint, self.weights = 32, 0, "words", {}
+
+    def tokenize(self, texts):
+        return texts
+
+    def backbone(self, texts):
+        states = [torch.randn(8, 32, generator=torch.Generator().manual_seed(len(text))) for text in texts]
+        return Conditioning(torch.stack(states))
+
+    def project(self, states, time=None):
+        return replace(states, context=self.projection(states.context))
+
+    def encode(self, tokens):
+        return self.project(self.backbone(tokens))
+
+
+def model():
+    torch.manual_seed(0)
+    denoiser = DiffusersDenoiser(UNet2DConditionModel(**UNET))
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    return TextToImage(denoiser, Text(), DiffusersAutoencoder(vae))
+
+
+def train(root, name, steps, layers, options):
+    torch.manual_seed(1)
+    pictures = from_images([torch.rand(3, 8, 8) for _ in range(8)], ["a", "bb"] * 4, resolution=None)
+    settings = {"warmup_steps": 0, "validation_fraction": 0.25, "validate_every": 2, "save_every": 2, **options}
+    samples = SamplePrompts(prompts=("a",), every=2, steps=2, width=8, height=8)
+    base = {"batch_size": 4, "learning_rate": 1e-3, "steps": steps, "train": layers, "samples": samples}
+    config = TrainModelConfig(run_name=name, settings=TrainingSettings(**settings), **base)
+    tuned, before = model(), {}
+    network = tuned.denoiser.network
+    before = {key: (value, value.clone(), value.requires_grad) for key, value in network.named_parameters()}
+    forwards = [(module, dict(vars(module))) for module in network.modules()]
+    train_model(tuned, pictures, config, root)
+    for key, value in network.named_parameters():
+        parameter, copy, required = before[key]
+        assert value is parameter and torch.equal(value, copy) and value.requires_grad == required, key
+    assert all("forward" not in vars(module) for module, _ in forwards)
+    assert type(network) is UNet2DConditionModel and not network._forward_hooks
+
+
+if __name__ == "__main__":
+    root, name, steps, layers, options = sys.argv[1:]
+    train(Path(root), name, int(steps), layers, eval(options))
+"""
+SHARDED = {"shard_weights": True}
+
+
+def train(count, root, name, steps, layers="whole UNet", **options):
+    run(count, "-c", TRAIN, root, name, steps, layers, options)
+    return read_tensors(root / name / "model.safetensors")[0], masters(root / name)
+
+
+def expect_equal(found, expected, tolerance):
+    """Equal names, and values to a share of the largest change that a run makes."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        if value.is_floating_point():
+            assert (found[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["whole UNet", "cross-attention"])
+def test_the_run_is_that_of_one_process(tmp_path, layers):
+    """Result, masters, average and metrics, with clipping, accumulation, recomputed activations and a projection.
+
+    SGD: AdamW makes whole steps of what rounding left of gradients near zero.
+    """
+    options = {"optimizer": "SGD", "ema_decay": 0.9, "gradient_accumulation": 2, "max_grad_norm": 0.05}
+    options |= {"gradient_checkpointing": True, "lr_self_attention": 2.0, "unfreeze_rest": 2}
+    one = train(1, tmp_path, "one", 4, layers, **options)
+    two = train(2, tmp_path, "two", 4, layers, **options, **SHARDED)
+    for found, expected in zip(two, one, strict=True):
+        expect_equal(found, expected, 1e-5)
+    for single, divided in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):
+        for key, value in single.items():
+            close = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            assert divided[key] == close, key
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_the_same_bits_and_with_another_number_of_processes(tmp_path):
+    whole = train(2, tmp_path, "whole", 4, **SHARDED)
+    train(2, tmp_path, "again", 2, **SHARDED)
+    shutil.copytree(tmp_path / "again", tmp_path / "other")
+    again = train(2, tmp_path, "again", 4, **SHARDED)
+    for found, expected in zip(again, whole, strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    alone = train(1, tmp_path, "other", 4)
+    for found, expected in zip(alone, whole, strict=True):
+        expect_equal(found, expected, 1e-3)  # AdamW
+    train(1, tmp_path, "last", 2)
+    divided = train(2, tmp_path, "last", 4, **SHARDED)
+    for found, expected in zip(divided, whole, strict=True):
+        expect_equal(found, expected, 1e-3)
+
+
+def config(kind=TrainModelConfig, **settings):
+    return kind(run_name="r", settings=TrainingSettings(shard_weights=True, **settings))
+
+
+def test_what_cannot_be_divided_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="shard_weights is on with one process, as ComfyUI always has"):
+        check_sharding(config())
+    monkeypatch.setattr("retune.training.loop.sharding.world", lambda: type("Two", (), {"size": 2}))
+    check_sharding(config())
+    with pytest.raises(ValueError, match="expected it for `train`"):
+        check_sharding(config(LoraConfig))
+    with pytest.raises(ValueError, match="optimizer Adafactor; expected one of AdamW, SGD, Lion"):
+        check_sharding(config(optimizer="Adafactor"))
+    with pytest.raises(ValueError, match="precision fp16"):
+        check_sharding(config(precision="fp16"))
+    with pytest.raises(ValueError, match="block_swap 3; expected 0"):
+        check_sharding(config(block_swap=3))
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_one_process_before_anything_is_loaded(tmp_path):
+    flags = ["train", "--model", "nowhere", "--folder", "nowhere", "--run-name", "r", "--shard-weights"]
+    codes, (output,) = start(1, "-m", "retune.training", *flags, "--output", tmp_path)
+    assert codes != [0]
+    assert "shard_weights is on with one process" in output
