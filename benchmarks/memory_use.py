@@ -195,8 +195,7 @@ def measure_step(model: TextToImage, step: GradientStep, present: int) -> int:
         stack.enter_context(model.denoiser.checkpointing(step.settings.gradient_checkpointing))
         live = None if cuda else stack.enter_context(LiveBytes())
         for number in (1, 2):
-            step.backward(number, Callbacks())
-            step.clip(number)
+            step.gradient(number, Callbacks())
             step.update(number)
     return torch.cuda.max_memory_allocated(step.device) if cuda else present + live.peak
 

@@ -52,8 +52,8 @@ def _residence(count: int | None = None) -> list[tuple]:
     """The `count` ModelPatchers that were loaded last, each with the bytes of its weights that are on its device."""
     import comfy.model_management
 
-    loaded = comfy.model_management.loaded_models()[:count]
-    return [(patcher, patcher.loaded_size()) for patcher in loaded if patcher is not None]
+    loaded = [patcher for patcher in comfy.model_management.loaded_models() if patcher is not None]
+    return [(patcher, patcher.loaded_size()) for patcher in loaded[:count]]
 
 
 def load_fully(patchers: Sequence, memory: int = 0) -> None:

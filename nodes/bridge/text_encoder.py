@@ -96,7 +96,8 @@ class ComfyTextEncoder:
 
     @property
     def weights(self) -> dict[str, ParameterRef]:
-        refs = parameter_refs(self._static_clip().cond_stage_model, "text_encoders.")
+        clip = self._static_clip() if self._trains else self.clip  # nobody changes those of a frozen one
+        refs = parameter_refs(clip.cond_stage_model, "text_encoders.")
         return {name: ref for name, ref in refs.items() if not UNUSED.fullmatch(name)}
 
     @contextmanager

@@ -115,8 +115,9 @@ class NodeCallbacks(Callbacks):
             self._send_text(text)
             self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
 
-    def on_memory(self, text: str) -> None:
+    def on_memory(self, text: str, needed: int) -> None:
         self._raise_if_cancelled()
+        self._reserved = max(self._reserved, needed)  # ComfyUI's own figure is a guess
         self._send_text(text)
         self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
 

@@ -221,6 +221,17 @@ def test_a_run_with_more_blocks_than_there_are_ends_before_any_work(tiny_model, 
     assert not list(tmp_path.glob("r*"))
 
 
+def test_swapping_blocks_of_which_all_weights_train_ends_before_any_work(tiny_model, pictures, tmp_path):
+    from retune.training.config.run import TrainModelConfig
+    from retune.training.config.training_settings import TrainingSettings
+    from retune.training.recipes.unet import train_model
+
+    config = TrainModelConfig(run_name="r", train="whole UNet", settings=TrainingSettings(block_swap=2))
+    with pytest.raises(ValueError, match="block_swap is 2 with train = whole UNet; expected 0"):
+        train_model(tiny_model, pictures, config, tmp_path)
+    assert not list(tmp_path.glob("r*"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_retraining_keeps_the_trained_weights_on_the_device(tiny_model, pictures, tmp_path, precision):
     from retune.training.config.run import TrainModelConfig

@@ -156,6 +156,23 @@ def test_the_preset_reaches_the_run(train_arguments, tmp_path):
     assert config["settings"]["total_batch"] == 4 and config["steps"] == 1
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+@pytest.mark.parametrize("verb, artifact", [("lora", "lora.safetensors"), ("train", "model.safetensors")])
+def test_all_that_saves_memory_goes_together(train_arguments, tmp_path, capsys, verb, artifact, precision):
+    """Blocks in RAM that are recomputed, frozen weights in the arithmetic's dtype, gradients used as they come: with
+    and without the first two, of which a result has no bit."""
+    common = ("--precision", precision, "--fused-backward", "--gradient-accumulation", "1", "--steps", "2")
+    found = []
+    for name, more in (("plain", ()), ("lean", ("--gradient-checkpointing", "--block-swap", "5"))):
+        arguments = train_arguments(tmp_path / name, *common, *more)
+        assert main([verb, *arguments[1:]]) == 0
+        assert "memory: at most about" in capsys.readouterr().err
+        found.append((tmp_path / name / "r" / artifact).read_bytes())
+    assert found[0] == found[1]
+    settings = json.loads((tmp_path / "lean" / "r" / "config.json").read_text(encoding="utf-8"))["config"]["settings"]
+    assert settings["precision"] == ("fp32" if precision == "auto" else precision) and settings["block_swap"] == 5
+
+
 def test_errors_are_one_line_and_code_two(tmp_path, capsys):
     output = str(tmp_path / "out.safetensors")
     assert main(["reset", "--model", str(tmp_path / "no"), "--layers", "QK", "--output", output]) == 2

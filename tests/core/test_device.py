@@ -35,6 +35,7 @@ FLOAT64 = {
     "evaluation/statistics.py": "scores, which were lists of numbers",
     "formats/lora_difference.py": "singular values of a file's tensors, on the CPU",
     "models/noise_levels.py": "tables of noise levels, computed once on the CPU",
+    "models/recast.py": "a comparison: autocast leaves the type alone",
     "objectives/losses.py": "weights of a batch's noise levels from the table on the CPU",
     "objectives/noise.py": "draws from generators of the CPU",
     "plots/score_histogram.py": "numbers of a chart",

@@ -15,6 +15,10 @@ from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop import estimate as module
 from retune.training.loop.estimate import MemoryEstimate, _state_bytes, check_memory, free_bytes
+from retune.training.models.block_swap import freed_bytes
+from retune.training.models.blocks import blocks_in_order
+from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
+from retune.training.models.visitors import Visitors
 from retune.training.recipes import run as recipe
 from retune.training.recipes.lora import train_lora
 from retune.training.recipes.reward import tune
@@ -65,6 +69,7 @@ def counted(train, monkeypatch):
         {"optimizer": "AdamW"},
         {"optimizer": "SGD", "gradient_accumulation": 2, "precision": "bf16"},
         {"optimizer": "Adafactor", "gradient_checkpointing": True},
+        {"optimizer": "AdamW", "fused_backward": True},
     ],
 )
 @pytest.mark.parametrize("kind", ["LoRA", "UNet"])
@@ -80,7 +85,38 @@ def test_an_estimate_is_what_real_steps_take(tiny_model, pictures, tmp_path, mon
     networks = (tiny_model.denoiser.network, tiny_model.autoencoder.network, tiny_model.text_encoder.network)
     assert estimate.weights == sum(parameter.nbytes for network in networks for parameter in network.parameters())
     if kind == "UNet":
-        assert estimate.masters == estimate.gradients == sum(p.nbytes for p in networks[0].parameters())
+        sizes = [parameter.nbytes for parameter in networks[0].parameters()]
+        assert estimate.masters == sum(sizes)
+        assert estimate.gradients == (max(sizes) if settings.fused_backward else sum(sizes))
+
+
+def test_an_estimate_counts_block_swap(tiny_model, pictures, tmp_path, monkeypatch):
+    """On a CPU the copies of two blocks are added; in this UNet they are not there with most of the activations."""
+    blocks = blocks_in_order(tiny_model.denoiser)
+    settings = TrainingSettings(warmup_steps=1, block_swap=len(blocks), gradient_checkpointing=True)
+    config = LoraConfig(run_name="r", steps=2, batch_size=1, rank=2, settings=settings)
+    run = partial(train_lora, tiny_model, pictures, config, tmp_path)
+    estimate, peak = counted(lambda callbacks: run(callbacks=callbacks), monkeypatch)
+    sizes = [sum(-(-p.nbytes // 256) * 256 for p in block.parameters()) for block in blocks]
+    assert -estimate.swapped == max(one + other for one, other in zip(sizes, sizes[1:], strict=False))
+    assert 0.9 * (estimate.needed + estimate.swapped) < peak < 1.1 * estimate.needed
+
+
+def test_block_swap_frees_all_blocks_but_two_of_a_device(sd15_unet):
+    unet = type(sd15_unet).from_config(sd15_unet.config).to("meta")
+    denoiser = DiffusersDenoiser(unet)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks_in_order(denoiser)]
+    pairs = [one + other for one, other in zip(sizes[-5:], [*sizes[-4:], 0], strict=True)]
+    assert freed_bytes(denoiser, 5) == pytest.approx(sum(sizes[-5:]) - max(pairs), abs=2 * 256 * 40)
+    assert freed_bytes(denoiser, 1) == pytest.approx(0, abs=256 * 40) and freed_bytes(denoiser, 0) == 0
+    names = {denoiser.canonical_name(name) for name, _ in unet.named_parameters()}
+    assert freed_bytes(denoiser, 5, names) == 0
+
+
+def test_a_swapped_run_needs_less_than_what_leaves():
+    swapped = estimate(weights=10, swapped=30)
+    assert (swapped.present, swapped.peak, swapped.needed) == (41, 22, -19)
+    check_memory(swapped, 0, CPU, "")
 
 
 @pytest.mark.parametrize("changes", [{"train": "text encoder"}, {"train": "UNet LoRA", "stop_gradient": False}])
@@ -171,6 +207,24 @@ def test_samples_larger_than_the_training_pictures_count(tiny_model, pictures, t
     config = LoraConfig(run_name="r", steps=1, batch_size=1, samples=samples)
     estimate, _ = counted(partial(train_lora, tiny_model, pictures, config, tmp_path), monkeypatch)
     assert estimate.decode > estimate.activations
+
+
+def test_a_vae_that_is_elsewhere_comes_to_decode_samples_without_being_moved(tiny_model):
+    """By torch's rules for a device that need not be there; its weights count where they have to come."""
+    samples = SamplePrompts(prompts=("a red circle",), width=64, height=64)
+    config = LoraConfig(run_name="r", steps=1, samples=samples)
+    vae, unet, peaks = tiny_model.autoencoder.network, tiny_model.denoiser.network, []
+    Visitors(unet, ([vae],), torch.device("cpu"))
+    for place in ("cpu", "cuda"):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            denoiser = DiffusersDenoiser(type(unet).from_config(unet.config))
+            there = vae if place == "cpu" else type(vae).from_config(vae.config)
+            model = replace(tiny_model, denoiser=denoiser, autoencoder=DiffusersAutoencoder(there))
+            with LiveBytes() as live:
+                recipe.sample_decoding(model, config)["samples"]()
+        peaks.append(live.peak)
+    assert peaks[0] - peaks[1] == sum(parameter.nbytes for parameter in vae.parameters())
+    assert all(type(parameter.data) is torch.Tensor and parameter.device == CPU for parameter in vae.parameters())
 
 
 def test_free_memory_of_a_cpu_is_known():

@@ -90,6 +90,8 @@ def test_a_new_run_takes_the_devices_and_says_so_once(card, tmp_path, caplog):
     assert with_precision(config_of(), CUDA, tmp_path).settings.precision == "fp16"
     assert [r.message for r in caplog.records] == ["precision auto is fp16, by the device (cuda)"]
     assert with_precision(config_of(RewardTuneConfig), CUDA, tmp_path).settings.precision == "fp32"
+    fused = TrainModelConfig(run_name="r", settings=TrainingSettings(fused_backward=True))  # refuses fp16
+    assert with_precision(fused, CUDA, tmp_path).settings.precision == "fp32"
     assert with_precision(config_of(), CPU, tmp_path).settings.precision == "fp32"
     caplog.clear()
     resolved = with_precision(config_of(precision="fp32"), CUDA, tmp_path)

@@ -12,6 +12,7 @@ from retune.training.config.training_settings import TrainingSettings
 from retune.training.models.visitors import Visitors, arrive, send_visitors_away
 from retune.training.recipes.unet import train_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Moves(nn.Module):
@@ -43,6 +44,10 @@ def test_one_group_is_there_at_a_time():
     assert log[5:] == [("vae", "cpu")]
     arrive(vae)
     assert log[6:] == [("vae", "cuda:0")]
+    with FakeTensorMode():  # nothing has values there, and what is moved would lose its own
+        send_visitors_away(unet)
+        arrive(clip_l)
+    assert len(log) == 7
     arrive(nn.Linear(1, 1))
     send_visitors_away(nn.Linear(1, 1))
 

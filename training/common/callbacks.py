@@ -46,8 +46,13 @@ class Callbacks:
     def on_text(self, text: str) -> None:
         """A phase begins: text for people, such as loading, caching or sampling."""
 
-    def on_memory(self, text: str) -> None:
-        """What the run will take of the device's memory was computed: text for people, shown before the first step."""
+    def on_memory(self, text: str, needed: int) -> None:
+        """What the run will take of the device's memory was computed.
+
+        Args:
+            text: for people, shown before the first step.
+            needed: bytes in addition to what it has.
+        """
         self.on_text(text)
 
     def managed_bytes(self, device: torch.device) -> int:

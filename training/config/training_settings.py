@@ -40,7 +40,7 @@ class TrainingSettings:
     gradient_accumulation."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto")
     """Arithmetic of the forward pass (autocast). auto: bf16 where the GPU has it, fp16 on older ones (fp32 for reward
-    tuning), fp32 on a CPU. Trained weights and optimiser states are always fp32."""
+    tuning and fused_backward), fp32 on a CPU. Trained weights and optimiser states are always fp32."""
     ema_decay: float = setting(0.0, low=0, high=0.999999, step=0.0001, advanced=True)
     """Exponential moving average of the trained weights, used for samples and result; 0 is off, 0.999 is usual."""
     loss: Literal["mse", "huber", "l1", "pseudo-huber", "smooth-l1"] = setting("mse", advanced=True)

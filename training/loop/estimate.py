@@ -43,7 +43,7 @@ class MemoryEstimate:
     """Bytes of a run on its device, by part."""
 
     weights: int
-    """The model's parts that are on the device."""
+    """The model's parts that are on the device during the run."""
     masters: int
     """What trains."""
     average: int
@@ -53,7 +53,7 @@ class MemoryEstimate:
     update: int
     """Temporary tensors of the optimizer's step."""
     gradients: int
-    """Gradients of what trains."""
+    """Gradients of what trains; the largest of them where each is used and freed as it comes."""
     activations: int
     """What a batch's forward and backward passes hold besides the gradients."""
     decode: int = 0
@@ -62,18 +62,21 @@ class MemoryEstimate:
     """Whether gradients of earlier batches are there while a batch is computed."""
     step: int = 0
     """The most that activations and gradients take together in a batch's passes."""
+    swapped: int = 0
+    """Weights that leave the device when the run begins, less what their copies take of it (block swap)."""
 
     @property
     def present(self) -> int:
-        """Bytes that are in memory before the first step."""
-        return self.weights + self.masters + self.average
+        """Bytes that are in memory before the run begins."""
+        return self.weights + self.swapped + self.masters + self.average
 
     @property
     def peak(self) -> int:
         """The most bytes at a time: not all parts are there together."""
         before = self.gradients if self.accumulates else 0
         batch = self.gradients + self.activations if self.accumulates else self.step
-        return self.present + self.optimizer + max(batch, before + self.decode, self.gradients + self.update)
+        lasting = self.weights + self.masters + self.average + self.optimizer
+        return lasting + max(batch, before + self.decode, self.gradients + self.update)
 
     @property
     def needed(self) -> int:
@@ -94,7 +97,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    step: GradientStep, weights: Iterable[Tensor], sample: Any, count: int, more: Rehearsal
+    step: GradientStep, weights: Iterable[Tensor], sample: Any, count: int, more: Rehearsal, swapped: int = 0
 ) -> MemoryEstimate:
     """Computes what a run will take.
 
@@ -104,6 +107,7 @@ def estimate_memory(
         sample: the loaded slot that takes the most memory.
         count: samples of a batch in this process.
         more: parts of a run besides those of its objective, such as drawing samples.
+        swapped: bytes of `weights` that leave the device when the run begins (`block_swap.freed_bytes`).
 
     Raises:
         RuntimeError: a network cannot run on tensors without values.
@@ -111,20 +115,22 @@ def estimate_memory(
     parameters, weights = step.trainable.parameters, list(weights)
     ours = {id(parameter) for parameter in parameters.values()}
     states = [_state_bytes(tuple(p.shape), p, step.settings) for p in parameters.values()]
-    gradients = sum(parameter.nbytes for parameter in parameters.values())
+    sizes = [parameter.nbytes for parameter in parameters.values()]
+    gradients, update = max(sizes) if step.fused else sum(sizes), max((extra for _, extra in states), default=0)
     peaks = rehearse(step, sample, count, more, fake_mode(weights))
     batch, activations = peaks.pop(ACTIVATIONS)
     return MemoryEstimate(
-        weights=_bytes_on(step.device, (w for w in weights if id(w) not in ours)),
+        weights=_bytes_on(step.device, (w for w in weights if id(w) not in ours)) - swapped,
         masters=_bytes_on(step.device, parameters.values()),
         average=_bytes_on(step.device, step.ema.values()),
         optimizer=sum(size for size, _ in states),
-        update=max((extra for _, extra in states), default=0),
+        update=update,
         gradients=gradients,
         activations=activations,
         decode=max((peak for peak, _ in peaks.values()), default=0),
         accumulates=step.settings.gradient_accumulation > 1,
-        step=batch,
+        step=activations + gradients + update if step.fused else batch,
+        swapped=swapped,
     )
 
 

@@ -56,7 +56,7 @@ def memory_hints(config: RunConfig, size: tuple[int, int]) -> str:
 def _swap_hint(config: RunConfig) -> Iterator[str]:
     """Frozen weights in RAM, for a run that has them and recomputes its activations already."""
     settings = config.settings
-    if settings.gradient_checkpointing and not settings.block_swap and not _retrains_whole_unet(config):
+    if settings.gradient_checkpointing and not settings.block_swap and not retrains_whole_unet(config):
         yield "Set block_swap above 0 (slower, frozen weights stay in RAM): this run then goes on where it is."
 
 
@@ -93,7 +93,7 @@ def _smaller_numbers(config: RunConfig) -> Iterator[str]:
     if settings.optimizer in LARGE_STATES:
         yield f"optimizer AdamW8bit or Adafactor in place of {settings.optimizer}"
     fusible = settings.optimizer in STEP_BY_TENSOR and config.gradient_accumulation == 1
-    if _retrains_whole_unet(config) and fusible and not settings.fused_backward:
+    if retrains_whole_unet(config) and fusible and not settings.fused_backward:
         yield "fused_backward on"
     if settings.ema_decay:
         yield f"ema_decay 0 in place of {settings.ema_decay:g}"
@@ -107,11 +107,12 @@ def _fewer_weights(config: RunConfig) -> Iterator[str]:
             yield f"{name} {rank // 2} in place of {rank}"
     if getattr(config, "text_encoder_learning_rate", 0):
         yield f"text_encoder_learning_rate 0 in place of {config.text_encoder_learning_rate:g}"
-    if _retrains_whole_unet(config):
+    if retrains_whole_unet(config):
         yield f"fewer layers than train = {config.train}"
     if not getattr(config, "stop_gradient", True):
         yield "stop_gradient on"
 
 
-def _retrains_whole_unet(config: RunConfig) -> bool:
+def retrains_whole_unet(config: RunConfig) -> bool:
+    """Whether no weight of the UNet is frozen."""
     return getattr(config, "train", "") in ("whole UNet", "UNet")

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +65,7 @@ def swapped_blocks(
         yield None
         return
     check_block_swap(denoiser, count)
-    names = {id(p): denoiser.canonical_name(name) for name, p in denoiser.network.named_parameters()}
-    blocks = blocks_in_order(denoiser)[-count:]
-    frozen = [[p for p in block.parameters() if names[id(p)] not in trained] for block in blocks]
-    chosen = [(block, weights) for block, weights in zip(blocks, frozen, strict=True) if weights]
+    chosen = _chosen(denoiser, count, trained)
     if not chosen:
         raise ValueError(f"block_swap is {count}, but all weights of these blocks train; expected 0.")
     swap = BlockSwap([weights for _, weights in chosen], denoiser.device, recomputed)
@@ -76,6 +74,30 @@ def swapped_blocks(
         log.warning("block_swap saves nothing on a CPU, whose memory is the RAM")
     with swap, swap.on([block for block, _ in chosen]):
         yield swap
+
+
+def _chosen(denoiser: Denoiser, count: int, trained: Collection[str]) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """Those of the last `count` blocks that have frozen weights, with these."""
+    names = {id(p): denoiser.canonical_name(name) for name, p in denoiser.network.named_parameters()}
+    blocks = blocks_in_order(denoiser)[-count:] if count else []
+    frozen = [[p for p in block.parameters() if names[id(p)] not in trained] for block in blocks]
+    return [(block, weights) for block, weights in zip(blocks, frozen, strict=True) if weights]
+
+
+def freed_bytes(denoiser: Denoiser, count: int, trained: Collection[str] = ()) -> int:
+    """Bytes by which `swapped_blocks` lowers what weights take of the device: all of these blocks' but for two, which
+    are there at a time. On a CPU nothing leaves, and the copies of two blocks are added.
+
+    Args:
+        denoiser: as for `swapped_blocks`.
+        count: likewise.
+        trained: likewise.
+    """
+    chosen = _chosen(denoiser, count, trained)
+    sizes = [sum(map(_aligned_size, weights)) for _, weights in chosen]
+    copies = max((one + other for one, other in pairwise([*sizes, 0])), default=0)
+    leaving = sum(p.nbytes for _, weights in chosen for p in weights)
+    return (0 if denoiser.device.type == "cpu" else leaving) - copies
 
 
 class _Saved(NamedTuple):
@@ -107,6 +129,11 @@ class _Copy:
         return self.flat
 
 
+def _aligned_size(weight: Tensor) -> int:
+    """Bytes of a weight in its block's piece of memory."""
+    return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 class _Block:
     """Weights in one piece of RAM, and their views into such a piece."""
 
@@ -114,7 +141,7 @@ class _Block:
         self._weights, self._offsets, size = list(weights), [], 0
         for weight in weights:
             self._offsets.append(size)
-            size += -(-weight.numel() * weight.element_size() // _ALIGNMENT) * _ALIGNMENT
+            size += _aligned_size(weight)
         self.flat = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         for weight, view in zip(self._weights, self._views(self.flat), strict=True):
             view.copy_(weight.data)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .stored import exact
@@ -86,6 +87,20 @@ def expect_finite(name: str, value: Tensor, owner: str) -> None:
 def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """While entered, no parameter of these module trees requires a gradient."""
     return gradients_required(networks, False)
+
+
+@contextmanager
+def copied_to(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """While entered, copies on a device stand in the place of those parameters that are elsewhere."""
+    elsewhere = [ref for ref in parameter_refs(network).values() if ref.tensor.device.type != device.type]
+    originals = [ref.tensor for ref in elsewhere]
+    try:
+        for ref in elsewhere:
+            ref.owner._parameters[ref.attribute] = nn.Parameter(ref.tensor.detach().to(device), requires_grad=False)
+        yield
+    finally:
+        for ref, original in zip(elsewhere, originals, strict=True):
+            ref.owner._parameters[ref.attribute] = original
 
 
 @contextmanager

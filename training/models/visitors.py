@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
 _ATTRIBUTE = "_retune_visitors"
 
@@ -50,14 +51,17 @@ class Visitors:
 
 
 def arrive(network: nn.Module) -> None:
-    """Brings a network that visits the device there; called by whoever computes with it, before it makes inputs."""
+    """Brings a network that visits the device there; called by whoever computes with it, before it makes inputs.
+
+    Not where it computes without values: what is moved then would have none afterwards.
+    """
     visitors = vars(network).get(_ATTRIBUTE)
-    if visitors is not None:
+    if visitors is not None and detect_fake_mode() is None:
         visitors.arrive(network)
 
 
 def send_visitors_away(host: nn.Module) -> None:
-    """Makes room for the host's activations; called by whoever computes with the host."""
+    """Makes room for the host's activations; called by whoever computes with the host. See `arrive`."""
     visitors = vars(host).get(_ATTRIBUTE)
-    if visitors is not None:
+    if visitors is not None and detect_fake_mode() is None:
         visitors.leave()

@@ -13,6 +13,7 @@ from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig
 from ..config.training_settings import FORMER_DEFAULTS
 from ..loop.fused_backward import check_fused_backward
+from ..loop.memory import retrains_whole_unet
 from ..loop.optimizers import check_optimizer
 from ..loop.precision import default_precision, has_bf16
 from ..models.block_swap import check_block_swap
@@ -44,7 +45,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     denoiser, settings = model.denoiser, config.settings
     check_optimizer(settings, config.learning_rate, denoiser.device)
     check_fused_backward(config)
-    check_block_swap(denoiser, settings.block_swap)
+    _check_swap(model, config)
     check_precision(settings.precision, denoiser.device)
     check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
@@ -52,6 +53,17 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
         raise ValueError(
             f"UNet reads {channels} channels; expected {denoiser.latent_channels}. Inpainting and edit models have "
             "inputs that captioned images do not give."
+        )
+
+
+def _check_swap(model: TextToImage, config: RunConfig) -> None:
+    """Raises ValueError for blocks that are not there, that cannot move, or that have nothing frozen to move."""
+    count = config.settings.block_swap
+    check_block_swap(model.denoiser, count)
+    if count and retrains_whole_unet(config):
+        raise ValueError(
+            f"block_swap is {count} with train = {config.train}; expected 0, since frozen weights alone stay in RAM. "
+            "Set it to 0, or train fewer layers."
         )
 
 
@@ -82,7 +94,7 @@ def with_precision(config: Config, device: torch.device, root: Path) -> Config:
         values = FORMER_DEFAULTS | recorded if isinstance(recorded, dict) else FORMER_DEFAULTS
         precision, why = values["precision"], "as the run was begun"
     else:
-        scaled = not isinstance(config, RewardTuneConfig)
+        scaled = not (isinstance(config, RewardTuneConfig) or settings.fused_backward)
         precision, why = default_precision(device, scaled), f"by the device ({device.type})"
     log.info("precision auto is %s, %s", precision, why)
     return replace(config, settings=replace(settings, precision=precision))

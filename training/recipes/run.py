@@ -23,9 +23,11 @@ from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_me
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models import ldm
-from ..models.block_swap import swapped_blocks
+from ..models.block_swap import freed_bytes, swapped_blocks
+from ..models.parameters import copied_to
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
+from ..models.visitors import send_visitors_away
 from ..runs.folder import RunFolder
 from ..runs.outcome import describe_guard, is_finished, record_failure
 from ..runs.report import REPORT, write_report
@@ -119,10 +121,14 @@ def run_training(
 def _saving_memory(model: TextToImage, config: RunConfig, loop: Loop) -> Iterator[None]:
     """While entered, blocks are swapped and recomputed as the settings ask."""
     settings, denoiser = config.settings, model.denoiser
-    trained = {name.removeprefix(ldm.UNET_PREFIX) for name in loop.trainable.parameters}
-    recompute = settings.gradient_checkpointing
+    trained, recompute = trained_names(loop), settings.gradient_checkpointing
     with swapped_blocks(denoiser, settings.block_swap, trained, recompute), denoiser.checkpointing(recompute):
         yield
+
+
+def trained_names(loop: Loop) -> set[str]:
+    """Canonical names of the UNet's weights that a run trains."""
+    return {name.removeprefix(ldm.UNET_PREFIX) for name in loop.trainable.parameters}
 
 
 def expect_memory(
@@ -134,31 +140,39 @@ def expect_memory(
     """
     callbacks.on_text("computing what the run takes of the memory")
     step, networks = loop.gradient_step, (*model_networks(model), *job.networks)
+    swapped = freed_bytes(model.denoiser, config.settings.block_swap, trained_names(loop))
+    send_visitors_away(model.denoiser.network)  # as in every step
+    (sample,) = step.objective.load([step.batches.largest()])
+    callbacks.after_load()
+    count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
     try:
-        (sample,) = step.objective.load([step.batches.largest()])
-        callbacks.after_load()
-        count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
-        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more)
+        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more, swapped)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
         return None
     free = free_bytes(step.device)
     if free is not None:
-        free += max(0, callbacks.managed_bytes(step.device) - estimate.weights)
+        free += max(0, callbacks.managed_bytes(step.device) - estimate.weights - estimate.swapped)
     log.info("run %s: %s", loop.folder.name, estimate.text(free))
-    callbacks.on_memory(estimate.text(free))
+    callbacks.on_memory(estimate.text(free), estimate.needed)
     check_memory(estimate, free, step.device, loop.config.memory_hints)
+    callbacks.after_load()
     return estimate
 
 
 def sample_decoding(model: TextToImage, config: RunConfig) -> Rehearsal:
-    """The decoding of a sample picture, where a run draws some."""
+    """The decoding of a sample picture, where a run draws some, by a VAE that may have to come to the device first."""
     if not config.samples.prompts:
         return {}
     cells = (size // model.autoencoder.downscale for size in (config.samples.height, config.samples.width))
     shape, device = (1, model.denoiser.latent_channels, *cells), model.denoiser.device
-    return {"samples": torch.no_grad()(lambda: model.autoencoder.pixels(torch.zeros(shape, device=device)))}
+
+    def decode() -> Tensor:
+        with torch.no_grad(), copied_to(model.autoencoder.network, device):
+            return model.autoencoder.pixels(torch.zeros(shape, device=device))
+
+    return {"samples": decode}
 
 
 def model_networks(model: TextToImage) -> list[nn.Module]:
