@@ -43,11 +43,16 @@ def test_scale_is_the_standard_deviation_so_far_with_its_prior():
         RunningScale(0.0)
 
 
+def raw_of(scores):
+    """The raw scores as numbers, as the host reads them in a step."""
+    return {name: raw.tolist() for name, raw in scores.raw.items()}
+
+
 def test_total_is_the_weighted_sum_of_normalised_terms(pair):
     aesthetic, clip = pair
     combined = CombinedReward([Term(reward=aesthetic, weight=2.0), Term(reward=clip, weight=-0.5)])
     images = noise()
-    combined.observe(combined.evaluate(images, PROMPTS))
+    combined.observe(raw_of(combined.evaluate(images, PROMPTS)))
     first = combined.scales["demo aesthetic"].scale
     scores = combined.evaluate(images, PROMPTS)
     raw = {reward.name: reward.scores(images, PROMPTS) for reward in pair}
@@ -55,7 +60,7 @@ def test_total_is_the_weighted_sum_of_normalised_terms(pair):
     wanted = sum(w * raw[n] / combined.scales[n].scale for n, w in zip(raw, (2.0, -0.5), strict=True))
     torch.testing.assert_close(scores.total, wanted, rtol=0, atol=1e-5)
     assert combined.scales["demo aesthetic"].scale == first  # scoring changes nothing
-    means = scores.means()
+    means = {name: mean.item() for name, mean in scores.means().items()}
     assert means["demo CLIP normalised"] == pytest.approx(means["demo CLIP"] / combined.scales["demo CLIP"].scale)
 
 
@@ -105,10 +110,10 @@ def test_state_goes_through_json_bit_for_bit_and_names_other_rewards(pair):
     terms = [Term(reward=reward) for reward in pair]
     one, other = CombinedReward(terms), CombinedReward(terms)
     for seed in range(3):
-        one.observe(one.evaluate(noise(seed=seed), PROMPTS))
+        one.observe(raw_of(one.evaluate(noise(seed=seed), PROMPTS)))
     other.load_state(json.loads(json.dumps(one.state())))
     for combined in (one, other):
-        combined.observe(combined.evaluate(noise(seed=9), PROMPTS))
+        combined.observe(raw_of(combined.evaluate(noise(seed=9), PROMPTS)))
     assert one.state() == other.state() and one.state()["demo CLIP"]["count"] == 12
     assert torch.equal(one.scores(noise(), PROMPTS), other.scores(noise(), PROMPTS))
     with pytest.raises(ValueError, match="expected demo aesthetic."):

@@ -61,15 +61,20 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     trains: Callable[[str], bool] = lambda name: False,
     visiting: bool = False,
+    text_trains: bool = True,
 ) -> TextToImage:
-    """The model that a config describes, in fp32 but for the UNet's frozen weights.
+    """The model that a config describes: in fp32 or, for a run in half precision, with frozen weights held in less.
+
+    Those of the UNet are held in the dtype of the run's arithmetic, or as they are where that is fp8 or int8; those of
+    VAE and text encoder in that of their file. What differs from the arithmetic is unfolded layer by layer.
 
     Args:
         config: the model, and what is done to it.
-        dtype: of the UNet's frozen linear and convolution weights: that of the run's arithmetic.
+        dtype: of the run's arithmetic.
         trains: whether a weight of the UNet, by its canonical name, trains.
         visiting: whether text encoder and VAE are on the device only while they are used, and the UNet does not
             compute. Not for trainings of the text encoder or through the VAE.
+        text_trains: whether the text encoder, or something in it, trains; it is then in fp32.
 
     Raises:
         ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
@@ -79,15 +84,15 @@ def build_model(
     for text in config.tuned:
         result_files(tuned_file(text).path)
     own_dtypes = dtype != torch.float32 and config.reset is None and not config.tuned  # these compute in fp32
-    model = load_model(
-        path, tokenizer=tokenizer, correction=correction_of(config), config_of=demo_config, own_dtypes=own_dtypes
-    )
+    own_text = own_dtypes and not text_trains
+    options = {"config_of": demo_config, "own_dtypes": own_dtypes, "own_text": own_text}
+    model = load_model(path, tokenizer=tokenizer, correction=correction_of(config), **options)
     if config.model == DEMO:
         from ..demo.judge import judge_samples
 
         model = replace(model, judge=judge_samples)
     if config.t5 is not None:
-        model = with_t5(model, config, filled_lines(read_text(config.fit)) if config.fit else ())
+        model = with_t5(model, config, filled_lines(read_text(config.fit)) if config.fit else (), held=own_text)
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
@@ -145,7 +150,7 @@ def _checkpoint(config: ModelConfig) -> tuple[Path, Path | None]:
     return Path(config.model), config.tokenizer or at_comfyui
 
 
-def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ()) -> TextToImage:
+def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = (), *, held: bool = False) -> TextToImage:
     """The model with its text encoder replaced by a T5, scaled to the same output std (or to config.target_std).
 
     Args:
@@ -153,13 +158,15 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = ())
         config: The T5, its tokenizer, projection and padding; its other fields are not used.
         fit_on: Prompts on which the projection is fitted to the replaced text encoder, which fits its scale too.
             Without them the projection starts as `config.projection` names and only its scale is matched.
+        held: whether the T5, which then does not train, keeps the dtypes of its file.
     """
     path = weights_path("t5.safetensors") if config.t5 == DEMO else Path(config.t5)
     width, pooled_width = model.denoiser.context_width, model.denoiser.pooled_width
     options = {"seed": config.projection_seed, "pooled_width": pooled_width}
     projection = Projection(read_t5_config(path)["d_model"], width, config.projection, **options)
     padding = Padding(max_tokens=config.max_tokens, pad=config.pad)
-    encoder = load_t5(path, projection, padding=padding, tokenizer=config.t5_tokenizer, comfyui=config.comfyui)
+    places = {"tokenizer": config.t5_tokenizer, "comfyui": config.comfyui}
+    encoder = load_t5(path, projection, padding=padding, held=held, **places)
     if fit_on:
         old = EncoderStates(model.text_encoder, before_projection=False)
         new = EncoderStates(encoder, before_projection=True)

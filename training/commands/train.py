@@ -54,7 +54,7 @@ def run_train(arguments: argparse.Namespace) -> dict:
     from ..recipes.unet import train_model
 
     config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
-    model = open_model(arguments, config, visiting=not config.settings.varies_captions)
+    model = open_model(arguments, config, visiting=not config.settings.varies_captions, text_trains=False)
     trained = train_model(model, dataset, config, arguments.output, Terminal())
     return result_of(trained.path)
 
@@ -66,7 +66,7 @@ def run_lora(arguments: argparse.Namespace) -> dict:
     config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
     text_stays = config.trains_text or config.settings.varies_captions
-    model = open_model(arguments, config, visiting=not text_stays)
+    model = open_model(arguments, config, visiting=not text_stays, text_trains=config.trains_text)
     trained = train_lora(model, dataset, config, arguments.output, Terminal(), start=start)
     return result_of(trained.path)
 
@@ -92,7 +92,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
-    model = open_model(arguments, config)
+    model = open_model(arguments, config, text_trains=config.train != "UNet LoRA" and config.train != "UNet")
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return result_of(tuned.path)
@@ -127,16 +127,18 @@ def _say_share(run: RunConfig) -> None:
         )
 
 
-def open_model(arguments: argparse.Namespace, config: RunConfig, visiting: bool = False) -> TextToImage:
+def open_model(
+    arguments: argparse.Namespace, config: RunConfig, visiting: bool = False, text_trains: bool = True
+) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Its UNet's frozen weights are held in the dtype of the run's arithmetic. Prints what the UNet is taken to predict
-    and why, which --prediction corrects. visiting: see `build_model`.
+    Frozen weights are held in as few bytes as `build_model` can. Prints what the UNet is taken to predict
+    and why, which --prediction corrects. visiting and text_trains: see there.
     """
     from ..loop.precision import DTYPES
 
     dtype = DTYPES[config.settings.precision]
-    model = build_model(read_model_flags(arguments), dtype, trained_weights(config), visiting)
+    model = build_model(read_model_flags(arguments), dtype, trained_weights(config), visiting, text_trains)
     denoiser = model.denoiser
     sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model

@@ -67,6 +67,8 @@ def _near(one: Sequence, other: Sequence) -> bool:
 
 def _spaced(tensor: Tensor, count: int) -> Tensor:
     """At most `count` evenly spaced values, fp32, on the CPU."""
+    if type(tensor).dequantize is not Tensor.dequantize:  # of a class that stands for other numbers than it holds
+        tensor = tensor.dequantize()
     flat = tensor.detach().reshape(-1)
     if flat.numel() > count:
         flat = flat[torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)]

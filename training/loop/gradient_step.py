@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import World, world
 from ..config.loop import Batches, LoopConfig
-from ..objectives.objective import Objective
+from ..objectives.objective import Loss, Objective
 from ..trainables.base import Trainable
 from .ema import update_ema
 from .fused_backward import FusedBackward
@@ -81,29 +81,38 @@ class GradientStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._set_rates(step)
-        losses, parts = self._backward(step, callbacks)
-        shared = self._all_reduce(losses, parts) if self.world.size > 1 else losses.new_empty(0)
+        results = self._backward(step, callbacks)
+        losses, figures = torch.stack([result.share for result in results]).float(), _figures(results)
+        shared = self._all_reduce(losses, figures, results) if self.world.size > 1 else figures.flatten()
         norm = self._clip(step).to(losses)
-        values = iter(torch.cat([losses, norm.view(1), shared]).tolist())
+        observed = [result.loss.observed for result in results if result.loss.observed is not None]
+        values = iter(torch.cat([x.flatten().to(losses) for x in (losses, norm, shared, *observed)]).tolist())
         loss, norm = sum(islice(values, len(losses))), next(values)
-        if self.world.size > 1:
-            parts = dict(zip(parts, values, strict=False))  # what remains are the counts
-            self._drop_gradients(list(values), step)
+        parts = self._read_parts(results, values, step)
+        if observed:
+            self.objective.observe([_rows(tensor, values) for tensor in observed])
         return Figures(loss, norm, parts)
 
-    def _backward(self, step: int, callbacks: Callbacks) -> tuple[Tensor, dict[str, float]]:
-        """This process's gradient; the losses of its batches as shares of the step's, and its share of the figures."""
+    def _backward(self, step: int, callbacks: Callbacks) -> list[_Result]:
+        """Adds up this process's gradient; what its batches' losses are, all on the device."""
         batches = self._batches(step)
-        total, losses, parts = sum(len(batch) for batch in batches), [], {}
-        trains = self.world.size > 1  # there another process may have the gradient that this one lacks
-        for batch in batches:
-            loss, figures, has_gradient = self._backward_batch(self.world.shard(batch), step, total, callbacks)
-            losses.append(loss)
-            trains = trains or has_gradient
-            for key, value in figures.items():
-                parts[key] = parts.get(key, 0.0) + value
-        _expect_gradient(trains, step)
-        return torch.stack(losses).float(), parts
+        total = sum(len(batch) for batch in batches)
+        results = [self._backward_batch(self.world.shard(batch), step, total, callbacks) for batch in batches]
+        # another process may have the gradient that this one lacks
+        _expect_gradient(self.world.size > 1 or any(result.trains for result in results), step)
+        return results
+
+    def _read_parts(self, results: Sequence[_Result], values: Iterator[float], step: int) -> dict[str, float]:
+        """The step's means of the further figures, from their values on the host."""
+        parts = dict.fromkeys(results[0].loss.parts, 0.0)
+        if self.world.size > 1:
+            parts = dict(zip(parts, islice(values, len(parts)), strict=True))
+            self._drop_gradients(list(islice(values, len(self.trainable.parameters))), step)
+            return parts
+        for result in results:
+            for key in parts:
+                parts[key] += next(values) * result.count / result.total
+        return parts
 
     def _batches(self, step: int) -> list[list[tuple[int, Any]]]:
         """The batches of a step as pairs of (index of the sample within the step, slot)."""
@@ -112,14 +121,8 @@ class GradientStep:
         size = self.config.batch_size
         return [list(enumerate(slots, start=micro * size)) for micro, slots in enumerate(batches)]
 
-    def _backward_batch(
-        self, batch: list[tuple[int, Any]], step: int, total: int, callbacks: Callbacks
-    ) -> tuple[Tensor, dict[str, float], bool]:
-        """Adds a batch's gradient to the parameters'.
-
-        Returns:
-            Its share in the loss and in the figures of a step of `total` samples, and whether it has a gradient.
-        """
+    def _backward_batch(self, batch: list[tuple[int, Any]], step: int, total: int, callbacks: Callbacks) -> _Result:
+        """Adds a batch's gradient to the parameters', as its share in that of a step of `total` samples."""
         indices, slots = zip(*batch, strict=True)
         loaded = self.objective.load(list(slots))
         callbacks.after_load()
@@ -128,21 +131,22 @@ class GradientStep:
             loss = result.per_sample.sum() / total
             if loss.requires_grad:  # not where no caption of the batch has the learned word
                 self.scaler.scale(loss).backward()
-        shares = {key: value * len(batch) / total for key, value in result.parts.items()}
-        return loss.detach(), shares, loss.requires_grad
+        result = replace(result, per_sample=result.per_sample.detach())
+        return _Result(result, loss.detach(), len(batch), total, loss.requires_grad)
 
-    def _all_reduce(self, losses: Tensor, parts: dict[str, float]) -> Tensor:
+    def _all_reduce(self, losses: Tensor, figures: Tensor, results: Sequence[_Result]) -> Tensor:
         """Sums gradients and losses over all processes, in place.
 
         What has no gradient in one process may have one in another (a dropped module, a caption without the learned
         word), so every process sums all gradients, with zeros for those that it lacks. Divided ones are sums already.
 
         Returns:
-            The sums of `parts`, in order, and for each parameter the number of processes that had a gradient of it.
+            The means of the figures, in order, and the number of processes that had a gradient of each parameter.
         """
         parameters, shards = self.trainable.parameters, self.trainable.shards
         present = [float(parameter.grad is not None) for parameter in parameters.values()]
-        shared = torch.tensor([*parts.values(), *present]).to(losses)
+        shares = torch.tensor([[result.count / result.total] for result in results]).to(losses)
+        shared = torch.cat([(shares * figures.to(losses)).sum(0), torch.tensor(present).to(losses)])
         reduced = [parameter for name, parameter in parameters.items() if name not in shards]
         for parameter in reduced:
             if parameter.grad is None:
@@ -216,6 +220,35 @@ class GradientStep:
     def values(self) -> dict[str, Tensor]:
         """The weights to validate with, to draw samples with and to save as the result: the average if there is one."""
         return self.ema or evaluation_weights(self.optimizer, self.trainable.parameters)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a batch gave, on the device."""
+
+    loss: Loss
+    """Without its graph."""
+    share: Tensor
+    """Its part of the step's loss."""
+    count: int
+    """Samples of the batch in this process."""
+    total: int
+    """Samples of the step in all processes."""
+    trains: bool
+    """Whether something that trains has a part in the loss."""
+
+
+def _figures(results: Sequence[_Result]) -> Tensor:
+    """(batches, figures) of a step's batches."""
+    parts = [[x.detach().float() for x in result.loss.parts.values()] for result in results]
+    return torch.stack(
+        [torch.stack(row) if row else result.share.new_empty(0) for row, result in zip(parts, results, strict=True)]
+    )
+
+
+def _rows(tensor: Tensor, values: Iterator[float]) -> list[list[float]]:
+    """The next values as those of a (K, B) tensor."""
+    return [list(islice(values, tensor.shape[1])) for _ in range(tensor.shape[0])]
 
 
 def _expect_gradient(trains: bool, step: int) -> None:

@@ -22,7 +22,8 @@ from .open_clip import penultimate
 from .parameters import assign_weights
 from .prediction import AS_READ, MARKERS, Correction, Finding, file_scheduler, split_markers
 from .protocols import TextEncoder
-from .quantised import expect_readable_weights, unfolded
+from .quantised import expect_readable_weights, scaled
+from .recast import hold
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 
 SD1_VAE = {
@@ -45,7 +46,7 @@ _VAE_PARTS = ("encoder.", "decoder.", "quant", "post_quant")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors, which stay in its file until they are used; scaled ones are unfolded.
+    """A checkpoint's tensors, which stay in its file until they are used; scaled ones as `StoredTensor`.
 
     Attributes:
         path: its file.
@@ -91,8 +92,9 @@ class Checkpoint:
         state = ldm.to_diffusers(self.unet, ldm.unet_names(unet.config))
         return assign_weights(unet, state, "UNet in the checkpoint", own_dtypes=own_dtypes)
 
-    def build_vae(self, sdxl: bool) -> nn.Module:
-        """The AutoencoderKL, fp32; sdxl: whether it has SDXL's scale where the metadata gives none."""
+    def build_vae(self, sdxl: bool, *, own_dtypes: bool = False) -> nn.Module:
+        """The AutoencoderKL, in fp32 or held as in the file (`recast.hold`); sdxl: whether it has SDXL's scale where
+        the metadata gives none."""
         from diffusers import AutoencoderKL
 
         usual, given = SDXL_VAE if sdxl else SD1_VAE, _object(self.config, "vae")
@@ -101,20 +103,27 @@ class Checkpoint:
         read = {name: value for name, value in read.items() if not name.startswith("use_")}
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(usual | given | read)
-        return assign_weights(vae, ldm.to_diffusers(state, ldm.vae_names(vae.config)), "VAE in the checkpoint")
+        named = ldm.to_diffusers(state, ldm.vae_names(vae.config))
+        assign_weights(vae, named, "VAE in the checkpoint", own_dtypes=own_dtypes)
+        return hold(vae) if own_dtypes else vae
 
-    def build_text_encoder(self, tokenizer: Path | None, sdxl: bool) -> TextEncoder:
-        """The text encoder or, of SDXL, both; tokenizer: folder of a CLIP tokenizer."""
+    def build_text_encoder(self, tokenizer: Path | None, sdxl: bool, *, own_dtypes: bool = False) -> TextEncoder:
+        """The text encoder or, of SDXL, both, in fp32 or held as in the file (`recast.hold`).
+
+        tokenizer: folder of a CLIP tokenizer.
+        """
         clip, second = (_object(self.config, name) or None for name in ("clip", "clip_2"))
         if sdxl:
             states = tuple(_below(self.text, prefix) for prefix in ldm.SDXL_CLIP_PREFIXES)
-            return SdxlTextEncoder.from_state(states, (clip, second), tokenizer)
+            return SdxlTextEncoder.from_state(states, (clip, second), tokenizer, held=own_dtypes)
         for prefix in ldm.SD2_CLIP_PREFIXES:
             if state := _below(self.text, prefix):
-                encoder = ClipTextEncoder.from_state(penultimate(state), clip, tokenizer, pad=SECOND_PAD)
+                encoder = ClipTextEncoder.from_state(
+                    penultimate(state), clip, tokenizer, pad=SECOND_PAD, held=own_dtypes
+                )
                 return encoder.named("clip_h")
         state = _below(self.text, ldm.CLIP_PREFIX) or _below(self.text, ldm.SDXL_CLIP_PREFIXES[0])
-        return ClipTextEncoder.from_state(state, clip, tokenizer)
+        return ClipTextEncoder.from_state(state, clip, tokenizer, held=own_dtypes)
 
 
 ConfigOf = Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
@@ -143,7 +152,7 @@ def open_checkpoint(path: Path, unet_only: bool = False, config_of: ConfigOf = n
         expect_unet(file.shapes)
         chosen = _chosen(file, unet_only)
         expect_readable_weights({name: file.dtypes[name] for name in chosen})
-        tensors = unfolded({name: file.read(name) for name in chosen}, file.metadata)
+        tensors = scaled({name: file.read(name) for name in chosen}, file.metadata)
         config = metadata_json(file.metadata, "retune.config", dict, config_of(file.shapes))
     weights, markers = split_markers(tensors, ldm.UNET_PREFIX)
     unet = _below(weights, ldm.UNET_PREFIX) or {n: v for n, v in weights.items() if n.startswith(_BARE)}

@@ -27,7 +27,7 @@ from .concepts import (
 )
 from .parameters import ParameterRef, expect_shape, expect_tensors, finite_weight, parameter_refs
 from .protocols import Conditioning
-from .recast import recastable, recasting
+from .recast import hold, recastable, recasting
 from .visitors import arrive
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class ClipTextEncoder:
         tokenizer: Path | None,
         *,
         projected: bool = False,
+        held: bool = False,
         **options,
     ) -> ClipTextEncoder:
         """From a checkpoint's tensors.
@@ -94,6 +95,7 @@ class ClipTextEncoder:
             config: CLIPTextConfig values; None reads them from the shapes.
             tokenizer: folder of the tokenizer.
             projected: whether `text_projection.weight` is among the tensors, for a pooled output.
+            held: whether weights keep the dtypes of the file (`recast.hold`), which gives the same outputs.
             options: keyword arguments of the class.
 
         Raises:
@@ -108,7 +110,8 @@ class ClipTextEncoder:
             raise ValueError("no CLIP tokenizer is given; expected a folder with vocab.json. Use --tokenizer.")
         kind = CLIPTextModelWithProjection if projected else CLIPTextModel
         settings = CLIPTextConfig(**_config_that_fits(config, state))
-        return cls(load_clip_network(kind, settings, state, "text_model.", "CLIP text encoder"), tokenizer, **options)
+        network = load_clip_network(kind, settings, state, "text_model.", "CLIP text encoder", held)
+        return cls(network, tokenizer, **options)
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -241,9 +244,14 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def load_clip_network(
-    kind: type[nn.Module], config: PretrainedConfig, state: Mapping[str, Tensor], prefix: str, owner: str
+    kind: type[nn.Module],
+    config: PretrainedConfig,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    owner: str,
+    held: bool = False,
 ) -> nn.Module:
-    """A frozen CLIP network of transformers in fp32, from a state dict.
+    """A frozen CLIP network of transformers in fp32, or with its weights held as they are, from a state dict.
 
     Args:
         kind: class of the network, such as CLIPTextModel.
@@ -251,6 +259,7 @@ def load_clip_network(
         state: name -> tensor, names without `prefix`.
         prefix: leads the names in some versions of transformers, such as "text_model.".
         owner: names the network in the error.
+        held: see `recast.hold`.
 
     Raises:
         ValueError: tensors are missing.
@@ -261,12 +270,12 @@ def load_clip_network(
     expect_tensors(state, names.values(), owner)
     for name, tensor in network.state_dict().items():
         expect_shape(names[name], state[names[name]], tensor.shape, owner)
-    weights = {name: finite_weight(bare, state[bare], owner) for name, bare in names.items()}
+    weights = {name: finite_weight(bare, state[bare], owner, own_dtype=held) for name, bare in names.items()}
     network.load_state_dict(weights, assign=True)
     for module in network.modules():
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
-    return network.eval().requires_grad_(False)
+    return (hold(network) if held else network).eval().requires_grad_(False)
 
 
 def clip_config(state: Mapping[str, Tensor]) -> dict:

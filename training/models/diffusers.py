@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..common.fingerprint import Sampled, sampled, tensors_fingerprint
 from ..common.foreign import reading
@@ -101,9 +102,10 @@ class DiffusersDenoiser:
             return sigma * FLOW_TIMES
         if is_edm(self.scheduler):
             return sigma.log() / 4
-        if self._log_sigmas.device != sigma.device:
-            self._log_sigmas = self._log_sigmas.to(sigma.device)
-        return (sigma.log()[:, None] - self._log_sigmas[None]).abs().argmin(1)
+        levels = self._log_sigmas.to(sigma.device)
+        if not isinstance(levels, FakeTensor):  # which a rehearsal makes, and no step can use
+            self._log_sigmas = levels
+        return (sigma.log()[:, None] - levels[None]).abs().argmin(1)
 
     def target(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "eps":
@@ -194,6 +196,7 @@ def load_model(
     correction: Correction = AS_READ,
     config_of: ConfigOf = no_config,
     own_dtypes: bool = False,
+    own_text: bool = False,
 ) -> TextToImage:
     """A text-to-image model in fp32 from a diffusers folder or a single-file checkpoint in the original layout.
 
@@ -203,7 +206,9 @@ def load_model(
             model.
         correction: of what the model predicts and at which noise levels, where the path tells it wrong.
         config_of: describes a single file without a description by its shapes.
-        own_dtypes: whether the UNet keeps the dtypes of its file, until `DiffusersDenoiser.store_in`.
+        own_dtypes: whether UNet and VAE keep the dtypes of their file: the UNet until `DiffusersDenoiser.store_in`,
+            which must follow, the VAE for good (`recast.hold`).
+        own_text: whether the text encoder does, where it does not train.
 
     Raises:
         ValueError: with the path's name: nothing is there, it is another kind of model, or it is damaged.
@@ -213,7 +218,8 @@ def load_model(
     with reading(path, "no model of Stable Diffusion"):
         if path.is_dir():
             return _load_folder(path, tokenizer, correction, own_dtypes)
-        return _load_file(open_checkpoint(path, config_of=config_of), tokenizer, correction, own_dtypes)
+        checkpoint = open_checkpoint(path, config_of=config_of)
+        return _load_file(checkpoint, tokenizer, correction, own_dtypes, own_text)
 
 
 def load_denoiser(path: Path, correction: Correction = AS_READ, config_of: ConfigOf = no_config) -> DiffusersDenoiser:
@@ -263,11 +269,13 @@ def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
     )
 
 
-def _load_file(checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction, own_dtypes: bool) -> TextToImage:
+def _load_file(
+    checkpoint: Checkpoint, tokenizer: Path | None, correction: Correction, own_dtypes: bool, own_text: bool
+) -> TextToImage:
     denoiser = _denoiser(checkpoint.build_unet(own_dtypes=own_dtypes), checkpoint.scheduler(correction))
     sdxl = denoiser.pooled_width > 0
-    vae = DiffusersAutoencoder(checkpoint.build_vae(sdxl))
-    return TextToImage(denoiser, checkpoint.build_text_encoder(tokenizer, sdxl), vae)
+    vae = DiffusersAutoencoder(checkpoint.build_vae(sdxl, own_dtypes=own_dtypes))
+    return TextToImage(denoiser, checkpoint.build_text_encoder(tokenizer, sdxl, own_dtypes=own_text), vae)
 
 
 def _column(sigma: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .stored import exact
+
 
 @dataclass(frozen=True)
 class ParameterRef:
@@ -65,13 +67,15 @@ def expect_shape(name: str, value: Tensor, shape: Iterable[int], owner: str) -> 
 
 
 def finite_weight(name: str, value: Tensor, owner: str, *, own_dtype: bool = False) -> Tensor:
-    """A copy of a weight in fp32, or in its own dtype: `value` may lie in a file.
+    """A copy of a weight in fp32; or itself in its own dtype, which then may lie in a file until `recast.own_memory`.
 
     Raises ValueError where it has NaN or infinite values.
     """
-    exact = value.float()
-    expect_finite(name, exact, owner)
-    return value.clone() if own_dtype or exact is value else exact
+    numbers = exact(value)
+    expect_finite(name, numbers, owner)
+    if own_dtype:
+        return value
+    return value.clone() if numbers is value else numbers
 
 
 def expect_finite(name: str, value: Tensor, owner: str) -> None:

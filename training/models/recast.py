@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .parameters import ParameterRef, parameter_refs
+from .stored import StoredTensor, exact
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Operand = Callable[[Tensor, Tensor], Tensor]
 """(stored weight or bias, tensor of the arithmetic's dtype and device) -> the operand: cast, moved or dequantised."""
 
@@ -136,7 +140,7 @@ def product(layer: nn.Module, x: Tensor, operand: Operand = cast, *, bias: bool 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x is computed: autocast's where it is on, else that of x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -164,22 +168,67 @@ def _has_numeric_padding(layer: nn.Conv2d) -> bool:
     return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def store_in(network: nn.Module, dtype: torch.dtype, exact: Callable[[str], bool]) -> None:
-    """Rounds the weights and biases of linear and convolution layers to a dtype, one after another.
+def store_in(network: nn.Module, dtype: torch.dtype, trains: Callable[[str], bool]) -> None:
+    """Rounds the weights and biases of linear and convolution layers to a dtype, one after another, into memory of
+    their own.
 
-    Those of them that train stay as they are, since masters begin with all their digits. Other parameters become fp32:
-    norms, which autocast computes in fp32.
+    Those of them that train stay as they are, since masters begin with all their digits, and so do frozen ones in fp8
+    or int8, which `recasting` unfolds for each product. Other parameters become fp32: norms, which autocast computes in
+    fp32.
 
     Args:
         network: whose parameters are replaced.
         dtype: of the arithmetic that the network is meant for.
-        exact: whether a parameter, by its name in the network, is not rounded.
+        trains: whether a parameter, by its name in the network, is not rounded.
     """
+    of_layers = _recastable_names(network)
+    for name, ref in parameter_refs(network).items():
+        value = ref.tensor.detach()
+        if name not in of_layers or (trains(name) and _is_compressed(value)):
+            _replace(ref, exact(value))
+        else:
+            _replace(ref, value if trains(name) or _is_compressed(value) else value.to(dtype))
+
+
+def hold(network: nn.Module) -> nn.Module:
+    """Lets linear and convolution layers keep their weights as the file has them, and compute in the dtype of their
+    inputs; for good, and one layer after another, into memory of their own. Returns the network.
+
+    Its outputs have the bits of a network in fp32, since each layer's weights are unfolded to fp32 for its product. By
+    their dtype the weights are fp32 too, which libraries look at to choose that of their inputs.
+    """
+    of_layers = _recastable_names(network)
+    for name, ref in parameter_refs(network).items():
+        value = ref.tensor.detach()
+        if name not in of_layers:
+            _replace(ref, exact(value))
+        else:
+            _replace(ref, value if is_quantised(value) or value.dtype == torch.float32 else StoredTensor(value))
+    for layer in recastable(network):
+        layer.forward = partial(recast_forward, layer)
+    return network
+
+
+def _recastable_names(network: nn.Module) -> set[str]:
+    """Names of the weights and biases of `recastable` layers."""
     paths = {module: path for path, module in network.named_modules()}
-    of_layers = {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
-    for name, parameter in network.named_parameters():
-        if name not in of_layers or not exact(name):
-            parameter.data = parameter.data.to(dtype if name in of_layers else torch.float32)
+    return {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
+
+
+def _is_compressed(value: Tensor) -> bool:
+    """Whether a weight has fewer bytes than in half precision."""
+    return is_quantised(value) or value.dtype in FP8
+
+
+def _replace(ref: ParameterRef, value: Tensor) -> None:
+    """Makes a value the parameter's, in memory of its own: what it was may lie in a file."""
+    old = ref.tensor
+    if is_quantised(value) or value.data_ptr() == old.data_ptr():
+        value = value.clone()
+    if is_quantised(value) or is_quantised(old):
+        ref.owner._parameters[ref.attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        old.data = value
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class SdxlTextEncoder:
         states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         configs: tuple[Mapping | None, Mapping | None],
         tokenizer: Path | None,
+        held: bool = False,
     ) -> SdxlTextEncoder:
         """From both encoders' tensors in a checkpoint.
 
@@ -53,6 +54,7 @@ class SdxlTextEncoder:
             states: of the first encoder in transformers' layout, of the second in OpenCLIP's.
             configs: CLIPTextConfig values of each; None reads them from the shapes.
             tokenizer: folder of the tokenizer of both.
+            held: whether weights keep the dtypes of the file (`recast.hold`).
 
         Raises:
             ValueError: an encoder's tensors or the tokenizer are missing.
@@ -64,10 +66,10 @@ class SdxlTextEncoder:
                     "complete checkpoint or a diffusers folder."
                 )
         first, second = states[0], open_clip.to_transformers(states[1])
-        options = {"penultimate": True, "pad": SECOND_PAD}
+        options = {"penultimate": True, "held": held}
         return cls(
-            ClipTextEncoder.from_state(first, configs[0], tokenizer, penultimate=True),
-            ClipTextEncoder.from_state(second, configs[1], tokenizer, projected=True, **options),
+            ClipTextEncoder.from_state(first, configs[0], tokenizer, **options),
+            ClipTextEncoder.from_state(second, configs[1], tokenizer, projected=True, pad=SECOND_PAD, **options),
         )
 
     @property

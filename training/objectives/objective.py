@@ -15,11 +15,13 @@ class Loss:
 
     Attributes:
         per_sample: (B,) differentiable, already weighted.
-        parts: further figures to log, as plain numbers.
+        parts: further figures to log, tensors of one number each: the host reads them together with the loss.
+        observed: (K, B) numbers that the objective wants on the host; read with the loss and given to its `observe`.
     """
 
     per_sample: Tensor
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    observed: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -45,6 +47,13 @@ class Objective(Protocol):
 
         Returns:
             Part -> a function that does its work and returns what stays; "activations" computes the gradient.
+        """
+        ...
+
+    def observe(self, values: list[list[list[float]]]) -> None:
+        """Gets the (K, B) `observed` numbers of a step's batches, before the weights change.
+
+        Called only where the losses have some. Raises ValueError for numbers that must end the run.
         """
         ...
 

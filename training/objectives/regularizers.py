@@ -38,7 +38,7 @@ class OutputConstraint:
     ):
         self._denoiser, self._frozen, self._disabled = denoiser, frozen, disabled
         self._weights, self._count = weights, count
-        self.error = torch.zeros(len(frozen.positive))
+        self.error = torch.zeros(len(frozen.positive), device=denoiser.device)
         """(B,) mean squared error over the steps so far, unweighted."""
 
     def gradient(self, x: Tensor, step: Step, output: Tensor, images: slice = slice(None)) -> Tensor:
@@ -53,7 +53,7 @@ class OutputConstraint:
         with torch.no_grad(), self._disabled():
             frozen = guided_output(self._denoiser, x[images], step.images(images), self._frozen.images(images))
             difference = output - frozen
-        self.error[images] += difference.square().flatten(1).mean(1).cpu() / self._count
+        self.error[images] += difference.square().flatten(1).mean(1) / self._count
         weights = self._weights[images].to(difference).view(-1, 1, 1, 1)
         return difference * weights * (-2 / (difference[0].numel() * self._count))
 

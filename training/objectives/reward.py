@@ -100,8 +100,10 @@ class RewardObjective:
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         reward.reset()
         self._images_at_once = max(1, GRAPH_PIXELS // (config.width * config.height))
-        self._step_scores: tuple[int, list[CombinedScores]] = (0, [])
-        """Number of the latest step, and its scores, which the running scales have not counted yet."""
+        self._step_scores: list[list[list[float]]] = []
+        """Raw scores of the latest step, (terms, B) of each batch, which the running scales have not counted yet."""
+        self._step = 0
+        """Its number."""
 
     def load(self, slots: list[PromptSlot]) -> list[PromptSample]:
         """Prompts, encoded by the frozen text encoder where that is needed: encoding may move models."""
@@ -116,7 +118,6 @@ class RewardObjective:
         indices, samples = [index for index, _ in batch], [PromptSample(*sample) for _, sample in batch]
         guidance = self._guidance_now(samples, self._cfg)
         scores, surrogate, parts = self._surrogate(guidance, indices, samples, step)
-        self._step_scores[1].extend(world().all_gather(_on_cpu(scores)))
         value = -scores.total.detach()
         if "eps_mse" in parts:
             value = value + self.config.eps_constraint * parts["eps_mse"].to(value)
@@ -124,7 +125,8 @@ class RewardObjective:
             parts["drift"] = drift(guidance, self._frozen_guidance(samples, self._cfg))
             value = value + self.config.drift_constraint * parts["drift"].to(value)
         loss = value * _weights(samples).to(value) + (surrogate - surrogate.detach()) / len(value)
-        return Loss(loss, scores.means() | {name: part.mean().item() for name, part in parts.items()})
+        figures = scores.means() | {name: part.mean() for name, part in parts.items()}
+        return Loss(loss, figures, torch.stack([raw.to(value) for raw in scores.raw.values()]))
 
     def _surrogate(
         self, guidance: Guidance, indices: list[int], samples: list[PromptSample], step: int
@@ -347,11 +349,20 @@ class RewardObjective:
 
     def _observe_scores(self, step: int) -> None:
         """Counts the scores of an earlier step in the running scales."""
-        number, step_scores = self._step_scores
-        if step != number:
-            for scores in step_scores:
-                self.reward.observe(scores)
-            self._step_scores = (step, [])
+        if step != self._step:
+            for scores in self._step_scores:
+                self.reward.observe(dict(zip(self.reward.terms, scores, strict=True)))
+            self._step, self._step_scores = step, []
+
+    def observe(self, values: list[list[list[float]]]) -> None:
+        """Keeps the raw scores of a step's batches, those of all processes, for `_observe_scores`.
+
+        Raises ValueError for scores that are no finite numbers.
+        """
+        for of_processes in map(world().all_gather, values):
+            for scores in of_processes:
+                self.reward.expect_finite(dict(zip(self.reward.terms, scores, strict=True)))
+            self._step_scores.extend(of_processes)
 
     def state(self) -> dict[str, Any]:
         """The running scales after all finished steps."""
@@ -359,7 +370,7 @@ class RewardObjective:
         return self.reward.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._step_scores = (0, [])
+        self._step, self._step_scores = 0, []
         self.reward.load_state(state)
 
     @torch.no_grad()
@@ -377,8 +388,3 @@ class RewardObjective:
 
 def _weights(samples: Sequence[PromptSample]) -> Tensor:
     return torch.tensor([sample.weight for sample in samples])
-
-
-def _on_cpu(scores: CombinedScores) -> CombinedScores:
-    raw, normalised = ({name: x.cpu() for name, x in part.items()} for part in (scores.raw, scores.normalised))
-    return CombinedScores(scores.total.detach().cpu(), raw, normalised)

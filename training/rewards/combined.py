@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..common.foreign import finite_number
 from .augment import Augmentation, augmented
-from .reward import Reward, expect_a_prompt_each
+from .preprocess import checked_later, expect_finite
+from .reward import Reward, expect_a_prompt_each, title_of
 from .scale import RunningScale
 
 Form = Literal["hinge", "distance"]
@@ -65,11 +66,11 @@ class CombinedScores:
         normalised = {name: torch.cat([part.normalised[name] for part in parts]) for name in parts[0].normalised}
         return CombinedScores(total, raw, normalised)
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[str, Tensor]:
         """Means over the batch for the metrics: "reward", and `<name>` and `<name> normalised` of each term."""
-        figures = {"reward": self.total.mean().item()}
+        figures = {"reward": self.total.detach().mean()}
         for name in self.raw:
-            figures |= {name: self.raw[name].mean().item(), f"{name} normalised": self.normalised[name].mean().item()}
+            figures |= {name: self.raw[name].mean(), f"{name} normalised": self.normalised[name].mean()}
         return figures
 
 
@@ -132,6 +133,8 @@ class CombinedReward:
     ) -> tuple[CombinedScores, Tensor]:
         """The scores, detached, and d sum(total) / d images, with one reward's graph in memory at a time.
 
+        The device is not read: `expect_finite` looks at the scores once they are on the host.
+
         Args:
             images: (B, 3, H, W) in 0..1.
             prompts: one for each image.
@@ -141,7 +144,7 @@ class CombinedReward:
             ValueError: a reward has a weight other than 0 and is not differentiable.
         """
         expect_a_prompt_each(images, prompts)
-        with torch.enable_grad():
+        with torch.enable_grad(), checked_later():
             leaf = images.detach().requires_grad_(True)
             scored = self._augmented(leaf, generator)
             cut = scored.detach().requires_grad_(True)
@@ -185,10 +188,15 @@ class CombinedReward:
             total = total + term.weight * shaped / term.reward.typical_scale
         return total
 
-    def observe(self, scores: CombinedScores) -> None:
-        """Updates the running scales by raw scores; call it once a step, after the step's gradient."""
-        for name, raw in scores.raw.items():
-            self.scales[name].update(raw.double().tolist())
+    def observe(self, raw: Mapping[str, Sequence[float]]) -> None:
+        """Updates the running scales by raw scores, a list by term; call it once a step, after the step's gradient."""
+        for name, scores in raw.items():
+            self.scales[name].update(scores)
+
+    def expect_finite(self, raw: Mapping[str, Sequence[float]]) -> None:
+        """Raises ValueError where one of the raw scores, a list by term, is NaN or infinite."""
+        for name, scores in raw.items():
+            expect_finite(title_of(name, self.terms[name].reward.files), torch.tensor(scores))
 
     def state(self) -> dict[str, dict[str, float]]:
         """The running scales for a run's state, exact in JSON."""

@@ -66,7 +66,7 @@ class _TowerReward:
     @property
     def _title(self) -> str:
         """Its name and its files', for messages."""
-        return f"{self.name} of {', '.join(self.files)}" if self.files else self.name
+        return title_of(self.name, self.files)
 
     def image_embeddings(self, images: Tensor) -> Tensor:
         with torch.autocast(self._towers.weight.device.type, enabled=False):
@@ -135,6 +135,11 @@ class AestheticReward(_TowerReward):
         expect_a_prompt_each(images, prompts)
         with torch.autocast(self._towers.weight.device.type, enabled=False):
             return expect_finite(self._title, self._head(self.image_embeddings(images))[:, 0])
+
+
+def title_of(name: str, files: Sequence[str]) -> str:
+    """A reward's name and its files', for messages."""
+    return f"{name} of {', '.join(files)}" if files else name
 
 
 def expect_a_prompt_each(images: Tensor, prompts: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from ..models.concepts import (
 )
 from ..models.parameters import ParameterRef, parameter_refs
 from ..models.protocols import Conditioning
-from ..models.recast import recastable, recasting
+from ..models.recast import hold, recastable, recasting
 from ..models.visitors import arrive
 from .projection import Projection, masked_mean
 from .t5_file import T5Weights, read_t5
@@ -233,8 +233,9 @@ def load_t5(
     tokenizer: str | Path | T5Tokenizer | None = None,
     comfyui: str | Path | None = None,
     device: torch.device | str = "cpu",
+    held: bool = False,
 ) -> T5TextEncoder:
-    """Loads a T5 text encoder in fp32.
+    """Loads a T5 text encoder in fp32, or with its weights held as in the file.
 
     Args:
         path: File or folder of the T5.
@@ -243,15 +244,17 @@ def load_t5(
         tokenizer: The tokenizer or its path; by default it is searched for (see `find_tokenizer`).
         comfyui: ComfyUI's folder, searched for a tokenizer.
         device: Device of weights and projection.
+        held: Whether weights keep the dtypes of the file (`recast.hold`), which gives the same outputs.
 
     Raises:
         FileNotFoundError: Weights or tokenizer are missing.
         ValueError: Weights or tokenizer are unsuitable, or the projection reads another width.
     """
-    weights = read_t5(path)
+    weights = read_t5(path, None if held else torch.float32)
     if not isinstance(tokenizer, T5Tokenizer):
         tokenizer = find_tokenizer(path, weights.config, path=tokenizer, comfyui=comfyui)
-    model = t5_model(weights).to(device)
+    model = t5_model(weights)
+    model = (hold(model) if held else model).to(device)
     return T5TextEncoder(model, tokenizer, projection.to(device), padding or Padding(), weights.file_hash)
 
 

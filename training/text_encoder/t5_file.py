@@ -26,6 +26,7 @@ from ..common.foreign import (
     reading,
     short,
 )
+from ..models.stored import StoredTensor, exact
 from .t5_config import t5_config, t5_names
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -43,12 +44,12 @@ class T5Weights(NamedTuple):
     file_hash: str
 
 
-def read_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Weights:
+def read_t5(path: str | Path, dtype: torch.dtype | None = torch.float32) -> T5Weights:
     """Reads a T5 encoder; fp8 weights are multiplied by their scales.
 
     Args:
         path: File or folder.
-        dtype: Dtype of the returned tensors.
+        dtype: Of the returned tensors; None for that of the file, with a weight and its scale as a `StoredTensor`.
 
     Raises:
         FileNotFoundError: The path or one of its shards does not exist.
@@ -185,19 +186,23 @@ def _open_torch(file: Path) -> TensorFile:
     return TensorFile({key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__)
 
 
-def _read_weight(source: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
-    """A weight in a dtype; an fp8 weight is multiplied by its scale. Raises ValueError where it is NaN or infinite."""
+def _read_weight(source: TensorFile, key: str, dtype: torch.dtype | None) -> Tensor:
+    """A weight in a dtype, multiplied by its scale, or as it is for None.
+
+    Raises ValueError where it is NaN or infinite.
+    """
     weight = source.read(key)
     if not weight.is_floating_point():
         raise ValueError(f"{key} is stored as {str(weight.dtype)[6:]}; expected fp32, fp16, bf16 or fp8 weights")
-    weight = _scaled(source, key, weight).to(dtype)
-    if not weight.sum(dtype=torch.float32).isfinite():
+    weight = _scaled(source, key, weight)
+    numbers = weight.to(dtype or torch.float32) if type(weight) is Tensor else exact(weight).to(dtype or torch.float32)
+    if not numbers.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"{key} holds NaN or infinity; expected numbers. Download the file again")
-    return weight
+    return weight if dtype is None else numbers
 
 
 def _scaled(source: TensorFile, key: str, weight: Tensor) -> Tensor:
-    """A weight multiplied by its scale, in fp32, where the file has one for it."""
+    """A weight with its scale, where the file has one for it; otherwise as it is."""
     module = key.removesuffix("weight")
     scale = next((module + s for s in ("scale_weight", "weight_scale") if module + s in source.shapes), None)
     if scale is None:
@@ -205,7 +210,7 @@ def _scaled(source: TensorFile, key: str, weight: Tensor) -> Tensor:
     factor = source.read(scale).float()
     if factor.numel() not in (1, len(weight)):
         raise ValueError(f"{scale} has {factor.numel()} values; expected 1 or one for each of {len(weight)} rows")
-    return weight.float() * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    return StoredTensor(weight, factor)
 
 
 _QUANTISED = {
