@@ -18,6 +18,7 @@ from retune.training.loop.estimate import MemoryEstimate, _state_bytes, check_me
 from retune.training.models.block_swap import freed_bytes
 from retune.training.models.blocks import blocks_in_order
 from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
+from retune.training.models.stored import StoredTensor
 from retune.training.models.visitors import Visitors
 from retune.training.recipes import run as recipe
 from retune.training.recipes.lora import train_lora
@@ -225,6 +226,15 @@ def test_a_vae_that_is_elsewhere_comes_to_decode_samples_without_being_moved(tin
         peaks.append(live.peak)
     assert peaks[0] - peaks[1] == sum(parameter.nbytes for parameter in vae.parameters())
     assert all(type(parameter.data) is torch.Tensor and parameter.device == CPU for parameter in vae.parameters())
+
+
+def test_quantised_weights_count_as_they_are_stored():
+    weight = StoredTensor(torch.zeros(6, 5, dtype=torch.int8), torch.ones(6))
+    frozen = nn.Parameter(weight, requires_grad=False)
+    assert module._bytes_on(CPU, [frozen, frozen, torch.zeros(3)]) == 6 * 5 + 6 * 4 + 3 * 4
+    with LiveBytes() as live:
+        copied = frozen.clone()
+    assert live.now == 6 * 5 + 6 * 4 and type(copied.data) is StoredTensor
 
 
 def test_free_memory_of_a_cpu_is_known():

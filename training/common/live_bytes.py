@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -65,4 +65,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [part for leaf in tree_leaves(values) if isinstance(leaf, Tensor) for part in parts_of(leaf)]
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that take memory for one: those inside of a quantised or divided tensor, or itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(tensor, name))]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..common.live_bytes import LiveBytes
+from ..common.live_bytes import LiveBytes, parts_of
 from ..config.training_settings import TrainingSettings
 from .gradient_step import GradientStep
 from .optimizers import build_optimizer
@@ -168,8 +168,8 @@ def _peaks(run: Callable[[], Any], mode: FakeTensorMode) -> tuple[int, int]:
 
 def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors that are on a device, each tensor once."""
-    here = {id(tensor): tensor.nbytes for tensor in tensors if _same_memory(tensor.device, device)}
-    return sum(here.values())
+    here = {id(tensor): tensor for tensor in tensors if _same_memory(tensor.device, device)}
+    return sum(part.nbytes for tensor in here.values() for part in parts_of(tensor))
 
 
 def _same_memory(one: torch.device, other: torch.device) -> bool:
