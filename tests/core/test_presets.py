@@ -87,6 +87,8 @@ def preset_estimate(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CARDS)
 def test_a_presets_run_fits_its_card(name, kind):
+    if preset_config(name, kind)[0].settings.optimizer == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
     estimate, room = preset_estimate(name, kind), float(name.split()[1]) * 1e9
     assert estimate.peak <= (1 - SPARE) * room, estimate.text(None)
 
