@@ -183,7 +183,7 @@ def test_a_t5_keeps_its_files_bytes_and_fp32s_bits(write_t5_folder, tmp_path, dt
     if dtype == torch.float8_e4m3fn:
         stored |= {f"{name}_scale": torch.tensor(0.5) for name in layers}
     write_tensors(folder / "model.safetensors", stored, metadata or {})
-    plain, held = (load_t5(folder, Projection(64, 32, "linear"), held=held) for held in (False, True))
+    plain, held = (load_t5(folder, Projection(64, 32, "orthogonal"), held=held) for held in (False, True))
     tokens = plain.tokenize(["a red circle", "two small blue squares"])
     with torch.no_grad():
         assert torch.equal(held.backbone(tokens).context, plain.backbone(tokens).context)

@@ -286,6 +286,6 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(
     with pytest.raises(
         ValueError, match="memory that the run takes on cpu is about .* more than now; expected at most"
     ):
-        TRAINERS[trainer](parts, pictures, run_name="r", **options)
+        TRAINERS[trainer](parts, pictures, run_name=f"refused {trainer} {mode}", **options)
     assert not steps
     expect_unchanged(parts, before)
