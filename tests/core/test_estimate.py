@@ -237,6 +237,20 @@ def test_quantised_weights_count_as_they_are_stored():
     assert live.now == 6 * 5 + 6 * 4 and type(copied.data) is StoredTensor
 
 
+def test_a_step_of_known_sizes_is_not_computed_again(tiny_model, pictures, tmp_path, monkeypatch):
+    """Whatever the run is called; but for another batch, and where the file is damaged."""
+    computed, rehearse = [], module.rehearse
+    monkeypatch.setattr(module, "rehearse", lambda *arguments: computed.append(1) or rehearse(*arguments))
+    estimates, original = [], recipe.expect_memory
+    monkeypatch.setattr(recipe, "expect_memory", lambda *arguments: estimates.append(original(*arguments)))
+    for name, batch in (("a", 1), ("b", 1), ("c", 2)):
+        train_lora(tiny_model, pictures, LoraConfig(run_name=name, steps=1, batch_size=batch, seed=batch), tmp_path)
+    assert len(computed) == 2 and estimates[0] == estimates[1] != estimates[2]
+    (tmp_path / ".cache" / "memory.json").write_text("{", encoding="utf-8")
+    train_lora(tiny_model, pictures, LoraConfig(run_name="d", steps=1), tmp_path)
+    assert len(computed) == 3 and estimates[3] == estimates[0]
+
+
 def test_free_memory_of_a_cpu_is_known():
     assert 0 < free_bytes(CPU) < 2**50
 

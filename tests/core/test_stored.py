@@ -159,6 +159,20 @@ def test_text_encoder_and_vae_of_an_fp16_file_keep_its_bytes_and_fp32s_bits(sing
     assert all(torch.equal(*pair) for pair in zip(encodings(held), encodings(plain), strict=True))
 
 
+def test_a_folder_in_fp16_is_held_likewise(diffusers_folder):
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = diffusers_folder / part / f"{name}.safetensors"
+        tensors, metadata = read_tensors(file)
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        write_tensors(file, halves, metadata or {"format": "pt"})
+    plain = load_model(diffusers_folder)
+    held = build_model(ModelConfig(model=str(diffusers_folder)), torch.bfloat16, text_trains=False)
+    assert all(torch.equal(*pair) for pair in zip(encodings(held), encodings(plain), strict=True))
+    for part in ("text_encoder", "autoencoder"):
+        layers = [m for m in getattr(held, part).network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        assert {layer.weight.stored.dtype for layer in layers} == {torch.float16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_a_t5_keeps_its_files_bytes_and_fp32s_bits(write_t5_folder, tmp_path, dtype):
     """Also in the layer to whose dtype T5 casts its activations, which overflow in fp16."""
@@ -169,7 +183,7 @@ def test_a_t5_keeps_its_files_bytes_and_fp32s_bits(write_t5_folder, tmp_path, dt
     if dtype == torch.float8_e4m3fn:
         stored |= {f"{name}_scale": torch.tensor(0.5) for name in layers}
     write_tensors(folder / "model.safetensors", stored, metadata or {})
-    plain, held = (load_t5(folder, Projection(64, 32, "linear"), held=held) for held in (False, True))
+    plain, held = (load_t5(folder, Projection(64, 32, "orthogonal"), held=held) for held in (False, True))
     tokens = plain.tokenize(["a red circle", "two small blue squares"])
     with torch.no_grad():
         assert torch.equal(held.backbone(tokens).context, plain.backbone(tokens).context)

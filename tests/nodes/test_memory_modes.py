@@ -265,3 +265,27 @@ def test_what_was_moved_or_displaced_is_loaded_again(in_mode, loads):
     assert loads_of() == 1 and model.loaded_size() == model.model_size()
     comfy.model_management.unload_all_models()
     assert loads_of() == 1 and loads_of() == 0
+
+
+@pytest.mark.parametrize("mode", ["plain", "dynamic"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_that_cannot_fit_is_refused_before_its_first_step(
+    comfyui, in_mode, options, pictures, monkeypatch, trainer, mode
+):
+    """So ComfyUI's own networks run without values too: there is an estimate of each."""
+    from retune.nodes.ui.progress import NodeCallbacks
+    from retune.training.loop import estimate
+    from retune.training.recipes import run
+
+    parts, steps = in_mode(mode), []
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(estimate, "_swap_bytes", lambda device: 0)
+    monkeypatch.setattr(NodeCallbacks, "managed_bytes", lambda self, device: 0)
+    monkeypatch.setattr(NodeCallbacks, "before_step", lambda self, step: steps.append(step))
+    before = state_of(parts)
+    with pytest.raises(
+        ValueError, match="memory that the run takes on cpu is about .* more than now; expected at most"
+    ):
+        TRAINERS[trainer](parts, pictures, run_name=f"refused {trainer} {mode}", **options)
+    assert not steps
+    expect_unchanged(parts, before)

@@ -92,7 +92,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
-    model = open_model(arguments, config, text_trains=config.train != "UNet LoRA" and config.train != "UNet")
+    model = open_model(arguments, config, text_trains=config.text_trains)
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return result_of(tuned.path)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..common.live_bytes import LiveBytes, parts_of
 from ..config.training_settings import TrainingSettings
 from .gradient_step import GradientStep
+from .known_peaks import KnownPeaks
 from .optimizers import build_optimizer
 from .precision import autocast
 
@@ -97,7 +98,13 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    step: GradientStep, weights: Iterable[Tensor], sample: Any, count: int, more: Rehearsal, swapped: int = 0
+    step: GradientStep,
+    weights: Iterable[Tensor],
+    sample: Any,
+    count: int,
+    more: Rehearsal,
+    swapped: int = 0,
+    known: KnownPeaks | None = None,
 ) -> MemoryEstimate:
     """Computes what a run will take.
 
@@ -108,6 +115,7 @@ def estimate_memory(
         count: samples of a batch in this process.
         more: parts of a run besides those of its objective, such as drawing samples.
         swapped: bytes of `weights` that leave the device when the run begins (`block_swap.freed_bytes`).
+        known: where the peaks of such a step are kept; they are computed where they are not there.
 
     Raises:
         RuntimeError: a network cannot run on tensors without values.
@@ -117,7 +125,11 @@ def estimate_memory(
     states = [_state_bytes(tuple(p.shape), p, step.settings) for p in parameters.values()]
     sizes = [parameter.nbytes for parameter in parameters.values()]
     gradients, update = max(sizes) if step.fused else sum(sizes), max((extra for _, extra in states), default=0)
-    peaks = rehearse(step, sample, count, more, fake_mode(weights))
+    peaks = known.read() if known else None
+    if peaks is None:
+        peaks = rehearse(step, sample, count, more, fake_mode(weights))
+        if known and step.world.is_main:
+            known.write(peaks)
     batch, activations = peaks.pop(ACTIVATIONS)
     if step.trainable.shards:  # whole gradients are there one block at a time
         activations += step.trainable.gathered_bytes

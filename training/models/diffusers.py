@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
 
 from ..common.fingerprint import Sampled, sampled, tensors_fingerprint
 from ..common.foreign import reading
@@ -103,7 +103,7 @@ class DiffusersDenoiser:
         if is_edm(self.scheduler):
             return sigma.log() / 4
         levels = self._log_sigmas.to(sigma.device)
-        if not isinstance(levels, FakeTensor):  # which a rehearsal makes, and no step can use
+        if detect_fake_mode() is None:  # what a rehearsal makes has no values
             self._log_sigmas = levels
         return (sigma.log()[:, None] - levels[None]).abs().argmin(1)
 
@@ -217,7 +217,7 @@ def load_model(
     expect_checkpoint_file(path)
     with reading(path, "no model of Stable Diffusion"):
         if path.is_dir():
-            return _load_folder(path, tokenizer, correction, own_dtypes)
+            return _load_folder(path, tokenizer, correction, own_dtypes, own_text)
         checkpoint = open_checkpoint(path, config_of=config_of)
         return _load_file(checkpoint, tokenizer, correction, own_dtypes, own_text)
 
@@ -241,27 +241,29 @@ def _denoiser(unet: nn.Module, finding: Finding) -> DiffusersDenoiser:
     return DiffusersDenoiser(unet, finding.scheduler, finding.source)
 
 
-def _load_folder(path: Path, tokenizer: Path | None, correction: Correction, own_dtypes: bool) -> TextToImage:
+def _load_folder(
+    path: Path, tokenizer: Path | None, correction: Correction, own_dtypes: bool, own_text: bool
+) -> TextToImage:
     expect_parts(path, "unet", "vae", "text_encoder")
     denoiser = _denoiser(folder_unet(path, own_dtype=own_dtypes), folder_scheduler(path, correction))
-    text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer)
-    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(folder_vae(path)))
+    text_encoder = (_folder_sdxl_text if denoiser.pooled_width else _folder_text)(path, tokenizer, own_text)
+    return TextToImage(denoiser, text_encoder, DiffusersAutoencoder(folder_vae(path, own_dtype=own_dtypes)))
 
 
-def _folder_text(path: Path, tokenizer: Path | None) -> ClipTextEncoder:
+def _folder_text(path: Path, tokenizer: Path | None, own_dtype: bool) -> ClipTextEncoder:
     from transformers import CLIPTextModel
 
-    text = folder_clip(CLIPTextModel, path / "text_encoder")
+    text = folder_clip(CLIPTextModel, path / "text_encoder", own_dtype=own_dtype)
     pad = SECOND_PAD if tokenizer is not None and text.config.hidden_size == SD2_WIDTH else None
     return ClipTextEncoder(text, tokenizer or path / "tokenizer", pad=pad)
 
 
-def _folder_sdxl_text(path: Path, tokenizer: Path | None) -> SdxlTextEncoder:
+def _folder_sdxl_text(path: Path, tokenizer: Path | None, own_dtype: bool) -> SdxlTextEncoder:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     expect_parts(path, "text_encoder", "text_encoder_2")
-    first = folder_clip(CLIPTextModel, path / "text_encoder")
-    second = folder_clip(CLIPTextModelWithProjection, path / "text_encoder_2")
+    first = folder_clip(CLIPTextModel, path / "text_encoder", own_dtype=own_dtype)
+    second = folder_clip(CLIPTextModelWithProjection, path / "text_encoder_2", own_dtype=own_dtype)
     pad = None if tokenizer is None else SECOND_PAD
     return SdxlTextEncoder(
         ClipTextEncoder(first, tokenizer or path / "tokenizer", penultimate=True),

@@ -1,4 +1,4 @@
-"""A diffusers folder, part by part, as modules of diffusers and transformers in fp32."""
+"""A diffusers folder, part by part, as modules of diffusers and transformers in fp32 or in the files' own dtypes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..common.foreign import count_numbered, is_file, open_tensors, read_json, r
 from .noise_levels import SD1_SCHEDULER
 from .parameters import expect_finite
 from .prediction import AS_READ, Correction, Finding, corrected
+from .recast import hold
 
 PIPELINES = "Stable Diffusion 1.x, 2.x or XL"
 DENOISER_FOLDERS = ("transformer", "prior", "unet_2", "decoder")
@@ -80,11 +81,13 @@ def _half_precision(folder: Path) -> torch.dtype:
     return found or torch.float32
 
 
-def folder_vae(path: Path) -> nn.Module:
-    """The AutoencoderKL."""
+def folder_vae(path: Path, *, own_dtype: bool = False) -> nn.Module:
+    """The AutoencoderKL, in fp32 or held as in its file (`recast.hold`)."""
     from diffusers import AutoencoderKL
 
-    return _load(AutoencoderKL, path / "vae", ("layers_per_block",), _VAE_WIDTHS)
+    dtype = _half_precision(path / "vae") if own_dtype else torch.float32
+    vae = _load(AutoencoderKL, path / "vae", ("layers_per_block",), _VAE_WIDTHS, dtype)
+    return hold(vae) if own_dtype else vae
 
 
 def _load(
@@ -110,19 +113,24 @@ def _load(
         return _finite(module)
 
 
-def folder_clip(kind: type[nn.Module], folder: Path) -> nn.Module:
-    """A CLIPTextModel of transformers with all of its weights; kind: with or without projection."""
+def folder_clip(kind: type[nn.Module], folder: Path, *, own_dtype: bool = False) -> nn.Module:
+    """A CLIPTextModel of transformers with all of its weights, in fp32 or held as in its file (`recast.hold`).
+
+    kind: with or without projection.
+    """
     config = read_json(folder / "config.json", dict)
     with reading(folder, f"no {kind.__name__}"):
         if config.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
             raise ValueError(f"its model_type is {short(config['model_type'])}; expected a CLIP text encoder")
         _expect_layers(folder, config)
-        options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+        dtype = _half_precision(folder) if own_dtype else torch.float32
+        options = {"local_files_only": True, "dtype": dtype, "output_loading_info": True}
         with torch.device("meta"):
             _expect_weights(folder, kind(kind.config_class.from_pretrained(folder, local_files_only=True)))
         module, report = kind.from_pretrained(folder, variant=_variant(folder, "model"), **options)
         _expect_complete(report)
-        return _finite(module)
+        _finite(module)
+        return hold(module) if own_dtype else module
 
 
 def _expect_weights(folder: Path, network: nn.Module) -> None:

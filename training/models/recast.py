@@ -223,7 +223,7 @@ def _is_compressed(value: Tensor) -> bool:
 def _replace(ref: ParameterRef, value: Tensor) -> None:
     """Makes a value the parameter's, in memory of its own: what it was may lie in a file."""
     old = ref.tensor
-    if is_quantised(value) or value.data_ptr() == old.data_ptr():
+    if is_quantised(value) or value.untyped_storage()._cdata == old.untyped_storage()._cdata:
         value = value.clone()
     if is_quantised(value) or is_quantised(old):
         ref.owner._parameters[ref.attribute] = nn.Parameter(value, requires_grad=old.requires_grad)

@@ -31,7 +31,8 @@ class StoredTensor(Tensor):
 
     @staticmethod
     def __new__(cls, stored: Tensor, scale: Tensor | None = None, rotation: int = 0) -> StoredTensor:
-        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, dtype=torch.float32, device=stored.device)
+        options = {"dtype": torch.float32, "device": stored.device, "storage_size": 0}
+        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, **options)
 
     def __init__(self, stored: Tensor, scale: Tensor | None = None, rotation: int = 0):
         self.stored, self.scale, self.rotation = stored, scale, rotation

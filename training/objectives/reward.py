@@ -125,7 +125,7 @@ class RewardObjective:
             parts["drift"] = drift(guidance, self._frozen_guidance(samples, self._cfg))
             value = value + self.config.drift_constraint * parts["drift"].to(value)
         loss = value * _weights(samples).to(value) + (surrogate - surrogate.detach()) / len(value)
-        figures = scores.means() | {name: part.mean() for name, part in parts.items()}
+        figures = scores.means() | {name: part.detach().mean() for name, part in parts.items()}
         return Loss(loss, figures, torch.stack([raw.to(value) for raw in scores.raw.values()]))
 
     def _surrogate(

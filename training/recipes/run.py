@@ -21,6 +21,7 @@ from ..common.tensor_writer import take_part
 from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
+from ..loop.known_peaks import KnownPeaks, key_of
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
 from ..models import ldm
@@ -152,7 +153,11 @@ def expect_memory(
     callbacks.after_load()
     count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
     try:
-        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more, swapped)
+        text, trains = model.text_encoder, loop.trainable.parameters
+        tensors = {name: ref.tensor for name, ref in text.weights.items()} | trains
+        key = key_of(config, networks, tensors, type(loop.trainable).__name__, text.fingerprint, sample, count)
+        known = KnownPeaks(loop.folder.path.parent / ".cache", key)
+        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more, swapped, known)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
