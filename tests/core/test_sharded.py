@@ -1,5 +1,7 @@
 """Weights divided among processes (FSDP2, gloo): gradient, weights, states and result of one process; refusals."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -114,6 +116,89 @@ def expect_equal(found, expected, tolerance):
         assert found[name].shape == value.shape, name
         if value.is_floating_point():
             assert (found[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
+
+
+COUNT = """
+import json
+import sys
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+exec(sys.argv[1].partition("if __name__")[0])
+from retune.training.config.loop import LoopConfig
+from retune.training.data.order import BatchOrder
+from retune.training.loop.gradient_step import GradientStep
+from retune.training.objectives.denoising import DenoisingObjective
+from retune.training.recipes.unet import _build_trainable
+
+
+class Sent(TorchDispatchMode):
+    '''Bytes of the whole tensors of each kind of collective operation, and their number.'''
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.messages = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, _, name = func._schema.name.partition("::")
+        if space == "c10d":
+            whole = args[1] if name == "_reduce_scatter_base_" else args[0]
+            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
+            self.bytes[name] = self.bytes.get(name, 0) + sum(t.nbytes for t in tensors)
+            self.messages[name] = self.messages.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(options):
+    tuned = model()
+    denoiser = tuned.denoiser
+    settings = TrainingSettings(gradient_accumulation=2, **options)
+    config = TrainModelConfig(run_name="r", train="whole UNet", train_projection=False, settings=settings)
+    trainable = _build_trainable(tuned, config)
+    pictures = from_images([torch.rand(3, 8, 8) for _ in range(4)], ["a"] * 4, resolution=None)
+    words = Conditioning(torch.randn(1, 8, 32))
+    objective = DenoisingObjective(
+        denoiser,
+        settings,
+        0,
+        latent_of=lambda slot: torch.ones(4, 8, 8),
+        text_of=lambda text: words,
+        project=lambda states, time: states,
+    )
+    loop = LoopConfig(steps=9, batch_size=4, learning_rate=1.0, settings=settings, samples=SamplePrompts())
+    step = GradientStep(trainable, objective, BatchOrder(pictures, 4, 0), loop, torch.device("cpu"))
+    step.gradient(1, Callbacks())
+    with Sent() as sent:
+        step.gradient(2, Callbacks())
+    shapes = {name: list(p.shape) for name, p in denoiser.network.named_parameters()}
+    return {"bytes": sent.bytes, "messages": sent.messages, "shapes": shapes}
+
+
+print("COUNTED", json.dumps(count(eval(sys.argv[2]))))
+"""
+
+
+def counted(options):
+    codes, outputs = start(2, "-c", COUNT, TRAIN, options)
+    assert not any(codes), "\n".join(outputs)
+    return json.loads(outputs[0].partition("COUNTED ")[2].splitlines()[0])
+
+
+@pytest.mark.slow
+def test_what_a_step_sends_is_what_the_documentation_says():
+    """docs/several_gpus.md, to the byte: P numbers summed once a step; or, divided, gathered twice and summed in each
+    of two batches, rows rounded up to the number of processes, what lies in no block gathered once."""
+    plain = counted({})
+    sizes = [math.prod(shape) for shape in plain["shapes"].values()]
+    beside = 2 + len(sizes)  # two losses, and whether each parameter has a gradient
+    assert plain["bytes"] == {"allreduce_": 4 * (sum(sizes) + beside)}
+    assert plain["messages"] == {"allreduce_": 1}
+    found = counted(SHARDED)
+    padded = {name: math.prod([-(-shape[0] // 2) * 2, *shape[1:]]) for name, shape in found["shapes"].items()}
+    in_blocks = sum(size for name, size in padded.items() if ".resnets." in name or ".attentions." in name)
+    whole = sum(padded.values())
+    assert found["bytes"].pop("allreduce_") == 4 * (beside + 1)  # and the square of the norm
+    assert found["bytes"] == {"_allgather_base_": 2 * 4 * (whole + in_blocks), "_reduce_scatter_base_": 2 * 4 * whole}
 
 
 @pytest.mark.slow
