@@ -7,10 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from retune.training.common.foreign import read_tensors
+from retune.training.config.loop import LoopConfig
 from retune.training.config.lora import LoraConfig
 from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
+from retune.training.loop.estimate import estimate_memory
+from retune.training.loop.gradient_step import GradientStep
 from retune.training.loop.sharding import check_sharding
+from retune.training.models.parameters import parameter_refs
+from retune.training.models.protocols import Conditioning
+from retune.training.objectives.denoising import DenoisingObjective, TrainingSample
+from retune.training.trainables.sharded import ShardedWeights
+from retune.training.trainables.weights import SelectedWeights
+from torch.distributed.device_mesh import init_device_mesh
 
 from .test_several_processes import masters, run, start, steps_of
 
@@ -239,6 +249,69 @@ def test_a_run_resumes_with_the_same_bits_and_with_another_number_of_processes(t
     for values in (alone.result(), divided.result()):
         for found, expected in zip(values, whole, strict=True):
             expect_equal(found, expected, 1e-3)  # AdamW makes whole steps of what rounding left
+
+
+@pytest.fixture
+def mesh():
+    """One process, joined with itself."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_divided_masters_train_and_the_network_itself_evaluates(tiny_model, mesh):
+    """Gradient of `SelectedWeights`; other values and the disabled state run on the network, bit for bit."""
+    denoiser = tiny_model.denoiser
+    refs = {denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
+    plain, divided = SelectedWeights(refs, [denoiser.network]), ShardedWeights(refs, denoiser.network, mesh)
+    inputs = torch.ones(1, 4, 8, 8), torch.ones(1), Conditioning(torch.ones(1, 8, 32))
+    for trainable in (plain, divided):
+        with trainable.attach():
+            denoiser.predict(*inputs).square().mean().backward()
+    assert len(divided) == len(plain) and divided.parameters.keys() == plain.parameters.keys()
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(divided.parameters[name].grad, parameter.grad, rtol=1e-5, atol=1e-7)
+    others = {name: value * 1.1 for name, value in plain.values().items()}
+    divided.load(others)
+    with torch.no_grad():
+        with plain.attach(others):
+            expected = denoiser.predict(*inputs)
+        base = denoiser.predict(*inputs)
+        with divided.attach(others):
+            assert torch.equal(denoiser.predict(*inputs), expected)
+            with divided.disabled():
+                assert torch.equal(denoiser.predict(*inputs), base)
+        with divided.attach():
+            assert torch.equal(denoiser.predict(*inputs), expected)
+            with divided.disabled():
+                assert torch.equal(denoiser.predict(*inputs), base)
+
+
+def test_the_estimate_counts_a_process_share(tiny_model, mesh):
+    """Divided masters and gradients are this process's; whole weights of some blocks come to the activations."""
+    denoiser = tiny_model.denoiser
+    refs = {denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
+    found = {}
+    for trainable in (SelectedWeights(refs, [denoiser.network]), ShardedWeights(refs, denoiser.network, mesh)):
+        settings = TrainingSettings()
+        objective = DenoisingObjective(
+            denoiser,
+            settings,
+            0,
+            latent_of=lambda slot: torch.ones(4, 8, 8),
+            text_of=lambda text: Conditioning(torch.ones(1, 8, 32)),
+            project=lambda states, time: states,
+        )
+        options = {"batch_size": 1, "learning_rate": 1.0, "settings": settings, "samples": SamplePrompts()}
+        step = GradientStep(trainable, objective, None, LoopConfig(steps=1, **options), torch.device("cpu"))
+        sample = TrainingSample("", torch.ones(4, 8, 8))
+        found[type(trainable)] = estimate_memory(step, denoiser.network.parameters(), sample, 1, {})
+    plain, divided = found.values()
+    size = 4 * sum(parameter.numel() for parameter in denoiser.network.parameters())
+    assert (divided.masters, divided.gradients, divided.optimizer) == (size, size, plain.optimizer)
+    assert 0 < trainable.gathered_bytes < 3 * size
+    assert divided.activations == plain.activations + trainable.gathered_bytes
 
 
 def config(kind=TrainModelConfig, **settings):
