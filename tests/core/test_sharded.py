@@ -311,7 +311,8 @@ def test_the_estimate_counts_a_process_share(tiny_model, mesh):
     size = 4 * sum(parameter.numel() for parameter in denoiser.network.parameters())
     assert (divided.masters, divided.gradients, divided.optimizer) == (size, size, plain.optimizer)
     assert 0 < trainable.gathered_bytes < 3 * size
-    assert divided.activations == plain.activations + trainable.gathered_bytes
+    own = divided.activations - trainable.gathered_bytes
+    assert plain.activations / 2 < own <= plain.activations
 
 
 def config(kind=TrainModelConfig, **settings):
