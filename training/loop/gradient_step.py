@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.callbacks import Callbacks
 from ..common.distributed import World, world
@@ -174,22 +174,21 @@ class GradientStep:
                 for parameter in group["params"]:
                     parameter.grad = None
         self.scaler.unscale_(self.optimizer)
-        norm = self._norm()
-        parameters = [p for p in self.trainable.parameters.values() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm or math.inf, norm)
+        parameters = {name: p for name, p in self.trainable.parameters.items() if p.grad is not None}
+        longest = self.settings.max_grad_norm or math.inf
+        if not self.trainable.shards:
+            return torch.nn.utils.clip_grad_norm_(parameters.values(), longest)
+        norm = self._divided_norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), longest, norm)
         return norm
 
-    def _norm(self) -> Tensor:
+    def _divided_norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """The norm of the whole gradient; squares of what is divided among processes are summed over them."""
-        parameters, shards = self.trainable.parameters, self.trainable.shards
-        whole = [p.grad for name, p in parameters.items() if p.grad is not None and name not in shards]
-        norm = torch.nn.utils.get_total_norm(whole)
-        if not shards:
-            return norm
-        divided = [p.grad for name, p in parameters.items() if p.grad is not None and name in shards]
-        squares = torch.nn.utils.get_total_norm(divided).square()
+        shards, norm = self.trainable.shards, torch.nn.utils.get_total_norm
+        whole = norm([parameter.grad for name, parameter in parameters.items() if name not in shards])
+        squares = norm([parameter.grad for name, parameter in parameters.items() if name in shards]).square()
         self.world.all_reduce_([squares])
-        return (norm.to(squares).square() + squares).sqrt()
+        return (whole.to(squares).square() + squares).sqrt()
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""

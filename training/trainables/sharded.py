@@ -44,12 +44,13 @@ class Shard:
         return self.like.shape
 
     def part(self, whole: Tensor) -> Tensor:
-        """This process's rows of a whole tensor, on the device of the others."""
-        from torch.distributed.tensor import distribute_tensor
+        """A copy of this process's rows of a whole tensor, on the device of the others: the last process may have less.
 
-        placements, device = self.like.placements, self.like.device
-        divided = distribute_tensor(whole.to(device), self.like.device_mesh, placements, src_data_rank=None)
-        return divided.to_local()
+        Only these rows are read where the tensor lies in a file.
+        """
+        mesh = self.like.device_mesh
+        rows, rank = -(-len(whole) // mesh.size()), mesh.get_local_rank()
+        return whole[rank * rows : (rank + 1) * rows].to(self.like.device, copy=True)
 
     def divided(self, part: Tensor) -> DTensor:
         """The whole tensor of which `part` is this process's; its `full_tensor()` gathers it."""
