@@ -41,24 +41,10 @@ from ..training.rewards.load import RewardConfig, load_reward
 from ..training.trainables.base import Trainable
 from ..training.trainables.lora import Adapters, select_layers
 from ..training.trainables.weights import SelectedWeights
+from .random_models import SD15_UNET, SDXL_UNET, SIDES
 from .study import markdown_table
 
 DESCRIPTION = "Memory of a training step by part at the size of the demo model, SD1.5 or SDXL: computed, and measured."
-SIDES = {"demo": 128, "sd15": 512, "sdxl": 1024}
-"""Pixels of a picture's side by size, where no flag sets it."""
-SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL_UNET = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 TOKENS = 77
 
 
@@ -194,9 +180,9 @@ def measure_step(model: TextToImage, step: GradientStep, present: int) -> int:
     with ExitStack() as stack:
         stack.enter_context(model.denoiser.checkpointing(step.settings.gradient_checkpointing))
         live = None if cuda else stack.enter_context(LiveBytes())
+        stack.enter_context(step.trainable.mounted())
         for number in (1, 2):
-            step.backward(number, Callbacks())
-            step.clip(number)
+            step.gradient(number, Callbacks())
             step.update(number)
     return torch.cuda.max_memory_allocated(step.device) if cuda else present + live.peak
 
