@@ -37,7 +37,7 @@ class StepConfig:
     turns: int = 2
     """Processes of each variant."""
     only: str = ""
-    """Part of the names of the variants to run, such as bf16; several with commas. Empty: all."""
+    """Part of the names of the variants to run, such as bf16; several with semicolons. Empty: all."""
     memory: float = 0.0
     """GB that a variant may take; one that needs more is left out. 0: what is free."""
     output: Path = Path("output") / "bench"
@@ -48,7 +48,7 @@ class StepConfig:
 
     def chosen(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
         """The variants to run; ValueError where the names fit none."""
-        parts = [part.strip() for part in self.only.split(",") if part.strip()]
+        parts = [part.strip() for part in self.only.split(";") if part.strip()]
         chosen = {name: v for name, v in variants.items() if not parts or any(part in name for part in parts)}
         if not chosen:
             raise ValueError(f"only is {self.only!r}; expected a part of one of {'; '.join(variants)}.")
