@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -41,15 +42,16 @@ class Bar:
         self.recorder.step()
 
 
-def import_comfyui(folder: str, cpu: bool) -> None:
-    """Makes a ComfyUI checkout importable; it then reads no command line of this process."""
-    sys.path.insert(0, folder)
+def prepare(case: Case) -> None:
+    """Imports ComfyUI's trainer from its checkout; it then reads no command line of this process."""
+    sys.path.insert(0, case.comfyui)
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = cpu
+    args.cpu = case.device == "cpu"
+    importlib.import_module("comfy_extras.nodes_train")
 
 
 def open_model(case: Case) -> object:
@@ -72,7 +74,6 @@ def conditioning(case: Case, model: object) -> list:
 
 def run_lora(case: Case, recorder: Recorder, precision: str, bypass: bool) -> None:
     """Train LoRA with bypass mode on or off."""
-    import_comfyui(case.comfyui, case.device == "cpu")
     from comfy_extras import nodes_train
 
     recorder.begin(LOADING)

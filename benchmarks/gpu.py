@@ -5,6 +5,7 @@ and reward steps beside diffusers + peft and the memory of a step, in bf16 at th
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from .lora_runs import median_step_seconds
 from .memory_use import MemoryConfig, run_memory_bench
 from .side_by_side import StepConfig, device_name, run_comparison
 from .study import markdown_table
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = "For a machine with a GPU, eight minutes: the demo in ComfyUI, then LoRA, reward and memory in bf16."
 DYNAMIC = "DynamicVRAM support detected and enabled"
@@ -73,7 +76,11 @@ def run_gpu_bench(config: GpuConfig, steps: StepConfig, comfyui: Path | None, ca
             skipped[stage.name] = "no time was left"
             continue
         callbacks.on_text(stage.name)
-        found[stage.name] = stage.run(deadline)
+        try:
+            found[stage.name] = stage.run(deadline)
+        except (RuntimeError, TimeoutError) as error:  # what ran before it is not lost: a GPU may be lent for minutes
+            log.exception("%s failed", stage.name)
+            skipped[stage.name] = f"failed: {str(error).partition(chr(10))[0]}"
     for name, result in found.items():
         skipped |= {f"{name}: {variant}": reason for variant, reason in result.get("skipped", {}).items()}
     rows = [{"stage": name, **row} for name, result in found.items() for row in summary(result)]
@@ -97,8 +104,7 @@ def stages(config: GpuConfig, steps: StepConfig, comfyui: Path | None, callbacks
         for size in config.sizes:
             yield Stage(f"{name}, {size}", comparison_stage(name, bf16, size, comfyui, callbacks))
     for size in config.sizes:
-        memory = MemoryConfig(measure=True, rank=steps.rank, pixels=steps.pixels)
-        yield Stage(f"memory, {size}", lambda deadline, m=memory, s=size: run_memory_bench(m, s, 1, callbacks))
+        yield Stage(f"memory, {size}", memory_stage(steps, size, callbacks))
 
 
 def comparison_stage(
@@ -106,6 +112,15 @@ def comparison_stage(
 ) -> Callable[[float], dict[str, Any]]:
     def run(deadline: float) -> dict[str, Any]:
         return run_comparison(name, steps, size, ROUNDS, 1, comfyui, callbacks, deadline)
+
+    return run
+
+
+def memory_stage(steps: StepConfig, size: str, callbacks: Callbacks) -> Callable[[float], dict[str, Any]]:
+    memory = MemoryConfig(measure=True, rank=steps.rank, pixels=steps.pixels, only="bf16")
+
+    def run(deadline: float) -> dict[str, Any]:
+        return run_memory_bench(memory, size, 1, callbacks, deadline)
 
     return run
 

@@ -24,7 +24,6 @@ from ..training.recipes.textual_inversion import train_embedding
 from ..training.recipes.unet import train_model
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.load import RewardConfig, load_reward
-from ..training.sampling.generate import encode_with
 from .processes import Case
 from .recorder import CAPTION, LOADING, PREPARING, TRAINING, Marks, Recorder, captions_of, pictures
 
@@ -73,7 +72,7 @@ def run_finetune(case: Case, recorder: Recorder, precision: str, **settings: Any
 def run_embedding(case: Case, recorder: Recorder, precision: str) -> None:
     config = run_of(case, EmbeddingConfig, settings_of(precision), token=TOKEN, template="object")
     model = open_model(case, recorder, config, visiting=False)
-    recorder.trained = sum(vocabulary.weight.shape[1] for vocabulary in model.text_encoder.vocabularies.values())
+    recorder.trained = sum(vocabulary.table.shape[1] for vocabulary in model.text_encoder.vocabularies.values())
     train_embedding(model, pictures(case), config, Path(case.work), Marks(recorder))
 
 
@@ -101,7 +100,8 @@ class Encoding:
 
     def texts(self, number: int) -> None:
         folder, captions = Path(self.case.work) / f"texts {number}", captions_of(self.case)
-        TextCache(folder, encode_with(self.model.text_encoder), "bench").fill(captions)
+        encoder = self.model.text_encoder
+        TextCache(folder, lambda texts: encoder.backbone(encoder.tokenize(texts)), "bench").fill(captions)
 
 
 def run_encoding(case: Case, recorder: Recorder, part: str) -> None:

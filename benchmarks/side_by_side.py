@@ -100,7 +100,7 @@ def run_comparison(
         "rows": rows,
         "skipped": skipped,
         "claims": [sentence for claim in comparison.claims if (sentence := check(claim, rows))],
-        "chart": str(chart.resolve()),
+        "chart": str(chart.resolve()) if rows else "",
         "table": markdown_table([shown(row) for row in rows]) if rows else "",
     }
 

@@ -23,6 +23,8 @@ def run(case: Case) -> dict:
         for name in LIBRARIES:
             if importlib.util.find_spec(name.partition(".")[0]) is not None:
                 importlib.import_module(name)
+        if hasattr(module, "prepare"):
+            module.prepare(case)
     with PeakMemory() as memory:
         recorder = Recorder(case, memory)
         getattr(module, variant.function)(case, recorder, **variant.options)
