@@ -222,7 +222,9 @@ def set_up(options: argparse.Namespace, comfyui: Path | None) -> Path:
         once("comfyui", made_from, lambda: install_comfyui_requirements(python, comfyui, index))
     else:
         once("torch", key(str(index)), lambda: install_torch(python, index))
-    package = ".[test]" if options.command == "test" else "."
+    package = (
+        ".[test]" if options.command in ("test", "bench") else "."
+    )  # peers of benchmarks are among the tests' ones
     made_from = key((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     once(package, made_from, lambda: pip(python, "retune and what it requires", "--editable", package))
     return python
@@ -320,8 +322,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     try:
-        compares = options.command == "bench" and "lora" in options.rest
-        without = options.no_comfyui or options.command == "bench" and not compares
+        compares = options.command == "bench" and "lora-loss" in options.rest
+        uses = compares or any(name in options.rest for name in ("lora", "gpu"))
+        without = options.no_comfyui or options.command == "bench" and not uses
         found = None if without else find_comfyui()
         if found is None and (options.command == "comfyui" or compares):
             found = offer_comfyui()

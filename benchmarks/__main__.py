@@ -8,18 +8,21 @@ from pathlib import Path
 
 from ..training.commands.terminal import Terminal, run_verb
 from ..training.config.flags import add_flags, read_flags
-from .catalog import DATA, DEMO_MODEL, LORA, MEMORY, REWARD, STUDIES, BenchConfig, descriptions
+from .catalog import DATA, DEMO_MODEL, GPU, LORA_LOSS, MEMORY, REWARD_METHODS, STUDIES, BenchConfig, descriptions
+from .comparisons import COMPARISONS
 from .data import DataConfig, run_data_bench
 from .demo_model import DemoModelConfig, run_demo_model_bench
+from .gpu import GpuConfig, run_gpu_bench
 from .lora import run_lora_bench
 from .lora_runs import LoraBenchConfig
 from .memory_use import MemoryConfig, run_memory_bench
 from .reward import RewardBenchConfig, run_reward_bench
+from .side_by_side import StepConfig, run_comparison
 from .speed import run_timing
 from .study import StudyConfig, run_study
 
 BATCH_SIZE = 16
-"""Of timings and of `reward`, where no flag sets it."""
+"""Of timings and of `reward-methods`, where no flag sets it."""
 
 
 def bench(arguments: argparse.Namespace) -> dict:
@@ -27,12 +30,14 @@ def bench(arguments: argparse.Namespace) -> dict:
     config = read_flags(arguments, BenchConfig)
     if not config.name:
         return descriptions()
-    if config.name == LORA:
+    if config.name == LORA_LOSS:
         return run_lora(arguments)
+    if config.name in COMPARISONS or config.name == GPU:
+        return run_sized(config, arguments)
     batch_size = config.batch_size or BATCH_SIZE
     if config.name == DEMO_MODEL:
         result = run_demo_model_bench(read_flags(arguments, DemoModelConfig), Terminal())
-    elif config.name == REWARD:
+    elif config.name == REWARD_METHODS:
         sized = read_flags(arguments, RewardBenchConfig, batch_size=batch_size)
         result = run_reward_bench(sized, arguments.comfyui, Terminal())
     elif config.name == MEMORY:
@@ -45,6 +50,21 @@ def bench(arguments: argparse.Namespace) -> dict:
     else:
         return run_timing(config.name, config.rounds, batch_size)
     return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
+
+
+def run_sized(config: BenchConfig, arguments: argparse.Namespace) -> dict:
+    """A comparison of processes, or several on a GPU; without --json only what is read, a line each."""
+    steps = read_flags(arguments, StepConfig, "step_")
+    if config.name == GPU:
+        result = run_gpu_bench(read_flags(arguments, GpuConfig, "gpu_"), steps, arguments.comfyui, Terminal())
+    else:
+        sizes = {"size": config.size, "rounds": config.rounds, "batch_size": config.batch_size or 1}
+        result = run_comparison(config.name, steps, comfyui=arguments.comfyui, callbacks=Terminal(), **sizes)
+    if arguments.json:
+        return result
+    skipped = [f"{variant}: {reason}" for variant, reason in result["skipped"].items()]
+    lines = {"claims": "\n" + "\n".join(result["claims"]), "left out": "\n" + "\n".join(skipped)}
+    return {"table": f"\n{result['table']}", **lines, "chart": result["chart"]}
 
 
 def run_lora(arguments: argparse.Namespace) -> dict:
@@ -66,8 +86,10 @@ def parser() -> argparse.ArgumentParser:
     add_flags(top, LoraBenchConfig, "lora_")
     add_flags(top, MemoryConfig, "memory_")
     add_flags(top, DataConfig, "data_")
+    add_flags(top, StepConfig, "step_")
+    add_flags(top, GpuConfig, "gpu_")
     add_flags(top, RewardBenchConfig, skip=("rounds", "batch_size"))
-    top.add_argument("--comfyui", type=Path, help="ComfyUI whose Train LoRA `lora` measures; a tokenizer of `reward`")
+    top.add_argument("--comfyui", type=Path, help="ComfyUI whose Train LoRA is measured; a tokenizer of rewards")
     return top
 
 

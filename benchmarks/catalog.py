@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import data, demo_model, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
+from . import data, demo_model, gpu, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
+from .comparisons import COMPARISONS
 from .speed import TIMINGS
 from .study import Study
 
-LORA, REWARD, DEMO_MODEL, MEMORY, DATA = "lora", "reward", "demo-model", "memory", "data"
+LORA_LOSS, REWARD_METHODS, DEMO_MODEL = "lora-loss", "reward-methods", "demo-model"
+MEMORY, DATA, GPU = "memory", "data", "gpu"
 STUDIES: dict[str, Study] = {
     "reset-study": reset_study.STUDY,
     "projection-start": projection_study.STUDY,
@@ -25,11 +27,11 @@ class BenchConfig:
     name: str = ""
     """Which benchmark or study; empty lists them."""
     rounds: int = 7
-    """Turns of every variant, after one that is not counted."""
+    """Turns of every variant, or steps in each of its processes; one more comes first and is not counted."""
     batch_size: int = 0
-    """Pictures or captions at a time; 0: 16, or a study's default, or 1 for `memory`."""
+    """Pictures or captions at a time; 0: 16, or a study's default, or 1 for `memory` and what runs in processes."""
     size: Literal["demo", "sd15", "sdxl"] = "demo"
-    """Of `memory`: the model whose shapes are measured."""
+    """The model whose shapes are measured, with random weights: of `memory`, `gpu` and what runs in processes."""
 
     def __post_init__(self) -> None:
         if self.name and self.name not in descriptions():
@@ -44,5 +46,7 @@ def descriptions() -> dict[str, str]:
     """Name -> a sentence on what is measured."""
     timings = {name: function.__doc__ for name, function in TIMINGS.items()}
     studies = {name: study.description for name, study in STUDIES.items()}
-    long = {DEMO_MODEL: demo_model.DESCRIPTION, REWARD: reward.DESCRIPTION}
-    return timings | long | studies | {LORA: lora.DESCRIPTION, MEMORY: memory_use.DESCRIPTION, DATA: data.DESCRIPTION}
+    sized = {name: comparison.description for name, comparison in COMPARISONS.items()}
+    sized |= {MEMORY: memory_use.DESCRIPTION, DATA: data.DESCRIPTION, GPU: gpu.DESCRIPTION}
+    long = {DEMO_MODEL: demo_model.DESCRIPTION, LORA_LOSS: lora.DESCRIPTION, REWARD_METHODS: reward.DESCRIPTION}
+    return sized | timings | long | studies

@@ -70,7 +70,7 @@ def run_lora_bench(config: LoraBenchConfig, comfyui: Path | None, callbacks: Cal
     if comfyui is None:
         raise ValueError(
             "comfyui is not given; expected the folder of a ComfyUI, whose Train LoRA is measured. `python run.py "
-            "bench lora` finds it, or says how to get it; to `python -m retune.benchmarks lora` add --comfyui."
+            "bench lora-loss` finds it, or says how to get it; to `python -m retune.benchmarks` add --comfyui."
         )
     callbacks = callbacks or Callbacks()
     callbacks.on_text("starting ComfyUI")

@@ -6,6 +6,7 @@ With `measure` they get random weights, and a step is run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -41,24 +42,11 @@ from ..training.rewards.load import RewardConfig, load_reward
 from ..training.trainables.base import Trainable
 from ..training.trainables.lora import Adapters, select_layers
 from ..training.trainables.weights import SelectedWeights
+from .processes import free_memory
+from .random_models import SD15_UNET, SDXL_UNET, SIDES
 from .study import markdown_table
 
 DESCRIPTION = "Memory of a training step by part at the size of the demo model, SD1.5 or SDXL: computed, and measured."
-SIDES = {"demo": 128, "sd15": 512, "sdxl": 1024}
-"""Pixels of a picture's side by size, where no flag sets it."""
-SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL_UNET = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 TOKENS = 77
 
 
@@ -73,8 +61,13 @@ class MemoryConfig:
     measure: bool = False
     """Run a step with random weights at the size of SD1.5 or SDXL too; the demo model's is always run."""
 
+    only: str = ""
+    """Part of the names of the settings, such as bf16; empty: all."""
+
     def __post_init__(self) -> None:
         check_range(self, pixels=(0, 8192), rank=(1, 4096))
+        if not any(self.only in name for name in SETTINGS):
+            raise ValueError(f"only is {self.only!r}; expected a part of one of {'; '.join(SETTINGS)}.")
 
 
 @dataclass(frozen=True)
@@ -194,33 +187,47 @@ def measure_step(model: TextToImage, step: GradientStep, present: int) -> int:
     with ExitStack() as stack:
         stack.enter_context(model.denoiser.checkpointing(step.settings.gradient_checkpointing))
         live = None if cuda else stack.enter_context(LiveBytes())
+        stack.enter_context(step.trainable.mounted())
         for number in (1, 2):
             step.gradient(number, Callbacks())
             step.update(number)
     return torch.cuda.max_memory_allocated(step.device) if cuda else present + live.peak
 
 
-def run_memory_bench(config: MemoryConfig, size: str, batch: int, callbacks: Callbacks) -> dict:
-    """Computes the memory of every kind of training under every setting, and measures it where asked for.
+def run_memory_bench(
+    config: MemoryConfig, size: str, batch: int, callbacks: Callbacks, deadline: float | None = None
+) -> dict:
+    """Computes the memory of every kind of training under every setting, and measures it where asked for and where the
+    estimate fits.
+
+    Args:
+        deadline: `time.monotonic()` after which nothing more begins.
 
     Returns:
-        "rows" with bytes of each part and at most, "measured" and its ratio where a step was run; "device", "table".
+        "rows" with bytes of each part and at most, "measured" and its ratio where a step was run; "skipped", what was
+        not measured and why; "device", "table".
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     real, side = config.measure or size == "demo", config.pixels or SIDES[size]
     mode = torch.device(device) if real else FakeTensorMode(allow_non_fake_inputs=True)
-    model, rows = sized_model(size, mode), []
-    for kind, (name, settings) in ((kind, pair) for kind in KINDS for pair in SETTINGS.items()):
+    model, rows, skipped = sized_model(size, mode), [], {}
+    chosen = [(kind, name, SETTINGS[name]) for kind in KINDS for name in SETTINGS if config.only in name]
+    for kind, name, settings in chosen:
+        if deadline is not None and time.monotonic() >= deadline:
+            skipped[f"{kind}, {name}"] = "no time was left"
+            continue
         callbacks.on_text(f"memory of {kind}, {name}")
         step, more = make_step(model, KINDS[kind], settings, config, side, batch)
         estimate = estimate_step(model, step, more)
         row = {"training": kind, "setting": name, **estimate.as_dict()}
-        if real:
+        if real and estimate.needed > (free := free_memory(device)):
+            skipped[f"{kind}, {name}"] = f"needs about {estimate.needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
+        elif real:
             measured = measure_step(model, step, estimate.present)
             row |= {"measured": measured, "ratio": round(estimate.peak / measured, 3)}
         rows.append(row)
     about = {"size": size, "pixels": side, "batch_size": batch, "device": device}
-    return {**about, "rows": rows, "table": _table(rows)}
+    return {**about, "rows": rows, "skipped": skipped, "table": _table(rows) if rows else ""}
 
 
 def _table(rows: list[dict]) -> str:

@@ -45,14 +45,14 @@ OFFICIAL_STEPS = 5
 PROMPT = "two small red circles on the left, white background"
 NO_CUDA = (
     "No CUDA device is here, so memory is what autograd saves, without weights, and seconds are processor time of all "
-    "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward --model FILE --rewards ... --pixels 512 "
-    "--gradient-steps 5 --batch-size 4."
+    "threads. Batch, memory and seconds at 512 pixels need a GPU: bench reward-methods --model FILE --rewards ... "
+    "--pixels 512 --gradient-steps 5 --batch-size 4."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBenchConfig:
-    """Size and model of the `reward` benchmark."""
+    """Size and model of the `reward-methods` benchmark."""
 
     model: str = DEMO
     """diffusers folder, .safetensors checkpoint, or "demo"."""

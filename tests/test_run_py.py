@@ -178,7 +178,7 @@ def test_models_of_the_installed_comfyui_are_named(run_py, tmp_path):
     assert written == {"installed": expected}
 
 
-@pytest.mark.parametrize("command", ["comfyui", "bench lora"])
+@pytest.mark.parametrize("command", ["comfyui", "bench lora-loss"])
 def test_without_comfyui_what_needs_it_says_how_to_get_it(home, command):
     """As a user runs it, without a terminal to ask on; the .venv of this checkout is not touched."""
     lonely = home / "retune"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from retune.benchmarks import word_study
 from retune.benchmarks.__main__ import main
-from retune.benchmarks.catalog import DATA, DEMO_MODEL, LORA, MEMORY, REWARD, STUDIES
+from retune.benchmarks.catalog import DATA, DEMO_MODEL, GPU, LORA_LOSS, MEMORY, REWARD_METHODS, STUDIES
+from retune.benchmarks.comparisons import COMPARISONS
 from retune.benchmarks.demo_model import Drawn, paired_gain
 from retune.benchmarks.speed import TIMINGS, run_timing
 from retune.benchmarks.timing import median_seconds
@@ -38,12 +39,12 @@ def test_every_benchmark_gives_seconds_and_ratios(name):
 
 def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["--json"]) == 0
-    others = {DATA, DEMO_MODEL, LORA, MEMORY, REWARD}
+    others = COMPARISONS.keys() | {DATA, DEMO_MODEL, GPU, LORA_LOSS, MEMORY, REWARD_METHODS}
     assert json.loads(capsys.readouterr().out).keys() == TIMINGS.keys() | STUDIES.keys() | others
     assert main(["speed"]) == 2
     names = (
-        "training-step, drawing, text, demo-model, reward, reset-study, projection-start, reward-study, word-study, "
-        "lora, memory, data"
+        "lora, finetune, embedding, reward, encode, startup, memory, data, gpu, training-step, drawing, text, "
+        "demo-model, lora-loss, reward-methods, reset-study, projection-start, reward-study, word-study"
     )
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err
 

@@ -93,5 +93,5 @@ def test_a_lora_put_on_the_model_changes_weights_biases_and_norms_and_goes_again
 
 
 def test_without_comfyui_it_says_how_to_get_it(capsys):
-    assert main(["lora"]) == 2
-    assert "comfyui is not given" in (said := capsys.readouterr().err) and "run.py bench lora" in said
+    assert main(["lora-loss"]) == 2
+    assert "comfyui is not given" in (said := capsys.readouterr().err) and "run.py bench lora-loss" in said

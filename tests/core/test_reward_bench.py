@@ -113,7 +113,7 @@ def test_figures_hold_ratios_at_equal_k_and_flatness():
 
 def test_the_command_line_measures_the_demo_model(capsys):
     sizes = "--rounds 1 --batch-size 1 --sampling-steps 2 --gradient-steps 1 2"
-    assert main(["reward", *sizes.split(), "--json"]) == 0
+    assert main(["reward-methods", *sizes.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["rows"]) == 3 * 2 + 1 and all(row["seconds"] > 0 for row in found["rows"])
     assert found["flatness"][STEPWISE] < 0.05 and found["table"].count("\n") == 8
