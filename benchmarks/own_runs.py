@@ -24,6 +24,7 @@ from ..training.recipes.textual_inversion import train_embedding
 from ..training.recipes.unet import train_model
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.load import RewardConfig, load_reward
+from .lora_runs import LAYERS
 from .processes import Case
 from .recorder import CAPTION, LOADING, PREPARING, TRAINING, Marks, Recorder, captions_of, pictures
 
@@ -55,8 +56,12 @@ def open_model(case: Case, recorder: Recorder, config: RunConfig, visiting: bool
     return model
 
 
-def run_lora(case: Case, recorder: Recorder, precision: str) -> None:
-    config = run_of(case, LoraConfig, settings_of(precision), rank=case.rank, alpha=case.rank, targets="attention")
+def run_lora(case: Case, recorder: Recorder, precision: str, every_layer: bool = False) -> None:
+    """Adapters of the attention layers, as diffusers' script has them; or of every layer, as ComfyUI's node."""
+    layers = {"targets": "attention"}
+    if every_layer:
+        layers = {"targets": "regex", "target_regex": LAYERS, "algorithm": "LoCon"}
+    config = run_of(case, LoraConfig, settings_of(precision), rank=case.rank, alpha=case.rank, **layers)
     model = open_model(case, recorder, config)
     trained = train_lora(model, pictures(case), config, Path(case.work), Marks(recorder))
     recorder.trained = sum(value.numel() for name, value in trained.tensors.items() if not name.endswith("alpha"))
