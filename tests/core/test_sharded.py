@@ -91,7 +91,8 @@ def model():
 def train(root, name, steps, layers, options):
     torch.manual_seed(1)
     pictures = from_images([torch.rand(3, 8, 8) for _ in range(8)], ["a", "bb"] * 4, resolution=None)
-    settings = {"warmup_steps": 0, "validation_fraction": 0.25, "validate_every": 2, "save_every": 2, **options}
+    settings = {"warmup_steps": 0, "lr_schedule": "constant", "validation_fraction": 0.25}
+    settings |= {"validate_every": 2, "save_every": 2, **options}
     samples = SamplePrompts(prompts=("a",), every=2, steps=2, width=8, height=8)
     base = {"batch_size": 4, "learning_rate": 1e-3, "steps": steps, "train": layers, "samples": samples}
     config = TrainModelConfig(run_name=name, settings=TrainingSettings(**settings), **base)
