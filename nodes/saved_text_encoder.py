@@ -69,7 +69,7 @@ class RetuneLoadTextEncoder(io.ComfyNode):
                     "file",
                     options=[*files(ENCODERS), *DEMO_CLIPS],
                     tooltip="A file written by Save Text Encoder. The demo one is for the demo model: its CLIP, tuned "
-                    "for glossy pictures. Other CLIPs go into ComfyUI's Load CLIP.",
+                    "for the demo aesthetic. Other CLIPs go into ComfyUI's Load CLIP.",
                 ),
                 keep_clip_input(
                     "The CLIP that the text encoder was used with, if there was one; it is not in the file."

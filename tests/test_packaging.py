@@ -246,5 +246,5 @@ def test_nothing_large_or_generated_is_tracked(tracked):
     assert not names & {".venv", "output", "build", "dist", "retune.egg-info"}
     tensors = [file for file in tracked if file.suffix == ".safetensors"]
     fixtures = [file for file in tensors if file.is_relative_to(ROOT / "tests")]
-    assert sum(file.stat().st_size for file in tensors) - sum(file.stat().st_size for file in fixtures) <= 16e6
-    assert sum(file.stat().st_size for file in fixtures) <= 2.5e6
+    assert sum(file.stat().st_size for file in tensors) - sum(file.stat().st_size for file in fixtures) <= 24e6
+    assert sum(file.stat().st_size for file in fixtures) <= 5e6

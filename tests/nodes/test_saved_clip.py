@@ -158,7 +158,7 @@ def test_the_demos_own_file_is_loaded_again(demo, comfyui):
     ((path,), _) = saved(clip)
     with torch.inference_mode():
         CLIPSave().save(clip, "demo clip")
-        (again,) = RetuneLoadTextEncoder.execute(f"test/{path.name}").result
+        again = RetuneLoadTextEncoder.execute(f"test/{path.name}").result[0]
         stock = load_demo_clip(Path(folder_paths.get_output_directory()) / "demo clip_clip_l_00001_.safetensors")
         ready = RetuneLoadTextEncoder.execute("demo: glossy").result[0]
     assert torch.equal(encoded(again)[0], encoded(clip)[0]) and torch.equal(encoded(stock)[0], encoded(clip)[0])

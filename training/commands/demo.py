@@ -97,7 +97,7 @@ def captions_of(scenes: Sequence[Scene]) -> list[str]:
 
 def write_pictures(folder: Path, count: int, seed: int, on_text: Callable[[str], None]) -> None:
     """Draws captioned training pictures as PNG and .txt files, unless the folder has them already."""
-    done = folder / "complete.json"
+    done = folder / ".complete.json"  # hidden, so that it is not named as a file that is no picture
     if done.exists():
         return
     on_text(f"drawing {count} training pictures")
