@@ -59,6 +59,10 @@ def config(**changes):
     return RewardTuneConfig(**(values | changes))
 
 
+FALLING = {"seed": 8, "learning_rate": 1.2e-2, "guard_diversity": 0.95}
+"""Changes of `config` with which pictures grow alike at step 6, and better in the eyes of the reward."""
+
+
 def rows(root, event=None):
     path = root / "r" / "metrics.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -162,31 +166,35 @@ def results(root):
 @pytest.mark.slow
 def test_a_run_ends_where_its_pictures_grow_alike_also_when_it_is_killed_and_can_go_on(tiny_model, tmp_path):
     whole, left = tmp_path / "whole", Copies(tmp_path / "whole")
-    tuned = tune(tiny_model, reward(), PROMPTS, config(), whole, left)
+    tuned = tune(tiny_model, reward(), PROMPTS, config(**FALLING), whole, left)
     checks, status = rows(whole, "guard"), json.loads(results(whole)[0])
-    fallen = [row["step"] for row in checks if row["shares"]["diversity"] < 0.6]
+    fallen = [row["step"] for row in checks if row["shares"]["diversity"] < 0.95]
     assert fallen == [6] == [status["guard"]["fell_at"]] and len(rows(whole)) == status["step"] == 6
     assert status["result"] == "guard" and status["best_step"] == 4
     assert max(checks[:-1], key=lambda row: row["reward"])["step"] == 4 and checks[-1]["reward"] > checks[2]["reward"]
-    assert left.said[-1].endswith("below 60 %; the result is that of step 4") and len(left.left) == 3
+    assert left.said[-1].endswith("below 95 %; the result is that of step 4") and len(left.left) == 3
     about = read_tensors(tuned.path)[1]["retune.run"]
     assert json.loads(about)["best_step"] == 4
-    shorter = tune(tiny_model, reward(), PROMPTS, config(steps=4, guard_diversity=0.01), tmp_path / "shorter")
+    shorter = tune(
+        tiny_model, reward(), PROMPTS, config(**FALLING | {"steps": 4, "guard_diversity": 0.01}), tmp_path / "shorter"
+    )
     assert all(torch.equal(value, shorter.unet[name]) for name, value in tuned.unet.items())
     for root in left.left:
-        tune(tiny_model, reward(), PROMPTS, config(), root)
+        tune(tiny_model, reward(), PROMPTS, config(**FALLING), root)
         assert results(root) == results(whole)
 
     again = Copies(whole)
-    tune(tiny_model, reward(), PROMPTS, config(), whole, again)
+    tune(tiny_model, reward(), PROMPTS, config(**FALLING), whole, again)
     (said,) = again.said
     assert said.startswith("run r is finished; reading its result; the guard ended it: diversity is ")
     fresh = tmp_path / "fresh"
     for root in (whole, fresh):
-        tune(tiny_model, reward(), PROMPTS, config(guard_action="keep best"), root)
+        tune(tiny_model, reward(), PROMPTS, config(**FALLING, guard_action="keep best"), root)
     assert results(whole) == results(fresh) and len(rows(whole)) == 7
     status = json.loads(results(whole)[0])
-    assert status["guard"]["stopped"] is False and status["guard"]["fell_at"] == 6 and status["best_step"] == 4
+    allowed = [row for row in rows(whole, "guard") if row["shares"]["diversity"] >= 0.95]
+    assert status["guard"]["stopped"] is False and status["guard"]["fell_at"] == 6
+    assert status["best_step"] == max(allowed, key=lambda row: row["reward"])["step"] != 6
 
 
 def test_a_best_file_of_a_step_that_the_run_has_not_come_to_is_refused(tiny_model, tmp_path):

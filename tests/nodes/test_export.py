@@ -112,7 +112,7 @@ def test_a_clip_that_stops_early_is_exported_without_its_last_layers(demo):
 
 @pytest.mark.parametrize(
     "kind, pad, max_tokens, length",
-    [("orthogonal", "none", 256, 22), ("truncate", "none", 12, 12), ("mlp", "max_tokens", 30, 30)],
+    [("orthogonal", "none", 256, 20), ("truncate", "none", 12, 12), ("mlp", "max_tokens", 30, 30)],
 )
 def test_the_code_in_the_readme_runs_a_t5(demo, monkeypatch, kind, pad, max_tokens, length):
     from retune.nodes.clips.t5_clip import load_t5_clip

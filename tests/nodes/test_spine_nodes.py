@@ -88,7 +88,7 @@ def test_t5_is_loaded_scaled_saved_and_loaded_again(demo):
     (path,) = run(RetuneSaveTextEncoder, matched, "retune/test_encoder")
     folder_paths.filename_list_cache.clear()
     name = "retune/" + path.replace("\\", "/").rsplit("/", 1)[1]
-    (loaded,) = run(RetuneLoadTextEncoder, name)
+    loaded, _ = run(RetuneLoadTextEncoder, name)
     (projected,) = run(RetuneLoadT5, "demo", "128", projection_file=name)
     for one in (loaded, projected):
         assert torch.equal(encoded(one, words), encoded(matched, words))

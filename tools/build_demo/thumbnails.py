@@ -1,7 +1,7 @@
 """Draws the thumbnails of the example workflows: what each example does to the demo model's pictures.
 
-`python -m retune.tools.draw_thumbnails` draws those that the shipped files suffice for. "Swap the text encoder for T5"
-and "Reward-tune the text encoder" also need a run of the example each: `--t5 <run> --reward <run>`.
+`python -m retune.tools.build_demo.thumbnails` draws those that the shipped files suffice for. "Swap the text encoder
+for T5" and "Reward-tune the text encoder" also need a run of the example each: `--t5 <run> --reward <run>`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..benchmarks.word_study import with_word
-from ..training.commands.demo import DRAW_OPTIONS
-from ..training.commands.open_model import apply_weights, build_demo_model
-from ..training.common.files import write_tensors
-from ..training.data.images import contact_sheet, to_pil
-from ..training.demo.editions import BASE
-from ..training.demo.files import weights_path
-from ..training.formats.embedding import read_embedding
-from ..training.formats.embedding_fit import assign_to_encoders
-from ..training.models.concepts import Concept
-from ..training.models.protocols import TextToImage
-from ..training.recipes.apply_results import with_tuned
-from ..training.recipes.unet import read_trained_model
-from ..training.sampling.generate import draw
-from ..training.text_encoder.stock_file import read_stock_file
+from ...benchmarks.word_study import with_word
+from ...training.commands.demo import DRAW_OPTIONS
+from ...training.commands.open_model import apply_weights, build_demo_model
+from ...training.common.files import write_tensors
+from ...training.data.images import contact_sheet, to_pil
+from ...training.demo.editions import BASE
+from ...training.demo.files import weights_path
+from ...training.formats.embedding import read_embedding
+from ...training.formats.embedding_fit import assign_to_encoders
+from ...training.models.concepts import Concept
+from ...training.models.protocols import TextToImage
+from ...training.recipes.apply_results import with_tuned
+from ...training.recipes.unet import read_trained_model
+from ...training.sampling.generate import draw
+from ...training.text_encoder.stock_file import read_stock_file
 
-FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
+FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 SIDE, LABEL_HEIGHT, GAP = 480, 40, 8
 """Pixels of one panel, of the label below it, and between two panels."""
 IMAGES, COLUMNS = 4, 2
@@ -106,7 +106,7 @@ def _sheet(model: TextToImage, prompt: str) -> Tensor:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="draw_thumbnails", description="Draws the examples' thumbnails.")
+    parser = argparse.ArgumentParser(prog="thumbnails", description="Draws the examples' thumbnails.")
     parser.add_argument("--t5", default="", help="folder of a run of the example with T5, or of run.py demo")
     parser.add_argument("--reward", default="", help="folder of a run of the example of reward tuning")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the thumbnails are written")
