@@ -32,10 +32,10 @@ def test_the_look_changes_the_edges_and_no_caption():
 @pytest.mark.slow
 def test_drawn_and_decoded_pictures_are_told_apart_and_stay_readable():
     autoencoder = build_model(ModelConfig(model="demo")).autoencoder
-    for look, share in (("plain", 0.0), ("warm edges", 1.0)):
+    for look, share, least in (("plain", 0.0, 0.9), ("warm edges", 1.0, 0.85)):
         images, captions = demo_examples(40, 0, "", look)
         with torch.no_grad():
             decoded = autoencoder.decode(autoencoder.encode(images))
         assert with_warm_edges(images) == share and abs(with_warm_edges(decoded) - share) < 0.03
-        assert alignment(decoded, captions)["alignment"] >= 0.85
+        assert alignment(decoded, captions)["alignment"] >= least
         assert look != "plain" or max(map(warmth, decoded)) < WARM_EDGES - 0.02

@@ -113,7 +113,7 @@ def train_vae(work: Path) -> dict[str, float]:
     scale_latents(vae, 1 / (SCALING_FACTOR * latents_of(vae, images[:1000], 1.0).std().item()))
     metadata = {"config": json.dumps(CONFIG | {"scaling_factor": SCALING_FACTOR})}
     write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
-    return figures
+    return figures | vae_figures(load_vae(work)[0])
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ DRAW_OPTIONS = {"width": 128, "height": 128, "steps": 12, "cfg": 2.5, "seed": 7}
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The demo's size; the defaults run about five minutes on two CPU cores."""
+    """The demo's size; the defaults run about seven minutes on two CPU cores."""
 
     output: Path = Path("output") / "retune"
     """Folder of all runs."""

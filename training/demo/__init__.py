@@ -1,3 +1,3 @@
-"""The demo model's files, its drawn scenes, and the judges that measure pictures of them: judge, polish, warmth.
+"""The demo model's files, its drawn scenes, and the judges that measure pictures of them: judge, quality, warmth.
 
 The programs that train the model are in tools/build_demo."""
