@@ -176,7 +176,8 @@ def test_expressions_count_in_order_and_the_rest_is_1():
     [
         ("1,a,1", "has 'a'; expected a number"),
         ("in=nan", "has 'nan'; expected a number"),
-        ("(=1", "no regular expression"),
+        ("(=1", "not a regular expression"),
+        ("attn=1\n(a{999}){999}=1", "repetitions"),
         ("a=1\nb", "has the line 'b'; expected regex=weight"),
     ],
 )

@@ -1,11 +1,13 @@
-"""Expressions from files: what `re` says, in linear time."""
+"""Expressions from files and from people: what `re` says, without hanging."""
 
 import random
 import re
 import time
 
 import pytest
-from retune.training.common.patterns import PatternTable
+from retune.training.common.patterns import PatternTable, TypedPattern
+from retune.training.config.lora import LoraConfig
+from retune.training.config.reset import ResetConfig
 
 NAMES = ["to_q", "mid.to_q", "down.0.attn1.to_q", "down.10.attn2.to_out.0", "to_qq", "a b", "", "x_to_q", "aaab", "ab1"]
 
@@ -81,3 +83,41 @@ def test_any_number_of_plain_names_is_looked_up_at_once():
     start = time.process_time()
     assert all(table.get(f"unet.down.{i}.to_q") == i for i in range(20_000))
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "attn2", "^text_encoders", r"attn[12]\.to_(q|k)\b", "^(?!.*attn1).*to_q$", "(?i)ATTN"]
+)
+def test_a_typed_expression_finds_what_re_finds(pattern):
+    typed = TypedPattern("blocks", pattern, "attn2")
+    for name in ("input_blocks.1.attn1.to_q", "input_blocks.1.attn2.to_q", "text_encoders.l.to_k", "proj_in"):
+        assert typed.search(name) == bool(re.search(pattern, name)), name
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa)+$", "((a{1,100}){1,10}){1,10}b"])
+def test_a_typed_expression_that_blows_up_is_stopped_and_named(pattern, monkeypatch):
+    monkeypatch.setattr("retune.training.common.patterns.SECONDS", 0.2)
+    typed, start = TypedPattern("target_regex", pattern, "attn2"), time.process_time()
+    with pytest.raises(ValueError, match=r"target_regex is .*, which takes more than 0.2 s"):
+        for _ in range(1000):  # all searches share the time
+            typed.search("a" * 200 + "!")
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "not a regular expression"),
+        ("(" * 900 + ")" * 900, "not a regular expression"),
+        ("a{99999999}", "99999999 repetitions; expected at most 2000 and 10000"),
+        ("((a{0,300}){300}){300}", "27000000 repetitions"),
+        ("a" * 3000, "of 3000 characters"),
+    ],
+)
+def test_a_typed_expression_that_cannot_be_used_is_named(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        TypedPattern("blocks", pattern, "attn2")
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(run_name="r", steps=1, target_regex=pattern)  # although "attention" does not use it
+    with pytest.raises(ValueError, match=message):
+        ResetConfig(layers="QK", blocks=pattern)

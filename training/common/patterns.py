@@ -1,15 +1,21 @@
-"""Regular expressions from files, matched in linear time: none of them can hang, as Python's `re` can.
+"""Regular expressions that cannot hang, as Python's `re` can: those of files, and those that people type.
 
-The expression is turned into a nondeterministic automaton whose states are followed all at once (Thompson, 1968). So
-there are no back references and no looking ahead; what such a table is for has none.
+An expression from a file is turned into a nondeterministic automaton whose states are followed all at once (Thompson,
+1968), in linear time. So there are no back references and no looking ahead; what such a table is for has none. People
+do use them ("every attention but ..."), so what they type, or find in a workflow, is searched for by the package
+`regex`, which stops after a time.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import regex
 
 try:
     from re import _constants as constants
@@ -22,6 +28,10 @@ MOST_STATES = 20_000
 """States of all expressions of a table together; repetitions are written out."""
 MOST_STEPS = 5_000_000
 """States that all searches in a table may visit together: some seconds of work."""
+LONGEST, MOST_REPEATS = 2000, 10_000
+"""Characters of a typed expression, and how often its `{n}` may repeat something in all: `regex` writes them out."""
+SECONDS = 5.0
+"""Time that all searches of a typed expression may take together."""
 
 _PLAIN = re.compile(r"[\w.\-]+")
 _CATEGORIES = {
@@ -37,6 +47,51 @@ _ENDS = (constants.AT_END, constants.AT_END_STRING)
 _REPEATS = (constants.MAX_REPEAT, constants.MIN_REPEAT)
 
 Value = TypeVar("Value")
+
+
+class TypedPattern:
+    """A regular expression that somebody typed, in Python's syntax.
+
+    Args:
+        what: Setting that it comes from, for messages.
+        expression: The expression.
+        example: A sound one, for messages.
+
+    Attributes:
+        expression: As it was typed.
+
+    Raises:
+        ValueError: It is malformed, or too long.
+    """
+
+    def __init__(self, what: str, expression: str, example: str):
+        self.expression = expression
+        self._named, self._left = f"{what} is {expression[:60]!r}", SECONDS
+        repeats = math.prod(int(number) or 1 for number in re.findall(r"(?<=[{,])\d{1,9}", expression))
+        if len(expression) > LONGEST or repeats > MOST_REPEATS:
+            raise ValueError(
+                f"{self._named}, of {len(expression)} characters and {repeats} repetitions; expected at most {LONGEST} "
+                f"and {MOST_REPEATS}, for example {example!r}. Write a shorter one."
+            )
+        try:
+            self._pattern = regex.compile(expression)
+        except (regex.error, RecursionError, UnicodeError, OverflowError) as error:
+            raise ValueError(
+                f"{self._named}, not a regular expression ({error}); expected for example {example!r}."
+            ) from error
+
+    def search(self, text: str) -> bool:
+        """Whether the expression is found in a text. Raises ValueError once all searches together take too long."""
+        begun = time.monotonic()
+        try:
+            return self._pattern.search(text, timeout=max(self._left, 0.01)) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"{self._named}, which takes more than {SECONDS:g} s to search for in names such as {text[:80]!r}; "
+                "expected one without repetitions inside of repetitions, such as (a+)+. Write it without them."
+            ) from error
+        finally:
+            self._left -= time.monotonic() - begun
 
 
 @dataclass

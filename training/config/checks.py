@@ -61,16 +61,6 @@ def check_size(config: Any, what: str) -> None:
         raise ValueError(f"{what} is {config.width}x{config.height}; expected multiples of 8.")
 
 
-def compile_regex(name: str, pattern: str, example: str) -> re.Pattern:
-    """The compiled regular expression of a field; raises ValueError, with an example, where it is malformed."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{name} is {pattern!r}, not a regular expression ({error}); expected for example {example!r}."
-        ) from error
-
-
 def check_run_name(name: str, what: str = "run name") -> None:
     """Raises ValueError unless `name` is a plain folder name on every system (no separators, no `..`)."""
     bad = not RUN_NAME.fullmatch(name) or name.endswith((".", " ")) or ".." in name or is_reserved(name)

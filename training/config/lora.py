@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..common.patterns import TypedPattern
 from .fields import alpha_setting, rate_setting, setting
 from .run import RunConfig
 
@@ -53,6 +54,8 @@ class LoraConfig(RunConfig):
         self._check_rates()
         if self.targets == "regex" and not self.target_regex:
             raise ValueError("target_regex is empty; expected one for targets 'regex', for example 'attn2'.")
+        if self.target_regex:
+            TypedPattern("target_regex", self.target_regex, "attn2|proj_in")
         if self.algorithm == "DoRA" and self.rank_dropout:
             raise ValueError("rank_dropout is set for DoRA; expected 0. Its magnitudes need the whole product.")
         if self.lokr_factor != -1 and self.lokr_factor < 1:

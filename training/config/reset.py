@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..common.patterns import TypedPattern
 from .checks import check_fields
 from .fields import setting
 
@@ -31,6 +32,7 @@ class ResetConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        TypedPattern("blocks", self.blocks, "middle|output_blocks")
         high = 10.0 if self.init == "perturb" else 1.0
         if not 0 <= self.strength <= high:
             raise ValueError(f"strength is {self.strength}; expected 0.0 to {high}.")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..common.patterns import TypedPattern
+
 _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
 _SHORT = {"input_blocks": "IN", "middle_block": "M", "output_blocks": "OUT"}
 
@@ -15,7 +17,7 @@ _SHORT = {"input_blocks": "IN", "middle_block": "M", "output_blocks": "OUT"}
 class BlockWeights:
     """Weights by parameter name: the first rule whose expression is found in the name decides, else the weight is 1."""
 
-    rules: tuple[tuple[re.Pattern, float], ...] = ()
+    rules: tuple[tuple[TypedPattern, float], ...] = ()
 
     def weight_for(self, name: str) -> float:
         """The weight for a parameter, such as `diffusion_model.output_blocks.3.1.proj_in.weight`."""
@@ -24,7 +26,7 @@ class BlockWeights:
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """The expressions that match none of the names."""
         names = list(names)
-        return [pattern.pattern for pattern, _ in self.rules if not any(pattern.search(name) for name in names)]
+        return [pattern.expression for pattern, _ in self.rules if not any(pattern.search(name) for name in names)]
 
 
 def block_names(names: Iterable[str], with_attention: bool = False) -> list[str]:
@@ -66,8 +68,8 @@ def block_weights(text: str, names: Iterable[str]) -> BlockWeights:
             f"{1 + len(every)} (BASE, {', '.join(every)}). Or write lines regex=weight."
         )
     by_block = dict.fromkeys(every, 0.0) | dict(zip(blocks, weights[1:], strict=True))
-    rules = tuple((re.compile(_expression(block)), weight) for block, weight in by_block.items())
-    return BlockWeights((*rules, (re.compile(""), weights[0])))
+    rules = tuple((_pattern(_expression(block)), weight) for block, weight in by_block.items())
+    return BlockWeights((*rules, (_pattern(""), weights[0])))
 
 
 def _expression(block: str) -> str:
@@ -76,15 +78,16 @@ def _expression(block: str) -> str:
     return rf"\b{kind}\." + ("" if kind == "middle_block" else rf"{int(number)}\.")
 
 
-def _rule(line: str) -> tuple[re.Pattern, float]:
+def _pattern(expression: str) -> TypedPattern:
+    return TypedPattern("blocks", expression, "output_blocks")
+
+
+def _rule(line: str) -> tuple[TypedPattern, float]:
     """Parses a line `regex=weight`."""
     expression, separator, weight = line.rpartition("=")
     if not separator:
         raise ValueError(f"blocks has the line {line!r}; expected regex=weight, such as output_blocks=0.5.")
-    try:
-        return re.compile(expression.strip()), _number(weight)
-    except re.error as error:
-        raise ValueError(f"blocks has {expression!r}, which is no regular expression ({error}).") from error
+    return _pattern(expression.strip()), _number(weight)
 
 
 def _number(text: str) -> float:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.patterns import TypedPattern
 from ..common.rng import generator
-from ..config.checks import compile_regex
 from ..config.reset import ResetConfig
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def select(names: Iterable[str], layers: str, blocks: str = "") -> list[str]:
     """
     if layers not in LAYER_PATTERNS:
         raise ValueError(f"layers is {layers!r}; expected one of {', '.join(LAYER_PATTERNS)}.")
-    within = compile_regex("blocks", blocks, "middle|output_blocks")
+    within = TypedPattern("blocks", blocks, "middle|output_blocks")
     selected = [name for name in names if is_selected(name, layers) and within.search(name)]
     if not selected:
         log.warning("no parameter matched layers %r within blocks %r", layers, blocks)

@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..common.patterns import TypedPattern
 from ..common.rng import derive_seed
-from ..config.checks import compile_regex
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
 from ..models.parameters import parameter_refs
@@ -64,7 +64,7 @@ def select_layers(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[s
     Raises ValueError for a malformed regex or when nothing matches.
     """
     pattern = config.target_regex if config.targets == "regex" else TARGETS[config.targets]
-    expression = compile_regex("target_regex", pattern, "attn2|proj_in")
+    expression = TypedPattern("target_regex", pattern, "attn2|proj_in")
     linear_only = config.algorithm in ("LoRA", "DoRA")
     selected = {n: m for n, m in layers.items() if expression.search(n) and not (linear_only and _is_spatial(m))}
     if not selected:
