@@ -26,7 +26,7 @@ def caption_from_text_file(image: Path) -> str | None:
     for suffix in CAPTION_SUFFIXES:
         for path in (image.with_suffix(suffix), image.with_suffix(suffix.upper())):
             if path.exists() and not path.is_dir():
-                return expect_caption(" ".join(read_text(path).split()), str(path))
+                return expect_caption(" ".join(read_text(path).split()), foreign.printable(str(path)))
     return None
 
 
