@@ -146,7 +146,7 @@ def test_the_nodes_cut_their_texts_alike():
         ('{"file_name": "a.png", "text": "half \\ud83d"}', "line 1: a text in it has half a character"),
         ("[" * 50_000, "line 1: it is nested too deeply"),
         ('{"file_name": "a.png", "text": "x", "n": ' + "1" * 5000 + "}", "line 1: .*digits"),
-        (json.dumps({"file_name": "a.png", "text": "w " * 20_000}), "the caption of a.png has 39999 characters"),
+        (json.dumps({"file_name": "a.png", "text": "w " * 20_000}), "metadata.jsonl, line 1 has 39999 characters"),
         (json.dumps({"file_name": "a\0.png", "text": "x"}), "no usable image"),
     ],
 )
@@ -155,6 +155,14 @@ def test_odd_captions_are_refused_by_name(tmp_path, line, words):
     (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         load(tmp_path, captions="metadata.jsonl")
+
+
+@pytest.mark.parametrize("ending", [".txt", ".caption", ".TXT"])
+def test_a_text_that_is_no_caption_is_refused_by_its_own_name(tmp_path, ending):
+    draw(tmp_path / "a.png", caption=None)
+    (tmp_path / f"a{ending}").write_text("w " * MAX_LENGTH, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"a{ending} has {2 * MAX_LENGTH - 1} characters .*; expected at most"):
+        load(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes and devices in the file system")

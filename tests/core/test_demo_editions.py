@@ -1,5 +1,6 @@
 """Files made with an earlier demo model load with today's, and it is said that they were made for another."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from retune.training.recipes.lora import train_lora
 from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.text_encoder.file import read_text_encoder
 from retune.training.text_encoder.t5 import load_t5
+from retune.training.text_encoder.t5_file import file_hash
 
 FILES = Path(__file__).resolve().parents[1] / "fixtures" / "demo_0_3"
 OLD, NEW = EDITIONS[0].name, EDITIONS[-1].name
@@ -115,6 +117,18 @@ def test_a_reference_to_the_old_t5_finds_it():
     context = encoder.encode(encoder.tokenize(["a red circle on the left"])).context
     expected = read_tensors(FILES / "expected.safetensors")[0]["t5_reference"]
     torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_to_the_t5_of_a_former_version_finds_it():
+    former, current = WEIGHTS / "earlier_0.4.0" / "t5.safetensors", weights_path("t5.safetensors")
+    assert edition_of_tokens(read_tensors(former)[0]["shared.weight"]) == NEW
+    saved = read_text_encoder(FILES / "t5_reference.safetensors")
+    assert replace(saved, t5_sha256=file_hash(former)).find_t5([WEIGHTS]) == former
+    assert replace(saved, t5_sha256=file_hash(current)).find_t5([WEIGHTS]) == current
+    encoders = [load_t5(path, saved.projection, padding=saved.padding) for path in (former, current)]
+    assert encoders[0].tokenizer.fingerprint == encoders[1].tokenizer.fingerprint
+    tokens = encoders[0].tokenize(["a red circle on the left"])
+    assert not torch.equal(*(encoder.encode(tokens).context for encoder in encoders))
 
 
 def test_what_is_made_now_says_what_it_was_made_with(tmp_path, pictures):

@@ -9,6 +9,9 @@ import pytest
 import torch
 from retune.training.common import foreign
 from retune.training.common.foreign import FileError, reading
+from retune.training.formats.embedding import read_embedding
+from retune.training.formats.lora import read_lora
+from retune.training.text_encoder.tokenizers import load_tokenizer
 
 
 def test_failures_in_any_words_name_the_file_and_keep_the_cause(tmp_path):
@@ -194,3 +197,25 @@ def test_a_cut_pickle_is_called_damaged_at_any_size(tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(FileError, match=r"words.pt is damaged or holds more than tensors \("):
         foreign.read_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"GGUF\x03\0\0\0" + bytes(99), "is a GGUF file, whose weights are quantised. Use the fp16"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a pointer of Git LFS, not the file",
+        ),
+        (b"<!DOCTYPE html><html><body>Please log in</body></html>", "is a web page. Download the file itself"),
+        (b"<html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read", [foreign.read_tensors, foreign.read_pickle, foreign.read_json, read_lora, read_embedding, load_tokenizer]
+)
+def test_what_was_downloaded_in_place_of_the_file_is_named(start, message, read, tmp_path):
+    for name in ("a.safetensors", "tokenizer.json", "a.pt", "a.gguf"):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            read(tmp_path / name)

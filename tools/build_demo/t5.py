@@ -31,7 +31,7 @@ CONFIG = {
     "relative_attention_max_distance": 128,
 }
 SEED = 23
-STEPS, BATCH, LEARNING_RATE = 2000, 64, 3e-3
+STEPS, BATCH, LEARNING_RATE = 4000, 64, 3e-3
 CORRUPTED, SPAN = 0.25, 3
 
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .signatures import downloaded_kind
+
 log = logging.getLogger(__name__)
 
 MB = 1 << 20
@@ -67,7 +69,9 @@ def reading(path: str | Path, other: str = "of another kind", advice: str = SAVE
             raise
         name = label(path)
         log.debug("%s cannot be used", name, exc_info=error)
-        if type(error) is ValueError:
+        if kind := downloaded_kind(path):
+            message = f"{name} is {kind[0]}. {kind[1]}"
+        elif type(error) is ValueError:
             message = str(error) if name in str(error) else f"{name}: {error}"
         else:
             message = f"{name} is damaged or {other} ({explain(error)}). {advice}"

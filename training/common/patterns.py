@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import regex
-
 try:
     from re import _constants as constants
     from re import _parser as parser
@@ -73,6 +71,8 @@ class TypedPattern:
                 f"{self._named}, of {len(expression)} characters and {repeats} repetitions; expected at most {LONGEST} "
                 f"and {MOST_REPEATS}, for example {example!r}. Write a shorter one."
             )
+        import regex
+
         try:
             self._pattern = regex.compile(expression)
         except (regex.error, RecursionError, UnicodeError, OverflowError) as error:

@@ -19,11 +19,14 @@ TRAILING_NUMBER = re.compile(r"(?:^|[\s_-]+)\d+$|\s*\(\d+\)$")
 
 
 def caption_from_text_file(image: Path) -> str | None:
-    """The text of the .txt or .caption file with the image's stem, line breaks as spaces; None without such a file."""
+    """The text of the .txt or .caption file with the image's stem, line breaks as spaces; None without such a file.
+
+    Raises ValueError for a file that is no caption: too long, or not UTF-8.
+    """
     for suffix in CAPTION_SUFFIXES:
         for path in (image.with_suffix(suffix), image.with_suffix(suffix.upper())):
             if path.exists() and not path.is_dir():
-                return " ".join(read_text(path).split())
+                return expect_caption(" ".join(read_text(path).split()), foreign.printable(str(path)))
     return None
 
 
@@ -74,7 +77,8 @@ def _metadata_row(line: str, where: str) -> tuple[str, str]:
     caption = row.get("text", row.get("caption"))
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{where}: the caption is {caption!r}; expected a string.")
-    return _relative_path(row["file_name"], where), " ".join((caption or "").split())
+    caption = expect_caption(" ".join((caption or "").split()), where)
+    return _relative_path(row["file_name"], where), caption
 
 
 def _relative_path(name: str, where: str) -> str:

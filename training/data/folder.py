@@ -131,8 +131,6 @@ def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, 
         notes = _unlisted_images(files.images, rows)
     else:
         rows = [(name, _caption(folder / name, config)) for name in files.images]
-    for name, caption in rows:
-        expect_caption(caption, f"the caption of {name}")
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(
@@ -157,7 +155,7 @@ def _unlisted_images(images: Sequence[str], rows: Iterable[tuple[str, str]]) -> 
 def _caption(image: Path, config: FolderConfig) -> str:
     """An image's caption by the config's source of captions, or ""."""
     if config.captions == "one caption":
-        return config.caption.strip()
+        return expect_caption(config.caption.strip(), "caption")
     return caption_from_name(image) if config.captions == "file name" else caption_from_text_file(image) or ""
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from ..common import foreign
 from ..common.foreign import FileError, explain, label
+from ..common.signatures import LFS_POINTER, WEB_PAGE
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ SIGNATURES = (
     (0, (b"%PDF",), "a PDF"),
     (0, (b"8BPS",), "a Photoshop file"),
     (0, (b"<svg", b"<?xml"), "an SVG or XML file"),
-    (0, (b"<!DOCTYPE", b"<!doctype", b"<html"), "a web page"),
-    (0, (b"version https://git-lfs",), "a pointer of Git LFS; pull the file itself"),
+    (0, WEB_PAGE, "a web page"),
+    (0, LFS_POINTER, "a pointer of Git LFS; pull the file itself"),
 )
 """(offset, beginnings there, what the file is) of what is often found under a picture's ending."""
 MAX_BYTES = 2 << 30

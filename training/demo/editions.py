@@ -26,14 +26,14 @@ class Edition:
         name: What messages call it.
         unet: Fingerprint of its UNet, as runs record it (`Denoiser.fingerprint`).
         vaes: Fingerprints of its autoencoder, as runs on the command line and in ComfyUI record them.
-        tokens: `tensors_fingerprint` of the token embeddings of its CLIP and of its T5.
+        tokens: `tensors_fingerprint` of the token embeddings of its CLIP and of its T5s.
         conv_in: Values of `tensors_sketch` of the UNet's `CONV_IN`.
     """
 
     name: str
     unet: str
     vaes: tuple[str, str]
-    tokens: tuple[str, str]
+    tokens: tuple[str, ...]
     conv_in: tuple[float, ...]
 
 
@@ -49,7 +49,11 @@ EDITIONS = (
         "the demo model of version 0.4",
         unet="60a27d9cad72b6af17e4e5c2b42929f1",
         vaes=("1318c81e04847e1c5ac05382edf8fde8", "949eff25956983638adf6553053ab9d6"),
-        tokens=("8df7c9b6881523eea9f09de584cc287d", "8b371a749838c8623d8102b090dcf8bf"),
+        tokens=(
+            "8df7c9b6881523eea9f09de584cc287d",
+            "8b371a749838c8623d8102b090dcf8bf",  # T5 of 0.4.0
+            "ce137293370d64c19f0ee44bf47d03db",
+        ),
         conv_in=(-0.0379, 0.0748, -0.0668, -0.0801, -0.1471, 0.0453, -0.1356, -0.0631),
     ),
 )

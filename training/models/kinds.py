@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..common.signatures import DOWNLOADS, GGUF
 from . import ldm
 
 SUPPORTED = "SD1.x, SD2.x or SDXL in the original layout"
@@ -33,7 +34,7 @@ MOST_NAMES = 20_000
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _CONVERT = "Load it in ComfyUI and save it with Save Checkpoint, which writes .safetensors."
 FILE_KINDS = {
-    ".gguf": ("a GGUF file, whose weights are quantised", "Use the fp16 or fp8 .safetensors file of the same model."),
+    ".gguf": DOWNLOADS[GGUF],
     ".json": ("a JSON file", "Give the folder that it is in, or the .safetensors file."),
 } | dict.fromkeys(_PICKLES, ("a pickled checkpoint, which may hold code", _CONVERT))
 """Ending of a file's name -> what it is, what to use."""
