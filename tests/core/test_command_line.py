@@ -41,7 +41,8 @@ CONFIGS = {
     **{verb: [(config, "")] for verb, (config, _) in LORA_VERBS.items()},
 }
 FLAGS_OF_OTHER_PROGRAMS = {"--all", "--no-comfyui", "--port", "--torch-index", "--num_processes", "--verbose"}
-"""Of run.py and accelerate; --verbose stands before the verb."""
+FLAGS_OF_OTHER_PROGRAMS |= {"--size", "--step-pixels", "--step-turns", "--step-only", "--step-memory"}
+"""Of run.py, its benchmarks and accelerate; --verbose stands before the verb."""
 REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]
 
 

@@ -41,7 +41,6 @@ FLOAT64 = {
     "plots/score_histogram.py": "numbers of a chart",
     "plots/token_histogram.py": "numbers of a chart",
     "rewards/augment.py": "draws from generators of the CPU",
-    "rewards/combined.py": "scores that were brought to the CPU",
     "rewards/diversity.py": "embeddings that were brought to the CPU",
     "rewards/heads.py": "weights of a file, on the CPU",
     "text_encoder/fit.py": "states that were brought to the CPU",

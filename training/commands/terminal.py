@@ -44,6 +44,9 @@ class Terminal(Callbacks):
     def on_text(self, text: str) -> None:
         self._write(text)
 
+    def on_memory(self, text: str, needed: int) -> None:
+        self._write(text, always=True)
+
     def on_end(self, text: str) -> None:
         self._write(text, always=True)
 
