@@ -406,8 +406,9 @@ class Ends(Callbacks):
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("anything"), KeyboardInterrupt()])
-def test_a_run_hooks_each_layer_once_and_leaves_the_model_as_it_was(demo, pictures, tmp_path, monkeypatch, error):
-    """After success, an error and a cancel; four steps of two batches each, samples and validations."""
+def test_a_run_hooks_each_layer_once_more_and_leaves_the_model_as_it_was(demo, pictures, tmp_path, monkeypatch, error):
+    """Once for the estimate of its memory, and once for all of its four steps of two batches each, samples and
+    validations; after success, an error and a cancel."""
     network, hooked = demo.denoiser.network, []
     before = {name: (value, value.clone(), value.requires_grad) for name, value in network.named_parameters()}
     register = nn.Module.register_forward_hook
@@ -419,7 +420,8 @@ def test_a_run_hooks_each_layer_once_and_leaves_the_model_as_it_was(demo, pictur
     config = lora_config(targets="cross-attention", settings=settings, samples=samples)
     with nullcontext() if error is None else pytest.raises(type(error)):
         train_lora(demo, pictures, config, tmp_path, Ends(error))
-    assert len(hooked) == len(set(hooked)) == len(select_layers(trainable_layers(demo, config), config))
+    layers = len(select_layers(trainable_layers(demo, config), config))
+    assert len(hooked) == 2 * layers and len(set(hooked[:layers])) == len(set(hooked[layers:])) == layers
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in network.modules())
     for name, parameter in network.named_parameters():
         same, values, flag = before[name]

@@ -40,7 +40,7 @@ class Quadratic:
         if self.gradient_factor != 1.0:
             weight.register_hook(lambda gradient: gradient * self.gradient_factor)
         wanted = torch.tensor([value for _, value in batch])
-        return Loss(0.5 * (weight.flatten() - wanted) ** 2, {"wanted": wanted.mean().item()})
+        return Loss(0.5 * (weight.flatten() - wanted) ** 2, {"wanted": wanted.mean()})
 
     def validation(self, loaded):
         return (self.layer.weight.item() - loaded[0]) ** 2

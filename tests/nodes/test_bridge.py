@@ -176,6 +176,8 @@ def live_bytes() -> int:
     found = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type != "meta" and thing.layout is torch.strided:
+            if isinstance(thing, FakeTensor):  # has no memory
+                continue
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
