@@ -12,7 +12,7 @@ from retune.training.config.training_settings import TrainingSettings
 from retune.training.models.visitors import Visitors, arrive, send_visitors_away
 from retune.training.recipes.unet import train_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 class Moves(nn.Module):

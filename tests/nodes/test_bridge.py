@@ -11,6 +11,7 @@ from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.models.protocols import Conditioning
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def train_config(**changes):
