@@ -304,6 +304,18 @@ def sdxl_unet():
         return UNet2DConditionModel(**config).eval()
 
 
+@pytest.fixture(autouse=True)
+def shared_peaks(request, monkeypatch, tmp_path_factory):
+    """All runs of a test process keep the peaks of their steps in one place: alike ones are computed once."""
+    if "retune.training" not in sys.modules or request.node.get_closest_marker("own_peaks"):
+        return
+    from retune.training.loop.known_peaks import KnownPeaks
+
+    folder, original = tmp_path_factory.getbasetemp() / "peaks", KnownPeaks.__init__
+    monkeypatch.setattr(KnownPeaks, "__init__", lambda self, _, key: original(self, folder, key))
+    monkeypatch.setattr("retune.training.loop.known_peaks.KEPT", 10**4)
+
+
 @pytest.fixture(scope="session")
 def lora_kinds():
     """tests/lora_kinds.py: random layers of every algorithm, with the weights that come of them."""

@@ -405,6 +405,7 @@ class Ends(Callbacks):
             raise self.error
 
 
+@pytest.mark.own_peaks
 @pytest.mark.parametrize("error", [None, RuntimeError("anything"), KeyboardInterrupt()])
 def test_a_run_hooks_each_layer_once_more_and_leaves_the_model_as_it_was(demo, pictures, tmp_path, monkeypatch, error):
     """Once for the estimate of its memory, and once for all of its four steps of two batches each, samples and

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .test_reward_tune import PROMPTS, reward
 from .test_reward_tune import config as reward_config
 
+pytestmark = pytest.mark.own_peaks
 CPU = torch.device("cpu")
 
 
