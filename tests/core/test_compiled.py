@@ -10,6 +10,7 @@ from retune.training.models.compiled import channels_last, check_compiler, compi
 from retune.training.models.diffusers import DiffusersDenoiser
 from retune.training.models.parameters import parameter_refs
 from retune.training.models.protocols import Conditioning
+from retune.training.models.recast import recastable, recasting
 from retune.training.recipes.checks import check_speed
 from retune.training.recipes.lora import train_lora
 from retune.training.trainables.weights import SelectedWeights
@@ -60,7 +61,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(small):
     denoiser, before = DiffusersDenoiser(small), look(small)
     output, expected = gradients(denoiser)
     torch._dynamo.reset()
-    with compiled_blocks(small, True):
+    with compiled_blocks(small, True), recasting(recastable(small)):  # as a run does once, for all of its steps
         compiled, found = gradients(denoiser)
         counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         gradients(denoiser)

@@ -15,6 +15,7 @@ from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop import estimate as module
 from retune.training.loop.estimate import MemoryEstimate, _state_bytes, check_memory, free_bytes
+from retune.training.loop.optimizers import PACKAGES
 from retune.training.models.block_swap import freed_bytes
 from retune.training.models.blocks import blocks_in_order
 from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
@@ -130,15 +131,18 @@ def test_an_estimate_of_reward_tuning(tiny_model, tmp_path, monkeypatch, changes
     assert estimate.needed == pytest.approx(peak, rel=0.1) and estimate.decode > 0
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "SGD"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "SGD", *PACKAGES])
 @pytest.mark.parametrize("shape", [(3000, 64), (70, 7), (400000,), (500, 20, 3, 3), ()])
 def test_states_of_large_parameters_follow_from_small_ones(optimizer, shape):
     settings, weight = TrainingSettings(optimizer=optimizer), nn.Parameter(torch.zeros(shape))
+    if optimizer in PACKAGES:
+        pytest.importorskip(PACKAGES[optimizer][0])
     found, _ = _state_bytes(shape, weight, settings)
     weight.grad = torch.zeros_like(weight)
-    real = module.build_optimizer({"": weight}, 0.0, settings)
+    real = module.build_optimizer({"": weight}, 1.0, settings)
     real.step()
-    assert found == sum(value.nbytes for value in real.state[weight].values())
+    tensors = (value for value in real.state[weight].values() if isinstance(value, torch.Tensor))
+    assert found == pytest.approx(sum(value.nbytes for value in tensors), rel=1e-3)  # 8-bit states are whole blocks
 
 
 def estimate(**changes):

@@ -202,10 +202,10 @@ def _state_bytes(shape: tuple[int, ...], like: Tensor, settings: TrainingSetting
 
 
 def _probed_bytes(shape: tuple[int, ...], like: Tensor, settings: TrainingSettings) -> tuple[int, int]:
-    """`_state_bytes` by a step at learning rate 0 on a parameter of zeros."""
+    """`_state_bytes` by a step on a parameter of zeros, whose gradient is zero; Prodigy takes no rate of 0."""
     parameter = nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))
     parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer({"": parameter}, 0.0, settings)
+    optimizer = build_optimizer({"": parameter}, 1.0, settings)
     with LiveBytes() as live:
         optimizer.step()
     storages = {t.untyped_storage()._cdata: t.nbytes for t in _state_tensors(optimizer, parameter)}
