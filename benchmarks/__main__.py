@@ -49,7 +49,16 @@ def bench(arguments: argparse.Namespace) -> dict:
         result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
     else:
         return run_timing(config.name, config.rounds, batch_size)
-    return result if arguments.json else {**result, "rows": len(result["rows"]), "table": f"\n{result['table']}"}
+    return result if arguments.json else readable(result)
+
+
+def readable(result: dict) -> dict:
+    """A result with what is read, a line each: its table, its sentences, and what was left out."""
+    lists = {key: "\n".join(result[key]) for key in ("claims",) if key in result}
+    if "skipped" in result:
+        lists["skipped"] = "\n".join(f"{name}: {reason}" for name, reason in result["skipped"].items())
+    lines = {key: f"\n{text}" for key, text in lists.items() if text}
+    return {**result, "rows": len(result["rows"]), **lists, **lines, "table": f"\n{result['table']}"}
 
 
 def run_sized(config: BenchConfig, arguments: argparse.Namespace) -> dict:

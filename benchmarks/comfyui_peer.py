@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from ..training.common.rng import generator
 from .processes import Case
@@ -55,14 +54,18 @@ def prepare(case: Case) -> None:
 
 
 def open_model(case: Case) -> object:
-    """The UNet as a MODEL; the demo's comes from its own loader, since ComfyUI does not know its shape."""
+    """The UNet as a MODEL that can be read again, which its trainer does before it begins.
+
+    ComfyUI's own loader knows SD1.5 and SDXL by their shapes, in diffusers' layout too. It does not know the demo
+    model's, which comes from our loader.
+    """
     import comfy.sd
 
     if case.size == "demo":
         from ..nodes.common.demo_model import load_demo
 
         return load_demo()[0]
-    return comfy.sd.load_diffusion_model_state_dict(load_file(Path(case.model) / "unet" / DIFFUSERS_FILE))
+    return comfy.sd.load_diffusion_model(str(Path(case.model) / "unet" / DIFFUSERS_FILE))
 
 
 def conditioning(case: Case, model: object) -> list:

@@ -108,6 +108,7 @@ FUSED_NAME = "Retune, Adafactor, fused backward"
 LORA_VARIANTS = {
     **_each("limit", PEERS, "run_limit", FROZEN),
     **_each("Retune", OWN, "run_lora", FROZEN),
+    **_each("Retune, channels last", OWN, "run_lora", FROZEN, channels_last=True),
     **_each("Retune, every layer", OWN, "run_lora", FROZEN, every_layer=True),
     **_each("diffusers + peft", PEERS, "run_lora", LOADED_FP32, needs="peft"),
     **_each("diffusers + peft, cached", PEERS, "run_lora", LOADED_FP32, needs="peft", cached=True),

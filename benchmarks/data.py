@@ -2,7 +2,7 @@
 an index of prompts, opened and shuffled.
 
 The encoder is a mean over cells, so that the figures are those of the data alone. Pictures are the demo's size; each
-has other pixels, so no two share a key.
+has other pixels, so no two share a key. What a batch takes is set beside a step of a bare SD1.5 UNet.
 """
 
 from __future__ import annotations
@@ -30,10 +30,23 @@ from ..training.data.dataset import load_folder
 from ..training.data.examples import Dataset
 from ..training.data.order import BatchOrder
 from ..training.data.prompts import PromptFile, PromptOrder
+from ..training.loop.precision import DTYPES
 from ..training.recipes.latents import CroppedLatents
+from .charts import BENCH_FOLDER, save_bars
+from .comparisons import COMPARISONS, LORA, Claim
+from .peers import bare_inputs, bare_step
+from .processes import free_memory
+from .random_models import fill, random_parts
+from .side_by_side import check
 from .study import markdown_table
+from .timing import median_seconds
 
-DESCRIPTION = "Data at size: seconds to read pictures, cache latents and check them, milliseconds per batch, memory."
+DESCRIPTION = "Data at size: seconds to read pictures, cache latents and check them, ms per batch over a step, memory."
+BATCHES = ("batches from disk", "batches from memory", "batches of prompts")
+STEP, STEP_PIXELS, STEP_ROUNDS = "SD1.5 step", 256, 2
+"""Row of the step that batches are compared with, pixels of its pictures' side, and how often it is timed."""
+MOST = 0.01
+"""Share of a step that a batch may take."""
 Result = TypeVar("Result")
 
 
@@ -49,9 +62,14 @@ class DataConfig:
     """Pixels of a picture's side, a multiple of 8."""
     batches: int = 200
     """Batches that are read."""
+    step_seconds: float = 0.0
+    """Seconds of a step of SD1.5 at 256 pixels that those of a batch are divided by; 0: measured, where it fits."""
+    output: Path = BENCH_FOLDER
+    """Folder of the chart."""
 
     def __post_init__(self) -> None:
         check_range(self, images=(1, 10**7), prompts=(1, 10**9), side=(8, 4096), batches=(1, 10**6))
+        check_range(self, step_seconds=(0, 10**6))
 
 
 @dataclass
@@ -135,20 +153,84 @@ def measure_prompts(stages: Stages, config: DataConfig, batch_size: int, root: P
     stages.measure("batches of prompts", batches, lambda: [order.batch(n) for n in range(1, batches + 1)])
 
 
+def measure_step(config: DataConfig, batch_size: int, callbacks: Callbacks) -> tuple[float, int]:
+    """Seconds of a forward and backward pass of SD1.5's UNet with random weights, and the pictures of its batch.
+
+    Those are half as many, again and again, where `batch_size` does not fit: a batch's share of the step is then at
+    most what is found. (0, 0) where one picture does not fit.
+    """
+    if config.step_seconds:
+        return config.step_seconds, batch_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if device == "cuda" else "fp32"
+    limit, free = COMPARISONS[LORA].variants[f"limit, {precision}"], free_memory(device)
+    while batch_size and limit.bytes_needed("sd15", STEP_PIXELS, batch_size) > free:
+        batch_size //= 2
+    if not batch_size:
+        return 0.0, 0
+    callbacks.on_text(f"{STEP} of {batch_size} at {STEP_PIXELS} pixels")
+    return bare_step_seconds("sd15", precision, STEP_PIXELS, batch_size, STEP_ROUNDS, device), batch_size
+
+
+def bare_step_seconds(size: str, precision: str, pixels: int, batch_size: int, rounds: int, device: str) -> float:
+    """Median seconds of the limit's step in this process, of a network with random weights."""
+    with torch.device("meta"):
+        unet = random_parts(size)["unet"]().to(DTYPES[precision])
+    unet = fill(unet.to_empty(device=device)).requires_grad_(False)
+    inputs = bare_inputs(unet, batch_size, pixels)
+
+    def step() -> None:
+        bare_step(unet, inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return median_seconds({"step": step}, rounds)["step"]
+
+
+def compare(rows: list[dict], seconds: float, pictures: int) -> tuple[list[str], dict[str, str]]:
+    """Adds the step to the rows, and to each row of batches its share of the step.
+
+    Args:
+        rows: of the stages.
+        seconds: of the step; 0 for none.
+        pictures: of the step.
+
+    Returns:
+        Sentences on whether each kind of batch takes at most a hundredth, and what was left out and why.
+    """
+    for row in rows:
+        row["ratio"] = row["ms each"] / (1000 * seconds) if seconds and row["stage"] in BATCHES else None
+    if not seconds:
+        return [], {STEP: "one picture does not fit the memory; give --data-step-seconds"}
+    step = f"{STEP} of {pictures} at {STEP_PIXELS} pixels"
+    whole = {"stage": step, "count": 1, "seconds": round(seconds, 4), "ms each": round(1000 * seconds, 4)}
+    rows.append({**whole, "grown MiB": None, "ratio": 1.0})
+    figures = [{"variant": row["stage"], "ms each": row["ms each"]} for row in rows]
+    return [check(Claim(stage, step, "ms each", most=MOST), figures) for stage in BATCHES], {}
+
+
 def run_data_bench(config: DataConfig, batch_size: int, callbacks: Callbacks) -> dict:
     """Measures every stage once, in a folder that is removed afterwards.
 
     Returns:
-        "rows" by stage with the count, seconds, milliseconds each and MiB by which the process grew; "threads" and
-        "table".
+        "rows" by stage with the count, seconds, milliseconds each, MiB by which the process grew, and "ratio", the
+        share of a step of SD1.5 that a batch takes; "claims"; "skipped"; "threads", "chart" and "table".
     """
     stages = Stages(callbacks, [])
     with tempfile.TemporaryDirectory() as folder:
         measure_pictures(stages, config, batch_size, Path(folder))
         measure_prompts(stages, config, batch_size, Path(folder))
+    rows, timed = stages.rows, list(stages.rows)
+    claims, skipped = compare(rows, *measure_step(config, batch_size, callbacks))
+    panels = {"ms each": [row["ms each"] for row in timed], "grown MiB": [max(0, row["grown MiB"]) for row in timed]}
+    if claims:
+        panels[f"% of an {STEP}"] = [100 * (row["ratio"] or 0) for row in timed]
     return {
         "batch_size": batch_size,
         "threads": worker_count(),
-        "rows": stages.rows,
-        "table": markdown_table(stages.rows),
+        "rows": rows,
+        "claims": claims,
+        "skipped": skipped,
+        "chart": save_bars("data", [row["stage"] for row in timed], panels, config.output / "data.png"),
+        "table": markdown_table([{k: "" if v is None else v for k, v in row.items()} for row in rows]),
     }

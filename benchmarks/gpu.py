@@ -23,6 +23,7 @@ from ..training.config.checks import check_range
 from .comparisons import LORA, REWARD
 from .lora_runs import median_step_seconds
 from .memory_use import MemoryConfig, run_memory_bench
+from .processes import last_line
 from .side_by_side import StepConfig, device_name, run_comparison
 from .study import markdown_table
 
@@ -78,9 +79,9 @@ def run_gpu_bench(config: GpuConfig, steps: StepConfig, comfyui: Path | None, ca
         callbacks.on_text(stage.name)
         try:
             found[stage.name] = stage.run(deadline)
-        except (RuntimeError, TimeoutError) as error:  # what ran before it is not lost: a GPU may be lent for minutes
+        except (RuntimeError, ValueError, OSError) as error:  # keeps what ran before: a GPU may be lent for minutes
             log.exception("%s failed", stage.name)
-            skipped[stage.name] = f"failed: {str(error).partition(chr(10))[0]}"
+            skipped[stage.name] = f"failed: {last_line(str(error))}"
     for name, result in found.items():
         skipped |= {f"{name}: {variant}": reason for variant, reason in result.get("skipped", {}).items()}
     rows = [{"stage": name, **row} for name, result in found.items() for row in summary(result)]
@@ -117,7 +118,7 @@ def comparison_stage(
 
 
 def memory_stage(steps: StepConfig, size: str, callbacks: Callbacks) -> Callable[[float], dict[str, Any]]:
-    memory = MemoryConfig(measure=True, rank=steps.rank, pixels=steps.pixels, only="bf16")
+    memory = MemoryConfig(measure=True, rank=steps.rank, pixels=steps.pixels, only="bf16", output=steps.output)
 
     def run(deadline: float) -> dict[str, Any]:
         return run_memory_bench(memory, size, 1, callbacks, deadline)

@@ -1,27 +1,31 @@
 """Memory of a training step by part, as the estimate before a run computes it, beside that of a real step.
 
 SD1.5 and SDXL are built from their shapes without values, so their estimates need no weights, no memory and no GPU.
-With `measure` they get random weights, and a step is run.
+With `measure` they get random weights, and a step is run. Every row has a model of its own, held as a run of its
+precision holds that of an fp16 file, and with the parts on the device that are there while a run trains.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..training.commands.open_model import build_demo_model
+from ..training.commands.open_model import DEMO, build_model
 from ..training.common.callbacks import Callbacks
 from ..training.common.live_bytes import LiveBytes
 from ..training.config.checks import check_range
 from ..training.config.loop import LoopConfig
 from ..training.config.lora import LoraConfig
+from ..training.config.model import ModelConfig
 from ..training.config.reward import RewardTuneConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import TrainingSettings
@@ -30,10 +34,12 @@ from ..training.data.order import Slot
 from ..training.data.prompts import PromptSlot
 from ..training.loop.estimate import MemoryEstimate, estimate_memory
 from ..training.loop.gradient_step import GradientStep
+from ..training.loop.precision import DTYPES
 from ..training.models.checkpoint import SD1_VAE, SDXL_VAE
 from ..training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
 from ..training.models.parameters import parameter_refs
 from ..training.models.protocols import Conditioning, TextToImage
+from ..training.models.recast import hold, store_in
 from ..training.objectives.denoising import DenoisingObjective
 from ..training.objectives.reward import RewardObjective
 from ..training.recipes.lora import unet_layers
@@ -42,8 +48,9 @@ from ..training.rewards.load import RewardConfig, load_reward
 from ..training.trainables.base import Trainable
 from ..training.trainables.lora import Adapters, select_layers
 from ..training.trainables.weights import SelectedWeights
+from .charts import BENCH_FOLDER, save_bars
 from .processes import free_memory
-from .random_models import SD15_UNET, SDXL_UNET, SIDES
+from .random_models import SD15_UNET, SDXL_UNET, SIDES, fill
 from .study import markdown_table
 
 DESCRIPTION = "Memory of a training step by part at the size of the demo model, SD1.5 or SDXL: computed, and measured."
@@ -60,9 +67,10 @@ class MemoryConfig:
     """Of the LoRA."""
     measure: bool = False
     """Run a step with random weights at the size of SD1.5 or SDXL too; the demo model's is always run."""
-
     only: str = ""
     """Part of the names of the settings, such as bf16; empty: all."""
+    output: Path = BENCH_FOLDER
+    """Folder of the chart."""
 
     def __post_init__(self) -> None:
         check_range(self, pixels=(0, 8192), rank=(1, 4096))
@@ -104,18 +112,45 @@ class OneBatch:
         return self.slot
 
 
-def sized_model(size: str, mode: AbstractContextManager) -> TextToImage:
-    """The demo model, or UNet and VAE of SD1.5 or SDXL made inside `mode`, with text of their width."""
+def sized_model(
+    size: str, mode: AbstractContextManager, kind: Kind | None = None, settings: TrainingSettings | None = None
+) -> TextToImage:
+    """The demo model, or UNet and VAE of SD1.5 or SDXL, with text of their width.
+
+    Args:
+        size: "demo", "sd15" or "sdxl".
+        mode: a device, or a `FakeTensorMode` for SD1.5 and SDXL without values.
+        kind: the training that it is for; the VAE is then where that has it. None: on the device.
+        settings: of that training, whose precision says how the weights are held. None: fp32.
+    """
+    dtype, trains = DTYPES[settings.precision if settings else "fp32"], kind is not None and kind.weights
+    device = mode if isinstance(mode, torch.device) else torch.get_default_device()
+    visiting = kind is not None and not kind.rewards
+    if size == "demo":
+        model = build_model(ModelConfig(model=DEMO, device=str(device)), dtype, lambda name: trains, visiting)
+        return TextToImage(model.denoiser, FixedText(model.denoiser), model.autoencoder)
+    vae_device = torch.device("cpu") if visiting else device
+    unet, vae = _networks(size, mode, vae_device)
+    if dtype != torch.float32:
+        store_in(unet.half(), dtype, lambda name: trains)
+        vae.half()
+    if isinstance(mode, torch.device):
+        fill(unet.to_empty(device=device))
+        fill(vae.to_empty(device=vae_device))
+    denoiser, vae = DiffusersDenoiser(unet), vae.requires_grad_(False)
+    autoencoder = DiffusersAutoencoder(vae if dtype == torch.float32 else hold(vae))
+    return TextToImage(denoiser, FixedText(denoiser), autoencoder)
+
+
+def _networks(size: str, mode: AbstractContextManager, vae_device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """UNet and VAE without values: on meta tensors where a device is to have them."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    if size == "demo":
-        model = build_demo_model()
-        return TextToImage(model.denoiser, FixedText(model.denoiser), model.autoencoder)
     unet, vae = (SD15_UNET, SD1_VAE) if size == "sd15" else (SDXL_UNET, SDXL_VAE)
-    with mode:
-        denoiser = DiffusersDenoiser(UNet2DConditionModel(**unet))
-        autoencoder = DiffusersAutoencoder(AutoencoderKL(**vae))
-    return TextToImage(denoiser, FixedText(denoiser), autoencoder)
+    with torch.device("meta") if isinstance(mode, torch.device) else mode:
+        network = UNet2DConditionModel(**unet)
+        with nullcontext() if isinstance(mode, torch.device) else vae_device:
+            return network, AutoencoderKL(**vae)
 
 
 def lora_of(model: TextToImage, rank: int) -> Trainable:
@@ -133,13 +168,18 @@ def unet_of(model: TextToImage, rank: int) -> Trainable:
 
 @dataclass(frozen=True)
 class Kind:
-    """A training: what trains, and whether by rewards."""
+    """A training: what trains, whether those are weights of the UNet itself, and whether by rewards."""
 
     trainable: Callable[[TextToImage, int], Trainable]
+    weights: bool = False
     rewards: bool = False
 
 
-KINDS = {"LoRA": Kind(lora_of), "whole UNet": Kind(unet_of), "reward, UNet LoRA": Kind(lora_of, rewards=True)}
+KINDS = {
+    "LoRA": Kind(lora_of),
+    "whole UNet": Kind(unet_of, weights=True),
+    "reward, UNet LoRA": Kind(lora_of, rewards=True),
+}
 SETTINGS = {
     "fp32": TrainingSettings(precision="fp32"),
     "bf16": TrainingSettings(precision="bf16"),
@@ -150,7 +190,7 @@ SETTINGS = {
 def make_step(
     model: TextToImage, kind: Kind, settings: TrainingSettings, config: MemoryConfig, side: int, batch: int
 ) -> tuple[GradientStep, list[nn.Module]]:
-    """The first optimizer step of a training, and the networks that are in memory besides the UNet."""
+    """The first optimizer step of a training, and the networks besides the UNet: those on its device count."""
     trainable, device = kind.trainable(model, config.rank), model.denoiser.device
     loop = LoopConfig(steps=1, batch_size=batch, learning_rate=1e-4, settings=settings, samples=SamplePrompts())
     if kind.rewards:
@@ -158,7 +198,7 @@ def make_step(
         reward.network.to(device)
         tuning = RewardTuneConfig(run_name="bench", train="UNet LoRA", width=side, height=side, settings=settings)
         objective = RewardObjective(model, reward, tuning, trainable, text_trains=False)
-        slot, more = PromptSlot("a red circle", 1, 0), [model.autoencoder.network, reward.network]
+        slot, more = PromptSlot("a red circle", 1, 0), [reward.network]
     else:
         cells = side // model.autoencoder.downscale
         latent = torch.zeros(model.denoiser.latent_channels, cells, cells)
@@ -166,7 +206,7 @@ def make_step(
         parts = {"latent_of": lambda slot: latent, "text_of": lambda caption: text}
         objective = DenoisingObjective(model.denoiser, settings, 0, project=model.text_encoder.project, **parts)
         slot, more = Slot(Example("", "a red circle", side, side, latent, "picture"), False, 0, 0), []
-    return GradientStep(trainable, objective, OneBatch(slot, batch), loop, device), more
+    return GradientStep(trainable, objective, OneBatch(slot, batch), loop, device), [model.autoencoder.network, *more]
 
 
 def estimate_step(model: TextToImage, step: GradientStep, more: Iterable[nn.Module]) -> MemoryEstimate:
@@ -194,6 +234,42 @@ def measure_step(model: TextToImage, step: GradientStep, present: int) -> int:
     return torch.cuda.max_memory_allocated(step.device) if cuda else present + live.peak
 
 
+@dataclass(frozen=True)
+class Row:
+    """One kind of training under one setting, at one size."""
+
+    kind: str
+    setting: str
+    config: MemoryConfig
+    size: str
+    side: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.setting}"
+
+    def step(self, mode: AbstractContextManager) -> tuple[TextToImage, GradientStep, list[nn.Module]]:
+        """A model made in `mode`, its step, and its other networks."""
+        kind, settings = KINDS[self.kind], SETTINGS[self.setting]
+        model = sized_model(self.size, mode, kind, settings)
+        return model, *make_step(model, kind, settings, self.config, self.side, self.batch)
+
+    def estimate(self, device: torch.device) -> MemoryEstimate:
+        """Without values, but for the demo model."""
+        if self.size == "demo":
+            return estimate_step(*self.step(device))
+        with device:
+            return estimate_step(*self.step(FakeTensorMode(allow_non_fake_inputs=True)))
+
+    def measured(self, device: torch.device, present: int) -> int:
+        """Bytes at most, of a model of its own; present: those that are there before the step."""
+        gc.collect()
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        model, step, _ = self.step(device)
+        return measure_step(model, step, present) - before
+
+
 def run_memory_bench(
     config: MemoryConfig, size: str, batch: int, callbacks: Callbacks, deadline: float | None = None
 ) -> dict:
@@ -205,34 +281,41 @@ def run_memory_bench(
 
     Returns:
         "rows" with bytes of each part and at most, "measured" and its ratio where a step was run; "skipped", what was
-        not measured and why; "device", "table".
+        not measured and why; "device", "chart", "table".
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    real, side = config.measure or size == "demo", config.pixels or SIDES[size]
-    mode = torch.device(device) if real else FakeTensorMode(allow_non_fake_inputs=True)
-    model, rows, skipped = sized_model(size, mode), [], {}
-    chosen = [(kind, name, SETTINGS[name]) for kind in KINDS for name in SETTINGS if config.only in name]
-    for kind, name, settings in chosen:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    real, side, found, skipped = config.measure or size == "demo", config.pixels or SIDES[size], [], {}
+    chosen = [(kind, name) for kind in KINDS for name in SETTINGS if config.only in name]
+    for row in (Row(kind, name, config, size, side, batch) for kind, name in chosen):
         if deadline is not None and time.monotonic() >= deadline:
-            skipped[f"{kind}, {name}"] = "no time was left"
+            skipped[row.name] = "no time was left"
             continue
-        callbacks.on_text(f"memory of {kind}, {name}")
-        step, more = make_step(model, KINDS[kind], settings, config, side, batch)
-        estimate = estimate_step(model, step, more)
-        row = {"training": kind, "setting": name, **estimate.as_dict()}
-        if real and estimate.needed > (free := free_memory(device)):
-            skipped[f"{kind}, {name}"] = f"needs about {estimate.needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
+        callbacks.on_text(f"memory of {row.name}")
+        estimate = row.estimate(device)
+        values = {"training": row.kind, "setting": row.setting, **estimate.as_dict()}
+        if real and estimate.peak > (free := free_memory(device.type)):
+            skipped[row.name] = f"needs about {estimate.peak / 1e9:.1f} GB of {free / 1e9:.1f} GB"
         elif real:
-            measured = measure_step(model, step, estimate.present)
-            row |= {"measured": measured, "ratio": round(estimate.peak / measured, 3)}
-        rows.append(row)
-    about = {"size": size, "pixels": side, "batch_size": batch, "device": device}
-    return {**about, "rows": rows, "skipped": skipped, "table": _table(rows) if rows else ""}
+            measured = row.measured(device, estimate.present)
+            values |= {"measured": measured, "ratio": round(estimate.peak / measured, 3)}
+        found.append(values)
+    about = {"size": size, "pixels": side, "batch_size": batch, "device": device.type}
+    chart = _save_chart(found, f"memory, {size}, {side} pixels, {device.type}", config.output / f"memory {size}.png")
+    return {**about, "rows": found, "skipped": skipped, "chart": chart, "table": _table(found) if found else ""}
+
+
+def _save_chart(rows: list[dict], title: str, path: Path) -> str:
+    """Bars of the estimates, and of what was measured where something was."""
+    panels = {"estimate (GB)": [row["peak"] / 1e9 for row in rows]}
+    if any("measured" in row for row in rows):
+        panels["measured (GB)"] = [row.get("measured", 0) / 1e9 for row in rows]
+    return save_bars(title, [f"{row['training']}, {row['setting']}" for row in rows], panels, path)
 
 
 def _table(rows: list[dict]) -> str:
     scaled = partial(_in_gigabytes, skip=("ratio",))
-    return markdown_table([{key: scaled(key, value) for key, value in row.items()} for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return markdown_table([{name: scaled(name, row.get(name, "")) for name in names} for row in rows])
 
 
 def _in_gigabytes(key: str, value: object, skip: tuple[str, ...]) -> object:

@@ -192,30 +192,37 @@ def run_limit(case: Case, recorder: Recorder, precision: str, weights: bool = Fa
     recorder.begin(LOADING)
     unet = UNet2DConditionModel.from_pretrained(case.model, subfolder="unet", torch_dtype=DTYPES[precision])
     unet = unet.to(case.device).requires_grad_(weights)
-    inputs = bare_inputs(case, unet)
+    inputs = bare_inputs(unet, case.batch_size, case.pixels)
     recorder.begin(TRAINING)
     for _ in range(case.rounds + 1):
-        unet(*inputs[:3], added_cond_kwargs=inputs[3]).sample.float().square().mean().backward()
-        unet.zero_grad(set_to_none=True)
-        inputs[2].grad = None
+        bare_step(unet, inputs)
         recorder.step()
 
 
-def bare_inputs(case: Case, unet: nn.Module) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+Inputs = tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]
+
+
+def bare_step(unet: nn.Module, inputs: Inputs) -> None:
+    unet(*inputs[:3], added_cond_kwargs=inputs[3]).sample.float().square().mean().backward()
+    unet.zero_grad(set_to_none=True)
+    inputs[2].grad = None
+
+
+def bare_inputs(unet: nn.Module, count: int, pixels: int) -> Inputs:
     """Random latents, times, context that needs a gradient, and SDXL's further conditioning."""
-    config, count = unet.config, case.batch_size
+    config, device = unet.config, unet.device
     random = generator(0, "bench inputs")
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(count, *shape, generator=random).to(case.device, unet.dtype)
+        return torch.randn(count, *shape, generator=random).to(device, unet.dtype)
 
-    cells = case.pixels // 8
+    cells = pixels // 8
     context = draw(77, config.cross_attention_dim).requires_grad_(True)
     added = None
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": draw(pooled), "time_ids": torch.full_like(draw(6), case.pixels)}
-    return draw(config.in_channels, cells, cells), torch.full((count,), 500, device=case.device), context, added
+        added = {"text_embeds": draw(pooled), "time_ids": torch.full_like(draw(6), pixels)}
+    return draw(config.in_channels, cells, cells), torch.full((count,), 500, device=device), context, added
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ A process ends with all of its memory, so no variant finds another's caches, and
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+log = logging.getLogger(__name__)
 KILLED = -9
 """Exit status of a process that the system ended, as it does when memory runs out."""
 NOT_ENOUGH_MEMORY = 17
@@ -79,7 +81,9 @@ def run_in_turns(
     deadline: float | None = None,
     run: Callable[[Case, float | None], dict[str, Any]] = run_case,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs every case once a turn, those that were skipped once no more.
+    """Runs every case once a turn, those that were skipped or failed once no more.
+
+    One that fails loses the figures of no other.
 
     Args:
         turns: Processes of each case.
@@ -87,23 +91,35 @@ def run_in_turns(
         run: (case, seconds that it may take) -> figures.
 
     Returns:
-        Variant -> what its processes returned, one or more, in order of time.
+        Variant -> what its processes returned, one or more, in order of time; {"skipped": the error's last line} of one
+        that failed.
     """
     found: dict[str, list[dict[str, Any]]] = {case.variant: [] for case in cases}
+    failed: set[str] = set()
     for turn in range(turns):
         for case in cases:
             left = None if deadline is None else deadline - time.monotonic()
             runs = found[case.variant]
-            if any("skipped" in figures for figures in runs):
+            if case.variant in failed or any("skipped" in figures for figures in runs):
                 continue
             if left is not None and left <= 0:
                 runs += [] if runs else [{"skipped": "no time was left"}]
                 continue
             on_text(f"{case.bench}, turn {turn + 1} of {turns}: {case.variant}")
-            figures = run(case, left)
+            try:
+                figures = run(case, left)
+            except RuntimeError as error:
+                log.error("%s", error)
+                failed.add(case.variant)
+                figures = {"skipped": f"failed: {last_line(str(error))}"}
             if "skipped" not in figures or not runs:  # a later turn that did not end leaves the earlier ones valid
                 runs.append(figures)
     return found
+
+
+def last_line(text: str) -> str:
+    """Of lines that are not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def median_of(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:

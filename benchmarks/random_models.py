@@ -68,15 +68,24 @@ def _write_demo(size: str, folder: Path) -> None:
 
 
 def _write_random(size: str, folder: Path) -> None:
-    parts = random_parts(size)
-    for name, build in parts.items():
-        with torch.device("meta"):
-            network = build()
-        about = network.config if hasattr(network.config, "save_pretrained") else network
-        (about.save_pretrained if about is network.config else about.save_config)(folder / name)
-        file = TRANSFORMERS_FILE if name.startswith("text") else DIFFUSERS_FILE
-        save_file(dict(random_weights(network)), folder / name / file, {"format": "pt"})
+    for name, build in random_parts(size).items():
+        write_part(build, folder / name)
     _write_small_files(folder, SD1_SCHEDULER, len(CLIPS[size]))
+
+
+def write_part(build: Callable[[], nn.Module], folder: Path) -> None:
+    """Writes the config of a network and random weights as diffusers or transformers lay them out.
+
+    Args:
+        build: makes the network.
+        folder: of the part; a name that begins with "text" is a text encoder's.
+    """
+    with torch.device("meta"):
+        network = build()
+    about = network.config if hasattr(network.config, "save_pretrained") else network
+    (about.save_pretrained if about is network.config else about.save_config)(folder)
+    file = TRANSFORMERS_FILE if folder.name.startswith("text") else DIFFUSERS_FILE
+    save_file(dict(random_weights(network)), folder / file, {"format": "pt"})
 
 
 def random_parts(size: str) -> dict[str, Callable[[], nn.Module]]:
@@ -97,13 +106,24 @@ def random_parts(size: str) -> dict[str, Callable[[], nn.Module]]:
 def random_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """fp16 values for a network without any: norms and biases as at their start, the rest uniform."""
     for name, parameter in network.named_parameters():
-        shape = parameter.shape
-        if len(shape) < 2:
-            yield name, torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
-            continue
-        bound = math.sqrt(3 / math.prod(shape[1:]))
-        values = torch.empty(shape).uniform_(-bound, bound, generator=generator(0, "bench weights", name))
-        yield name, values.half()
+        yield name, _fill_one(name, torch.empty(parameter.shape), generator(0, "bench weights", name)).half()
+
+
+@torch.no_grad()
+def fill(network: nn.Module) -> nn.Module:
+    """Gives the parameters of a network such values in place, whatever their dtype and device; returns it."""
+    parameters = dict(network.named_parameters())
+    random = {device: torch.Generator(device).manual_seed(0) for device in {p.device for p in parameters.values()}}
+    for name, parameter in parameters.items():
+        _fill_one(name, parameter, random[parameter.device])
+    return network
+
+
+def _fill_one(name: str, value: Tensor, random: torch.Generator) -> Tensor:
+    if value.ndim < 2:
+        return value.fill_(float(name.endswith("weight")))
+    bound = math.sqrt(3 / math.prod(value.shape[1:]))
+    return value.uniform_(-bound, bound, generator=random)
 
 
 def _write_small_files(folder: Path, scheduler: dict, encoders: int) -> None:

@@ -13,8 +13,7 @@ import torch
 
 from ..training.common.callbacks import Callbacks
 from ..training.config.checks import check_range
-from ..training.data.images import save_png
-from ..training.plots.bar_chart import bar_chart
+from .charts import BENCH_FOLDER, save_bars
 from .comparisons import COMPARISONS, STARTUP, Claim, Comparison, Variant
 from .processes import Case, free_memory, median_of, run_case, run_in_turns
 from .random_models import SIDES, write_model
@@ -40,7 +39,7 @@ class StepConfig:
     """Part of the names of the variants to run, such as bf16; several with semicolons. Empty: all."""
     memory: float = 0.0
     """GB that a variant may take; one that needs more is left out. 0: what is free."""
-    output: Path = Path("output") / "bench"
+    output: Path = BENCH_FOLDER
     """Folder of the chart and of the random weights: 2 GB for SD1.5, 7 GB for SDXL."""
 
     def __post_init__(self) -> None:
@@ -90,8 +89,8 @@ def run_comparison(
         found = run_in_turns(cases, config.turns, callbacks.on_text, deadline, run_case)
     skipped |= {variant: runs[0]["skipped"] for variant, runs in found.items() if runs and "skipped" in runs[0]}
     rows = rows_of(comparison, {variant: runs for variant, runs in found.items() if variant not in skipped}, batch_size)
-    chart = config.output / f"{name} {size}.png"
-    save_chart(comparison, rows, f"{name}, {size}, {pixels} pixels, {device}", chart)
+    title = f"{name}, {size}, {pixels} pixels, {device}"
+    chart = save_chart(comparison, rows, title, config.output / f"{name} {size}.png")
     sizes = {"size": size, "pixels": pixels, "batch_size": batch_size, "device": device_name(device)}
     return {
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
@@ -100,7 +99,7 @@ def run_comparison(
         "rows": rows,
         "skipped": skipped,
         "claims": [sentence for claim in comparison.claims if (sentence := check(claim, rows))],
-        "chart": str(chart.resolve()) if rows else "",
+        "chart": chart,
         "table": markdown_table([shown(row) for row in rows]) if rows else "",
     }
 
@@ -169,15 +168,12 @@ def verdict(holds: bool, off: float) -> str:
     return "holds." if holds else f"missed by {100 * (off - 1):.1f} %."
 
 
-def save_chart(comparison: Comparison, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def save_chart(comparison: Comparison, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> str:
     """A bar for each variant: what the comparison is of, and its peak memory."""
-    if not rows:
-        return
     names = [row["variant"] for row in rows]
     time = "first step" if comparison.figure == "first step" else "seconds"
     panels = {
         "seconds": [row[time] or 0.0 for row in rows],
         "peak memory of training (GB)": [(row["training"] or 0) / 1e9 for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(bar_chart(title, names, panels).movedim(-1, 0), path)
+    return save_bars(title, names, panels, path)

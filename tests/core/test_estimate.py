@@ -261,12 +261,35 @@ def test_free_memory_of_a_cpu_is_known():
 
 
 def test_the_estimate_of_a_benchmark_is_what_a_step_takes():
-    config = memory_use.MemoryConfig(pixels=64, rank=2)
-    model = memory_use.sized_model("demo", torch.device("cpu"))
+    """Of a model whose frozen weights are held in bf16, as a run in bf16 holds them; what trains is not rounded."""
     settings = TrainingSettings(precision="bf16", gradient_checkpointing=True)
-    step, more = memory_use.make_step(model, memory_use.KINDS["LoRA"], settings, config, 64, 2)
-    estimate = memory_use.estimate_step(model, step, more)
-    assert estimate.needed == pytest.approx(memory_use.measure_step(model, step, 0), rel=0.1)
+    config, kinds = memory_use.MemoryConfig(pixels=64, rank=2), memory_use.KINDS
+    models = {name: memory_use.sized_model("demo", CPU, kind, settings) for name, kind in kinds.items()}
+    stored = {name: {p.dtype for p in model.denoiser.network.parameters()} for name, model in models.items()}
+    assert torch.bfloat16 in stored["LoRA"] and torch.bfloat16 not in stored["whole UNet"]
+    step, more = memory_use.make_step(models["LoRA"], kinds["LoRA"], settings, config, 64, 2)
+    estimate = memory_use.estimate_step(models["LoRA"], step, more)
+    assert estimate.needed == pytest.approx(memory_use.measure_step(models["LoRA"], step, 0), rel=0.1)
+    networks = (models["LoRA"].denoiser.network, models["LoRA"].autoencoder.network)
+    assert estimate.weights == sum(p.nbytes for network in networks for p in network.parameters())
+
+
+def test_weights_without_values_are_held_as_real_ones(monkeypatch):
+    """About half the bytes in bf16."""
+    small = {"cross_attention_dim": 8, "attention_head_dim": 4, "block_out_channels": (8, 8, 8, 8)}
+    monkeypatch.setattr(memory_use, "SD15_UNET", small | {"norm_num_groups": 4})
+    vae = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    monkeypatch.setattr(memory_use, "SD1_VAE", vae | blocks)
+    config = memory_use.MemoryConfig(pixels=32, rank=2)
+    for kind in memory_use.KINDS:
+        estimates = {name: memory_use.Row(kind, name, config, "sd15", 32, 1).estimate(CPU) for name in ("fp32", "bf16")}
+        for name, estimate in estimates.items():
+            model, step, more = memory_use.Row(kind, name, config, "sd15", 32, 1).step(CPU)
+            real = memory_use.estimate_step(model, step, more)
+            assert (real.weights, real.masters) == (estimate.weights, estimate.masters)
+            assert real.peak == pytest.approx(estimate.peak, rel=0.01), (kind, name)
+        assert kind != "LoRA" or 0.45 < estimates["bf16"].weights / estimates["fp32"].weights < 0.6
 
 
 def sdxl_training():

@@ -2,16 +2,25 @@
 
 import json
 import time
+from dataclasses import replace
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
-from retune.benchmarks import anonymous_memory, processes
+from retune.benchmarks import anonymous_memory, gpu, own_runs, processes, side_by_side
 from retune.benchmarks.__main__ import main
 from retune.benchmarks.comparisons import COMPARISONS, LORA, Claim, Comparison, Variant
 from retune.benchmarks.gpu import GpuConfig, summary
 from retune.benchmarks.processes import Case, median_of, run_in_turns
 from retune.benchmarks.random_models import random_weights
 from retune.benchmarks.side_by_side import StepConfig, check, rows_of, shown, why_not
+from retune.training.commands import train as verbs
+from retune.training.common.callbacks import Callbacks
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
+from retune.training.config.reward import RewardTuneConfig
+from retune.training.config.run import TrainModelConfig
 from retune.training.plots.bar_chart import LINE, TOP, WIDTH, bar_chart, bar_lengths
 
 
@@ -39,6 +48,53 @@ def test_a_turn_that_does_not_end_leaves_the_earlier_figures():
     assert run_in_turns([case("a")], 3, run=lambda which, left: next(answers)) == {
         "a": [{"seconds": [1]}, {"seconds": [3]}]
     }
+
+
+def test_a_variant_that_fails_is_named_with_its_error_and_the_others_go_on():
+    def run(which, left):
+        if which.variant == "b":
+            raise RuntimeError("lora, variant 'b', ended with code 1:\nTraceback\nRuntimeError: no recipe\n")
+        if which.variant == "c" and (tries := tried.append(1) or len(tried)) > 1:
+            raise RuntimeError(f"failed at {tries}")
+        return {"seconds": [1]}
+
+    tried = []
+    found = run_in_turns([case("a"), case("b"), case("c")], 3, run=run)
+    assert found["a"] == [{"seconds": [1]}] * 3 and found["b"] == [{"skipped": "failed: RuntimeError: no recipe"}]
+    assert found["c"] == [{"seconds": [1]}] and len(tried) == 2  # what it had measured stays
+
+    def stop(which, left):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_turns([case("a")], 1, run=stop)
+
+
+def test_a_comparison_lists_a_variant_that_fails(tmp_path, monkeypatch):
+    def run(which, left):
+        if which.variant != "limit, fp32":
+            raise RuntimeError("a long story\nOSError: no such file")
+        return {"seconds": [1.0], "training": 10**9}
+
+    monkeypatch.setattr(side_by_side, "write_model", lambda size, folder: tmp_path)
+    monkeypatch.setattr(side_by_side, "run_case", run)
+    config = StepConfig(only="limit, fp32;Retune, fp32", output=tmp_path, memory=100)
+    found = side_by_side.run_comparison(LORA, config, "demo", 1, 1, None, Callbacks())
+    assert [row["variant"] for row in found["rows"]] == ["limit, fp32"] and (tmp_path / "lora demo.png").is_file()
+    assert found["skipped"] == {"Retune, fp32": "failed: OSError: no such file"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TimeoutError, ValueError, URLError])
+def test_a_stage_of_the_gpu_run_that_fails_loses_no_other(tmp_path, monkeypatch, error):
+    def fails(deadline):
+        raise error("no such node")
+
+    rows = {"rows": [{"variant": "Retune, bf16", "pictures a second": 2.0, "training": 10**9}], "claims": ["holds."]}
+    both = [gpu.Stage("demo", fails), gpu.Stage("lora, sd15", lambda deadline: rows)]
+    monkeypatch.setattr(gpu, "stages", lambda *arguments: both)
+    found = gpu.run_gpu_bench(GpuConfig(), StepConfig(output=tmp_path), None, Callbacks())
+    assert found["skipped"]["demo"].startswith("failed: ") and "no such node" in found["skipped"]["demo"]
+    assert [row["stage"] for row in found["rows"]] == ["lora, sd15"] and found["claims"] == ["lora, sd15: holds."]
 
 
 def test_medians_are_over_all_steps_of_all_processes():
@@ -79,6 +135,32 @@ def test_a_claim_tells_by_how_much_it_is_missed():
     assert check(Claim("b", "a", "seconds", least=1.0), rows).endswith("at least 1: missed by 5.0 %.")
     assert check(Claim("a", "a", "loading/training", most=1.0), rows).endswith("is 1.500; at most 1: missed by 50.0 %.")
     assert check(Claim("a", "b", "training", most=1.0), rows) == check(Claim("a", "c", "seconds"), rows) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "visiting", "text_trains"),
+    [
+        (TrainModelConfig(run_name="r"), True, False),
+        (TrainModelConfig(run_name="r", settings=own_runs.settings_of("fp32", caption_shuffle=True)), False, False),
+        (LoraConfig(run_name="r"), True, False),
+        (LoraConfig(run_name="r", text_encoder_learning_rate=1e-4), False, True),
+        (EmbeddingConfig(run_name="r", token="<a>"), False, True),
+        (RewardTuneConfig(run_name="r", train="UNet LoRA"), False, False),
+        (RewardTuneConfig(run_name="r", train="text encoder"), False, True),
+    ],
+)
+def test_a_run_here_opens_its_model_as_a_command_does(monkeypatch, config, visiting, text_trains):
+    """What waits in RAM, and whether the text encoder is in fp32, goes by what trains."""
+    opened, begun = [], []
+
+    def build(model, dtype, trains, visiting, text_trains):
+        opened.append((model.model, visiting, text_trains))
+
+    monkeypatch.setattr(verbs, "build_model", build)
+    recorder = SimpleNamespace(begin=begun.append)
+    config = replace(config, settings=replace(config.settings, precision="fp32"))
+    own_runs.open_model(case("a", model="folder"), recorder, config)
+    assert opened == [("folder", visiting, text_trains)] and begun == ["loading", "preparing"]
 
 
 def test_every_claim_is_about_variants_that_are_there():

@@ -54,7 +54,7 @@ def run_train(arguments: argparse.Namespace) -> dict:
     from ..recipes.unet import train_model
 
     config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
-    model = open_model(arguments, config, visiting=not config.settings.varies_captions, text_trains=False)
+    model = open_model(arguments, config)
     trained = train_model(model, dataset, config, arguments.output, Terminal())
     return result_of(trained.path)
 
@@ -65,8 +65,7 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 
     config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
-    text_stays = config.trains_text or config.settings.varies_captions
-    model = open_model(arguments, config, visiting=not text_stays, text_trains=config.trains_text)
+    model = open_model(arguments, config)
     trained = train_lora(model, dataset, config, arguments.output, Terminal(), start=start)
     return result_of(trained.path)
 
@@ -92,7 +91,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
-    model = open_model(arguments, config, text_trains=config.text_trains)
+    model = open_model(arguments, config)
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return result_of(tuned.path)
@@ -127,21 +126,31 @@ def _say_share(run: RunConfig) -> None:
         )
 
 
-def open_model(
-    arguments: argparse.Namespace, config: RunConfig, visiting: bool = False, text_trains: bool = True
-) -> TextToImage:
+def open_model(arguments: argparse.Namespace, config: RunConfig) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Frozen weights are held in as few bytes as `build_model` can. Prints what the UNet is taken to predict
-    and why, which --prediction corrects. visiting and text_trains: see there.
+    Prints what the UNet is taken to predict and why, which --prediction corrects.
     """
-    from ..loop.precision import DTYPES
-
-    dtype = DTYPES[config.settings.precision]
-    model = build_model(read_model_flags(arguments), dtype, trained_weights(config), visiting, text_trains)
+    model = model_for(config, read_model_flags(arguments))
     denoiser = model.denoiser
     sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model
+
+
+def model_for(config: RunConfig, model: ModelConfig) -> TextToImage:
+    """The model as a run needs it, with all that does not train held in as few bytes as `build_model` can."""
+    from ..loop.precision import DTYPES
+
+    dtype, text_trains = DTYPES[config.settings.precision], text_encoder_trains(config)
+    steady = text_trains or config.settings.varies_captions or isinstance(config, (EmbeddingConfig, RewardTuneConfig))
+    return build_model(model, dtype, trained_weights(config), visiting=not steady, text_trains=text_trains)
+
+
+def text_encoder_trains(config: RunConfig) -> bool:
+    """Whether a run trains the text encoder, or something in it."""
+    if isinstance(config, LoraConfig):
+        return config.trains_text
+    return config.text_trains if isinstance(config, RewardTuneConfig) else isinstance(config, EmbeddingConfig)
 
 
 def trained_weights(config: RunConfig) -> Callable[[str], bool]:
