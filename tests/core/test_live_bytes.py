@@ -34,6 +34,15 @@ def test_storages_count_once_while_they_live():
         assert (live.now, live.peak) == (kept.nbytes, KB)
 
 
+def test_weights_that_have_values_do_not_count_where_nothing_else_has():
+    """A linear layer reads its weight transposed, and `FakeTensorMode` makes tensors of its own for both."""
+    layer = nn.Linear(1000, 10)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.ones(2, 1000)
+        live, _ = counted(lambda: layer(x).sum().backward())
+    assert live.peak < KB + 10 * KB + 200  # the weight's gradient, with little for outputs
+
+
 @pytest.mark.parametrize("fake", [False, True])
 def test_what_a_backward_pass_keeps(fake):
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
             self._add(tensor, counts=False)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            self._add(tensor, counts=True)
+            self._add(tensor, counts=not _is_view(func))
         return result
 
     def peak_without(self, kept: Iterable[Tensor]) -> int:
@@ -62,6 +62,14 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
         del self._references[key], self._born[key]
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation's results are views of its inputs.
+
+    `FakeTensorMode` puts a tensor without values in the place of a weight, so a view of one has a storage of its own.
+    """
+    return any(value.alias_info is not None for value in func._schema.returns)
 
 
 def _tensors(values: Any) -> list[Tensor]:
