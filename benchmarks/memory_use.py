@@ -128,17 +128,23 @@ def sized_model(
     visiting = kind is not None and not kind.rewards
     if size == "demo":
         model = build_model(ModelConfig(model=DEMO, device=str(device)), dtype, lambda name: trains, visiting)
-        return TextToImage(model.denoiser, FixedText(model.denoiser), model.autoencoder)
+        return _frozen(model.denoiser, model.autoencoder)
     vae_device = torch.device("cpu") if visiting else device
     unet, vae = _networks(size, mode, vae_device)
     if dtype != torch.float32:
-        store_in(unet.half(), dtype, lambda name: trains)
-        vae.half()
+        for parameter in (*unet.parameters(), *vae.parameters()):
+            parameter.data = parameter.data.half()  # `Module.half` swaps tensors, which those without values refuse
+        store_in(unet, dtype, lambda name: trains)
     if isinstance(mode, torch.device):
         fill(unet.to_empty(device=device))
         fill(vae.to_empty(device=vae_device))
-    denoiser, vae = DiffusersDenoiser(unet), vae.requires_grad_(False)
-    autoencoder = DiffusersAutoencoder(vae if dtype == torch.float32 else hold(vae))
+    return _frozen(DiffusersDenoiser(unet), DiffusersAutoencoder(vae if dtype == torch.float32 else hold(vae)))
+
+
+def _frozen(denoiser: DiffusersDenoiser, autoencoder: DiffusersAutoencoder) -> TextToImage:
+    """A model whose own weights need no gradient, as while a run trains: an estimate would count what they keep."""
+    for network in (denoiser.network, autoencoder.network):
+        network.requires_grad_(False)
     return TextToImage(denoiser, FixedText(denoiser), autoencoder)
 
 

@@ -288,7 +288,7 @@ def test_weights_without_values_are_held_as_real_ones(monkeypatch):
             model, step, more = memory_use.Row(kind, name, config, "sd15", 32, 1).step(CPU)
             real = memory_use.estimate_step(model, step, more)
             assert (real.weights, real.masters) == (estimate.weights, estimate.masters)
-            assert real.peak == pytest.approx(estimate.peak, rel=0.01), (kind, name)
+            assert real.peak == pytest.approx(estimate.peak, rel=0.05), (kind, name)
         assert kind != "LoRA" or 0.45 < estimates["bf16"].weights / estimates["fp32"].weights < 0.6
 
 
