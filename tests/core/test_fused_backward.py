@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
+from retune.training.config.loop import TrainingDiverged
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import STEP_BY_TENSOR, TrainingSettings
 from retune.training.loop import optimizers
@@ -101,6 +102,16 @@ def test_each_tensor_is_clipped_by_itself_and_the_norm_is_that_of_all():
         torch.testing.assert_close(weight.detach(), before[name] - 0.1 * clipped)
     every = torch.cat([gradient.flatten() for gradient in gradients.values()])
     torch.testing.assert_close(fused.norm(), every.norm())
+
+
+def test_a_run_that_diverges_before_a_state_was_saved_says_so(tiny_model, pictures, tmp_path):
+    """Its weights are then those of a part of a step; unfused they are the last step's, which are saved."""
+    rate = {"learning_rate": 1e30, "steps": 9}
+    for fused, kept in ((True, "No state is kept"), (False, r"The state after step \d is kept")):
+        run = dataclasses.replace(config(f"{fused}", optimizer="SGD", fused_backward=fused, save_every=100), **rate)
+        with pytest.raises(TrainingDiverged, match=f"expected a finite number. {kept}. Try a lower"):
+            train_model(tiny_model, pictures, run, tmp_path)
+        assert (tmp_path / f"{fused}" / "state" / "latest.safetensors").exists() is not fused
 
 
 class Stop(Callbacks):
