@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.commands.open_model import build_model
-from ..training.commands.train import trained_weights
+from ..training.commands.train import holding, visitors_of
 from ..training.config.embedding import EmbeddingConfig
 from ..training.config.lora import LoraConfig
 from ..training.config.model import ModelConfig
@@ -16,7 +16,6 @@ from ..training.config.run import RunConfig, TrainModelConfig
 from ..training.config.training_settings import TrainingSettings
 from ..training.data.cache import LatentCache, TextCache
 from ..training.data.prompts import Prompt
-from ..training.loop.precision import DTYPES
 from ..training.models.protocols import TextToImage
 from ..training.recipes.lora import train_lora
 from ..training.recipes.reward import tune
@@ -47,11 +46,11 @@ def run_of(case: Case, config: type[RunConfig], settings: TrainingSettings, **fi
     return config(settings=settings, **(common | {"learning_rate": 1e-4} | fields))
 
 
-def open_model(case: Case, recorder: Recorder, config: RunConfig, visiting: bool = True) -> TextToImage:
+def open_model(case: Case, recorder: Recorder, config: RunConfig) -> TextToImage:
     """The model as a command line opens it for a run."""
     recorder.begin(LOADING)
-    dtype = DTYPES[config.settings.precision]
-    model = build_model(ModelConfig(model=case.model, device=case.device), dtype, trained_weights(config), visiting)
+    described = ModelConfig(model=case.model, device=case.device)
+    model = build_model(described, **holding(config), visiting=visitors_of(config, None))
     recorder.begin(PREPARING)
     return model
 
@@ -76,7 +75,7 @@ def run_finetune(case: Case, recorder: Recorder, precision: str, **settings: Any
 
 def run_embedding(case: Case, recorder: Recorder, precision: str) -> None:
     config = run_of(case, EmbeddingConfig, settings_of(precision), token=TOKEN, template="object")
-    model = open_model(case, recorder, config, visiting=False)
+    model = open_model(case, recorder, config)
     recorder.trained = sum(vocabulary.table.shape[1] for vocabulary in model.text_encoder.vocabularies.values())
     train_embedding(model, pictures(case), config, Path(case.work), Marks(recorder))
 
@@ -86,7 +85,7 @@ def run_reward(case: Case, recorder: Recorder, precision: str, gradient_steps: i
     sizes = {"width": case.pixels, "height": case.pixels, "sampling_steps": REWARD_STEPS, "batch_size": batch_size}
     more = {"gradient_steps": gradient_steps, "lora_rank": case.rank, "lora_alpha": case.rank, "train": "UNet LoRA"}
     config = run_of(case, RewardTuneConfig, settings_of(precision), **sizes, **more)
-    model = open_model(case, recorder, config, visiting=False)
+    model = open_model(case, recorder, config)
     reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")))])
     reward.network.to(model.denoiser.device)
     tune(model, reward, [Prompt(CAPTION)], config, Path(case.work), Marks(recorder))
