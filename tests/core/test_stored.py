@@ -180,7 +180,7 @@ def test_retraining_in_fp32_keeps_the_bytes_of_an_fp16_file_beside_its_masters(s
     assert halves and all(trains(held.denoiser.canonical_name(name)) for name in halves)
     found = [train_model(model, pictures, config, tmp_path / f"{i}") for i, model in enumerate((held, exact))]
     assert all(torch.equal(found[0].unet[name], value) for name, value in found[1].unet.items())
-    for file in ("metrics.jsonl", "model.safetensors", "state/latest.safetensors", "samples/000002_0.png"):
+    for file in ("metrics.jsonl", "model.safetensors", "state/latest.safetensors", "samples/000002_00.png"):
         assert (tmp_path / "0" / "r" / file).read_bytes() == (tmp_path / "1" / "r" / file).read_bytes()
     after = dict(held.denoiser.network.named_parameters())
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
