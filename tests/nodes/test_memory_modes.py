@@ -304,6 +304,7 @@ def test_idle_models_count_as_free_and_the_runs_own_do_not(in_mode, pictures, te
     from retune.nodes.bridge.view import text_to_image
     from retune.nodes.ui.progress import NodeCallbacks
 
+    comfy.model_management.unload_all_models()
     model, clip, vae = in_mode("plain")
     with text_to_image(model, clip, vae) as view:
         callbacks = NodeCallbacks(None, "idle models", 1)
