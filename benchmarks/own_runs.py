@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.commands.open_model import build_model
-from ..training.commands.train import model_for
+from ..training.commands.train import holding, visitors_of
 from ..training.config.embedding import EmbeddingConfig
 from ..training.config.lora import LoraConfig
 from ..training.config.model import ModelConfig
@@ -49,7 +49,8 @@ def run_of(case: Case, config: type[RunConfig], settings: TrainingSettings, **fi
 def open_model(case: Case, recorder: Recorder, config: RunConfig) -> TextToImage:
     """The model as a command line opens it for a run."""
     recorder.begin(LOADING)
-    model = model_for(config, ModelConfig(model=case.model, device=case.device))
+    described = ModelConfig(model=case.model, device=case.device)
+    model = build_model(described, **holding(config), visiting=visitors_of(config, None))
     recorder.begin(PREPARING)
     return model
 

@@ -11,11 +11,12 @@ Each has `node` and `run` too, and is sent to every client, so that a page resum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...training.common.callbacks import Callbacks, StepInfo
 from ...training.data.examples import Dataset
@@ -122,10 +123,24 @@ class NodeCallbacks(Callbacks):
         self._send_event("retune.state", {"state": self._state, "step": self._step, "message": text})
 
     def managed_bytes(self, device: torch.device) -> int:
+        return sum(int(m.model_loaded_memory()) for m in self._idle_models() if m.device == device)
+
+    def idle_networks(self) -> Sequence[nn.Module]:
+        return [m.model.model for m in self._idle_models()]
+
+    def _idle_models(self) -> list:
+        """What ComfyUI has loaded besides the models that every step computes with."""
         import comfy.model_management
 
-        models = [m for m in comfy.model_management.current_loaded_models if m.model is not None]
-        return sum(int(m.model_loaded_memory()) for m in models if m.device == device)
+        needed = [] if self._denoiser is None else [self._denoiser.patcher, *self._denoiser.keep_loaded]
+        own = {id(patcher.model) for patcher in needed}
+        loaded = [m for m in comfy.model_management.current_loaded_models if m.model is not None]
+        return [m for m in loaded if id(m.model.model) not in own]
+
+    def versions(self) -> Mapping[str, str]:
+        from comfyui_version import __version__
+
+        return {"ComfyUI": __version__}
 
     def on_end(self, text: str) -> None:
         self._raise_if_cancelled()

@@ -452,3 +452,12 @@ def test_checkpointing_changes_no_gradient_even_with_dropout(demo):
 def test_layers_are_linear_and_convolutions_by_name():
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Conv2d(1, 1, 1), nn.Embedding(2, 2))
     assert layers_of(network, lambda path: f"x.{path}") == {"x.0": network[0], "x.2": network[2]}
+
+
+@pytest.mark.parametrize("algorithm", ["LoRA", "DoRA", "LoKr"])
+def test_adapters_of_the_unet_are_where_it_computes_wherever_its_weights_are(algorithm):
+    """ComfyUI may have pushed some of them out; a text encoder has a device of its own."""
+    layers = {"diffusion_model.a": nn.Linear(4, 6), "text_encoders.clip_l.b": nn.Linear(4, 6)}
+    adapters = Adapters(layers, list(layers.values()), lora_config(algorithm=algorithm), 0, torch.device("meta"))
+    for name, parameter in adapters.parameters.items():
+        assert parameter.device.type == ("meta" if name.startswith("diffusion_model") else "cpu"), name

@@ -14,6 +14,7 @@ from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
 from retune.training.commands.open_model import ModelConfig, build_model, save_unet, unet_parameters
 from retune.training.commands.train import read_run_flags, regularisation_folder
+from retune.training.common.distributed import World
 from retune.training.common.files import write_tensors
 from retune.training.common.foreign import read_tensors
 from retune.training.config.embedding import EmbeddingConfig
@@ -147,6 +148,18 @@ def test_presets_by_card_set_everything_that_memory_depends_on():
                 check_fused_backward(read_run_flags(found, kind))
     lora = parser("SDXL 8 GB").parse_args(["lora", *REQUIRED[1:], "--preset", "SDXL 8 GB", "--block-swap", "87"])
     assert (lora.rank, lora.block_swap, lora.resolution) == (32, 87, 1024)
+
+
+def test_what_auto_became_is_said_once_by_the_main_process(train_arguments, tmp_path, capsys, monkeypatch):
+    assert main(train_arguments(tmp_path / "out", "--precision", "auto", "--steps", "1")) == 0
+    line = "precision auto is fp32, by the device (cpu)\n"
+    assert capsys.readouterr().err.count(line) == 1
+    assert main(train_arguments(tmp_path / "out", "--precision", "auto", "--steps", "2")) == 0
+    assert capsys.readouterr().err.count("precision auto is fp32, as the run was begun\n") == 1
+    flags = train_arguments(tmp_path / "new", "--precision", "auto")
+    monkeypatch.setattr("retune.training.commands.train.world", lambda: World(rank=1, size=2))
+    read_run_flags(parser().parse_args(flags), TrainModelConfig)
+    assert "precision" not in capsys.readouterr().err
 
 
 def test_the_preset_reaches_the_run(train_arguments, tmp_path):

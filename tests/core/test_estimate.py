@@ -14,7 +14,9 @@ from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop import estimate as module
+from retune.training.loop import known_peaks
 from retune.training.loop.estimate import MemoryEstimate, _state_bytes, check_memory, free_bytes
+from retune.training.loop.known_peaks import key_of
 from retune.training.loop.optimizers import PACKAGES
 from retune.training.models.block_swap import freed_bytes
 from retune.training.models.blocks import blocks_in_order
@@ -174,12 +176,34 @@ def test_what_cannot_fit_is_refused_with_what_to_lower(caplog, monkeypatch):
 
 
 def test_a_run_that_cannot_fit_ends_before_its_first_step(tiny_model, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "free_bytes", lambda device: 1000)
+    """With one sample encoded at most, and the name is free for other settings; those of a run that trained are not."""
     monkeypatch.setattr(module, "_swap_bytes", lambda device: 0)
     config = LoraConfig(run_name="r", steps=2, batch_size=2)
-    with pytest.raises(ValueError, match="expected at most .*which are free.* gradient_checkpointing on"):
-        train_lora(tiny_model, pictures, config, tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(recipe, "free_bytes", lambda device: 1000)
+        with pytest.raises(ValueError, match="expected at most .*which are free.* gradient_checkpointing on"):
+            train_lora(tiny_model, pictures, config, tmp_path)
+        assert cached(tmp_path, "latents") == 1 and cached(tmp_path, "text") <= 2
     assert not (tmp_path / "r" / "lora.safetensors").exists()
+    train_lora(tiny_model, pictures, replace(config, rank=2), tmp_path)
+    assert cached(tmp_path, "latents") == 6 and cached(tmp_path, "text") == 4  # with the empty caption
+    with pytest.raises(ValueError, match="rank is 3; run 'r' was made with 2"):
+        train_lora(tiny_model, pictures, replace(config, rank=3), tmp_path)
+
+
+def cached(root, kind):
+    return len(list((root / ".cache" / kind).rglob("*.safetensors")))
+
+
+def test_a_reward_tuning_that_cannot_fit_encodes_nothing_in_advance(tiny_model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(module, "_swap_bytes", lambda device: 0)
+    samples = SamplePrompts(prompts=("a red circle",), steps=1, width=32, height=32)
+    config, callbacks = reward_config(method="direct", train="UNet LoRA", samples=samples), Records()
+    with pytest.raises(ValueError, match="expected at most .*which are free"):
+        tune(tiny_model, reward(), [], config, tmp_path, callbacks, dataset=pictures)
+    assert cached(tmp_path, "latents") == 1
+    assert not any("reading the sample prompts" in text for text in callbacks.texts)
 
 
 def test_memory_of_models_that_are_unloaded_when_it_is_short_counts_as_free(
@@ -192,7 +216,37 @@ def test_memory_of_models_that_are_unloaded_when_it_is_short_counts_as_free(
     monkeypatch.setattr(recipe, "free_bytes", lambda device: 1000)
     callbacks = Manages()
     train_lora(tiny_model, pictures, LoraConfig(run_name="r", steps=1), tmp_path, callbacks)
-    assert any("GB are free" in text for text in callbacks.texts)
+    assert any("1.00 GB are free" in text for text in callbacks.texts)
+
+
+def test_a_models_idle_parts_are_no_weights_of_the_run(tiny_model, pictures, tmp_path, monkeypatch):
+    """What ComfyUI unloads for a step; a VAE among them comes back to decode samples."""
+    vae, clip = tiny_model.autoencoder.network, tiny_model.text_encoder.network
+    samples = SamplePrompts(prompts=("a red circle",), steps=1, width=32, height=32)
+    estimates, original = [], recipe.expect_memory
+    monkeypatch.setattr(recipe, "expect_memory", lambda *arguments: estimates.append(original(*arguments)))
+    for number, idle in enumerate(((), (vae, clip))):
+        callbacks = Records()
+        callbacks.idle_networks = lambda idle=idle: idle
+        config = LoraConfig(run_name=f"{number}", steps=1, samples=samples)
+        train_lora(tiny_model, pictures, config, tmp_path, callbacks)
+    sizes = [sum(parameter.nbytes for parameter in network.parameters()) for network in (vae, clip)]
+    assert estimates[0].weights - estimates[1].weights == sum(sizes)
+    assert estimates[1].decode - estimates[0].decode == sizes[0]
+    assert estimates[1].activations == estimates[0].activations
+
+
+def test_the_peaks_of_other_libraries_are_computed_anew(tiny_model, monkeypatch):
+    networks, config = [tiny_model.denoiser.network], LoraConfig(run_name="r")
+    assert key_of(config, networks, {}) == key_of(config, networks, {}, versions={})
+    assert key_of(config, networks, {}, versions={"ComfyUI": "1"}) != key_of(
+        config, networks, {}, versions={"ComfyUI": "2"}
+    )
+    keys = []
+    for changed in (*known_peaks._LIBRARIES, None):
+        monkeypatch.setattr(known_peaks, "version", lambda name, changed=changed: "2" if name == changed else "1")
+        keys.append(key_of(config, networks, {}))
+    assert len(set(keys)) == len(keys) == 4
 
 
 def test_a_model_that_needs_values_trains_without_an_estimate(tiny_model, pictures, tmp_path, caplog):

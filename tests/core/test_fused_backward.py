@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 from retune.training.common.callbacks import Callbacks
+from retune.training.config.loop import TrainingDiverged
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import STEP_BY_TENSOR, TrainingSettings
 from retune.training.loop import optimizers
 from retune.training.loop.fused_backward import FusedBackward, check_fused_backward
+from retune.training.loop.gradient_step import GradientStep
 from retune.training.loop.optimizers import build_optimizer
 from retune.training.recipes.unet import train_model
 from torch import nn
@@ -101,6 +103,24 @@ def test_each_tensor_is_clipped_by_itself_and_the_norm_is_that_of_all():
         torch.testing.assert_close(weight.detach(), before[name] - 0.1 * clipped)
     every = torch.cat([gradient.flatten() for gradient in gradients.values()])
     torch.testing.assert_close(fused.norm(), every.norm())
+
+
+@pytest.mark.parametrize(
+    "fused, kept", [(True, "No state is kept"), (False, "The state after step 1 is kept")], ids=["fused", "unfused"]
+)
+def test_a_run_that_diverges_before_a_state_was_saved(tiny_model, pictures, tmp_path, monkeypatch, fused, kept):
+    """Its weights are then those of a part of a step; unfused they are the last step's, which are saved."""
+    gradient = GradientStep.gradient
+
+    def diverging(self, step, callbacks):
+        figures = gradient(self, step, callbacks)
+        return dataclasses.replace(figures, loss=float("nan")) if step == 2 else figures
+
+    monkeypatch.setattr(GradientStep, "gradient", diverging)
+    run = config("r", optimizer="SGD", fused_backward=fused, save_every=100)
+    with pytest.raises(TrainingDiverged, match=f"loss is nan at step 2; expected a finite number. {kept}. Try a lower"):
+        train_model(tiny_model, pictures, run, tmp_path)
+    assert (tmp_path / "r" / "state" / "latest.safetensors").exists() is not fused
 
 
 class Stop(Callbacks):

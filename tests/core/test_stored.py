@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from retune.training.commands.open_model import build_model
+from retune.training.commands.train import holding, trained_weights
 from retune.training.common.files import write_tensors
 from retune.training.common.foreign import read_tensors
 from retune.training.config.lora import LoraConfig
 from retune.training.config.model import ModelConfig
+from retune.training.config.run import TrainModelConfig
+from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop.precision import autocast
 from retune.training.models import ldm
@@ -18,6 +21,7 @@ from retune.training.models.quantised import scaled, unfolded
 from retune.training.models.recast import hold, is_quantised
 from retune.training.models.stored import StoredTensor, exact, hadamard, rotated_back
 from retune.training.recipes.lora import train_lora
+from retune.training.recipes.unet import train_model
 from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.t5 import load_t5
 from torch import nn
@@ -157,6 +161,29 @@ def test_text_encoder_and_vae_of_an_fp16_file_keep_its_bytes_and_fp32s_bits(sing
         assert {p.dtype for p in others} == {torch.float32}
     single_file.write_bytes(b"")  # nothing of it is mapped any more
     assert all(torch.equal(*pair) for pair in zip(encodings(held), encodings(plain), strict=True))
+
+
+@pytest.mark.parametrize("train", ["QK", "whole UNet"])
+def test_retraining_in_fp32_keeps_the_bytes_of_an_fp16_file_beside_its_masters(single_file, pictures, tmp_path, train):
+    """With the bits of a run on fp32 weights, samples and validation too; what does not train computes in fp32."""
+    tensors, metadata = read_tensors(single_file)
+    write_tensors(single_file, {name: value.half() for name, value in tensors.items()}, metadata)
+    settings = TrainingSettings(warmup_steps=0, precision="fp32", validation_fraction=0.3, validate_every=1)
+    samples = SamplePrompts(prompts=("a red circle",), every=1, steps=2, cfg=2.0, width=32, height=32)
+    config = TrainModelConfig(run_name="r", steps=2, batch_size=2, train=train, settings=settings, samples=samples)
+    options = ModelConfig(model=str(single_file), tokenizer=tmp_path / "clip_tokenizer")
+    held, exact = build_model(options, **holding(config)), build_model(options)
+    weights = dict(held.denoiser.network.named_parameters())
+    before = {name: value.detach().clone() for name, value in weights.items()}
+    halves = {name for name, value in before.items() if value.dtype == torch.float16}
+    trains = trained_weights(config)
+    assert halves and all(trains(held.denoiser.canonical_name(name)) for name in halves)
+    found = [train_model(model, pictures, config, tmp_path / f"{i}") for i, model in enumerate((held, exact))]
+    assert all(torch.equal(found[0].unet[name], value) for name, value in found[1].unet.items())
+    for file in ("metrics.jsonl", "model.safetensors", "state/latest.safetensors", "samples/000002_00.png"):
+        assert (tmp_path / "0" / "r" / file).read_bytes() == (tmp_path / "1" / "r" / file).read_bytes()
+    after = dict(held.denoiser.network.named_parameters())
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_folder_in_fp16_is_held_likewise(diffusers_folder):

@@ -4,15 +4,25 @@ import dataclasses
 
 import pytest
 import torch
-from retune.training.commands.open_model import build_demo_model, build_model
+from retune.training.commands.open_model import TEXT_ENCODER, VAE, build_demo_model, build_model
+from retune.training.commands.train import visitors_of
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
 from retune.training.config.model import ModelConfig
+from retune.training.config.reward import RewardTuneConfig
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.models.visitors import Visitors, arrive, send_visitors_away
+from retune.training.recipes.reward import tune
+from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.recipes.unet import train_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .test_reward_tune import PROMPTS, reward
+from .test_reward_tune import config as reward_config
+from .test_train_embedding import config as embedding_config
 
 
 class Moves(nn.Module):
@@ -83,10 +93,62 @@ def test_a_model_on_a_cpu_has_no_visitors(options, caplog):
 
 @pytest.mark.parametrize("t5", [None, "demo"])
 def test_on_another_device_the_unet_stays_and_the_others_wait_in_ram(t5):
-    model = build_model(ModelConfig(model="demo", t5=t5, device="meta"), visiting=True)
+    model = build_model(ModelConfig(model="demo", t5=t5, device="meta"), visiting={TEXT_ENCODER, VAE})
     encoder = model.text_encoder
     network = encoder.network if t5 is None else encoder.model
     assert model.denoiser.device.type == "meta"
     assert {p.device.type for p in (*network.parameters(), *model.autoencoder.network.parameters())} == {"cpu"}
     assert t5 is None or {p.device.type for p in encoder.projection.parameters()} == {"meta"}
     assert vars(network)["_retune_visitors"] is vars(model.denoiser.network)["_retune_visitors"]
+
+
+def test_a_vae_alone_waits_in_ram_beside_a_text_encoder_that_trains():
+    model = build_model(ModelConfig(model="demo", device="meta"), visiting={VAE})
+    assert {p.device.type for p in model.autoencoder.network.parameters()} == {"cpu"}
+    assert {p.device.type for p in model.text_encoder.network.parameters()} == {"meta"}
+    assert "_retune_visitors" not in vars(model.text_encoder.network)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, crop, expected",
+    [
+        (TrainModelConfig, {}, "center", {VAE, TEXT_ENCODER}),
+        (TrainModelConfig, {}, "random", {TEXT_ENCODER}),
+        (TrainModelConfig, {"settings": TrainingSettings(caption_shuffle=True)}, "center", {VAE}),
+        (LoraConfig, {}, "center", {VAE, TEXT_ENCODER}),
+        (LoraConfig, {"text_encoder_learning_rate": 1e-5}, "center", {VAE}),
+        (LoraConfig, {"text_encoder_learning_rate": 1e-5}, "random", set()),
+        (EmbeddingConfig, {"token": "<it>"}, "center", {VAE}),
+        (RewardTuneConfig, {"train": "UNet LoRA"}, "center", {TEXT_ENCODER}),
+        (RewardTuneConfig, {"train": "projection"}, "center", set()),
+    ],
+)
+def test_what_no_step_computes_with_visits(pictures, kind, changes, crop, expected):
+    config = kind(run_name="r", **changes)
+    assert visitors_of(config, dataclasses.replace(pictures, crop=crop)) == expected
+
+
+@pytest.mark.parametrize("trainer", ["embedding", "reward"])
+def test_with_visitors_a_run_has_the_same_bits(tiny_model, pictures, tmp_path, trainer):
+    """A text encoder comes once for each prompt of a reward tuning, not in every step."""
+
+    def run(name):
+        if trainer == "embedding":
+            config = embedding_config(run_name=name, steps=2, template="object")
+            return train_embedding(tiny_model, pictures, config, tmp_path / name).embedding.concepts[0].vectors
+        config = reward_config(run_name=name, train="UNet LoRA")
+        return tune(tiny_model, reward(), PROMPTS, config, tmp_path / name).lora
+
+    plain, unet, arrivals = run("plain"), tiny_model.denoiser.network, []
+    visiting = tiny_model.autoencoder.network if trainer == "embedding" else tiny_model.text_encoder.network
+    visitors = Visitors(unet, ([visiting],), torch.device("cpu"))
+    arrive_once = visitors.arrive
+    visitors.arrive = lambda network: (arrivals.append(1), arrive_once(network))
+
+    def alone(module, inputs):
+        assert isinstance(torch.empty(0), FakeTensor) or not visitors._there
+
+    unet.register_forward_pre_hook(alone)
+    again = run("again")
+    assert again.keys() == plain.keys() and all(torch.equal(again[name], value) for name, value in plain.items())
+    assert arrivals and (trainer == "embedding" or len(arrivals) == len(PROMPTS) + 1)

@@ -5,6 +5,7 @@ No GPU is at hand: dynamic VRAM is ComfyUI's own patcher class on a CPU (`dynami
 """
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +266,79 @@ def test_what_was_moved_or_displaced_is_loaded_again(in_mode, loads):
     assert loads_of() == 1 and model.loaded_size() == model.model_size()
     comfy.model_management.unload_all_models()
     assert loads_of() == 1 and loads_of() == 0
+
+
+@pytest.mark.parametrize("trainer", ["LoRA", "DoRA", "embedding", "reward on a LoRA"])
+def test_a_unet_that_the_text_encoder_pushed_out_is_back_when_adapters_begin(
+    in_mode, pictures, options, monkeypatch, trainer
+):
+    """DoRA's magnitude begins as that of the weights with their patches, which an offloaded layer lacks."""
+    from retune.nodes.bridge.text_encoder import ComfyTextEncoder
+    from retune.training.trainables.lora import Adapters
+
+    measure, begin, offloaded = ComfyTextEncoder._measure_widths, Adapters.__init__, []
+
+    def measured_beside_others(encoder):
+        patcher, widths = encoder._denoiser.patcher, measure(encoder)
+        patcher.partially_unload(patcher.offload_device, patcher.model_size())
+        offloaded.append(patcher)
+        return widths
+
+    def begun(adapters, *arguments):
+        assert all(patcher.loaded_size() == patcher.model_size() for patcher in offloaded)
+        begin(adapters, *arguments)
+
+    if trainer != "embedding":
+        options["settings"] = TrainingSettings(warmup_steps=0, gradient_accumulation=1)
+    expected = TRAINERS[trainer](in_mode("plain"), pictures, run_name=f"{trainer} loaded", **options)
+    monkeypatch.setattr(ComfyTextEncoder, "_measure_widths", measured_beside_others)
+    monkeypatch.setattr(Adapters, "__init__", begun)
+    found = TRAINERS[trainer](in_mode("plain"), pictures, run_name=f"{trainer} pushed out", **options)
+    assert offloaded and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("text_trains", [False, True])
+def test_idle_models_count_as_free_and_the_runs_own_do_not(in_mode, pictures, text_trains):
+    import comfy.model_management
+    from retune.nodes.bridge.view import text_to_image
+    from retune.nodes.ui.progress import NodeCallbacks
+
+    comfy.model_management.unload_all_models()
+    model, clip, vae = in_mode("plain")
+    with text_to_image(model, clip, vae) as view:
+        callbacks = NodeCallbacks(None, "idle models", 1)
+        callbacks.reserve_for_dataset(view, pictures, 2)
+        with view.text_encoder.training() if text_trains else nullcontext():
+            comfy.model_management.load_models_gpu([vae.patcher, clip.patcher])
+            callbacks.after_load()
+            idle = [vae.patcher] if text_trains else [vae.patcher, clip.patcher]
+            assert {id(network) for network in callbacks.idle_networks()} == {id(patcher.model) for patcher in idle}
+            expected = sum(patcher.loaded_size() for patcher in idle)
+            assert callbacks.managed_bytes(torch.device("cpu")) == expected > 0
+    assert callbacks.versions()["ComfyUI"]
+
+
+@pytest.mark.parametrize("trainer", ["LoRA", "reward on a LoRA"])
+def test_a_run_that_fits_once_idle_models_are_unloaded_is_not_refused(in_mode, pictures, options, monkeypatch, trainer):
+    """Free is what the run needs, less the part that is in memory and in no step: VAE or text encoder."""
+    from retune.training.loop import estimate
+    from retune.training.recipes import run
+
+    parts, estimates = in_mode("plain"), []
+    idle = {"LoRA": parts[2], "reward on a LoRA": parts[1]}[trainer]  # the one trains text, the other decodes
+    size = idle.patcher.model_size()
+    estimate_memory = run.estimate_memory
+
+    def noted(*arguments):
+        estimates.append(estimate_memory(*arguments))
+        return estimates[-1]
+
+    monkeypatch.setattr(run, "estimate_memory", noted)
+    monkeypatch.setattr(estimate, "_swap_bytes", lambda device: 0)
+    monkeypatch.setattr(estimate, "TOLERANCE", 0.0)
+    monkeypatch.setattr(run, "free_bytes", lambda device: estimates[-1].needed - size)
+    assert TRAINERS[trainer](parts, pictures, run_name=f"{trainer} beside idle models", **options)
 
 
 @pytest.mark.parametrize("mode", ["plain", "dynamic"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from ..text_encoder.t5_file import read_t5_config
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
+TEXT_ENCODER, VAE = "text encoder", "VAE"
 UNET_SHAPE = (
     "in_channels",
     "out_channels",
@@ -60,8 +61,9 @@ def build_model(
     config: ModelConfig,
     dtype: torch.dtype = torch.float32,
     trains: Callable[[str], bool] = lambda name: False,
-    visiting: bool = False,
+    visiting: Collection[str] = (),
     text_trains: bool = True,
+    replaced: bool = False,
 ) -> TextToImage:
     """The model that a config describes: in fp32 or, for a run in half precision, with frozen weights held in less.
 
@@ -72,9 +74,11 @@ def build_model(
         config: the model, and what is done to it.
         dtype: of the run's arithmetic.
         trains: whether a weight of the UNet, by its canonical name, trains.
-        visiting: whether text encoder and VAE are on the device only while they are used, and the UNet does not
-            compute. Not for trainings of the text encoder or through the VAE.
+        visiting: those of TEXT_ENCODER and VAE that are on the device only while they are used, and the UNet does not
+            compute. Not what trains, and nothing that gradients pass through.
         text_trains: whether the text encoder, or something in it, trains; it is then in fp32.
+        replaced: whether masters stand in the place of what trains whenever the UNet computes: those weights then keep
+            the dtype of their file in fp32 too, and so do VAE and text encoder.
 
     Raises:
         ValueError, FileNotFoundError: For files of `tuned` that do not exist, before the model is loaded; then those of
@@ -83,7 +87,8 @@ def build_model(
     path, tokenizer = _checkpoint(config)
     for text in config.tuned:
         result_files(tuned_file(text).path)
-    own_dtypes = dtype != torch.float32 and config.reset is None and not config.tuned  # these compute in fp32
+    held = dtype != torch.float32 or replaced
+    own_dtypes = held and config.reset is None and not config.tuned  # these compute in fp32
     own_text = own_dtypes and not text_trains
     options = {"config_of": demo_config, "own_dtypes": own_dtypes, "own_text": own_text}
     model = load_model(path, tokenizer=tokenizer, correction=correction_of(config), **options)
@@ -96,24 +101,28 @@ def build_model(
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
     model = with_tuned(model, config.tuned)
-    if dtype != torch.float32:
+    if held:
         model.denoiser.store_in(dtype, trains)
     _place(model, torch.device(config.device or "cpu"), visiting)
     return model
 
 
-def _place(model: TextToImage, device: torch.device, visiting: bool) -> None:
-    """Puts a model on a device, or its text encoder and VAE where they wait for their use."""
+def _place(model: TextToImage, device: torch.device, visiting: Collection[str]) -> None:
+    """Puts a model on a device; its visiting parts wait in RAM for their use."""
     encoder, vae = model.text_encoder, model.autoencoder.network
     backbone = encoder.network if encoder.projection is None else encoder.model
     if encoder.projection is not None:
         encoder.projection.to(device)
-    if visiting and device.type != "cpu":
-        backbones = list(backbone) if isinstance(backbone, nn.ModuleList) else [backbone]
-        Visitors(model.denoiser.network, (backbones, [vae]), device)
-        return
-    for module in (model.denoiser.network, vae, backbone):
-        module.to(device)
+    parts = {
+        TEXT_ENCODER: list(backbone) if isinstance(backbone, nn.ModuleList) else [backbone],
+        VAE: [vae],
+    }
+    groups = [networks for part, networks in parts.items() if part in visiting and device.type != "cpu"]
+    for network in (network for networks in parts.values() if networks not in groups for network in networks):
+        network.to(device)
+    model.denoiser.network.to(device)
+    if groups:
+        Visitors(model.denoiser.network, groups, device)
 
 
 def build_demo_model(**options) -> TextToImage:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from ..data.examples import Dataset
 from ..models.layers import is_selected
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
-from .open_model import build_model
+from .open_model import TEXT_ENCODER, VAE, build_model
 from .terminal import Terminal
 from .verb import Verb, add_output_flag, read_model_flags
 
@@ -54,7 +55,7 @@ def run_train(arguments: argparse.Namespace) -> dict:
     from ..recipes.unet import train_model
 
     config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
-    model = open_model(arguments, config)
+    model = open_model(arguments, config, visitors_of(config, dataset))
     trained = train_model(model, dataset, config, arguments.output, Terminal())
     return result_of(trained.path)
 
@@ -65,7 +66,7 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 
     config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
-    model = open_model(arguments, config)
+    model = open_model(arguments, config, visitors_of(config, dataset))
     trained = train_lora(model, dataset, config, arguments.output, Terminal(), start=start)
     return result_of(trained.path)
 
@@ -74,7 +75,7 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
     from ..recipes.textual_inversion import read_concepts, train_embedding
 
     config, dataset = read_run_flags(arguments, EmbeddingConfig), open_dataset(arguments)
-    model = open_model(arguments, config)
+    model = open_model(arguments, config, visitors_of(config, dataset))
     concepts = read_concepts(arguments.known_embeddings, model.text_encoder)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     trained = train_embedding(model, dataset, config, arguments.output, Terminal())
@@ -91,7 +92,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
-    model = open_model(arguments, config)
+    model = open_model(arguments, config, visitors_of(config, dataset))
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
     return result_of(tuned.path)
@@ -111,46 +112,71 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
     run = read_flags(arguments, config, settings=settings, samples=samples)
     _say_share(run)
     check_sharding(run)
-    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output)
+    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output, say=_say)
+
+
+def _say(text: str) -> None:
+    """Prints a line, in the main process."""
+    if world().is_main:
+        sys.stderr.write(f"{text}\n")
 
 
 def _say_share(run: RunConfig) -> None:
     """Prints how a batch divides among several processes; ValueError where it does not."""
     here = world()
     share = here.share(run.batch_size)
-    if here.size > 1 and here.is_main:
+    if here.size > 1:
         in_all = run.batch_size * run.gradient_accumulation
-        sys.stderr.write(
+        _say(
             f"batch_size {run.batch_size} is that of all {here.size} processes together, {share} each; a step has "
-            f"{in_all} images\n"
+            f"{in_all} images"
         )
 
 
-def open_model(arguments: argparse.Namespace, config: RunConfig) -> TextToImage:
+def open_model(arguments: argparse.Namespace, config: RunConfig, visiting: Collection[str]) -> TextToImage:
     """The model that the flags describe: loaded, its text encoder swapped and scaled, its layers reset.
 
-    Prints what the UNet is taken to predict and why, which --prediction corrects.
+    Weights are held in as few bytes as `build_model` can. Prints what the UNet is taken to predict and why, which
+    --prediction corrects. visiting: see there.
     """
-    model = model_for(config, read_model_flags(arguments))
+    model = build_model(read_model_flags(arguments), **holding(config), visiting=visiting)
     denoiser = model.denoiser
     sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
     return model
 
 
-def model_for(config: RunConfig, model: ModelConfig) -> TextToImage:
-    """The model as a run needs it, with all that does not train held in as few bytes as `build_model` can."""
+def holding(config: RunConfig) -> dict[str, Any]:
+    """How `build_model` holds the weights of a run's model."""
     from ..loop.precision import DTYPES
 
-    dtype, text_trains = DTYPES[config.settings.precision], text_encoder_trains(config)
-    steady = text_trains or config.settings.varies_captions or isinstance(config, (EmbeddingConfig, RewardTuneConfig))
-    return build_model(model, dtype, trained_weights(config), visiting=not steady, text_trains=text_trains)
+    retrains = isinstance(config, TrainModelConfig) and not config.settings.shard_weights
+    return {
+        "dtype": DTYPES[config.settings.precision],
+        "trains": trained_weights(config),
+        "text_trains": _text_trains(config),
+        "replaced": retrains,
+    }
 
 
-def text_encoder_trains(config: RunConfig) -> bool:
-    """Whether a run trains the text encoder, or something in it."""
+def _text_trains(config: RunConfig) -> bool:
+    """Whether a run trains the text encoder or something in it, its projection apart."""
     if isinstance(config, LoraConfig):
         return config.trains_text
     return config.text_trains if isinstance(config, RewardTuneConfig) else isinstance(config, EmbeddingConfig)
+
+
+def visitors_of(config: RunConfig, dataset: Dataset | None) -> set[str]:
+    """The parts of a model that no training step computes with, for `build_model`: they are on the device only while
+    caches are filled and samples drawn.
+
+    Args:
+        config: the run's.
+        dataset: its images, if it has any.
+    """
+    tunes = isinstance(config, RewardTuneConfig)  # which decodes pictures in every step
+    crops = dataset is not None and dataset.crop == "random"  # whose latents are not cached
+    encodes = _text_trains(config) or (not tunes and config.settings.varies_captions)
+    return {part for part, stays in ((VAE, tunes or crops), (TEXT_ENCODER, encodes)) if not stays}
 
 
 def trained_weights(config: RunConfig) -> Callable[[str], bool]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class Callbacks:
         self.on_text(text)
 
     def managed_bytes(self, device: torch.device) -> int:
-        """Bytes of models on a device, this run's included, that the caller unloads where a run needs their memory."""
+        """Bytes of models on a device that the caller unloads where a run needs their memory; none of those that the
+        run computes with in a step."""
         return 0
+
+    def idle_networks(self) -> Sequence[nn.Module]:
+        """The networks of the models that `managed_bytes` counts: parts of the run's own model may be among them."""
+        return ()
+
+    def versions(self) -> Mapping[str, str]:
+        """Programs by name that a run computes with besides its libraries, and their versions."""
+        return {}
 
     def pulse(self) -> None:
         """A part of long work is done, such as a sampler step or a picture; called to allow a cancel."""

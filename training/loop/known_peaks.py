@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ KEPT = 64
 FILE = "memory.json"
 _OTHER = ("run_name", "steps", "learning_rate", "seed", "resume")
 """Settings that no tensor's size depends on."""
+_LIBRARIES = ("diffusers", "transformers", "lycoris-lora")
+"""Those that compute in a step besides torch."""
 Peaks = dict[str, tuple[int, int]]
 
 
@@ -62,17 +65,25 @@ class KnownPeaks:
             return {}
 
 
-def key_of(config: RunConfig, networks: Iterable[nn.Module], tensors: Mapping[str, Any], *more: Any) -> str:
-    """A key of all that the size of a step's tensors depends on, with this package's code and torch's version.
+def key_of(
+    config: RunConfig,
+    networks: Iterable[nn.Module],
+    tensors: Mapping[str, Any],
+    *more: Any,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """A key of all that the size of a step's tensors depends on, with this package's code and the libraries' versions.
 
     Args:
         config: the run's.
         networks: the module trees that compute.
         tensors: others that are in memory, by name: what trains, the weights of the text encoder.
         more: such as the loaded sample and the batch size.
+        versions: of other programs that compute, such as ComfyUI, by name.
     """
+    used = {"torch": torch.__version__, **{name: version(name) for name in _LIBRARIES}, **(versions or {})}
     settings = {name: value for name, value in asdict(config).items() if name not in _OTHER}
-    parts = [torch.__version__, _code(), settings, [_about_network(n) for n in networks], _about(tensors), _about(more)]
+    parts = [used, _code(), settings, [_about_network(n) for n in networks], _about(tensors), _about(more)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

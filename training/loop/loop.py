@@ -171,11 +171,21 @@ class Loop:
     def _check_finite(self, name: str, value: float) -> None:
         if math.isfinite(value):
             return
-        kept = self.saved_step if self.saved_step >= 0 else self.step
         raise TrainingDiverged(
-            f"{name} is {value} at step {self.step + 1}; expected a finite number. The state after step {kept} is "
-            "kept. Try a lower learning rate, a longer warm-up, precision fp32 or a smaller max_grad_norm."
+            f"{name} is {value} at step {self.step + 1}; expected a finite number. {self._kept_state()} is kept. Try a "
+            "lower learning rate, a longer warm-up, precision fp32 or a smaller max_grad_norm."
         )
+
+    def _kept_state(self) -> str:
+        """What a run that ends in the middle of a step leaves: the last saved state, else one that is saved now."""
+        if self.saved_step < 0 and not self._can_save:
+            return "No state"
+        return f"The state after step {self.saved_step if self.saved_step >= 0 else self.step}"
+
+    @property
+    def _can_save(self) -> bool:
+        """Whether the weights are those of a whole step, and this process has them all."""
+        return not (self.trainable.shards or self.updating or self.gradient_step.updating)
 
     def _between_steps(self) -> None:
         """The main process evaluates and saves where it is time to; all of them then learn whether the run ends."""
@@ -278,9 +288,7 @@ class Loop:
                 traceback.clear_frames(error.__traceback__)
                 self.gradient_step.optimizer.zero_grad(set_to_none=True)
             diverged = isinstance(error, TrainingDiverged) and self.saved_step >= 0
-            updating = self.updating or self.gradient_step.updating
-            divided = bool(self.trainable.shards)  # a process cannot save these on its own
-            if not divided and not updating and self.step != self.saved_step and not diverged:
+            if self._can_save and self.step != self.saved_step and not diverged:
                 self._save_after(error)
             if out_of_memory:
                 hints = self.config.memory_hints

@@ -90,16 +90,17 @@ def frozen(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def copied_to(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """While entered, copies on a device stand in the place of those parameters that are elsewhere."""
-    elsewhere = [ref for ref in parameter_refs(network).values() if ref.tensor.device.type != device.type]
-    originals = [ref.tensor for ref in elsewhere]
+def copied_to(network: nn.Module, device: torch.device, whole: bool = False) -> Iterator[None]:
+    """While entered, copies on a device stand in the place of those parameters that are elsewhere; whole: of all."""
+    refs = [ref for ref in parameter_refs(network).values() if whole or ref.tensor.device.type != device.type]
+    originals = [ref.tensor for ref in refs]
     try:
-        for ref in elsewhere:
-            ref.owner._parameters[ref.attribute] = nn.Parameter(ref.tensor.detach().to(device), requires_grad=False)
+        for ref in refs:
+            value = ref.tensor.detach().to(device, copy=True)
+            ref.owner._parameters[ref.attribute] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        for ref, original in zip(elsewhere, originals, strict=True):
+        for ref, original in zip(refs, originals, strict=True):
             ref.owner._parameters[ref.attribute] = original
 
 

@@ -11,7 +11,7 @@ instead of prompts in `reward_on_images`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,9 @@ from .rehearsal import encoded, rehearsed_gradients
 
 GRAPH_PIXELS = 512 * 512
 """Pixels of the pictures that one graph of decoder, rewards or UNet holds, unless one picture has more."""
+KEPT_ENCODINGS = 64
+"""Prompts whose encoding by the frozen text encoder is kept, the latest ones: a text encoder that visits the device, or
+that ComfyUI unloads, does not come back for them."""
 
 
 class PromptSample(NamedTuple):
@@ -100,6 +103,7 @@ class RewardObjective:
         self.chain = ddim_chain(model.denoiser, config.sampling_steps)
         reward.reset()
         self._images_at_once = max(1, GRAPH_PIXELS // (config.width * config.height))
+        self._encode_frozen = lru_cache(KEPT_ENCODINGS)(self._encode)
         self._step_scores: list[list[list[float]]] = []
         """Raw scores of the latest step, (terms, B) of each batch, which the running scales have not counted yet."""
         self._step = 0
@@ -110,8 +114,8 @@ class RewardObjective:
         if self._text_trains and not self._is_constrained:
             return [PromptSample(slot.prompt) for slot in slots]
         with torch.no_grad():
-            empty = self._encode("")
-            return [PromptSample(slot.prompt, self._encode(slot.prompt), empty) for slot in slots]
+            empty = self._encode_frozen("")
+            return [PromptSample(slot.prompt, self._encode_frozen(slot.prompt), empty) for slot in slots]
 
     def __call__(self, batch: list[tuple[int, PromptSample]], step: int) -> Loss:
         self._observe_scores(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -101,7 +102,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         log.warning("precision is 'bf16' on a card without it, which is slow; 'auto' takes fp16 there")
 
 
-def with_precision(config: Config, device: torch.device, root: Path) -> Config:
+def with_precision(config: Config, device: torch.device, root: Path, say: Callable[[str], None] = log.info) -> Config:
     """The config with precision "auto" replaced by what it is here; any other is left alone.
 
     A run that goes on keeps the precision that it was begun with, on any device.
@@ -110,19 +111,21 @@ def with_precision(config: Config, device: torch.device, root: Path) -> Config:
         config: the run's.
         device: where it computes.
         root: folder of all runs.
+        say: called with what "auto" is here, a line for people.
     """
     settings = config.settings
     if settings.precision != "auto":
         return config
-    begun = None if config.resume == "restart" else RunFolder(root / config.run_name).config()
-    if begun is not None:
+    folder = RunFolder(root / config.run_name)
+    begun = None if config.resume == "restart" else folder.config()
+    if begun is not None and not folder.failed_at_once:
         recorded = begun["identity"].get("settings")  # anything else than settings differs, which `claim` says
         values = FORMER_DEFAULTS | recorded if isinstance(recorded, dict) else FORMER_DEFAULTS
         precision, why = values["precision"], "as the run was begun"
     else:
         scaled = not (isinstance(config, RewardTuneConfig) or settings.fused_backward)
         precision, why = default_precision(device, scaled), f"by the device ({device.type})"
-    log.info("precision auto is %s, %s", precision, why)
+    say(f"precision auto is {precision}, {why}")
     return replace(config, settings=replace(settings, precision=precision))
 
 

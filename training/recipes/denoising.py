@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from ..common.callbacks import Callbacks
-from ..common.distributed import world
 from ..config.run import RunConfig
 from ..config.training_settings import TrainingSettings
 from ..data.cache import TextCache
@@ -23,7 +22,7 @@ from ..models.protocols import Conditioning, TextToImage
 from ..objectives.denoising import DenoisingObjective
 from ..runs.folder import RunFolder
 from ..sampling.generate import encode_with
-from .latents import CroppedLatents, fill_latents
+from .latents import CroppedLatents, fill_cache, latent_cache
 from .run import TrainingJob, loop_config, run_training
 from .samples import build_sampler
 
@@ -40,16 +39,16 @@ def train_on_images(
 
 def build_loop(
     job: TrainingJob, model: TextToImage, dataset: Dataset, config: RunConfig, folder: RunFolder, callbacks: Callbacks
-) -> Loop:
-    """Fills the caches, then builds trainable, objective and loop."""
+) -> tuple[Loop, Callable[[], None]]:
+    """Trainable, objective and loop, and what fills the caches that they read."""
     model = _with_noise_levels(model, config.settings)
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
     cache_folder = folder.path.parent / ".cache"
-    latents = CroppedLatents(fill_latents(model, dataset, cache_folder, callbacks), (training, held_out), config.seed)
+    cache = latent_cache(model, cache_folder)
+    latents = CroppedLatents(cache, (training, held_out), config.seed)
     captions = (held_out if config.settings.varies_captions else dataset).captions
     texts = ["", *config.samples.prompts, *captions]
-    text_of, varied_text_of = _text_functions(job, model, texts, cache_folder, callbacks)
-    world().barrier()
+    text_of, varied_text_of, fill_texts = _text_functions(job, model, texts, cache_folder, callbacks)
     callbacks.after_load()
     objective = DenoisingObjective(
         model.denoiser,
@@ -65,7 +64,7 @@ def build_loop(
         pulse=callbacks.pulse,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
-    return Loop(
+    loop = Loop(
         folder,
         job.trainable(),
         objective,
@@ -79,22 +78,25 @@ def build_loop(
         device=model.denoiser.device,
     )
 
+    def fill() -> None:
+        fill_cache(cache, dataset, callbacks)
+        fill_texts()
+
+    return loop, fill
+
 
 def _text_functions(
     job: TrainingJob, model: TextToImage, texts: list[str], cache_folder: Path, callbacks: Callbacks
-) -> tuple[Callable[[str], Conditioning], Callable[[str], Conditioning | None]]:
-    """`text_of` and `varied_text_of` of the objective.
+) -> tuple[Callable[[str], Conditioning], Callable[[str], Conditioning | None], Callable[[], None]]:
+    """`text_of` and `varied_text_of` of the objective, and what fills the cache that they read with `texts`.
 
-    They read a cache, which the main process fills with `texts`. Where the text encoder trains, every caption is
-    encoded anew instead, with the trained values in effect.
+    Where the text encoder trains, every caption is encoded anew instead, with the trained values in effect.
     """
     encoder = model.text_encoder
     if job.text_trains:
-        return encode_with(encoder), lambda caption: None
+        return encode_with(encoder), lambda caption: None, lambda: None
     cache = TextCache(cache_folder / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
-    if world().is_main:
-        cache.fill(texts, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-    return cache.get, cache.get_in_memory
+    return cache.get, cache.get_in_memory, partial(fill_cache, cache, texts, callbacks)
 
 
 def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:

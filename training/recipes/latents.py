@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.rng import generator
-from ..data.cache import LatentCache
+from ..data.cache import LatentCache, TextCache
 from ..data.examples import Dataset
 from ..data.order import Slot
 from ..models.protocols import TextToImage
@@ -45,13 +45,13 @@ class CroppedLatents:
         return read(slot.example, slot.flip)
 
 
-def fill_latents(model: TextToImage, dataset: Dataset, cache_folder: Path, callbacks: Callbacks) -> LatentCache:
-    """The cache of a model's latents, filled with a data set's images by the main process.
-
-    cache_folder: shared by all runs. Other processes must wait (`World.barrier`) before they read.
-    """
+def latent_cache(model: TextToImage, cache_folder: Path) -> LatentCache:
+    """The cache of a model's latents; cache_folder: shared by all runs."""
     vae = model.autoencoder
-    cache = LatentCache(cache_folder / "latents", vae.encode, vae.fingerprint, downscale=vae.downscale)
+    return LatentCache(cache_folder / "latents", vae.encode, vae.fingerprint, downscale=vae.downscale)
+
+
+def fill_cache(cache: LatentCache | TextCache, contents: Dataset | Sequence[str], callbacks: Callbacks) -> None:
+    """Fills a cache by the main process; others must wait (`World.barrier`) before they read."""
     if world().is_main:
-        cache.fill(dataset, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-    return cache
+        cache.fill(contents, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))

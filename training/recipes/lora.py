@@ -74,12 +74,13 @@ def train_lora(
             for a second text encoder that is not there, a start that does not fit, or a run of other settings under
             this name.
     """
-    config = with_precision(config, model.denoiser.device, Path(root))
+    config, callbacks = with_precision(config, model.denoiser.device, Path(root)), callbacks or Callbacks()
     check_fit(model, config)
     check_second_text(model, config)
     selected, about = select_layers(trainable_layers(model, config), config), describe_training(model, dataset)
     with model.text_encoder.training() if config.trains_text else nullcontext():
-        adapters = Adapters(selected, networks_of(model, selected), config, config.seed)
+        callbacks.after_load()  # a text encoder that was asked for its width may have pushed the UNet out
+        adapters = Adapters(selected, networks_of(model, selected), config, config.seed, model.denoiser.device)
         if start is not None:
             warn_of_another_demo(start.name, start.metadata, model.denoiser)
             start_from(adapters, start, about["unet"])
@@ -92,7 +93,7 @@ def train_lora(
             details=about | (details or {}),
             text_trains=config.trains_text,
         )
-        return read_trained_lora(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
+        return read_trained_lora(train_on_images(job, model, dataset, config, Path(root), callbacks))
 
 
 def check_second_text(model: TextToImage, config: LoraConfig) -> None:

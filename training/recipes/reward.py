@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
-from ..common.distributed import world
 from ..common.files import write_tensors
 from ..common.foreign import read_tensors
 from ..config.loop import Batches
@@ -33,7 +32,7 @@ from ..loop.loop import Loop
 from ..models import ldm
 from ..models.parameters import parameter_refs
 from ..models.prediction import split_markers, unet_description
-from ..models.protocols import TextToImage
+from ..models.protocols import Conditioning, TextToImage
 from ..objectives.reward import RewardObjective
 from ..objectives.reward_on_images import DirectObjective
 from ..rewards.combined import CombinedReward
@@ -45,7 +44,7 @@ from ..trainables.base import Trainable
 from ..trainables.lora import Adapters, select_layers
 from ..trainables.weights import SelectedWeights
 from .checks import check_fit, with_precision
-from .latents import CroppedLatents, fill_latents
+from .latents import CroppedLatents, fill_cache, latent_cache
 from .lora import ARTIFACT as LORA_ARTIFACT
 from .lora import describe_model, describe_training, networks_of, trainable_layers, write_lora
 from .run import TrainingJob, loop_config, run_training
@@ -109,6 +108,7 @@ def tune(
     direct = config.method == "direct"
     warn_of_long_prompts(model.text_encoder, [Prompt(c) for c in dataset.captions] if direct else prompts)
     with model.text_encoder.training() if config.text_trains else nullcontext():
+        callbacks.after_load()  # a text encoder that was asked for its width may have pushed the UNet out
         trainable = build_trainable(model, config)
         job = TrainingJob(
             name="reward",
@@ -180,7 +180,7 @@ def build_trainable(model: TextToImage, config: RewardTuneConfig) -> Trainable:
         refs = parameter_refs(encoder.projection, PROJECTION_PREFIX)
         return SelectedWeights(refs, [denoiser.network, encoder.projection])
     layers = select_layers(trainable_layers(model, config.lora), config.lora)
-    return Adapters(layers, networks_of(model, layers), config.lora, config.seed)
+    return Adapters(layers, networks_of(model, layers), config.lora, config.seed, denoiser.device)
 
 
 class TuningData(NamedTuple):
@@ -193,6 +193,8 @@ class TuningData(NamedTuple):
     largest: tuple[int, int]
     """Width and height of the largest picture."""
     steps_per_epoch: float = math.inf
+    fill: Callable[[], None] = lambda: None
+    """Encodes in advance what the objective reads."""
 
 
 def _data_of_prompts(
@@ -207,10 +209,9 @@ def _data_of_prompts(
 def _data_of_images(
     dataset: Dataset, model: TextToImage, config: RewardTuneConfig, folder: RunFolder, callbacks: Callbacks
 ) -> TuningData:
-    """Captioned images, their latents cached; the captions of held-out images are the held-out prompts."""
+    """Captioned images, with a cache of their latents; the captions of held-out images are the held-out prompts."""
     training, held_out = split_validation(dataset, config.settings.validation_fraction, config.seed)
-    cache = fill_latents(model, dataset, folder.path.parent / ".cache", callbacks)
-    world().barrier()
+    cache = latent_cache(model, folder.path.parent / ".cache")
     latents = CroppedLatents(cache, [training], config.seed)
     order = BatchOrder(training, config.batch_size, config.seed)
     return TuningData(
@@ -220,6 +221,7 @@ def _data_of_images(
         _distinct_captions(held_out)[:MAX_HELD_OUT],
         dataset.largest,
         order.steps_per_epoch / config.gradient_accumulation,
+        partial(fill_cache, cache, dataset, callbacks),
     )
 
 
@@ -235,14 +237,14 @@ def _build_loop(
     config: RewardTuneConfig,
     folder: RunFolder,
     callbacks: Callbacks,
-) -> Loop:
+) -> tuple[Loop, Callable[[], None]]:
     data, trainable = build_data(model, config, folder, callbacks), job.trainable()
     prompts = guard_prompts(data.training, data.held_out, config)
-    text_of = encode_with(model.text_encoder)
+    text_of, encode = encode_with(model.text_encoder), lambda: None
     if not config.text_trains:
-        text_of = _encode_in_advance(text_of, [*config.samples.prompts, *prompts], callbacks)
+        text_of, encode = _encoded_in_advance(text_of, [*config.samples.prompts, *prompts], callbacks)
     callbacks.after_load()
-    return Loop(
+    loop = Loop(
         folder,
         trainable,
         data.objective(model, reward, config, trainable, text_trains=config.text_trains, pulse=callbacks.pulse),
@@ -254,6 +256,12 @@ def _build_loop(
         callbacks=callbacks,
         device=model.denoiser.device,
     )
+
+    def fill() -> None:
+        data.fill()
+        encode()
+
+    return loop, fill
 
 
 def _build_guard(
@@ -270,17 +278,22 @@ def _build_guard(
     return build_guard(config, reward, partial(measure_pictures, model, reward, config, prompts, text_of, report))
 
 
-def _encode_in_advance(text_of: TextOf, prompts: Sequence[str], callbacks: Callbacks) -> TextOf:
-    """`text_of` for these prompts and the empty one, of a text encoder that does not train.
+def _encoded_in_advance(
+    text_of: TextOf, prompts: Sequence[str], callbacks: Callbacks
+) -> tuple[TextOf, Callable[[], None]]:
+    """`text_of` for these prompts and the empty one, of a text encoder that does not train, and what encodes them.
 
     Encoding may move models between devices, which must not happen while weights are attached.
     """
-    encoded = {}
-    with torch.no_grad():
+    encoded: dict[str, Conditioning] = {}
+
+    @torch.no_grad()
+    def encode() -> None:
         for number, text in enumerate(dict.fromkeys(("", *prompts)) if prompts else ()):
             callbacks.on_text(f"reading the sample prompts ({number}/{len(prompts)})")
             encoded[text] = text_of(text)
-    return encoded.__getitem__
+
+    return encoded.__getitem__, encode
 
 
 def _write(

@@ -21,6 +21,7 @@ from ..common.tensor_writer import take_part
 from ..config.loop import LoopConfig
 from ..config.run import RunConfig, former_identity, identity
 from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
+from ..loop.gradient_step import GradientStep
 from ..loop.known_peaks import KnownPeaks, key_of
 from ..loop.loop import Loop
 from ..loop.memory import memory_hints
@@ -52,7 +53,7 @@ class TrainingJob:
     artifact: str
     """File of the result in the run folder."""
     trainable: Callable[[], Trainable]
-    """Called when the caches are full and the network is loaded, since masters need memory."""
+    """Called when the network is loaded, whose weights are copied."""
     write: Callable[[RunFolder, Mapping[str, Tensor], dict], None]
     """Writes the result from the trained values; the last argument tells how the run ended."""
     identity: dict = field(default_factory=dict)
@@ -78,9 +79,11 @@ def run_training(
     config: RunConfig,
     root: Path,
     callbacks: Callbacks,
-    build_loop: Callable[[RunFolder, Callbacks], Loop],
+    build_loop: Callable[[RunFolder, Callbacks], tuple[Loop, Callable[[], None]]],
 ) -> Path:
     """Trains, resumes or finds a finished run; returns the folder of the run, with its result.
+
+    A run that cannot fit is refused before anything but one sample is encoded.
 
     Args:
         job: the recipe's part.
@@ -88,7 +91,8 @@ def run_training(
         config: settings of the run; `config.resume` decides what happens to an earlier one of this name.
         root: folder of all runs.
         callbacks: progress display and cancelling.
-        build_loop: called in the run folder when there is something to train.
+        build_loop: called in the run folder when there is something to train; returns the loop, and what encodes all
+            that the run encodes in advance, the caches by the main process alone.
 
     Raises:
         ValueError: the name belongs to a run of other settings, or to one in use; or it has done more steps; or a batch
@@ -109,9 +113,12 @@ def run_training(
             callbacks.on_end(f"run {folder.name} is finished; reading its result{describe_guard(folder.status())}")
             return folder.path
         with record_failure(folder, callbacks):
-            loop = build_loop(folder, callbacks)
+            loop, fill = build_loop(folder, callbacks)
             with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
                 expect_memory(job, model, config, loop, callbacks)
+            fill()
+            here.barrier()
+            callbacks.after_load()
         with _in_blocks(model, config, loop), loop.trainable.mounted():
             values = loop.run()
         if here.is_main:
@@ -148,23 +155,26 @@ def expect_memory(
     callbacks.on_text("computing what the run takes of the memory")
     step, networks = loop.gradient_step, (*model_networks(model), *job.networks)
     swapped = freed_bytes(model.denoiser, config.settings.block_swap, trained_names(loop))
-    send_visitors_away(model.denoiser.network)  # as in every step
-    (sample,) = step.objective.load([step.batches.largest()])
+    sample, count = _largest_sample(step), -(-config.batch_size // step.world.size)
     callbacks.after_load()
-    count, more = -(-config.batch_size // step.world.size), sample_decoding(model, config)
+    send_visitors_away(model.denoiser.network)  # as in every step
+    idle = callbacks.idle_networks()
+    vae_is_idle = any(network is model.autoencoder.network for network in idle)
+    more = sample_decoding(model, config, vae_is_idle)
     try:
         text, trains = model.text_encoder, loop.trainable.parameters
         tensors = {name: ref.tensor for name, ref in text.weights.items()} | trains
-        key = key_of(config, networks, tensors, type(loop.trainable).__name__, text.fingerprint, sample, count)
+        others = (type(loop.trainable).__name__, text.fingerprint, sample, count, vae_is_idle)
+        key = key_of(config, networks, tensors, *others, versions=callbacks.versions())
         known = KnownPeaks(loop.folder.path.parent / ".cache", key)
-        estimate = estimate_memory(step, tensors_of(model, networks), sample, count, more, swapped, known)
+        estimate = estimate_memory(step, tensors_of(model, networks, idle), sample, count, more, swapped, known)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
         return None
     free = free_bytes(step.device)
     if free is not None:
-        free += max(0, callbacks.managed_bytes(step.device) - estimate.weights - estimate.swapped)
+        free += callbacks.managed_bytes(step.device)
     log.info("run %s: %s", loop.folder.name, estimate.text(free))
     callbacks.on_memory(estimate.text(free), estimate.needed)
     check_memory(estimate, free, step.device, loop.config.memory_hints)
@@ -172,15 +182,29 @@ def expect_memory(
     return estimate
 
 
-def sample_decoding(model: TextToImage, config: RunConfig) -> Rehearsal:
-    """The decoding of a sample picture, where a run draws some, by a VAE that may have to come to the device first."""
+def _largest_sample(step: GradientStep) -> Any:
+    """The sample that takes the most memory, loaded; the main process comes first, and writes what it encodes."""
+    slot, here = step.batches.largest(), step.world
+    if not here.is_main:
+        here.barrier()
+    (sample,) = step.objective.load([slot])
+    if here.is_main:
+        here.barrier()
+    return sample
+
+
+def sample_decoding(model: TextToImage, config: RunConfig, idle: bool = False) -> Rehearsal:
+    """The decoding of a sample picture, where a run draws some, by a VAE that may have to come to the device first.
+
+    idle: whether the VAE is not counted among the run's weights, wherever it is now.
+    """
     if not config.samples.prompts:
         return {}
     cells = (size // model.autoencoder.downscale for size in (config.samples.height, config.samples.width))
     shape, device = (1, model.denoiser.latent_channels, *cells), model.denoiser.device
 
     def decode() -> Tensor:
-        with torch.no_grad(), copied_to(model.autoencoder.network, device):
+        with torch.no_grad(), copied_to(model.autoencoder.network, device, whole=idle):
             return model.autoencoder.pixels(torch.zeros(shape, device=device))
 
     return {"samples": decode}
@@ -192,10 +216,15 @@ def model_networks(model: TextToImage) -> list[nn.Module]:
     return [model.denoiser.network, model.autoencoder.network, *([] if projection is None else [projection])]
 
 
-def tensors_of(model: TextToImage, networks: Iterable[nn.Module]) -> list[Tensor]:
-    """All weights and buffers of module trees and of a model's text encoder."""
+def tensors_of(model: TextToImage, networks: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> list[Tensor]:
+    """All weights and buffers of module trees and of a model's text encoder, without those of further module trees."""
+    left_out = {id(tensor) for tensor in _tensors_in(without)}
     text = [ref.tensor for ref in model.text_encoder.weights.values()]
-    return [*(tensor for network in networks for tensor in (*network.parameters(), *network.buffers())), *text]
+    return [tensor for tensor in (*_tensors_in(networks), *text) if id(tensor) not in left_out]
+
+
+def _tensors_in(networks: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _finish(

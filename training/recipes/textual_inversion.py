@@ -100,6 +100,7 @@ def train_embedding(
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
     norms = {name: median_norm(v) for name, v in vocabularies.items()} if config.norm == "vocabulary" else {}
     tokens = TokenEmbeddings(concepts, [model.denoiser.network], norms, model.denoiser.device)
+    callbacks.after_load()  # a text encoder that was asked for its width may have pushed the UNet out
     adapters = _build_adapters(model, config)
     job = TrainingJob(
         name="embedding",
@@ -183,7 +184,8 @@ def _build_adapters(model: TextToImage, config: EmbeddingConfig) -> Adapters | N
     lora = config.lora
     if lora is None:
         return None
-    return Adapters(select_layers(unet_layers(model.denoiser), lora), [model.denoiser.network], lora, config.seed)
+    layers, denoiser = select_layers(unet_layers(model.denoiser), lora), model.denoiser
+    return Adapters(layers, [denoiser.network], lora, config.seed, denoiser.device)
 
 
 def _measure_tokens(concepts: tuple[Concept, ...], vocabularies: Mapping, callbacks: Callbacks) -> dict[str, Any]:

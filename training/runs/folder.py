@@ -111,6 +111,13 @@ class RunFolder:
         """The metadata entry of the run's results that says which model it trained."""
         return {BASE: (self.config() or {})["identity"]["model"]}
 
+    @property
+    def failed_at_once(self) -> bool:
+        """Whether the run ended with an error, such as for want of memory, before it had begun to train: the name is
+        free for other settings."""
+        status, traces = self.status(), (self.latest, self.best, self.guarded, self._metrics)
+        return status["state"] == "failed" and status["step"] == 0 and not any(path.exists() for path in traces)
+
     def status(self) -> dict[str, Any]:
         """The content of status.json; state "new" without one."""
         path = self.path / "status.json"
@@ -150,15 +157,18 @@ class RunFolder:
             former: values of entries that the run's record may lack, since an earlier version made it.
 
         Raises:
-            ValueError: a difference; the message names the first one and suggests another run name.
+            ValueError: a difference, unless the run `failed_at_once`; the message names the first one and suggests
+                another run name.
         """
         identity, former = json.loads(json.dumps([identity, former or {}]))
         old = self.config()
         if old is None:
             self._expect_nothing_trained()
-            old = {}
+        elif self.failed_at_once:
+            old = None
         else:
             self._expect_same(_with_defaults(_without_resumable(old["identity"]), former), identity)
+        old = old or {}
         self.record = old.get("record") or _digest(identity)
         about = {"version": 1, "identity": identity, **details, "record": self.record}
         write_json(self.path / "config.json", about | {"stretches": self._stretches(old, details)})

@@ -95,13 +95,22 @@ class Adapters(Trainable):
         networks: roots that are frozen while mounted.
         config: algorithm, rank, dropout and rates.
         seed: of the initial values and of dropout.
+        device: where the UNet computes, on which its adapters are; that of each layer's weight without it. A model
+            that was partly unloaded has weights elsewhere too.
 
     Attributes:
         modules: LyCORIS's module of each layer.
         alphas: `<layer>.alpha` -> its value.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], networks: list[nn.Module], config: LoraConfig, seed: int):
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        networks: list[nn.Module],
+        config: LoraConfig,
+        seed: int,
+        device: torch.device | None = None,
+    ):
         self.config, self.seed = config, seed
         self._layers, self._disabled = dict(layers), False
         self._training: bool | None = None
@@ -109,7 +118,8 @@ class Adapters(Trainable):
         self.modules = {name: _lycoris_module(name, layer, config, seed) for name, layer in layers.items()}
         holder = nn.ModuleDict({str(i): module for i, module in enumerate(self.modules.values())})
         for name, module in self.modules.items():
-            module.to(self._layers[name].weight.device)
+            own = self._layers[name].weight.device
+            module.to(own if device is None or name.startswith(TEXT) else device)
         self._norms = {n: m.dora_scale.detach().flatten().clone() for n, m in self.modules.items() if m.wd}
         names = {str(i): name for i, name in enumerate(self.modules)}
         self._refs = {_renamed(path, names): ref for path, ref in parameter_refs(holder).items()}
