@@ -48,7 +48,7 @@ def build_loop(
     latents = CroppedLatents(fill_latents(model, dataset, cache_folder, callbacks), (training, held_out), config.seed)
     captions = (held_out if config.settings.varies_captions else dataset).captions
     texts = ["", *config.samples.prompts, *captions]
-    text_of, varied_text_of = _text_functions(job, model, texts, cache_folder, callbacks)
+    text_functions = _text_functions(job, model, texts, cache_folder, callbacks)
     world().barrier()
     callbacks.after_load()
     objective = DenoisingObjective(
@@ -56,13 +56,12 @@ def build_loop(
         config.settings,
         config.seed,
         latent_of=latents.latent,
-        text_of=text_of,
         project=model.text_encoder.project,
         mask_of=latents.mask,
-        varied_text_of=varied_text_of,
         caption_of=job.caption_of,
         stays=job.stays,
         pulse=callbacks.pulse,
+        **text_functions,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     return Loop(
@@ -71,7 +70,7 @@ def build_loop(
         objective,
         order,
         loop_config(config, dataset.largest, order.steps_per_epoch / config.gradient_accumulation),
-        sampler=build_sampler(model, config, text_of, callbacks),
+        sampler=build_sampler(model, config, objective.text_of, callbacks),
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
         watch=job.watch,
@@ -82,19 +81,23 @@ def build_loop(
 
 def _text_functions(
     job: TrainingJob, model: TextToImage, texts: list[str], cache_folder: Path, callbacks: Callbacks
-) -> tuple[Callable[[str], Conditioning], Callable[[str], Conditioning | None]]:
-    """`text_of` and `varied_text_of` of the objective.
+) -> dict[str, Callable]:
+    """`text_of`, `texts_of` and `varied_text_of` of the objective.
 
     They read a cache, which the main process fills with `texts`. Where the text encoder trains, every caption is
-    encoded anew instead, with the trained values in effect.
+    encoded anew instead, a batch's captions together, with the trained values in effect.
     """
     encoder = model.text_encoder
     if job.text_trains:
-        return encode_with(encoder), lambda caption: None
+
+        def texts_of(captions: list[str]) -> Conditioning:
+            return encoder.backbone(encoder.tokenize(captions))
+
+        return {"text_of": encode_with(encoder), "texts_of": texts_of, "varied_text_of": lambda caption: None}
     cache = TextCache(cache_folder / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
     if world().is_main:
         cache.fill(texts, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-    return cache.get, cache.get_in_memory
+    return {"text_of": cache.get, "varied_text_of": cache.get_in_memory}
 
 
 def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:
