@@ -210,6 +210,23 @@ CARD_RETRAINING: dict[str, dict[str, Any]] = {
     "SDXL 24 GB": {"train": "cross-attention", "batch_size": 1, **_FUSED},
 }
 """What the command line sets besides for retraining, whose trained weights need most of the memory."""
+CARD_WORDS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": {},
+    "SDXL 8 GB": {"block_swap": 87},
+    "SDXL 12 GB": {"block_swap": 40},
+    "SDXL 24 GB": {},
+}
+"""What the command line sets besides for new words, which train through text encoders in fp32."""
+_REWARD = {"train": "UNet LoRA", "learning_rate": 1e-4, "method": "last K", "stop_gradient": True}
+CARD_REWARDS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": _REWARD | {"width": 512, "height": 512},
+    "SDXL 8 GB": _REWARD
+    | {"width": 768, "height": 768, "sample_width": 768, "sample_height": 768, "resolution": 768, "block_swap": 87},
+    "SDXL 12 GB": _REWARD | {"width": 1024, "height": 1024, "block_swap": 60},
+    "SDXL 24 GB": _REWARD | {"width": 1024, "height": 1024},
+}
+"""What the command line sets besides for rewards: their gradients come through decoder and reward, and a LoRA of the
+UNet is what leaves room for them."""
 PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},
