@@ -148,7 +148,9 @@ def open_model(
 
 
 def trained_weights(config: RunConfig) -> Callable[[str], bool]:
-    """Whether a run trains a weight of the UNet itself, by its canonical name."""
+    """Whether a run trains a weight of the UNet itself, by its canonical name, from all its digits."""
+    if config.settings.master_weights == "bf16":
+        return lambda name: False
     if isinstance(config, TrainModelConfig):
         return lambda name: is_selected(name, config.train)
     whole = isinstance(config, RewardTuneConfig) and config.train == "UNet"

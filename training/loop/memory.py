@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..config.run import RunConfig
+from ..config.run import RunConfig, TrainModelConfig
 from ..config.training_settings import STEP_BY_TENSOR
 
 LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
@@ -95,6 +95,8 @@ def _smaller_numbers(config: RunConfig) -> Iterator[str]:
     fusible = settings.optimizer in STEP_BY_TENSOR and config.gradient_accumulation == 1
     if retrains_whole_unet(config) and fusible and not settings.fused_backward:
         yield "fused_backward on"
+    if fusible and isinstance(config, TrainModelConfig) and settings.master_weights == "fp32":
+        yield "master_weights bf16"
     if settings.ema_decay:
         yield f"ema_decay 0 in place of {settings.ema_decay:g}"
 
