@@ -13,6 +13,7 @@ from retune.training.config.run import TrainModelConfig
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.loop import rounding
 from retune.training.loop.estimate import _state_bytes
+from retune.training.loop.memory import memory_hints
 from retune.training.loop.rounding import RoundedMasters, check_master_weights, stochastic_round
 from retune.training.models.parameters import parameter_refs
 from retune.training.recipes.unet import train_model
@@ -160,6 +161,12 @@ def test_other_trainings_are_refused(kind):
     more = {"token": "<it>"} if kind is EmbeddingConfig else {}
     with pytest.raises(ValueError, match="master_weights is 'bf16' in a training of something small, or by rewards"):
         check_master_weights(kind(run_name="r", settings=TrainingSettings(**BITS), **more))
+
+
+def test_a_run_out_of_memory_hears_of_it_where_it_applies():
+    assert "master_weights bf16" in memory_hints(config(), (512, 512))
+    for other in (config(**BITS), config(ema_decay=0.9), config(optimizer="Lion"), LoraConfig(run_name="r")):
+        assert "master_weights" not in memory_hints(other, (512, 512))
 
 
 def test_several_processes_are_refused(monkeypatch):
