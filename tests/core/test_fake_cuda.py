@@ -1,6 +1,7 @@
 """The forward pass of a step of every trainer under torch's FakeTensorMode, with weights on a CUDA device that need not
 be there: by torch's own rules a tensor on the wrong device raises. tests/core/test_device.py runs whole trainings."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -22,10 +23,12 @@ from retune.training.objectives.reward_on_images import DirectObjective
 from retune.training.recipes.lora import networks_of, trainable_layers
 from retune.training.recipes.reward import build_trainable
 from retune.training.rewards.preprocess import checked_later
+from retune.training.trainables import lora
 from retune.training.trainables.lora import Adapters, select_layers
 from retune.training.trainables.token_embeddings import TokenEmbeddings
 from retune.training.trainables.weights import SelectedWeights
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from .test_reward_tune import config as reward_config
 from .test_reward_tune import reward
@@ -53,6 +56,20 @@ def fake_cuda(*networks):
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.fixture(autouse=True)
+def adapters_with_values(monkeypatch):
+    """LyCORIS computes the sizes of its factors with tensors, so its modules are made with values and then moved."""
+    make = lora._lycoris_module
+
+    def make_with_values(name, layer, config, seed):
+        with unset_fake_temporarily():
+            real = copy.copy(layer)
+            vars(real)["_parameters"] = {"weight": nn.Parameter(torch.zeros(tuple(layer.weight.shape)))}
+            return make(name, real, config, seed)
+
+    monkeypatch.setattr(lora, "_lycoris_module", make_with_values)
 
 
 def objective_of(denoiser, settings, monkeypatch, encoder=None):
