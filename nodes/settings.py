@@ -23,7 +23,7 @@ DATA_INPUTS = ("mask_weight", "mask_normalize", "caption_shuffle", "keep_tokens"
 MEMORY_INPUTS = ("block_swap", "fused_backward", "shard_weights")
 SPEED_INPUTS = ("compile_blocks", "channels_last")
 SETTING_INPUTS = STEP_INPUTS + LOSS_INPUTS + SAVE_INPUTS + STAGE_INPUTS + SCHEDULE_INPUTS + NOISE_INPUTS + DATA_INPUTS
-SETTING_INPUTS += MEMORY_INPUTS + SPEED_INPUTS
+SETTING_INPUTS += MEMORY_INPUTS + SPEED_INPUTS + ("master_weights",)
 """Fields of TrainingSettings in the order of the node's inputs: workflows rely on it, a new one goes to the end."""
 MAXIMA = {
     "warmup_steps": 10**5,
@@ -61,7 +61,8 @@ class RetuneTrainingSettings(io.ComfyNode):
                     options=list(PRESETS),
                     default="custom",
                     optional=True,
-                    tooltip="A named group of settings wins over the values below that it names.",
+                    tooltip="A named group of settings wins over the values below that it names. Those by card are for "
+                    "a LoRA; what words, rewards and retraining need besides is on the help page.",
                 ),
                 *setting_inputs(),
             ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -32,7 +32,8 @@ UNUSED = re.compile(r".*(logit_scale|(?<!clip_g\.transformer\.)text_projection(\
 class ComfyTextEncoder:
     """Implements `TextEncoder` with a CLIP. Captions are plain text: brackets in them are not prompt weights.
 
-    Tokens are the texts themselves, since ComfyUI tokenizes and encodes one prompt at a time.
+    Tokens are the texts themselves, since ComfyUI tokenizes and encodes one prompt at a time; of CLIPs that train,
+    `encode_together` encodes several.
 
     Args:
         clip: a CLIP. Of a T5 CLIP, `projection` is a copy that may train; other CLIPs have none.
@@ -76,6 +77,10 @@ class ComfyTextEncoder:
         return texts
 
     def backbone(self, tokens: list[str]) -> Conditioning:
+        if self._trains and len(tokens) > 1 and not self._is_t5:
+            together = encode_together(self.clip, [self._tokens_of(text) for text in tokens])
+            if together is not None:
+                return together
         with nullcontext() if self._trains else torch.no_grad():
             return Conditioning.cat(self._encode_prompt(text) for text in tokens)
 
@@ -128,8 +133,11 @@ class ComfyTextEncoder:
         self.clip = static_clip(self.clip)
         return self.clip
 
+    def _tokens_of(self, text: str) -> dict:
+        return self.clip.tokenize(text, disable_weights=True)
+
     def _encode_prompt(self, text: str) -> Conditioning:
-        tokens = self.clip.tokenize(text, disable_weights=True)
+        tokens = self._tokens_of(text)
         if self._is_t5:
             return t5_clip.encode_states(self.clip, tokens, trains=self._trains)
         if self._trains:
@@ -147,6 +155,44 @@ def _encode_loaded(clip, tokens: dict) -> Conditioning:
     t5_clip.set_clip_options(clip)
     context, pooled = clip.cond_stage_model.encode_token_weights(tokens)[:2]
     return Conditioning(context.float(), None if pooled is None else pooled.float())
+
+
+def encode_together(clip, prompts: Sequence[dict]) -> Conditioning | None:
+    """Several prompts without weights in one forward pass of each CLIP, with gradients; the CLIP must be loaded.
+
+    `encode_token_weights` reads a list of windows of 77 tokens, runs them as one batch and returns them as one long
+    prompt with the first one's pooled output. This calls the `encode` that it calls, for the windows of all prompts.
+
+    Args:
+        clip: a CLIP.
+        prompts: as `clip.tokenize` returns them, all weights 1.
+
+    Returns:
+        None where they cannot be one batch: prompts of different numbers of windows, and encoders other than CLIP-L,
+        CLIP-H, CLIP-G and SDXL's pair. T5s and language models read prompts of different lengths without padding.
+    """
+    from comfy.sd1_clip import SD1ClipModel, SDClipModel
+    from comfy.sdxl_clip import SDXLClipModel
+
+    model = clip.cond_stage_model
+    parts = {name: getattr(model, f"clip_{name}", None) for name in sorted(prompts[0], key="lhg".find)}
+    known = isinstance(model, (SD1ClipModel, SDXLClipModel)) and set(parts) <= set("lhg")
+    if not known or not all(isinstance(p, SDClipModel) and not p.enable_attention_masks for p in parts.values()):
+        return None
+    if len({tuple(map(len, tokens[name])) for tokens in prompts for name in parts}) > 1:
+        return None
+    t5_clip.set_clip_options(clip)
+    encoded = [_encode_windows(part, [tokens[name] for tokens in prompts]) for name, part in parts.items()]
+    return Conditioning(torch.cat([states for states, _ in encoded], dim=-1), encoded[-1][1])
+
+
+def _encode_windows(part, prompts: Sequence[list]) -> tuple[Tensor, Tensor | None]:
+    """(B, L, D) states of one CLIP of prompts of as many windows, and (B, P) of the first window of each."""
+    count = len(prompts[0])
+    states, pooled = part.encode([[token for token, _ in window] for windows in prompts for window in windows])[:2]
+    return states.float().reshape(len(prompts), -1, states.shape[-1]), None if pooled is None else pooled[
+        ::count
+    ].float()
 
 
 def fingerprint_of(clip) -> str:

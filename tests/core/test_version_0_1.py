@@ -25,6 +25,8 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
 FILES = FIXTURES / "files"
 RUNS = sorted(path.name for path in (FIXTURES / "runs").iterdir())
 PROMPT = "a red circle on the left"
+BATCHED = ("lora", "reward")
+"""Runs that train a text encoder, whose prompts version 0.1.0 encoded one by one: in a batch the last digits differ."""
 
 
 def same_arithmetic() -> bool:
@@ -34,14 +36,14 @@ def same_arithmetic() -> bool:
     return here == (made["torch"], made["threads"], (FIXTURES / "cpu.txt").read_text().strip())
 
 
-def check_tensors(found, expected):
-    """The same names and values: all bits of them where the arithmetic is the same.
+def check_tensors(found, expected, exact=True):
+    """The same names and values: all bits of them where the arithmetic is the same and they are `exact`.
 
     A key's bias moves by what rounding leaves of its gradient: attention is the same whatever it is.
     """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if same_arithmetic():
+        if exact and same_arithmetic():
             assert torch.equal(found[name], value), name
         else:
             atol = 1e-4 if name.endswith("k_proj.bias") else 1e-6
@@ -74,6 +76,7 @@ def expected_of(file):
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, kind, monkeypatch):
+    exact = kind not in BATCHED
     rewards = {path.name: path for path in (FIXTURES / "demo").iterdir()}  # the demo's, which are others now
     monkeypatch.setattr(load, "weights_path", lambda name: rewards.get(name) or weights_path(name))
     folder, run = FIXTURES / "runs" / kind, tmp_path / "r"
@@ -82,20 +85,20 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, kind, monkeypatch):
     assert main([word.replace("{here}", str(FIXTURES)).replace("{output}", str(tmp_path)) for word in words]) == 0
     expected = folder / "expected"
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_bytes().splitlines()] for f in (run, expected)]
-    assert rows[0] == rows[1] if same_arithmetic() else near(*rows)
+    assert rows[0] == rows[1] if exact and same_arithmetic() else near(*rows)
     results = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
     assert results == sorted(
         path.relative_to(run) for path in run.rglob("*.safetensors") if path.parent != run / "state"
     )
     for name in results:
         (found, said), (tensors, known) = read_tensors(run / name), read_tensors(expected / name)
-        check_tensors(found, tensors)
+        check_tensors(found, tensors, exact)
         assert known.keys() <= said.keys()
         if "retune.run" in known:
             assert contains(json.loads(said["retune.run"]), json.loads(known["retune.run"]))
     for picture in (expected / "samples").iterdir():
         shown, wanted = (load_image(path) for path in (run / "samples" / picture.name, picture))
-        torch.testing.assert_close(shown, wanted, rtol=0, atol=0 if same_arithmetic() else 1.5 / 255)
+        torch.testing.assert_close(shown, wanted, rtol=0, atol=0 if exact and same_arithmetic() else 1.5 / 255)
     assert json.loads((run / "status.json").read_bytes())["state"] == "finished"
 
 

@@ -22,7 +22,9 @@ from ..config.run import RunConfig, TrainModelConfig
 from ..config.sample_prompts import SamplePrompts
 from ..config.training_settings import (
     CARD_RETRAINING,
+    CARD_REWARDS,
     CARD_RUNS,
+    CARD_WORDS,
     CARDS,
     PRESET_RUNS,
     PRESETS,
@@ -48,7 +50,8 @@ TRAIN_PRESETS = {
     for name, values in PRESETS.items()
 }
 ADAPTER_PRESETS = LORA_PRESETS | {name: values | LORA_PRESETS[name.split()[0]] for name, values in CARD_PRESETS.items()}
-OTHER_PRESETS = {"custom": {}, **CARD_PRESETS}
+WORD_PRESETS = {"custom": {}} | {name: values | CARD_WORDS[name] for name, values in CARD_PRESETS.items()}
+REWARD_PRESETS = {"custom": {}} | {name: values | CARD_REWARDS[name] for name, values in CARD_PRESETS.items()}
 
 
 def run_train(arguments: argparse.Namespace) -> dict:
@@ -180,7 +183,9 @@ def visitors_of(config: RunConfig, dataset: Dataset | None) -> set[str]:
 
 
 def trained_weights(config: RunConfig) -> Callable[[str], bool]:
-    """Whether a run trains a weight of the UNet itself, by its canonical name."""
+    """Whether a run trains a weight of the UNet itself, by its canonical name, from all its digits."""
+    if config.settings.master_weights == "bf16":
+        return lambda name: False
     if isinstance(config, TrainModelConfig):
         return lambda name: is_selected(name, config.train)
     whole = isinstance(config, RewardTuneConfig) and config.train == "UNet"
@@ -240,7 +245,7 @@ def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN=FILE",
         help="tokens that prompts and --initial-text may use",
     )
-    _add_run_flags(parser, OTHER_PRESETS)
+    _add_run_flags(parser, WORD_PRESETS)
 
 
 def add_reward_flags(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +260,7 @@ def add_reward_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="folder of captioned images, for --method direct")
     _add_data_flags(parser, skip=("folder",))
     add_flags(parser, TrainingSettings)
-    _add_run_flags(parser, OTHER_PRESETS)
+    _add_run_flags(parser, REWARD_PRESETS)
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
@@ -290,13 +295,13 @@ VERBS = {
         add_embedding_flags,
         run_embedding,
         STOPPING,
-        OTHER_PRESETS,
+        WORD_PRESETS,
     ),
     "reward": Verb(
         "tune a text encoder or UNet so that pictures score higher",
         add_reward_flags,
         run_reward,
         STOPPING,
-        OTHER_PRESETS,
+        REWARD_PRESETS,
     ),
 }

@@ -33,6 +33,8 @@ class LoopConfig:
     learning_rate: float
     settings: TrainingSettings
     samples: SamplePrompts
+    seed: int = 0
+    """Of what the optimiser's step draws (the rounding of bf16 masters)."""
     steps_per_epoch: float = math.inf
     """Optimiser steps in which every image is drawn once (or `repeats` times)."""
     memory_hints: str = ""

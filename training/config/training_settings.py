@@ -42,7 +42,8 @@ class TrainingSettings:
     gradient_accumulation."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto")
     """Arithmetic of the forward pass (autocast). auto: bf16 where the GPU has it, fp16 on older ones (fp32 for reward
-    tuning and fused_backward), fp32 on a CPU. Trained weights and optimiser states are always fp32."""
+    tuning and fused_backward), fp32 on a CPU. Optimiser states are always fp32, trained weights
+    unless bf16 is chosen for them."""
     ema_decay: float = setting(0.0, low=0, high=0.999999, step=0.0001, advanced=True)
     """Exponential moving average of the trained weights, used for samples and result; 0 is off, 0.999 is usual."""
     loss: Literal["mse", "huber", "l1", "pseudo-huber", "smooth-l1"] = setting("mse", advanced=True)
@@ -142,6 +143,10 @@ class TrainingSettings:
     channels_last: bool = setting(False, advanced=True)
     """Hold the UNet's convolutions channels last in memory: same result but for the last digits; slower on a CPU, not
     measured on GPUs. For the command line."""
+    master_weights: Literal["fp32", "bf16"] = setting("fp32", advanced=True)
+    """How the UNet's trained weights are held. bf16, for retraining alone: 2 bytes less for each weight, and 2 for its
+    gradient; updates are computed in fp32 and rounded up or down at random, right on average. With AdamW, Adafactor,
+    SGD or AdamW8bit, without ema_decay."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -155,6 +160,21 @@ class TrainingSettings:
             )
 
         self._check_fused_backward()
+        self._check_master_weights()
+
+    def _check_master_weights(self) -> None:
+        wrong = {
+            f"optimizer {self.optimizer}": self.optimizer not in STEP_BY_TENSOR,
+            f"ema_decay {self.ema_decay:g}": self.ema_decay > 0,
+            "precision fp16": self.precision == "fp16",
+            "shard_weights on": self.shard_weights,
+        }
+        found = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
+        if self.master_weights == "bf16" and found:
+            raise ValueError(
+                f"master_weights is 'bf16' with {found}; expected {', '.join(STEP_BY_TENSOR)}, which update each "
+                "tensor by itself, no average, precision bf16 or fp32, and whole weights. Set master_weights to 'fp32'."
+            )
 
     def _check_fused_backward(self) -> None:
         if self.fused_backward and self.optimizer not in STEP_BY_TENSOR:
@@ -210,6 +230,23 @@ CARD_RETRAINING: dict[str, dict[str, Any]] = {
     "SDXL 24 GB": {"train": "cross-attention", "batch_size": 1, **_FUSED},
 }
 """What the command line sets besides for retraining, whose trained weights need most of the memory."""
+CARD_WORDS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": {},
+    "SDXL 8 GB": {"block_swap": 87},
+    "SDXL 12 GB": {"block_swap": 40},
+    "SDXL 24 GB": {},
+}
+"""What the command line sets besides for new words, which train through text encoders in fp32."""
+_REWARD = {"train": "UNet LoRA", "learning_rate": 1e-4, "method": "last K", "stop_gradient": True}
+CARD_REWARDS: dict[str, dict[str, Any]] = {
+    "SD1.5 6 GB": _REWARD | {"width": 512, "height": 512},
+    "SDXL 8 GB": _REWARD
+    | {"width": 768, "height": 768, "sample_width": 768, "sample_height": 768, "resolution": 768, "block_swap": 87},
+    "SDXL 12 GB": _REWARD | {"width": 1024, "height": 1024, "block_swap": 60},
+    "SDXL 24 GB": _REWARD | {"width": 1024, "height": 1024},
+}
+"""What the command line sets besides for rewards: their gradients come through decoder and reward, and a LoRA of the
+UNet is what leaves room for them."""
 PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "T5 swap": {"lr_schedule": "cosine", "warmup_steps": 20, "loss_weighting": "min-SNR", "snr_gamma": 5.0},

@@ -174,7 +174,11 @@ class TextCache:
         return replace(_from_tensors(tensors), prefix=prefix)
 
     def fill(self, captions: Iterable[str], on_progress: Progress | None = None) -> int:
-        """Encodes missing captions, one at a time; returns their number."""
+        """Encodes missing captions; returns their number.
+
+        One at a time: in a batch the last bits of an embedding depend on the others in it, and which captions are
+        missing together depends on where an earlier run was killed.
+        """
         captions = captions if isinstance(captions, Sequence) else list(captions)
         return self._store.fill(lambda: map(self._entry, captions), "captions", on_progress)
 

@@ -18,6 +18,7 @@ from ..common.tensor_writer import take_part
 from ..evaluation.diversity_guard import GuardState
 from ..runs.folder import RunFolder
 from ..runs.state_file import STATE, read_state_file, reading_state, write_state_file
+from .rounding import fp32_states
 from .validation import ValidationRecord
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class State:
     Attributes:
         step: number of finished optimizer steps.
         metrics_size: bytes of metrics.jsonl that belong to them.
-        masters: fp32 weights by name.
+        masters: weights by name.
         ema: their average by name; empty without one.
         optimizer: for `restore_optimizer`.
         extra: state of validation, loss scaler, objective and guard, as JSON.
@@ -214,7 +215,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
     groups = optimizer.state_dict()["param_groups"]
     for group, entries in zip(groups, saved["param_groups"], strict=False):  # none in states of earlier versions
         group.update({key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})
-    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
+    with fp32_states(optimizer):
+        optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
     for entries in optimizer.state.values():
         _copy_from_file(entries)
 

@@ -24,6 +24,7 @@ from .gradient_step import GradientStep
 from .known_peaks import KnownPeaks
 from .optimizers import build_optimizer
 from .precision import autocast
+from .rounding import RoundedMasters
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,10 @@ def _probed_bytes(shape: tuple[int, ...], like: Tensor, settings: TrainingSettin
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer({"": parameter}, 1.0, settings)
     with LiveBytes() as live:
-        optimizer.step()
+        if settings.master_weights == "bf16":
+            RoundedMasters(optimizer, {"": parameter}, 0).step(1)
+        else:
+            optimizer.step()
     storages = {t.untyped_storage()._cdata: t.nbytes for t in _state_tensors(optimizer, parameter)}
     size = sum(storages.values())
     return size, max(live.peak - size, 0)

@@ -17,6 +17,7 @@ from ..common.distributed import world
 from ..config.run import RunConfig
 from ..config.training_settings import TrainingSettings
 from .optimizers import group_rate
+from .rounding import RoundedMasters, step_alone
 
 
 def check_fused_backward(config: RunConfig) -> None:
@@ -41,13 +42,16 @@ class FusedBackward:
     Args:
         optimizer: steps each parameter by itself; its groups have no state.
         settings: first steps of groups, and the norm to clip to.
+        rounded: updates masters in bf16, where there are some.
 
     Attributes:
         updating: whether some weights, but not yet all, are those after this step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: TrainingSettings):
-        self._optimizer, self._settings = optimizer, settings
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: TrainingSettings, rounded: RoundedMasters | None = None
+    ):
+        self._optimizer, self._settings, self._rounded = optimizer, settings, rounded
         self._step, self._norms = 0, []
         self.updating = False
         for number, group in enumerate(optimizer.param_groups):
@@ -65,17 +69,15 @@ class FusedBackward:
     @torch.no_grad()
     def _apply(self, number: int, parameter: nn.Parameter) -> None:
         """Updates a parameter by its gradient, unless its group is still frozen, and frees the gradient."""
-        groups = self._optimizer.param_groups
-        group = groups[number]  # a state that is loaded replaces the groups
+        group = self._optimizer.param_groups[number]  # a state that is loaded replaces the groups
         if group_rate(group["name"], self._step, self._settings):
             norm = torch.nn.utils.clip_grad_norm_([parameter], self._settings.max_grad_norm or math.inf)
             self._norms.append(norm)
             self.updating = True
-            try:
-                self._optimizer.param_groups = [{**group, "params": [parameter]}]
-                self._optimizer.step()
-            finally:
-                self._optimizer.param_groups = groups
+            if self._rounded:
+                self._rounded.step_alone(number, parameter, self._step)
+            else:
+                step_alone(self._optimizer, number, parameter)
         parameter.grad = None
 
     def norm(self) -> Tensor:

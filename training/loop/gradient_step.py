@@ -20,6 +20,7 @@ from .ema import update_ema
 from .fused_backward import FusedBackward
 from .optimizers import build_optimizer, evaluation_weights, group_rate, learning_rate_factor
 from .precision import autocast, loss_scaler
+from .rounding import RoundedMasters
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class GradientStep:
         self.world.share(config.batch_size)
         self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, self.settings, trainable.rate)
         self.scaler = loss_scaler(self.settings.precision, device)
-        self.fused = FusedBackward(self.optimizer, self.settings) if self.settings.fused_backward else None
+        rounds = self.settings.master_weights == "bf16"
+        self.rounded = RoundedMasters(self.optimizer, trainable.parameters, config.seed) if rounds else None
+        fused = self.settings.fused_backward
+        self.fused = FusedBackward(self.optimizer, self.settings, self.rounded) if fused else None
         self.ema = {k: v.clone() for k, v in trainable.values().items()} if self.settings.ema_decay else {}
         self._check_learning_rates()
 
@@ -192,7 +196,9 @@ class GradientStep:
 
     def update(self, step: int) -> None:
         """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""
-        if not self.fused:
+        if self.rounded and not self.fused:
+            self.rounded.step(step)
+        elif not self.fused:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         update_ema(self.ema, self.trainable.parameters, step, self.settings.ema_decay)

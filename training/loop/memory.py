@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..config.run import RunConfig
+from ..config.run import RunConfig, TrainModelConfig
 from ..config.training_settings import STEP_BY_TENSOR
 
 LARGE_STATES = ("AdamW", "AdamWScheduleFree", "Prodigy")
@@ -95,8 +95,18 @@ def _smaller_numbers(config: RunConfig) -> Iterator[str]:
     fusible = settings.optimizer in STEP_BY_TENSOR and config.gradient_accumulation == 1
     if retrains_whole_unet(config) and fusible and not settings.fused_backward:
         yield "fused_backward on"
+    if _can_round(config):
+        yield "master_weights bf16"
     if settings.ema_decay:
         yield f"ema_decay 0 in place of {settings.ema_decay:g}"
+
+
+def _can_round(config: RunConfig) -> bool:
+    """Whether a run's masters may be bf16 and are not."""
+    settings = config.settings
+    possible = settings.optimizer in STEP_BY_TENSOR and not settings.ema_decay and not settings.shard_weights
+    unscaled = settings.precision != "fp16"
+    return isinstance(config, TrainModelConfig) and possible and unscaled and settings.master_weights == "fp32"
 
 
 def _fewer_weights(config: RunConfig) -> Iterator[str]:

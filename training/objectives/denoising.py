@@ -45,6 +45,7 @@ class DenoisingObjective:
         seed: of all draws.
         latent_of: slot -> (C, h, w).
         text_of: caption -> conditioning before the projection, batch 1.
+        texts_of: captions -> `text_of` of all of them as one batch, for a text encoder that trains; None: one by one.
         project: (batch of those, training time 0..1) -> the denoiser's conditioning.
         mask_of: slot -> (1, h, w) or None.
         varied_text_of: `text_of` for captions that may come only once, or None to leave them to `text_of`.
@@ -62,6 +63,7 @@ class DenoisingObjective:
         *,
         latent_of: Callable,
         text_of: Callable[[str], Conditioning],
+        texts_of: Callable[[list[str]], Conditioning] | None = None,
         project: Callable[[Conditioning, Tensor], Conditioning],
         mask_of: Callable[[Any], Tensor | None] = lambda slot: None,
         varied_text_of: Callable[[str], Conditioning | None] | None = None,
@@ -71,7 +73,7 @@ class DenoisingObjective:
     ):
         self.denoiser, self.settings, self.seed = denoiser, settings, seed
         self.latent_of, self.text_of, self.project, self.mask_of = latent_of, text_of, project, mask_of
-        self.varied_text_of = varied_text_of or text_of
+        self.texts_of, self.varied_text_of = texts_of, varied_text_of or text_of
         self.caption_of = caption_of or (lambda caption, number, index: caption)
         self.stays, self.pulse = stays, pulse
 
@@ -106,15 +108,21 @@ class DenoisingObjective:
         device, total = self.denoiser.device, len(self.denoiser.sigmas)
         latents = upload(torch.stack([sample.latent for sample in samples]), device)
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
-        texts = [self._text(sample, step, i) for i, sample in zip(indices, samples, strict=True)]
-        conditioning = self.project(upload(Conditioning.cat(texts), device), torch.tensor(times) / (total - 1))
+        texts = upload(self._texts(samples, step, indices), device)
+        conditioning = self.project(texts, torch.tensor(times) / (total - 1))
         noise = _upload_as(torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]), latents)
         masks = mask_weights([sample.mask for sample in samples], self.settings, latents.shape)
         error = self._error(latents, noise, torch.tensor(times), conditioning, step, indices, masks)
         return Loss(error * _upload_as(torch.tensor([sample.weight for sample in samples]), error))
 
-    def _text(self, sample: TrainingSample, step: int, index: int) -> Conditioning:
-        caption = self._drop_caption(sample.caption, step, index)
+    def _texts(self, samples: Sequence[TrainingSample], step: int, indices: Sequence[int]) -> Conditioning:
+        """The captions' conditioning before the projection, after caption dropout."""
+        captions = [self._drop_caption(s.caption, step, index) for index, s in zip(indices, samples, strict=True)]
+        if self.texts_of is not None:
+            return self.texts_of(captions)
+        return Conditioning.cat(self._text(sample, c) for sample, c in zip(samples, captions, strict=True))
+
+    def _text(self, sample: TrainingSample, caption: str) -> Conditioning:
         return self.text_of(caption) if sample.text is None or caption != sample.caption else sample.text
 
     def _drop_caption(self, caption: str, step: int, index: int) -> str:

@@ -72,11 +72,15 @@ def drift(tuned: Guidance, frozen: Guidance) -> Tensor:
 
 
 def _relative_changes(new: Conditioning, old: Conditioning) -> list[Tensor]:
-    """(B,) of the context, and of the pooled output if there is one."""
-    pairs = [(new.context, old.context)]
+    """(B,) of the context, and of the pooled output if there is one.
+
+    The new context may be longer, where it was encoded together with longer prompts; the mask hides the rest.
+    """
+    length = old.context.shape[1]
+    pairs = [(new.context[:, :length], old.context)]
     if new.mask is not None:
-        attended = new.mask[..., None].to(new.context)
-        pairs = [(new.context * attended, old.context * attended)]
+        attended = new.mask[:, :length, None].to(new.context)
+        pairs = [(new.context[:, :length] * attended, old.context * attended)]
     if new.pooled is not None:
         pairs.append((new.pooled, old.pooled))
     return [_squared_length(a.float() - b.float()) / _squared_length(b.float()).clamp(min=1e-12) for a, b in pairs]

@@ -114,7 +114,7 @@ class RewardObjective:
         if self._text_trains and not self._is_constrained:
             return [PromptSample(slot.prompt) for slot in slots]
         with torch.no_grad():
-            empty = self._encode_frozen("")
+            empty = self._encode_frozen("")  # one by one, so that the last bits are the same in every batch
             return [PromptSample(slot.prompt, self._encode_frozen(slot.prompt), empty) for slot in slots]
 
     def __call__(self, batch: list[tuple[int, PromptSample]], step: int) -> Loss:
@@ -320,24 +320,26 @@ class RewardObjective:
             return torch.autograd.grad(end, inputs, at_end, allow_unused=True)
 
     def _guidance_now(self, samples: Sequence[PromptSample], cfg: float) -> Guidance:
-        """Conditioning of prompts by the text encoder as it is now."""
+        """Conditioning of prompts by the text encoder as it is now, with the empty prompt's in one batch."""
         if not self._text_trains:
             return self._frozen_guidance(samples, cfg)
-        positive = [self._encode(sample.prompt) for sample in samples]
-        return self._guidance(positive, None if cfg == 1.0 else self._encode(""), cfg)
+        count, empty = len(samples), [] if cfg == 1.0 else [""]
+        texts = self._encode(*(sample.prompt for sample in samples), *empty)
+        return self._guidance(texts.prompts(slice(count)), texts.prompts(slice(count, None)) if empty else None, cfg)
 
     def _frozen_guidance(self, samples: Sequence[PromptSample], cfg: float) -> Guidance:
         """Conditioning of prompts by the frozen text encoder."""
-        return self._guidance([s.positive for s in samples], None if cfg == 1.0 else samples[0].negative, cfg)
+        positive = Conditioning.cat(sample.positive for sample in samples)
+        return self._guidance(positive, None if cfg == 1.0 else samples[0].negative, cfg)
 
-    def _guidance(self, positive: list[Conditioning], negative: Conditioning | None, cfg: float) -> Guidance:
+    def _guidance(self, positive: Conditioning, negative: Conditioning | None, cfg: float) -> Guidance:
         device = self.model.denoiser.device
         empty = None if negative is None else Conditioning.cat([negative] * len(positive)).to(device)
-        return Guidance(Conditioning.cat(positive).to(device), empty, cfg)
+        return Guidance(positive.to(device), empty, cfg)
 
-    def _encode(self, text: str) -> Conditioning:
+    def _encode(self, *texts: str) -> Conditioning:
         encoder = self.model.text_encoder
-        return encoder.encode(encoder.tokenize([text]))
+        return encoder.encode(encoder.tokenize(list(texts)))
 
     def _noise(self, indices: list[int], step: int) -> Tensor:
         """(B, C, h, w), of sample i from generator (seed, "noise", step, i)."""

@@ -17,6 +17,7 @@ from ..loop.fused_backward import check_fused_backward
 from ..loop.memory import retrains_whole_unet
 from ..loop.optimizers import check_optimizer
 from ..loop.precision import default_precision, has_bf16
+from ..loop.rounding import check_master_weights
 from ..loop.sharding import check_sharding
 from ..models.block_swap import check_block_swap
 from ..models.compiled import check_compiler
@@ -49,6 +50,7 @@ def check_fit(model: TextToImage, config: RunConfig) -> None:
     denoiser, settings = model.denoiser, config.settings
     check_optimizer(settings, config.learning_rate, denoiser.device)
     check_fused_backward(config)
+    check_master_weights(config)
     check_sharding(config)
     _check_swap(model, config)
     check_speed(denoiser, settings)
@@ -124,6 +126,7 @@ def with_precision(config: Config, device: torch.device, root: Path, say: Callab
         precision, why = values["precision"], "as the run was begun"
     else:
         scaled = not (isinstance(config, RewardTuneConfig) or settings.fused_backward)
+        scaled = scaled and settings.master_weights == "fp32"
         precision, why = default_precision(device, scaled), f"by the device ({device.type})"
     say(f"precision auto is {precision}, {why}")
     return replace(config, settings=replace(settings, precision=precision))

@@ -48,20 +48,19 @@ def build_loop(
     latents = CroppedLatents(cache, (training, held_out), config.seed)
     captions = (held_out if config.settings.varies_captions else dataset).captions
     texts = ["", *config.samples.prompts, *captions]
-    text_of, varied_text_of, fill_texts = _text_functions(job, model, texts, cache_folder, callbacks)
+    text_functions, fill_texts = _text_functions(job, model, texts, cache_folder, callbacks)
     callbacks.after_load()
     objective = DenoisingObjective(
         model.denoiser,
         config.settings,
         config.seed,
         latent_of=latents.latent,
-        text_of=text_of,
         project=model.text_encoder.project,
         mask_of=latents.mask,
-        varied_text_of=varied_text_of,
         caption_of=job.caption_of,
         stays=job.stays,
         pulse=callbacks.pulse,
+        **text_functions,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
     loop = Loop(
@@ -70,7 +69,7 @@ def build_loop(
         objective,
         order,
         loop_config(config, dataset.largest, order.steps_per_epoch / config.gradient_accumulation),
-        sampler=build_sampler(model, config, text_of, callbacks),
+        sampler=build_sampler(model, config, objective.text_of, callbacks),
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),
         watch=job.watch,
@@ -87,16 +86,23 @@ def build_loop(
 
 def _text_functions(
     job: TrainingJob, model: TextToImage, texts: list[str], cache_folder: Path, callbacks: Callbacks
-) -> tuple[Callable[[str], Conditioning], Callable[[str], Conditioning | None], Callable[[], None]]:
-    """`text_of` and `varied_text_of` of the objective, and what fills the cache that they read with `texts`.
+) -> tuple[dict[str, Callable], Callable[[], None]]:
+    """`text_of`, `texts_of` and `varied_text_of` of the objective, and what fills the cache that they read.
 
-    Where the text encoder trains, every caption is encoded anew instead, with the trained values in effect.
+    The cache gets `texts`. Where the text encoder trains, every caption is encoded anew instead, a batch's captions
+    together, with the trained values in effect.
     """
     encoder = model.text_encoder
+
+    def backbone(captions: list[str]) -> Conditioning:
+        return encoder.backbone(encoder.tokenize(captions))
+
     if job.text_trains:
-        return encode_with(encoder), lambda caption: None, lambda: None
-    cache = TextCache(cache_folder / "text", lambda t: encoder.backbone(encoder.tokenize(t)), encoder.fingerprint)
-    return cache.get, cache.get_in_memory, partial(fill_cache, cache, texts, callbacks)
+        anew = {"text_of": encode_with(encoder), "texts_of": backbone, "varied_text_of": lambda caption: None}
+        return anew, lambda: None
+    cache = TextCache(cache_folder / "text", backbone, encoder.fingerprint)
+    cached = {"text_of": cache.get, "varied_text_of": cache.get_in_memory}
+    return cached, partial(fill_cache, cache, texts, callbacks)
 
 
 def _with_noise_levels(model: TextToImage, settings: TrainingSettings) -> TextToImage:

@@ -291,6 +291,7 @@ def loop_config(config: RunConfig, largest: tuple[int, int], steps_per_epoch: fl
         learning_rate=config.learning_rate,
         settings=replace(config.settings, gradient_accumulation=config.gradient_accumulation),
         samples=config.samples,
+        seed=config.seed,
         steps_per_epoch=steps_per_epoch,
         memory_hints=memory_hints(config, largest),
     )

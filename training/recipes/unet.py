@@ -44,7 +44,7 @@ class TrainedModel:
 
     Attributes:
         path: its file.
-        unet: canonical (LDM) name -> fp32 weight.
+        unet: canonical (LDM) name -> weight, in the dtype that it was trained in.
         projection: the projection's whole state, empty for a text encoder without one.
         projection_config: to build it with; empty likewise.
     """
@@ -101,7 +101,8 @@ def _build_trainable(model: TextToImage, config: TrainModelConfig) -> Trainable:
     elif config.train_projection:
         log.info("the text encoder has no projection; only the UNet trains")
     if not config.settings.shard_weights:
-        return SelectedWeights(selected | of_projection, networks)
+        bf16 = selected if config.settings.master_weights == "bf16" else ()
+        return SelectedWeights(selected | of_projection, networks, bf16)
     mesh, recompute = world().mesh(denoiser.device), config.settings.gradient_checkpointing
     sharded = ShardedWeights(selected, denoiser.network, mesh, recompute)
     if not of_projection:

@@ -1,4 +1,4 @@
-"""What every trainable shares: named fp32 masters, and how they take effect on a network for a step."""
+"""What every trainable shares: named masters, fp32 unless bf16 is asked for, and how they take effect for a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Trainable(ABC):
-    """Named fp32 masters that `attach` puts in effect on networks.
+    """Named masters that `attach` puts in effect on networks.
 
     Args:
         parameters: masters by name.

@@ -1,16 +1,18 @@
-"""fp32 master weights that take the place of a network's own for a step.
+"""Master weights that take the place of a network's own for a step.
 
 The network's own parameters are never written, so a base model is bit-identical after any run. Masters are swapped
 into `module._parameters` (as torch.func.functional_call does), which leaves the module tree alone and works with
-backward and with activation checkpointing as long as both happen inside `attach()`. They stay fp32 among frozen weights
-of another dtype; the network casts per operation (autocast, `models.recast`, or ComfyUI's own casting).
+backward and with activation checkpointing as long as both happen inside `attach()`. They stay fp32, or bf16 where asked
+for (`loop.rounding`), among frozen weights of another dtype; the network casts per operation (autocast,
+`models.recast`, or ComfyUI's own casting).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..models.parameters import ParameterRef
@@ -37,22 +39,24 @@ def put(refs: Mapping[str, ParameterRef], tensors: Mapping[str, Tensor]) -> None
 
 
 class SelectedWeights(SwappedTrainable):
-    """Chosen parameters of one or more networks, as fp32 masters under canonical names.
+    """Chosen parameters of one or more networks, as masters under canonical names.
 
     Args:
         selected: canonical name -> the parameter in its network.
         networks: roots that are frozen while mounted.
+        bf16: names of those whose masters are bf16; biases and norms, which are few numbers, stay fp32 all the same.
 
     Raises:
         ValueError: nothing is selected.
     """
 
-    def __init__(self, selected: Mapping[str, ParameterRef], networks: list[nn.Module]):
+    def __init__(
+        self, selected: Mapping[str, ParameterRef], networks: list[nn.Module], bf16: Container[str] = frozenset()
+    ):
         if not selected:
             raise ValueError("selection of weights to train is empty; expected at least one. Choose other layers.")
         self._refs = dict(selected)
-        masters = {name: nn.Parameter(ref.tensor.detach().clone().float()) for name, ref in selected.items()}
-        super().__init__(masters, networks)
+        super().__init__({name: _master(ref.tensor, name in bf16) for name, ref in selected.items()}, networks)
 
     def _current(self) -> dict[str, Tensor]:
         return {name: ref.tensor for name, ref in self._refs.items()}
@@ -62,6 +66,11 @@ class SelectedWeights(SwappedTrainable):
 
     def _swap(self, tensors: Mapping[str, Tensor]) -> None:
         put(self._refs, tensors)
+
+
+def _master(weight: Tensor, bf16: bool) -> nn.Parameter:
+    value = weight.detach().clone().float()
+    return nn.Parameter(value.to(torch.bfloat16) if bf16 and value.ndim > 1 else value)
 
 
 class TrainableGroup(Trainable):
