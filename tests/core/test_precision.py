@@ -191,7 +191,7 @@ def test_a_bf16_run_on_held_weights_has_the_bits_of_one_on_fp32_weights(tmp_path
         flags = [word.replace("{here}", str(FIXTURES)).replace("{output}", str(tmp_path / name)) for word in words]
         assert main([*flags, "--precision", "bf16", "--steps", "2", "--warmup-steps", "1"]) == 0
         results.append(read_tensors(tmp_path / name / "r" / result)[0])
-        monkeypatch.setattr(train, "build_model", lambda config, *dtype: build_model(config))
+        monkeypatch.setattr(train, "build_model", lambda config, *dtype, **more: build_model(config))
     config = json.loads((tmp_path / "held" / "r" / "config.json").read_bytes())
     assert config == json.loads((tmp_path / "cast" / "r" / "config.json").read_bytes())
     assert config["identity"]["settings"]["precision"] == "bf16"
