@@ -17,6 +17,7 @@ from typing import Any
 from ..training.commands.comfyui_server import Server
 from ..training.config.checks import check_range
 from ..training.recipes.lora import ARTIFACT
+from .comfyui_peer import FIXED
 
 PICTURES = "pictures"
 """Sub-folder of ComfyUI's input."""
@@ -122,21 +123,12 @@ def retune_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
 def comfyui_prompt(config: LoraBenchConfig, job: Job) -> Prompt:
     """ComfyUI's Train LoRA in API format, its LoRA saved by stock SaveLoRA, its losses output by PreviewAny."""
     run = {
+        **FIXED,
         **asdict(job),
         "batch_size": config.batch_size,
         "rank": config.rank,
         "grad_accumulation_steps": config.accumulation,
-        "optimizer": "AdamW",
-        "loss_function": "MSE",
         "training_dtype": "fp32",
-        "lora_dtype": "fp32",
-        "quantized_backward": False,
-        "algorithm": "LoRA",
-        "gradient_checkpointing": False,
-        "checkpoint_depth": 1,
-        "offloading": False,
-        "existing_lora": "[None]",
-        "bucket_mode": False,
         "bypass_mode": False,
     }
     cached = {"images": ["data", 0], "texts": ["data", 1], "vae": ["model", 2], "clip": ["model", 1]}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from retune.benchmarks.random_models import SDXL_UNET
 from retune.training.commands.open_model import ModelConfig, build_model
 from retune.training.common.callbacks import Callbacks
 from retune.training.config.lora import ALGORITHMS, LORA_PRESETS, LoraConfig
@@ -159,19 +160,7 @@ SD15 = {
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
-SDXL = {
-    "block_out_channels": (32, 64, 128),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (1, 2, 4),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "norm_num_groups": 8,
-}
+SDXL = SDXL_UNET | {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 2, 4), "norm_num_groups": 8}
 
 
 @pytest.mark.parametrize(("shape", "expected", "spatial"), [(SD15, 192, 86), (SDXL, 722, 66)])

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from retune.benchmarks.random_models import SDXL_UNET
 from retune.training.models import block_swap
 from retune.training.models.block_swap import check_block_swap, swapped_blocks
 from retune.training.models.blocks import blocks_in_order, recomputed, units_to_recompute, wrapped
@@ -11,15 +12,8 @@ from retune.training.models.diffusers import DiffusersDenoiser
 from retune.training.models.protocols import Conditioning
 from torch import nn
 
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
+SDXL = {name: value for name, value in SDXL_UNET.items() if not name.startswith(("addition", "projection_class"))}
+"""Without pooled text and sizes."""
 
 
 def conditioning(denoiser, batch=1):

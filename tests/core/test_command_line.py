@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from retune.benchmarks.__main__ import parser as bench_parser
 from retune.training.__main__ import main, parser
 from retune.training.commands.evaluate import EvaluateConfig
 from retune.training.commands.lora_files import VERBS as LORA_VERBS
@@ -42,8 +43,7 @@ CONFIGS = {
     **{verb: [(config, "")] for verb, (config, _) in LORA_VERBS.items()},
 }
 FLAGS_OF_OTHER_PROGRAMS = {"--all", "--no-comfyui", "--port", "--torch-index", "--num_processes", "--verbose"}
-FLAGS_OF_OTHER_PROGRAMS |= {"--size", "--step-pixels", "--step-turns", "--step-only", "--step-memory"}
-"""Of run.py, its benchmarks and accelerate; --verbose stands before the verb."""
+"""Of run.py and accelerate; --verbose stands before the verb."""
 REQUIRED = ["train", "--model", "m", "--folder", "f", "--run-name", "r"]
 
 
@@ -75,7 +75,8 @@ def test_every_field_is_a_flag_with_its_default_choices_and_help(verb):
 def test_the_documentation_names_flags_that_exist():
     text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
     verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    flags = {flag for verb in verbs.choices.values() for action in verb._actions for flag in action.option_strings}
+    parsers = [*verbs.choices.values(), bench_parser()]
+    flags = {flag for each in parsers for action in each._actions for flag in action.option_strings}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - flags - FLAGS_OF_OTHER_PROGRAMS
     assert not unknown
 

@@ -328,6 +328,7 @@ def test_the_estimate_of_a_benchmark_is_what_a_step_takes():
     assert estimate.weights == sum(p.nbytes for network in networks for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_weights_without_values_are_held_as_real_ones(monkeypatch):
     """About half the bytes in bf16."""
     small = {"cross_attention_dim": 8, "attention_head_dim": 4, "block_out_channels": (8, 8, 8, 8)}

@@ -11,6 +11,8 @@ import torch
 from retune.training.common.distributed import World
 from retune.training.common.foreign import read_tensors
 
+from .conftest import UNET
+
 pytestmark = pytest.mark.slow
 
 UNEVEN = """
@@ -75,7 +77,9 @@ if __name__ == "__main__":
     train(Path(sys.argv[1]), int(sys.argv[2]))
 """
 
-UNET = """
+GRADIENTS = (
+    f"SHAPE = {UNET}\n"
+    + """
 import sys
 from pathlib import Path
 
@@ -96,17 +100,6 @@ from retune.training.recipes.lora import unet_layers
 from retune.training.trainables.lora import Adapters, select_layers
 from retune.training.trainables.weights import SelectedWeights
 from safetensors.torch import save_file
-
-SHAPE = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-}
 
 
 def gradients(kind):
@@ -140,6 +133,7 @@ if __name__ == "__main__":
     for kind in ("whole", "lora", "dropout"):
         save_file(gradients(kind), Path(sys.argv[1]) / f"{kind}{sys.argv[2]}.safetensors")
 """
+)
 
 
 def start(count, *arguments):
@@ -196,8 +190,8 @@ def test_what_one_process_has_no_gradient_of_is_summed_and_a_run_goes_on_with_an
 
 def test_the_gradient_is_that_of_one_process(tmp_path):
     """Of a UNet and of a LoRA, to 1e-5; with module dropout both processes end with the same gradient."""
-    run(2, "-c", UNET, tmp_path, "{rank}")
-    run(1, "-c", UNET, tmp_path, "alone")
+    run(2, "-c", GRADIENTS, tmp_path, "{rank}")
+    run(1, "-c", GRADIENTS, tmp_path, "alone")
 
     def read(name):
         return read_tensors(tmp_path / f"{name}.safetensors")[0]

@@ -22,9 +22,12 @@ from retune.training.trainables.sharded import ShardedWeights
 from retune.training.trainables.weights import SelectedWeights
 from torch.distributed.device_mesh import init_device_mesh
 
+from .conftest import UNET
 from .test_several_processes import masters, run, start, steps_of
 
-TRAIN = """
+TRAIN = (
+    f"UNET = {UNET}\n"
+    + """
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,17 +43,6 @@ from retune.training.data.dataset import from_images
 from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
 from retune.training.models.protocols import Conditioning, TextToImage
 from retune.training.recipes.unet import train_model
-
-UNET = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-}
 
 
 class Projection(torch.nn.Linear):
@@ -112,6 +104,7 @@ if __name__ == "__main__":
     root, name, steps, layers, options = sys.argv[1:]
     train(Path(root), name, int(steps), layers, eval(options))
 """
+)
 SHARDED = {"shard_weights": True}
 
 
