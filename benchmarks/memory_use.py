@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..training.commands.open_model import DEMO, build_model
+from ..training.commands.open_model import DEMO, VAE, build_model
 from ..training.common.callbacks import Callbacks
 from ..training.common.live_bytes import LiveBytes
 from ..training.config.checks import check_range
@@ -125,7 +125,7 @@ def sized_model(
     """
     dtype, trains = DTYPES[settings.precision if settings else "fp32"], kind is not None and kind.weights
     device = mode if isinstance(mode, torch.device) else torch.get_default_device()
-    visiting = kind is not None and not kind.rewards
+    visiting = (VAE,) if kind is not None and not kind.rewards else ()
     if size == "demo":
         model = build_model(ModelConfig(model=DEMO, device=str(device)), dtype, lambda name: trains, visiting)
         return _frozen(model.denoiser, model.autoencoder)
