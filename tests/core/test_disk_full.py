@@ -95,6 +95,7 @@ def status(run):
 
 
 @pytest.mark.slow
+@pytest.mark.own_peaks  # a run whose peaks another one left would write less often than the one that is counted
 def test_a_disk_that_is_full_at_any_write(tiny_model, pictures, tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
     whole = digest(train(tiny_model, pictures, tmp_path / "whole"))
