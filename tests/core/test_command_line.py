@@ -24,7 +24,14 @@ from retune.training.config.flags import add_flags, read_flags
 from retune.training.config.lora import LoraConfig
 from retune.training.config.run import TrainModelConfig
 from retune.training.config.sample_prompts import SamplePrompts
-from retune.training.config.training_settings import CARD_RETRAINING, CARD_RUNS, CARDS, TrainingSettings
+from retune.training.config.training_settings import (
+    CARD_RETRAINING,
+    CARD_REWARDS,
+    CARD_RUNS,
+    CARD_WORDS,
+    CARDS,
+    TrainingSettings,
+)
 from retune.training.data.folder import FolderConfig
 from retune.training.loop.fused_backward import check_fused_backward
 from retune.training.models import ldm
@@ -136,13 +143,14 @@ def test_a_preset_changes_defaults_and_flags_win():
 def test_presets_by_card_set_everything_that_memory_depends_on():
     fields = ("precision", "optimizer", "gradient_checkpointing", "block_swap", "fused_backward")
     fields += ("gradient_accumulation", "total_batch", "ema_decay", "batch_size", "resolution", "sample_width")
+    own = {"train": CARD_RETRAINING, "lora": {}, "embedding": CARD_WORDS, "reward": CARD_REWARDS}
     needed = {"train": [], "lora": [], "embedding": ["--token", "<x>"], "reward": ["--rewards", "demo aesthetic"]}
     for card in CARDS:
         for verb, more in needed.items():
             arguments = [verb, *REQUIRED[1:], *more]
             found = parser(card).parse_args([*arguments, "--preset", card])
             assert all(name in CARDS[card] | CARD_RUNS[card] for name in fields)
-            expected = CARDS[card] | CARD_RUNS[card] | (CARD_RETRAINING[card] if verb == "train" else {})
+            expected = CARDS[card] | CARD_RUNS[card] | own[verb].get(card, {})
             assert {name: getattr(found, name) for name in fields} == {name: expected[name] for name in fields}
             kind = {"train": TrainModelConfig, "lora": LoraConfig, "embedding": EmbeddingConfig}.get(verb)
             if kind:

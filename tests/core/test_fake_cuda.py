@@ -196,7 +196,7 @@ def score_pictures(model, chosen, monkeypatch, direct=False):
         more = {"latent_of": lambda slot: torch.zeros(4, 16, 16)} if direct else {}
         kind = DirectObjective if direct else RewardObjective
         objective = kind(model, scores, chosen, trainable, text_trains=False, **more)
-        monkeypatch.setattr(objective, "_encode", lambda *texts: encoded[texts[0]])
+        monkeypatch.setattr(objective, "_encode_frozen", encoded.__getitem__)
         samples = RewardObjective.load(objective, [PromptSlot(text, 1, i) for i, text in enumerate(prompts)])
         samples = [sample._replace(latent=torch.zeros(4, 16, 16)) for sample in samples]
         with trainable.attach(rng_key=(1, 0)):
