@@ -13,7 +13,8 @@ import pytest
 from retune.training.commands.demo_in_comfyui import WORKFLOW
 
 ROOT = Path(__file__).resolve().parent.parent
-COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"}
+COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version"}
+COMFYUI_MODULES |= {"folder_paths", "nodes", "server"}
 COMFYUI_MODULES |= {"latent_preview"}
 HEAVY = {"accelerate", "diffusers", "lycoris", "matplotlib", "open_clip", "peft", "pandas", "sklearn"}
 HEAVY |= {"scipy", "torchvision", "transformers"}  # ComfyUI may have imported these itself

@@ -215,6 +215,25 @@ def test_values_are_usable_in_training_although_cached_in_inference_mode(tmp_pat
     assert not text.context.is_inference()
 
 
+def test_what_a_step_asks_for_is_encoded_as_a_filled_cache_is(tmp_path):
+    """A step in half precision computes under autocast."""
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    multiply = lambda values: torch.nn.functional.linear(values, weight)  # noqa: E731
+    (example,) = dataset(1).examples
+    encode = {
+        "latent": lambda images: multiply(images.movedim(1, -1)).movedim(-1, 1)[..., ::8, ::8],
+        "text": lambda texts: Conditioning(multiply(torch.full((1, 2, 3), len(texts[0]) / 7))),
+    }
+    found = []
+    for name, entered in (("step", True), ("filled", False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=entered):
+            latents = LatentCache(tmp_path / name, encode["latent"], "vae")
+            texts = TextCache(tmp_path / name, encode["text"], "clip")
+            found.append((latents.get(example, False), texts.get("a dog").context, texts.get_in_memory("cat").context))
+            assert torch.is_autocast_enabled("cpu") == entered
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_text_is_stored_without_padding_alone_and_in_fp32(tmp_path):
     encode = Words()
     cache = TextCache(tmp_path, encode, "t5")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..common.files import write_bytes
 from ..common.foreign import FileError, read_bytes, reading
+from ..common.full_precision import full_precision
 from ..common.parallel import computed_ahead
 from .folder import Progress
 
@@ -46,6 +47,11 @@ class Entry(NamedTuple):
     encode: Callable[[Any], Tensors]
     """The value from what `prepare` returned."""
 
+    def encoded(self, prepared: Any) -> Tensors:
+        """`encode` without autocast: a value is the same whether a step asks for it or a cache is filled with it."""
+        with full_precision():
+            return self.encode(prepared)
+
 
 class Store:
     """Stores dictionaries of tensors in `folder/ab/abcd....safetensors`, and the most recently used ones in memory."""
@@ -63,9 +69,9 @@ class Store:
             return self._recent[entry.key]
         tensors = self._read(entry.key)
         if tensors is None and not write:
-            tensors = entry.encode(entry.prepare())
+            tensors = entry.encoded(entry.prepare())
         elif tensors is None:
-            data = _pack(entry.encode(entry.prepare()))
+            data = _pack(entry.encoded(entry.prepare()))
             self._write(entry.key, data, len(data))
             tensors = self._read(entry.key)
             assert tensors is not None, "a cache entry cannot be read right after it was written"
@@ -105,7 +111,7 @@ class Store:
         """
         bytes_per_size, (before, count) = 0.0, progress
         for done, (entry, value) in enumerate(prepared, start=1 + before):
-            data = _pack(entry.encode(value))
+            data = _pack(entry.encoded(value))
             if not bytes_per_size:
                 bytes_per_size = len(data) / entry.size
                 self._check_space(bytes_per_size * remaining)
