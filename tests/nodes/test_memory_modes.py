@@ -322,10 +322,12 @@ def test_idle_models_count_as_free_and_the_runs_own_do_not(in_mode, pictures, te
 @pytest.mark.parametrize("trainer", ["LoRA", "reward on a LoRA"])
 def test_a_run_that_fits_once_idle_models_are_unloaded_is_not_refused(in_mode, pictures, options, monkeypatch, trainer):
     """Free is what the run needs, less the part that is in memory and in no step: VAE or text encoder."""
+    import comfy.model_management
     from retune.training.loop import estimate
     from retune.training.recipes import run
 
     parts, estimates = in_mode("plain"), []
+    comfy.model_management.load_models_gpu([parts[1].patcher, parts[2].patcher])  # a full cache would not load the VAE
     idle = {"LoRA": parts[2], "reward on a LoRA": parts[1]}[trainer]  # the one trains text, the other decodes
     size = idle.patcher.model_size()
     estimate_memory = run.estimate_memory
