@@ -1,15 +1,18 @@
-"""Measures CLIPs (std of their output), scales T5 CLIPs and fits their projections in closed form."""
+"""Measures CLIPs (std of their output), scales T5 CLIPs, fits their projections or has them learn another CLIP."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.model_management as management
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ...training.models.protocols import Conditioning
-from ...training.text_encoder.fit import FitReport, fit_projection
+from ...training.text_encoder.distil import fit_or_distil
+from ...training.text_encoder.fit import FitReport
 from ...training.text_encoder.scale import PROMPTS, ScaleReport, TokenStatistics, scale_to, token_statistics
 from ..clips.t5_clip import clone_with_projection, encode_states, expect_t5, is_t5_clip, t5_context, t5_parts
 from ..clips.t5_tokens import end_index
@@ -117,13 +120,13 @@ class UnprojectedClip(MeasurableClip):
 
 
 def fit_clip(clip, reference, prompts: Sequence[str], method: str = "ridge") -> tuple[Any, FitReport]:
-    """Fits a T5 CLIP's projection to another CLIP's output, in closed form.
+    """Fits a T5 CLIP's projection to another CLIP's output, in closed form or by distillation on ComfyUI's device.
 
     Args:
         clip: a T5 CLIP.
         reference: the CLIP to imitate, such as the model's own.
         prompts: what both encode.
-        method: as for `fit_projection`.
+        method: as for `fit_or_distil`.
 
     Returns:
         A clone with the new projection, and a report of the error that is left.
@@ -131,8 +134,20 @@ def fit_clip(clip, reference, prompts: Sequence[str], method: str = "ridge") -> 
     expect_t5(clip)
     pooled_width = t5_parts(clip).projection.pooled_width
     states, target = UnprojectedClip(clip), MeasurableClip(reference)
-    projection, report = fit_projection(states, target, prompts, pooled_width=pooled_width, method=method)
+    how = {"method": method, "pooled_width": pooled_width, "device": management.get_torch_device()}
+    projection, report = fit_or_distil(states, target, prompts, **how, on_step=_progress())
     return clone_with_projection(clip, projection), report
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Shows steps on the node that runs, and stops where the user cancels."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_step(done: int, total: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_step
 
 
 def is_fitted(clip) -> bool:

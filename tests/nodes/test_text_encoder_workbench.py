@@ -1,12 +1,15 @@
 """Fit Projection's methods and Scale Text Encoder's picture and report, called as ComfyUI calls them."""
 
+from functools import partial
+
 import pytest
 import torch
-from retune.nodes.bridge.measure import clip_std
+from retune.nodes.bridge.measure import clip_std, is_fitted
 from retune.nodes.clips.t5_clip import load_t5_clip, t5_parts
 from retune.nodes.scale import RetuneScaleTextEncoder
 from retune.nodes.text_encoder import RetuneFitProjection
 from retune.training.plots.token_histogram import COLOURS, HEIGHT, WIDTH
+from retune.training.text_encoder import distil
 from retune.training.text_encoder.projection import Projection
 
 PROMPTS = "\n".join(
@@ -66,6 +69,36 @@ def test_mean_and_covariance_make_it_as_loud_as_the_reference(t5, demo):
         assert clip_std(ridge, PROMPTS.splitlines()) < wanted
     for text, method in ((report, "mean-covariance"), (ridge_report, "ridge")):
         assert text.startswith(f"{method}: fitted on 16 prompts") and "held-out prompts" in text
+
+
+def test_a_clip_is_distilled_into_a_t5_and_drawn_with(t5, demo, monkeypatch):
+    """In few steps here; the context has the CLIP's number of tokens, and the T5 goes on as any other."""
+    import comfy.utils
+
+    clip = demo[1]
+    monkeypatch.setattr(distil, "Distillation", partial(distil.Distillation, steps=100))
+    bars = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, done, total: bars.append((done, total)))
+    own = load_t5_clip(t5_parts(t5).source.path, Projection(64, 128), dtype="fp32")
+    fitted, report = run(RetuneFitProjection, own, clip, PROMPTS, method="distillation")
+    assert report.startswith("distillation: fitted on 16 prompts") and bars[-1] == (100, 100) and len(bars) == 100
+    projection = t5_parts(fitted).projection
+    assert projection.kind == "resampler" and is_fitted(fitted)
+    line = PROMPTS.splitlines()[1]
+    wanted, found = (one.encode_from_tokens(one.tokenize(line)) for one in (clip, fitted))
+    assert found.shape == wanted.shape == (1, projection.tokens, 128)
+    error = (found - wanted).square().mean() / (wanted - wanted.mean((0, 1))).square().mean()
+    assert error < 0.7
+
+
+def test_a_distillation_can_be_cancelled(t5, demo):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        own = load_t5_clip(t5_parts(t5).source.path, Projection(64, 128), dtype="fp32")
+        run(RetuneFitProjection, own, demo[1], PROMPTS, method="distillation")
+    assert not comfy.model_management.processing_interrupted()
 
 
 def test_a_picture_of_what_there_is(t5, reference):

@@ -25,7 +25,8 @@ from ..models.protocols import Denoiser, TextToImage
 from ..models.visitors import Visitors
 from ..recipes.apply_results import result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
-from ..text_encoder.fit import EncoderStates, fit_projection
+from ..text_encoder.distil import Distillation, fit_or_distil
+from ..text_encoder.fit import EncoderStates
 from ..text_encoder.projection import Projection
 from ..text_encoder.scale import scale_to, scale_to_reference
 from ..text_encoder.t5 import Padding, load_t5
@@ -179,7 +180,9 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = (),
     if fit_on:
         old = EncoderStates(model.text_encoder, before_projection=False)
         new = EncoderStates(encoder, before_projection=True)
-        fitted, report = fit_projection(new, old, fit_on, pooled_width=pooled_width, method=config.fit_method)
+        settings = Distillation(steps=config.fit_steps, seed=config.projection_seed)
+        how = {"method": config.fit_method, "settings": settings, "pooled_width": pooled_width}
+        fitted, report = fit_or_distil(new, old, fit_on, **how)
         log.info("projection: %s", report.text())
         encoder = encoder.with_projection(fitted)
     elif config.target_std is None:

@@ -76,7 +76,7 @@ class FitReport:
     """What `fit_projection` did, and the metrics of a second fit without the held-out prompts.
 
     Args:
-        method: "ridge" or "mean-covariance".
+        method: "ridge", "mean-covariance", or "distillation" of `distil`.
         explained: See `FitMetrics`.
         std: See `FitMetrics`.
         covariance: See `FitMetrics`.
@@ -132,9 +132,7 @@ def fit_projection(
     """
     if method not in SOLVERS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(SOLVERS)}.")
-    prompts = list(dict.fromkeys(prompts))
-    if len(prompts) < 10:
-        raise ValueError(f"number of different prompts is {len(prompts)}; expected at least 10 to fit a projection on.")
+    prompts = distinct(prompts)
     solve = SOLVERS[method] if ridge is None else partial(SOLVERS[method], ridge=ridge)
     states = [encoder.states(prompt) for prompt in prompts]
     pairs, outputs = _token_pairs(states, (reference.states(prompt) for prompt in prompts))
@@ -144,13 +142,37 @@ def fit_projection(
     pooled_explained = None
     if pooled_width:
         means = [state[real].cpu().double().mean(0, keepdim=True) for state, real in states]
-        targets = [_pooled_target(reference, prompt, pooled_width) for prompt in prompts]
-        weight, bias, pooled_metrics = _fit_and_evaluate(list(zip(means, targets, strict=True)), targets, solve)
-        _set_linear(projection.pooled, weight, bias)
-        pooled_explained = pooled_metrics.explained
+        pooled_explained = fit_pooled(projection, means, reference, prompts, solve)
     tokens, held_out = sum(len(x) for x, _ in pairs), len(pairs[::HOLD_OUT_EVERY])
     counts = {"prompts": len(prompts), "tokens": tokens, "held_out": held_out}
     return projection, FitReport(method, **vars(metrics), **counts, pooled_explained=pooled_explained)
+
+
+def distinct(prompts: Sequence[str]) -> list[str]:
+    """Different prompts in their order; ValueError for fewer than 10."""
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) < 10:
+        raise ValueError(f"number of different prompts is {len(prompts)}; expected at least 10 to fit a projection on.")
+    return prompts
+
+
+@torch.no_grad()
+def fit_pooled(
+    projection: Projection, means: Sequence[Tensor], reference: Encoder, prompts: Sequence[str], solve: Callable
+) -> float:
+    """Fits a projection's map of the pooled output; returns the share of variance explained on held-out prompts.
+
+    Args:
+        projection: with such a map, which is written.
+        means: (1, D_in) mean of each prompt's states, float64.
+        reference: the reference, with a pooled output of the map's width.
+        prompts: the prompts.
+        solve: one of SOLVERS.
+    """
+    targets = [_pooled_target(reference, prompt, projection.pooled_width) for prompt in prompts]
+    weight, bias, metrics = _fit_and_evaluate(list(zip(means, targets, strict=True)), targets, solve)
+    _set_linear(projection.pooled, weight, bias)
+    return metrics.explained
 
 
 def _token_pairs(
@@ -182,11 +204,11 @@ def _fit_and_evaluate(
     training = [index for index in range(len(pairs)) if index % HOLD_OUT_EVERY]
     weight, bias = solve([pairs[i] for i in training], [reference[i] for i in training])
     x, y = (torch.cat(part) for part in zip(*pairs[::HOLD_OUT_EVERY], strict=True))
-    metrics = _fit_metrics(x @ weight.T + bias, y, torch.cat(reference[::HOLD_OUT_EVERY]))
+    metrics = fit_metrics(x @ weight.T + bias, y, torch.cat(reference[::HOLD_OUT_EVERY]))
     return *solve(pairs, reference), metrics
 
 
-def _fit_metrics(outputs: Tensor, targets: Tensor, expected: Tensor) -> FitMetrics:
+def fit_metrics(outputs: Tensor, targets: Tensor, expected: Tensor) -> FitMetrics:
     """R^2 of outputs (N, D) for their targets (N, D), and their std and covariance against the reference's outputs."""
     error = (outputs - targets).square().sum() / (targets - targets.mean(0)).square().sum()
     std = outputs.std(correction=0) / expected.std(correction=0)
