@@ -43,6 +43,7 @@ FLOAT64 = {
     "rewards/augment.py": "draws from generators of the CPU",
     "rewards/diversity.py": "embeddings that were brought to the CPU",
     "rewards/heads.py": "weights of a file, on the CPU",
+    "text_encoder/distil.py": "the report, of states that are on the CPU",
     "text_encoder/fit.py": "states that were brought to the CPU",
     "text_encoder/scale.py": "states that were brought to the CPU",
 }

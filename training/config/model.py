@@ -40,8 +40,7 @@ class ModelConfig:
     fit_method: Literal["ridge", "mean-covariance", "distillation"] = setting("ridge")
     """ridge: nearest to the reference encoder, but with a smaller std, since what the T5 cannot predict is left out.
     mean-covariance: with its mean and covariance, so the same std, and as near as that allows. distillation: a small
-    network over all tokens learns the reference's outputs from the prompts, in minutes; much nearer, and the best
-    start."""
+    network over all tokens learns the reference's outputs from the prompts, in minutes; much nearer: the best start."""
     fit_steps: int = setting(1600, low=1, high=10**6)
     """Optimizer steps of the distillation."""
     reset: str | None = None
