@@ -176,6 +176,9 @@ def test_t5_is_scaled_over_real_tokens_only(t5_folder, padding):
     before = t5.projection.linear.weight.detach().clone()
     scaled, report = scale_to(t5, 0.9)
     assert report.after.std == pytest.approx(0.9, rel=1e-5)
+    measured = token_statistics(scaled)
+    for name, value in vars(report.after).items():
+        assert getattr(measured, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
     states = torch.cat([scaled.encode([ids]).context[0, : len(ids)] for ids in scaled.tokenize(list(PROMPTS))])
     assert states.std(unbiased=False).item() == pytest.approx(0.9, rel=1e-4)
     assert t5.projection.scale == 1.0 and torch.equal(t5.projection.linear.weight, before)

@@ -109,8 +109,8 @@ def test_swap_reset_train_save_and_load_again(comfyui, checkpoint, tmp_path, kin
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), embedding_directory=None)
         swapped = t5_clip.load_t5_clip(t5, Projection(T5S[kind]["d_model"], 768))
-        swapped, report = measure.scale_clip(swapped, 0.9, ["a red cat", "two blue birds"])
-        assert report.after.std == pytest.approx(0.9, rel=1e-3)
+        swapped, _ = measure.scale_clip(swapped, 0.9, ["a red cat", "two blue birds"])
+        assert measure.clip_std(swapped, ["a red cat", "two blue birds"]) == pytest.approx(0.9, rel=1e-3)
         weights, _ = reset_weights(attention_weights(model), ResetConfig(layers="cross-attention"))
         model = with_unet_weights(model, weights)
         with text_to_image(model, swapped, vae) as view:

@@ -39,6 +39,11 @@ class TokenStatistics:
         low, middle, high = torch.tensor(self.token_rms, dtype=torch.float64).quantile(QUANTILES).tolist()
         return low, middle, high
 
+    def scaled(self, factor: float) -> TokenStatistics:
+        """Those of the output multiplied by a factor above 0."""
+        prompts, tokens = (tuple(factor * value for value in values) for values in (self.prompt_std, self.token_rms))
+        return TokenStatistics(factor * self.std, factor * self.mean, prompts, tokens)
+
     def text(self) -> str:
         """std per prompt and RMS per token, on one line."""
         prompts = torch.tensor(self.prompt_std, dtype=torch.float64)
@@ -49,7 +54,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class ScaleReport:
-    """The result of scaling an output by `factor` to the std `target`, measured before and after."""
+    """The result of scaling an output by `factor` to the std `target`; `after` follows from what was measured."""
 
     target: float
     factor: float
@@ -117,8 +122,7 @@ def scale_to(
     if before.std == 0:
         raise ValueError("the text encoder returns the same value everywhere; its weights or projection are empty")
     factor = target_std / before.std
-    scaled = encoder.scaled(factor)
-    return scaled, ScaleReport(target_std, factor, before, token_statistics(scaled, prompts, real_tokens))
+    return encoder.scaled(factor), ScaleReport(target_std, factor, before, before.scaled(factor))
 
 
 def scale_to_reference(
