@@ -133,5 +133,5 @@ def test_a_command_distils_the_models_clip_into_its_t5(tmp_path):
         assert found.shape == wanted.shape
         errors.append(float((found - wanted).square().mean()))
     assert errors[1] < 0.5 * errors[0]
-    with pytest.raises(ValueError, match="steps is 0; expected 1 to 1000000"):
-        build_model(ModelConfig(**more, fit_method="distillation", fit_steps=0))
+    with pytest.raises(ValueError, match="fit_steps is 0; expected 1 to 1000000"):
+        ModelConfig(**more, fit_method="distillation", fit_steps=0)

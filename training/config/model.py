@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .checks import check_fields
 from .fields import setting
 
 
@@ -58,3 +59,6 @@ class ModelConfig:
     noise_levels: Literal["auto", "scaled linear", "zero terminal SNR"] = setting("auto")
     """Noise levels at which the UNet was trained, where the model tells them wrong. scaled linear: Stable Diffusion's;
     zero terminal SNR: those up to pure noise (ztsnr)."""
+
+    def __post_init__(self):
+        check_fields(self)
