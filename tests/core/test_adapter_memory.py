@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from retune.training.config.lora import ALGORITHMS, LoraConfig
-from retune.training.trainables.adapter_outputs import dora_output, low_rank_output, two_products
+from retune.training.trainables.adapter_outputs import dora_output, with_low_rank
 from retune.training.trainables.lora import Adapters
 from torch import nn
 from torch.nn import functional as F
@@ -228,16 +228,16 @@ def test_adapters_train_beside_weights_that_comfyui_quantises(algorithm, layout)
 
 
 @pytest.mark.parametrize("name", ["a", "c"])
-def test_two_products_are_lycoris_own_output(name):
-    """As adapters are computed on a GPU; their gradients are LyCORIS's too."""
+def test_a_lora_by_torch_s_products_is_lycoris_own(name):
+    """Outputs and gradients, of a linear layer in one pass over its output, and of a convolution."""
     _, adapters = build("LoCon", alpha=3.0, conv_rank=2, conv_alpha=1.5)
-    module, shape = adapters.modules[name], (2, WIDE) if name == "a" else (2, WIDE, 4, 4)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    module, shape = adapters.modules[name], (2, 3, WIDE) if name == "a" else (2, WIDE, 4, 4)
+    x, base = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
     factors = [module.lora_up.weight, module.lora_down.weight]
-    outputs = [two_products(module, x), module.bypass_forward_diff(x)]
+    outputs = [with_low_rank(module, x, base), base + module.bypass_forward_diff(x)]
     gradients = [torch.autograd.grad(output.square().sum(), factors) for output in outputs]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with torch.device("meta"):
-        on_device = low_rank_output(copy.deepcopy(module).to("meta"), x.to("meta", torch.bfloat16))
-    assert on_device.shape == outputs[0].shape and on_device.dtype == torch.bfloat16
+        half = with_low_rank(copy.deepcopy(module).to("meta"), *(t.to("meta", torch.bfloat16) for t in (x, base)))
+    assert half.shape == base.shape and half.dtype == torch.bfloat16

@@ -10,31 +10,43 @@ from torch.utils.checkpoint import checkpoint
 from ..models.recast import RecastTransposed, arithmetic_dtype, cast, geometry_of, product
 
 
+def with_low_rank(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """output + dW x, of a LyCORIS module.
+
+    LoRA and LoCon of a linear layer are one product more than the layer: s B is multiplied with A x and added to the
+    output in the same pass over it. LyCORIS makes three passes, and on a GPU it compiles kernels first.
+    """
+    if module.name != "locon" or module.isconv or _draws(module):
+        return output + low_rank_output(module, x).to(output)
+    down, up = module.lora_down.weight.to(output), module.lora_up.weight.to(output)
+    reduced = F.linear(x.to(output), down).flatten(0, -2)
+    return torch.addmm(output.flatten(0, -2), reduced, up.t(), alpha=float(module.scale)).view_as(output)
+
+
 def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
     """dW x of a LyCORIS module.
 
     LoHa's dW = (A1 B1) * (A2 B2) is as large as the weight, and its product with x keeps it for backward; so it is made
     again there. LoRA, LoCon and LoKr apply their factors one after another.
     """
-    draws = module.training and bool(module.rank_dropout)
-    if module.name == "locon" and not draws and x.device.type != "cpu":
+    if module.name == "locon" and not _draws(module):
         return two_products(module, x)
     if module.name != "loha" or not torch.is_grad_enabled():
         return module.bypass_forward_diff(x)
-    return checkpoint(module.bypass_forward_diff, x, use_reentrant=False, preserve_rng_state=draws)
+    return checkpoint(module.bypass_forward_diff, x, use_reentrant=False, preserve_rng_state=_draws(module))
 
 
 def two_products(module: nn.Module, x: Tensor) -> Tensor:
-    """s B A x of LoRA and LoCon by torch's own products, s multiplied into B, the smallest of them.
-
-    LyCORIS multiplies the output twice, which takes a pass over it each time, and on a GPU it compiles kernels first.
-    On a CPU its order of operations stays, with the bits of earlier versions.
-    """
+    """s B A x of LoRA and LoCon by torch's own products, s multiplied into B, the smallest of them."""
     up = (module.lora_up.weight * module.scale).to(x)
     if not module.isconv:
         return F.linear(F.linear(x, module.lora_down.weight.to(x)), up)
     down = module.lora_down
     return F.conv2d(F.conv2d(x, down.weight.to(x), None, **geometry_of(down)), up)
+
+
+def _draws(module: nn.Module) -> bool:
+    return module.training and bool(module.rank_dropout)
 
 
 def dora_output(module: nn.Module, layer: nn.Module, norms: Tensor, x: Tensor) -> Tensor:

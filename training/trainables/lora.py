@@ -23,7 +23,7 @@ from ..common.rng import derive_seed
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
 from ..models.parameters import parameter_refs
-from .adapter_outputs import dora_output, low_rank_output
+from .adapter_outputs import dora_output, with_low_rank
 from .base import Trainable
 from .weights import swapped
 
@@ -194,8 +194,9 @@ class Adapters(Trainable):
                 return output
             if training and config.dropout:
                 x = nn.functional.dropout(x, config.dropout)
-            added = low_rank_output(module, x) if norms is None else dora_output(module, layer, norms, x)
-            return output + added.to(output)
+            if norms is None:
+                return with_low_rank(module, x, output)
+            return output + dora_output(module, layer, norms, x).to(output)
 
         return add
 
