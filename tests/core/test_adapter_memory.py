@@ -120,7 +120,8 @@ def test_hooks_are_put_on_once_for_many_attaches(algorithm):
                 with adapters.disabled():
                     assert torch.equal(network(x), plain)
             assert torch.equal(network(x), plain)
-        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        assert torch.equal(outputs[0], outputs[2])
+        torch.testing.assert_close(outputs[0], outputs[1])  # without gradients some processors convolve in another way
         assert not torch.equal(outputs[0], plain)
         assert [list(layer._forward_hooks.items()) for layer in layers] == hooks
         raise KeyError("anything")
