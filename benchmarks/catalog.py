@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import data, demo_model, gpu, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
+from . import (
+    data,
+    demo_model,
+    gpu,
+    lora,
+    memory_use,
+    precision_study,
+    projection_study,
+    reset_study,
+    reward,
+    reward_study,
+    word_study,
+)
 from .comparisons import COMPARISONS
 from .speed import TIMINGS
 from .study import Study
@@ -17,6 +29,7 @@ STUDIES: dict[str, Study] = {
     "projection-start": projection_study.STUDY,
     "reward-study": reward_study.STUDY,
     "word-study": word_study.STUDY,
+    "precision-study": precision_study.STUDY,
 }
 
 
