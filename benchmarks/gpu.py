@@ -47,8 +47,8 @@ ONLY = {
     REWARD: "K = 1, batch 1, bf16;K = 1, batch 4, bf16;K = 5, batch 1, bf16",
 }
 """Variants that are run where no flag names others, the most telling first."""
-SHARES = {DEMO_RUN: 90, (LORA, "sd15"): 85, (LORA, "sdxl"): 120, (REWARD, "sd15"): 55, (REWARD, "sdxl"): 60}
-SHARES |= {(MEMORY_OF, "sd15"): 25, (MEMORY_OF, "sdxl"): 45}
+SHARES = {DEMO_RUN: 85, (LORA, "sd15"): 100, (LORA, "sdxl"): 125, (REWARD, "sd15"): 50, (REWARD, "sdxl"): 60}
+SHARES |= {(MEMORY_OF, "sd15"): 22, (MEMORY_OF, "sdxl"): 38}
 SHARE = 30
 """Of the time, in seconds where all is run in eight minutes; `SHARE` of another part. Writing random weights counts to
 the first part of their size."""
