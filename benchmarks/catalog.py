@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import data, demo_model, gpu, lora, memory_use, projection_study, reset_study, reward, reward_study, word_study
+from . import (
+    data,
+    demo_model,
+    gpu,
+    lora,
+    memory_use,
+    precision_study,
+    projection_study,
+    reset_study,
+    reward,
+    reward_study,
+    word_study,
+)
 from .comparisons import COMPARISONS
 from .speed import TIMINGS
 from .study import Study
@@ -17,6 +29,7 @@ STUDIES: dict[str, Study] = {
     "projection-start": projection_study.STUDY,
     "reward-study": reward_study.STUDY,
     "word-study": word_study.STUDY,
+    "precision-study": precision_study.STUDY,
 }
 
 
@@ -29,7 +42,7 @@ class BenchConfig:
     rounds: int = 7
     """Turns of every variant, or steps in each of its processes; one more comes first and is not counted."""
     batch_size: int = 0
-    """Pictures or captions at a time; 0: 16, or a study's default, or 1 for `memory` and what runs in processes."""
+    """Pictures or captions at a time; 0: 16, a study's own, or 1 for `memory`, `data` and what runs in processes."""
     size: Literal["demo", "sd15", "sdxl"] = "demo"
     """The model whose shapes are measured, with random weights: of `memory`, `gpu` and what runs in processes."""
 

@@ -55,14 +55,15 @@ def captions_with(word: str, count: int) -> list[str]:
 def figure_shares(model: TextToImage, captions: Sequence[str], figure: str) -> dict[str, float]:
     """Draws captions; the share of pictures that show `figure`, and that show the "rest" as the caption says."""
     images = draw(model, list(captions), **DRAW_OPTIONS, batch_size=50)
-    kept = [_rest_is_right(image, caption) for image, caption in zip(images, captions, strict=True)]
+    kept = [rest_is_right(image, caption) for image, caption in zip(images, captions, strict=True)]
     return {
         "drawn": sum(drawn_shape(image) == figure for image in images) / len(images),
         "rest": sum(kept) / len(kept),
     }
 
 
-def _rest_is_right(image: Tensor, caption: str) -> bool:
+def rest_is_right(image: Tensor, caption: str) -> bool:
+    """Whether a picture shows all that its caption says besides the shape."""
     said = {name: value for name, value in parse_caption(caption).items() if name != "shape"}
     return all(correct(read(image), said).values())
 

@@ -45,7 +45,8 @@ def test_the_command_line_lists_them_and_refuses_others(capsys):
     assert main(["speed"]) == 2
     names = (
         "lora, finetune, embedding, reward, encode, startup, memory, data, gpu, training-step, drawing, text, "
-        "demo-model, lora-loss, reward-methods, reset-study, projection-start, reward-study, word-study"
+        "demo-model, lora-loss, reward-methods, reset-study, projection-start, reward-study, word-study, "
+        "precision-study"
     )
     assert f"benchmark is 'speed'; expected one of {names}" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from retune.benchmarks import projection_study, reset_study, reward_study
+from retune.benchmarks import precision_study, projection_study, reset_study, reward_study
 from retune.benchmarks.__main__ import main
 from retune.benchmarks.catalog import STUDIES
 from retune.benchmarks.projection_study import crossing
@@ -105,6 +105,17 @@ def test_the_crossing_lies_on_the_line_between_two_judgements():
     assert crossing(points, 0.5) == pytest.approx(525)
     assert crossing(points, 0.6) == 600 and crossing(points, 0.61) is None
     assert crossing(points[2:], 0.5) == 600
+
+
+def test_bf16_is_too_low_only_beyond_its_bound_and_two_standard_errors():
+    def found(low, error):
+        return {"trained": "LoRA", **row(fp32=(0.9, 0.01), bf16=(0.9 + low, 0.01), difference=(low, error))}
+
+    near, far, alone = (
+        precision_study.findings([found(*pair)])[0] for pair in ((-0.03, 0.01), (-0.05, 0.01), (0, None))
+    )
+    assert near.startswith("LoRA: bf16 0.870 ± 0.010 against fp32 0.900 ± 0.010, -0.030 ± 0.010; lower by at most 0.02")
+    assert near.endswith(": holds.") and far.endswith(": missed.") and alone.endswith("one trial cannot tell.")
 
 
 @pytest.mark.slow

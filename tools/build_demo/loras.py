@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...benchmarks.precision_study import lora_config
 from ...benchmarks.word_study import captions_with
 from ...training.commands.demo import DRAW_OPTIONS, held_out_captions
 from ...training.commands.open_model import build_demo_model
-from ...training.config.lora import LoraConfig
-from ...training.config.training_settings import TrainingSettings
 from ...training.data.dataset import from_images
 from ...training.demo.files import LORAS, WEIGHTS, weights_path
 from ...training.demo.judge import alignment, drawn_shape
@@ -28,21 +27,6 @@ from ...training.trainables.lora_init import start_from
 
 PICTURES: Mapping[str, dict] = {"warm edges": {"look": "warm edges"}, "crescents": {"subset": "crescent"}}
 """Options of `demo_examples` for the pictures of each."""
-
-
-def lora_config(name: str) -> LoraConfig:
-    """How a demo LoRA is trained: as the example workflow "Train a style LoRA" does."""
-    return LoraConfig(
-        run_name=name,
-        algorithm="LoCon",
-        targets="all",
-        rank=8,
-        alpha=8.0,
-        steps=200,
-        batch_size=16,
-        learning_rate=1e-3,
-        settings=TrainingSettings(warmup_steps=10, loss_weighting="none"),
-    )
 
 
 def train_loras(work: Path) -> dict[str, float]:
