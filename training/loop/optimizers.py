@@ -27,7 +27,7 @@ PACKAGES = {
 """Optimizer -> module and pip package; none of them is required. All others are torch's."""
 FUSED_DEVICES = ("cuda", "mps", "xpu")
 """Kinds of devices on which torch's AdamW is one kernel. On a CPU it stays a loop, for the bits of earlier versions."""
-FOREACH_SIZE = 2**26
+FOREACH_SIZE = 2**25
 """Numbers that another package's optimizer updates at once on an accelerator, at most: there a launch for each small
 tensor costs more than its arithmetic, and the intermediates are as large as all tensors together."""
 
