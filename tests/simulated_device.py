@@ -63,17 +63,18 @@ class SimulatedDevice(TorchDispatchMode):
         reads: number of times that the host waits for a value, by operation.
         casts: bytes of the tensors on the device that are cast to another dtype, by (from, to).
         uploads: number of tensors that go from the host to the device.
+        waits: number of those whose copy blocks, for which a CUDA device is waited for as well.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
-        self.uploads = 0
+        self.uploads = self.waits = 0
 
     def reset(self) -> None:
         """Starts counting anew."""
-        self.reads, self.casts, self.uploads = Counter(), Counter(), 0
+        self.reads, self.casts, self.uploads, self.waits = Counter(), Counter(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -95,8 +96,12 @@ class SimulatedDevice(TorchDispatchMode):
             self.reads[str(func.overloadpacket)] += 1
         if func.overloadpacket is aten.index and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.reads["index by a mask"] += 1
-        if func.overloadpacket in (aten._to_copy, aten.copy_) and here and not isinstance(args[-1], DeviceTensor):
-            self.uploads += 1
+        if here and func.overloadpacket in (aten._to_copy, aten.copy_):
+            copies = func.overloadpacket is aten.copy_
+            source = args[1] if copies else args[0]
+            if not isinstance(source, DeviceTensor):
+                self.uploads += 1
+                self.waits += not (args[2:] == (True,) if copies else kwargs.get("non_blocking"))
         if func.overloadpacket is aten._to_copy and inputs and kwargs.get("dtype") not in (None, args[0].dtype):
             self.casts[args[0].dtype, kwargs["dtype"]] += args[0].nbytes
 

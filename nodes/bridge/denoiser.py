@@ -10,9 +10,11 @@ import copy
 from contextlib import AbstractContextManager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ...training.common.fingerprint import tensors_fingerprint
+from ...training.common.transfer import upload_as
 from ...training.models.blocks import recomputed
 from ...training.models.noise_levels import OWN_SIGMAS
 from ...training.models.protocols import Conditioning
@@ -99,16 +101,20 @@ class ComfyDenoiser:
         """SDXL's vector `y` of pooled text and picture size, computed by ComfyUI; None for models without it."""
         if self.network.num_classes is None:
             return None
-        if conditioning.pooled is None:
+        pooled = conditioning.pooled
+        if pooled is None:
             raise ValueError("text encoder gives no pooled output; expected one for this model (SDXL).")
-        extra = self.patcher.model.extra_conds(
-            pooled_output=conditioning.pooled,
-            device=noisy.device,
-            noise=noisy,
-            width=noisy.shape[-1] * 8,
-            height=noisy.shape[-2] * 8,
-        )
-        return extra["y"].cond.to(noisy)
+        if not self.pooled_width:
+            return self._vector(pooled, noisy).to(noisy)
+        # ComfyUI joins both on the CPU; so it gets no pooled text of the device, which would have to be waited for.
+        sizes = self._vector(torch.zeros(pooled.shape), noisy)[:, pooled.shape[1] :]
+        return torch.cat([pooled.to(noisy), upload_as(sizes, noisy)], dim=1)
+
+    def _vector(self, pooled: Tensor, noisy: Tensor) -> Tensor:
+        """`y` of ComfyUI for pooled text and the size of latents."""
+        height, width = (side * 8 for side in noisy.shape[-2:])
+        given = {"pooled_output": pooled, "device": noisy.device, "noise": noisy, "width": width, "height": height}
+        return self.patcher.model.extra_conds(**given)["y"].cond
 
 
 def attention_options(mask: Tensor | None) -> dict:

@@ -141,7 +141,8 @@ class ComfyTextEncoder:
         if self._is_t5:
             return t5_clip.encode_states(self.clip, tokens, trains=self._trains)
         if self._trains:
-            return _encode_loaded(self.clip, tokens)
+            alone = encode_together(self.clip, [tokens])
+            return _encode_loaded(self.clip, tokens) if alone is None else alone
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         return Conditioning(context.float().clone(), None if pooled is None else pooled.float().clone())
 
@@ -151,17 +152,18 @@ def _copy_input(_module, inputs: tuple) -> tuple:
 
 
 def _encode_loaded(clip, tokens: dict) -> Conditioning:
-    """As `clip.encode_from_tokens`, with gradients; the CLIP must be loaded."""
+    """As `clip.encode_from_tokens`, with gradients; the CLIP must be loaded. ComfyUI brings the result to the CPU."""
     t5_clip.set_clip_options(clip)
     context, pooled = clip.cond_stage_model.encode_token_weights(tokens)[:2]
     return Conditioning(context.float(), None if pooled is None else pooled.float())
 
 
 def encode_together(clip, prompts: Sequence[dict]) -> Conditioning | None:
-    """Several prompts without weights in one forward pass of each CLIP, with gradients; the CLIP must be loaded.
+    """Prompts without weights in one forward pass of each CLIP, with gradients; the CLIP must be loaded.
 
     `encode_token_weights` reads a list of windows of 77 tokens, runs them as one batch and returns them as one long
-    prompt with the first one's pooled output. This calls the `encode` that it calls, for the windows of all prompts.
+    prompt with the first one's pooled output, on the CPU. This calls the `encode` that it calls, for the windows of all
+    prompts, and leaves the result on the device: the host does not wait for it.
 
     Args:
         clip: a CLIP.

@@ -79,12 +79,20 @@ class T5WithProjection(sd1_clip.SD1ClipModel):
     def backbone(self, tokens: dict) -> Conditioning:
         """Token states before the projection (`TextEncoder.backbone`), prompt weights applied, on T5's device."""
         name, kept = self.retune_source.name, self.retune_kept
-        states = super().encode_token_weights(tokens)[0]
+        states = self._token_states(tokens)
         states = states.to(getattr(self, name).execution_device or states.device)
         real = real_tokens(tokens[name], self.retune_source).to(states.device)[None]
         mean = masked_mean(states, real) if self.projection.projection.pooled_width else None
         prefix = None if kept is None else kept.encode(tokens, without=name).to(states.device, torch.float32)
         return Conditioning(states, mean, None, prefix)
+
+    def _token_states(self, tokens: dict) -> Tensor:
+        """As `encode_token_weights` of ComfyUI's class, which brings states to the CPU even without prompt weights."""
+        windows = tokens[self.retune_source.name]
+        if any(weighted[1] != 1 for window in windows for weighted in window):
+            return super().encode_token_weights(tokens)[0]
+        states = getattr(self, self.clip).encode([[weighted[0] for weighted in window] for window in windows])[0]
+        return torch.cat(states.split(1), dim=-2)
 
     def memory_estimation_function(self, tokens, device=None) -> int:
         """Bytes that ComfyUI keeps free in addition to T5's weights: the copy of the projection."""

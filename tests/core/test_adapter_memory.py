@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from retune.training.common import transfer
 from retune.training.config.lora import ALGORITHMS, LoraConfig
 from retune.training.trainables.adapter_outputs import dora_output, with_low_rank
 from retune.training.trainables.lora import Adapters
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDE = 64
 
 
-def build(algorithm, **changes):
+def build(algorithm, device="cpu", **changes):
     """Two linear layers and a convolution, wide beside their inputs and ranks, with adapters on all that take them."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(WIDE, WIDE), nn.SiLU(), nn.Linear(WIDE, WIDE)).requires_grad_(False)
@@ -25,10 +26,12 @@ def build(algorithm, **changes):
     if algorithm in ("LoCon", "LoHa", "LoKr"):
         network.append(nn.Unflatten(1, (WIDE, 1, 1))).append(nn.Conv2d(WIDE, WIDE, 3, padding=1).requires_grad_(False))
         layers["c"] = network[4]
+    network.to(device)
     config = LoraConfig(run_name="r", algorithm=algorithm, rank=2, targets="all", **changes)
     adapters = Adapters(layers, [network], config, seed=0)
     random = torch.Generator().manual_seed(1)
-    adapters.load({n: v + 0.1 * torch.randn(v.shape, generator=random) for n, v in adapters.values().items()})
+    values = {n: v.cpu() + 0.1 * torch.randn(v.shape, generator=random) for n, v in adapters.values().items()}
+    adapters.load({n: v.to(device) for n, v in values.items()})
     return network, adapters
 
 
@@ -226,6 +229,26 @@ def test_adapters_train_beside_weights_that_comfyui_quantises(algorithm, layout)
         gradients.append(torch.cat([p.grad.flatten() for p in adapters.parameters.values()] + [x.grad.flatten()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
     assert F.cosine_similarity(gradients[0], gradients[2], dim=0) > 0.99
+
+
+DROPS = [*((a, 0.0) for a in ALGORITHMS), *((a, 0.5) for a in ALGORITHMS if a != "DoRA")]
+
+
+@pytest.mark.parametrize(("algorithm", "rank_dropout"), DROPS)
+def test_nothing_waits_for_an_adapters_device(device, monkeypatch, algorithm, rank_dropout):
+    """Copies to it are those to a CUDA device. The numbers are those of a CPU, LyCORIS's own."""
+    monkeypatch.setattr(transfer, "STAGING", ("cuda", "lazy"))
+    gradients = []
+    for where in ("cpu", "lazy"):
+        network, adapters = build(algorithm, where, rank_dropout=rank_dropout)
+        x = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(2)).to(where)
+        with adapters.mounted(), adapters.attach(rng_key=(1, 0)):
+            device.reset()
+            network(x).square().sum().backward()
+            assert not device.reads and not device.waits
+        gradients.append([parameter.grad.cpu() for parameter in adapters.parameters.values()])
+    for there, here in zip(*gradients, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4 * float(here.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["a", "c"])

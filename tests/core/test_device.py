@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from retune.training.commands.open_model import with_t5
+from retune.training.common import transfer
 from retune.training.common.callbacks import Callbacks
 from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.lora import LoraConfig
@@ -132,7 +133,7 @@ class Counted(Callbacks):
     """What a device counts within each optimizer step."""
 
     def __init__(self, device):
-        self.device, self.reads, self.casts = device, [], []
+        self.device, self.reads, self.casts, self.waits = device, [], [], []
 
     def before_step(self, step):
         self.device.reset()
@@ -140,6 +141,7 @@ class Counted(Callbacks):
     def on_step(self, info):
         self.reads.append(dict(self.device.reads))
         self.casts.append(dict(self.device.casts))
+        self.waits.append(self.device.waits)
 
 
 def uses_float64(source):
@@ -160,11 +162,14 @@ def test_float64_is_where_no_device_sees_it():
 
 
 @pytest.mark.parametrize("trainer", DENOISING + REWARDS, ids=lambda trainer: trainer.__name__)
-def test_a_run_on_a_device_is_that_on_the_cpu(tiny_model, write_t5_folder, device, tmp_path, trainer):
-    """With validation, samples, saved states and result. Attention is computed in another order of additions."""
+def test_a_run_on_a_device_is_that_on_the_cpu(tiny_model, write_t5_folder, device, tmp_path, trainer, monkeypatch):
+    """With validation, samples, saved states and result. Attention is computed in another order of additions. Copies to
+    the device are those to a CUDA device, for which the host need not wait."""
+    monkeypatch.setattr(transfer, "STAGING", ("cuda", "lazy"))
     model, counted = tiny_model, Counted(device)
     if trainer is t5:
-        model = with_t5(model, ModelConfig(model="", t5=write_t5_folder(tmp_path / "t5"), projection="mlp"))
+        folder = write_t5_folder(tmp_path / "t5")
+        model = with_t5(model, ModelConfig(model="", t5=folder, projection="timestep resampler"))
     trainer(model, tmp_path / "cpu", Callbacks())
     move(model, "lazy")
     trainer(model, tmp_path / "device", counted)
@@ -173,6 +178,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu(tiny_model, write_t5_folder, devic
         for name in ("loss", "grad_norm", "reward"):
             assert there.get(name) == (pytest.approx(here[name], rel=1e-3) if name in here else None)
     assert [sum(reads.values()) for reads in counted.reads] == [1, 1], counted.reads
+    assert counted.waits == [0, 0]
     if trainer in DENOISING:
         assert not any(dtype.is_floating_point for casts in counted.casts for dtype, _ in casts)
 

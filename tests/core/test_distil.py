@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from retune.training.commands.open_model import ModelConfig, build_model
+from retune.training.common import transfer
 from retune.training.demo.scenes import demo_examples
 from retune.training.text_encoder import distil
 from retune.training.text_encoder.distil import Distillation, distil_projection, fit_or_distil
@@ -50,6 +51,23 @@ def test_what_a_linear_map_cannot_say_is_learned():
     real = slice(1, 4)
     error = (outputs - wanted)[:, real].square().sum() / (wanted[:, real] - wanted[:, real].mean((0, 1))).square().sum()
     assert report.explained == pytest.approx(1 - error.item(), abs=1e-4)
+
+
+def test_on_a_device_it_learns_the_same_and_the_host_does_not_wait(device, monkeypatch):
+    """Copies to the device are those to a CUDA device."""
+    monkeypatch.setattr(transfer, "STAGING", ("cuda", "lazy"))
+    waits = []
+
+    def count(done, total):
+        waits.append(device.waits + sum(device.reads.values()))
+
+    there, here = (
+        distil_projection(Words(), Mixed(), PROMPTS, SHORT, device=torch.device(where), on_step=count)[0].state_dict()
+        for where in ("lazy", "cpu")
+    )
+    assert len(waits) == 60 and waits[0] == waits[29]
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_repeats_to_the_bit_whatever_was_drawn_before():

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from retune.training.config.lora import LoraConfig
+from retune.training.config.lora import ALGORITHMS, LoraConfig
+from retune.training.config.reward import METHODS
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.dataset import from_images
 from retune.training.data.order import BatchOrder
@@ -23,6 +24,7 @@ from retune.training.objectives.reward_on_images import DirectObjective
 from retune.training.recipes.lora import networks_of, trainable_layers
 from retune.training.recipes.reward import build_trainable
 from retune.training.rewards.preprocess import checked_later
+from retune.training.text_encoder.projection import Projection
 from retune.training.trainables import lora
 from retune.training.trainables.lora import Adapters, select_layers
 from retune.training.trainables.token_embeddings import TokenEmbeddings
@@ -124,9 +126,8 @@ def adapters_of(model, **changes):
     return build
 
 
-@pytest.mark.parametrize("algorithm", ["LoRA", "DoRA", "LoCon", "LoKr"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_adapters_are_on_one_device(tiny_model, monkeypatch, algorithm):
-    """Without LoHa, of which LyCORIS reads the scale's value."""
     build = adapters_of(tiny_model, algorithm=algorithm, targets="all")
     expect_cuda(*loss_of(tiny_model.denoiser, TrainingSettings(precision="fp32"), monkeypatch, build))
 
@@ -169,6 +170,21 @@ def text_loss(model, encoder, build, monkeypatch, learned):
             return objective(batch, 1).per_sample.sum(), trainable.parameters
 
 
+@pytest.mark.parametrize("kind", ["mlp", "timestep resampler"])
+def test_a_text_encoder_that_is_swapped_is_on_one_device(tiny_model, monkeypatch, kind):
+    """The projection of its states, with a pooled output, trains along."""
+    projection = Projection(32, 32, kind, pooled_width=8, tokens=4, layers=1)
+    settings, network = TrainingSettings(precision="fp32"), tiny_model.denoiser.network
+    objective = objective_of(tiny_model.denoiser, settings, monkeypatch)
+    objective.project = projection.project
+    batch = loaded_batch(objective)
+    with fake_cuda(network, projection):
+        refs = parameter_refs(network) | parameter_refs(projection, "projection.")
+        trainable = SelectedWeights(refs, [network, projection])
+        with trainable.attach(rng_key=(1, 0)):
+            expect_cuda(objective(batch, 1).per_sample.sum(), trainable.parameters)
+
+
 def test_words_are_on_one_device(tiny_model, monkeypatch):
     network = tiny_model.denoiser.network
     encoder = tiny_model.text_encoder.with_concepts([Concept("<it>", {"clip_l": torch.zeros(2, 32)})])
@@ -206,7 +222,7 @@ def score_pictures(model, chosen, monkeypatch, direct=False):
                 return scores.evaluate(images, prompts).total.sum(), trainable.parameters
 
 
-@pytest.mark.parametrize("method", ["last K", "one step", "direct"])
+@pytest.mark.parametrize("method", METHODS)
 def test_rewards_are_on_one_device(tiny_model, monkeypatch, method):
     chosen = reward_config(train="UNet LoRA", method=method, lora_rank=2)
     expect_cuda(*score_pictures(tiny_model, chosen, monkeypatch, direct=method == "direct"))

@@ -8,6 +8,7 @@ from retune.training.common.callbacks import Callbacks
 from retune.training.config.sample_prompts import SamplePrompts
 from retune.training.config.training_settings import GROUPS, TrainingSettings
 from retune.training.loop import optimizers as optim
+from retune.training.loop.adafactor import Adafactor
 from retune.training.loop.loop import Loop, LoopConfig
 from retune.training.loop.optimizers import build_optimizer, check_optimizer, evaluation_weights, library
 from retune.training.models.parameters import parameter_refs
@@ -15,6 +16,7 @@ from retune.training.objectives.objective import Loss
 from retune.training.runs.folder import RunFolder
 from retune.training.trainables.weights import SelectedWeights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RATES = {
     "AdamW": 0.05,
@@ -171,6 +173,78 @@ def stepped(optimizer, weight, steps, rates=None):
 
 def weight_of(size=7):
     return nn.Parameter(torch.linspace(2, 3, size))
+
+
+def network_on(device):
+    random = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=random).to(device)) for shape in SHAPES.values()]
+
+
+def step_at(optimizer, weights, seed):
+    random = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=random).to(weight.device)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", sorted(set(RATES) - {"AdamW8bit", "Prodigy"}))
+def test_steps_do_not_read_the_device(device, kind):
+    """But those of Prodigy, whose package brings two sums of each tensor to the host. AdamW8bit's are kernels."""
+    if kind in optim.PACKAGES:
+        pytest.importorskip(optim.PACKAGES[kind][0])
+    settings, values = TrainingSettings(optimizer=kind, weight_decay=0.1), []
+    for where in ("cpu", "lazy"):
+        weights = network_on(where)
+        optimizer = build_optimizer(dict(zip(SHAPES, weights, strict=True)), RATES[kind], settings)
+        for seed in range(4):
+            step_at(optimizer, weights, seed)
+        values.append([weight.detach().cpu() for weight in weights])
+        state = next(iter(optimizer.state.values()))
+    for there, here in zip(*values, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
+    device.reset()
+    step_at(optimizer, weights, 4)
+    assert state and not device.reads
+
+
+def test_adafactor_goes_on_from_a_state_of_torchs_and_is_torchs_on_a_cpu(device):
+    runs = []
+    for kind, where in ((torch.optim.Adafactor, "cpu"), (Adafactor, "cpu"), (Adafactor, "lazy")):
+        before = network_on("cpu")
+        optimizer = torch.optim.Adafactor(before, lr=0.05, weight_decay=0.1)
+        for seed in range(2):
+            step_at(optimizer, before, seed)
+        weights = [nn.Parameter(weight.detach().to(where)) for weight in before]
+        other = kind(weights, lr=0.05, weight_decay=0.1)
+        other.load_state_dict(optimizer.state_dict())
+        step_at(other, weights, 2)
+        runs.append([weight.detach().cpu() for weight in weights])
+    for torchs, here, there in zip(*runs, strict=True):
+        assert torch.equal(here, torchs)
+        torch.testing.assert_close(there, torchs, rtol=1e-6, atol=1e-7)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_step_in_fp16_reads_nothing_to_scale_the_loss(tmp_path, overflows):
+    loop = built(tmp_path, "SGD", steps=1, precision="fp16", warmup_steps=0)
+    step, before = loop.gradient_step, {k: p.detach().clone() for k, p in loop.trainable.parameters.items()}
+    loop.gradient_step.objective.net.wanted[0].fill_(float("inf") if overflows else 0)
+    with loop.trainable.mounted(), HostReads() as reads:
+        step.gradient(1, Callbacks())
+        step.update(1)
+    assert step.scaler.is_enabled() and reads.count == 0
+    assert all(torch.equal(p, before[k]) == overflows for k, p in loop.trainable.parameters.items())
+    assert step.scaler.get_scale() == 2.0 ** (15 if overflows else 16)
 
 
 def test_schedule_free_is_its_authors_and_has_their_warm_up():

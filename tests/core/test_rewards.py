@@ -8,7 +8,7 @@ from retune.training.models.clip import clip_config
 from retune.training.rewards.clip_towers import vision_config
 from retune.training.rewards.heads import folded, read_head
 from retune.training.rewards.load import KINDS, RewardConfig, load_reward
-from retune.training.rewards.preprocess import Preprocess, centre_crop, resize_shorter
+from retune.training.rewards.preprocess import Preprocess, centre_crop, checked_later, resize_shorter
 from retune.training.rewards.tokens import ClipTokens
 from safetensors.torch import save_file
 from torch import nn
@@ -285,6 +285,23 @@ def test_the_gradient_of_published_kinds_reaches_every_value_in_and_out_of_range
     gradient = centre_crop(images.grad, 224)
     assert torch.isfinite(images.grad).all() and (gradient != 0).float().mean() > 0.999
     assert all(parameter.grad is None for parameter in reward.network.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_gradients_are_on_one_device_which_is_not_read(published, device, kind):
+    reward = load_reward(RewardConfig(kind=kind)) if kind.startswith("demo") else published(kind)
+    images, results = noise(2, 224, 320), []
+    for where in ("cpu", "lazy"):
+        reward.network.to(where)
+        given = images.to(where).requires_grad_()
+        device.reset()
+        with checked_later():
+            scores = reward.scores(given, PROMPTS[:2])
+        (gradient,) = torch.autograd.grad(scores.sum(), given)
+        assert scores.device == given.device and not device.reads
+        results.append((scores.detach().cpu(), gradient.cpu()))
+    for there, here in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
 
 
 def test_pads_change_nothing_and_long_prompts_are_cut_with_one_warning(clip_file, words, caplog):

@@ -59,7 +59,7 @@ class GradientStep:
         self.world: World = world()
         self.world.share(config.batch_size)
         self.optimizer = build_optimizer(trainable.parameters, config.learning_rate, self.settings, trainable.rate)
-        self.scaler = loss_scaler(self.settings.precision, device)
+        self.scaler, self._overflows = loss_scaler(self.settings.precision, device), False
         rounds = self.settings.master_weights == "bf16"
         self.rounded = RoundedMasters(self.optimizer, trainable.parameters, config.seed) if rounds else None
         fused = self.settings.fused_backward
@@ -92,6 +92,7 @@ class GradientStep:
         observed = [result.loss.observed for result in results if result.loss.observed is not None]
         values = iter(torch.cat([x.flatten().to(losses) for x in (losses, norm, shared, *observed)]).tolist())
         loss, norm = sum(islice(values, len(losses))), next(values)
+        self._overflows = self.scaler.is_enabled() and not math.isfinite(norm)
         parts = self._read_parts(results, values, step)
         if observed:
             self.objective.observe([_rows(tensor, values) for tensor in observed])
@@ -195,11 +196,15 @@ class GradientStep:
         return (whole.to(squares).square() + squares).sqrt()
 
     def update(self, step: int) -> None:
-        """Steps optimizer, loss scaler and average. The scaler skips the optimizer's step after an fp16 overflow."""
+        """Steps optimizer, loss scaler and average; not the optimizer after an fp16 overflow.
+
+        `GradScaler.step` would read the device once more to learn of that. The gradient's norm tells it too.
+        """
         if self.rounded and not self.fused:
             self.rounded.step(step)
         elif not self.fused:
-            self.scaler.step(self.optimizer)
+            if not self._overflows:
+                self.optimizer.step()
             self.scaler.update()
         update_ema(self.ema, self.trainable.parameters, step, self.settings.ema_decay)
         if self.fused:

@@ -149,7 +149,7 @@ class Loop:
         with self.timer.measure():
             figures = self.gradient_step.gradient(step, self.callbacks)
             self._check_finite("loss", figures.loss)
-            if not self.gradient_step.scaler.is_enabled():  # the scaler skips a step that is not finite
+            if not self.gradient_step.scaler.is_enabled():  # a step that is not finite is skipped
                 self._check_finite("gradient norm", figures.norm)
             rate = self.gradient_step.learning_rate(step)
             row = {"step": step, "loss": figures.loss, "learning_rate": rate, **figures.parts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.training_settings import GROUPS, TrainingSettings
 from ..models.layers import group_of
+from .adafactor import Adafactor
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,11 @@ PACKAGES = {
     "CAME": ("pytorch_optimizer", "pytorch-optimizer"),
 }
 """Optimizer -> module and pip package; none of them is required. All others are torch's."""
+FUSED_DEVICES = ("cuda", "mps", "xpu")
+"""Kinds of devices on which torch's AdamW is one kernel. On a CPU it stays a loop, for the bits of earlier versions."""
+FOREACH_SIZE = 2**25
+"""Numbers that another package's optimizer updates at once on an accelerator, at most: there a launch for each small
+tensor costs more than its arithmetic, and the intermediates are as large as all tensors together."""
 
 
 def build_optimizer(
@@ -52,13 +58,13 @@ def build_optimizer(
     groups = [{"params": params, "name": group, "rate": rate, **decay} for (group, rate), params in members.items()]
     match settings.optimizer:
         case "AdamW":
-            fused = all(p.is_cuda for p in parameters.values())
+            fused = all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
             return torch.optim.AdamW(groups, lr=learning_rate, **({"fused": True} if fused else {"foreach": False}))
         case "Adafactor":
-            return torch.optim.Adafactor(groups, lr=learning_rate)
+            return Adafactor(groups, lr=learning_rate)
         case "SGD":
             return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
-    package = library(settings.optimizer)
+    package, at_once = library(settings.optimizer), _updates_at_once(parameters.values())
     match settings.optimizer:
         case "AdamW8bit":
             return package.optim.AdamW8bit(groups, lr=learning_rate)
@@ -66,11 +72,17 @@ def build_optimizer(
             options = {"safeguard_warmup": True, "use_bias_correction": True}
             return by_group(package.Prodigy)(groups, lr=learning_rate, **options)
         case "AdamWScheduleFree":
-            optimizer = by_group(package.AdamWScheduleFree)(groups, lr=learning_rate, foreach=False)
+            optimizer = by_group(package.AdamWScheduleFree)(groups, lr=learning_rate, foreach=at_once)
             optimizer.train()
             return optimizer
         case _:
-            return getattr(package, settings.optimizer)(groups, lr=learning_rate, foreach=False)
+            return getattr(package, settings.optimizer)(groups, lr=learning_rate, foreach=at_once)
+
+
+def _updates_at_once(parameters: Collection[Tensor]) -> bool:
+    """Whether a step updates all tensors together (see `FOREACH_SIZE`). On a CPU never: the bits are others."""
+    on_cpu = any(parameter.device.type == "cpu" for parameter in parameters)
+    return not on_cpu and sum(parameter.numel() for parameter in parameters) <= FOREACH_SIZE
 
 
 def library(optimizer: str) -> ModuleType:

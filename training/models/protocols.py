@@ -39,7 +39,8 @@ class Conditioning:
         """Moves or casts context and pooled; the mask keeps its dtype and follows the device."""
         context = self.context.to(*args, **kwargs)
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
-        mask = None if self.mask is None else self.mask.to(context.device)
+        non_blocking = kwargs.get("non_blocking", False)
+        mask = None if self.mask is None else self.mask.to(context.device, non_blocking=non_blocking)
         prefix = None if self.prefix is None else self.prefix.to(*args, **kwargs)
         return Conditioning(context, pooled, mask, prefix)
 

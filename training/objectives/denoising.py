@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import generator
-from ..common.transfer import upload
+from ..common.transfer import upload, upload_as
 from ..config.training_settings import TrainingSettings
 from ..data.captions import vary_tags
 from ..models.protocols import Conditioning, Denoiser
@@ -110,10 +110,10 @@ class DenoisingObjective:
         times = [draw_timestep(self.settings, total, generator(self.seed, "timestep", step, i)) for i in indices]
         texts = upload(self._texts(samples, step, indices), device)
         conditioning = self.project(texts, torch.tensor(times) / (total - 1))
-        noise = _upload_as(torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]), latents)
+        noise = upload_as(torch.stack([self._noise(latents.shape[1:], step, i) for i in indices]), latents)
         masks = mask_weights([sample.mask for sample in samples], self.settings, latents.shape)
         error = self._error(latents, noise, torch.tensor(times), conditioning, step, indices, masks)
-        return Loss(error * _upload_as(torch.tensor([sample.weight for sample in samples]), error))
+        return Loss(error * upload_as(torch.tensor([sample.weight for sample in samples]), error))
 
     def _texts(self, samples: Sequence[TrainingSample], step: int, indices: Sequence[int]) -> Conditioning:
         """The captions' conditioning before the projection, after caption dropout."""
@@ -146,10 +146,10 @@ class DenoisingObjective:
         """(B,) weighted errors at training timesteps `times`."""
         settings, prediction_type = self.settings, self.denoiser.prediction_type
         levels = self.denoiser.sigmas[times]
-        sigma, input_noise = _upload_as(levels, latents), noise
+        sigma, input_noise = upload_as(levels, latents), noise
         if settings.input_perturbation:
             extra = [torch.randn(noise.shape[1:], generator=generator(self.seed, "perturb", step, i)) for i in indices]
-            input_noise = noise + settings.input_perturbation * _upload_as(torch.stack(extra), noise)
+            input_noise = noise + settings.input_perturbation * upload_as(torch.stack(extra), noise)
         noisy = self.denoiser.add_noise(latents, input_noise, sigma)
         prediction = self.denoiser.predict(noisy, sigma, conditioning)
         threshold = None
@@ -160,7 +160,7 @@ class DenoisingObjective:
             None if masks is None else upload(masks, sigma.device),
         )
         error = distance(prediction, target, settings.loss, threshold, weights)
-        return error * _upload_as(snr_weight(levels, settings, prediction_type), error)
+        return error * upload_as(snr_weight(levels, settings, prediction_type), error)
 
     def rehearsal(self, sample: Any, count: int, parameters: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
         sample = TrainingSample(*sample)
@@ -226,8 +226,3 @@ class DenoisingObjective:
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass
-
-
-def _upload_as(values: Tensor, like: Tensor) -> Tensor:
-    """Values of the CPU in the dtype and on the device of `like`."""
-    return upload(values.to(like.dtype), like.device)

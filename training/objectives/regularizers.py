@@ -24,7 +24,7 @@ class OutputConstraint:
         denoiser: the network, with the tuned weights attached.
         frozen: the batch's conditioning by the frozen text encoder.
         disabled: makes the network the frozen one (`Trainable.disabled`).
-        weights: (B,).
+        weights: (B,), on the denoiser's device.
         count: number of sampler steps.
     """
 

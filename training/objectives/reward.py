@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..common.distributed import world
 from ..common.rng import generator
+from ..common.transfer import upload
 from ..config.reward import RewardTuneConfig
 from ..data.prompts import PromptSlot
 from ..models.protocols import Conditioning, TextToImage
@@ -33,6 +34,7 @@ from ..sampling.rollout import (
     ddim_chain,
     first_latent,
     joint_end,
+    on_device,
     rollout,
     stepwise_gradient,
     zeros_for_none,
@@ -100,7 +102,7 @@ class RewardObjective:
         self._text_trains, self._pulse = text_trains, pulse
         self._is_constrained = bool(config.eps_constraint or config.drift_constraint)
         self._cfg = config.cfg if self.guided else 1.0
-        self.chain = ddim_chain(model.denoiser, config.sampling_steps)
+        self.chain = on_device(ddim_chain(model.denoiser, config.sampling_steps), model.denoiser.device)
         reward.reset()
         self._images_at_once = max(1, GRAPH_PIXELS // (config.width * config.height))
         self._encode_frozen = lru_cache(KEPT_ENCODINGS)(self._encode)
@@ -128,7 +130,7 @@ class RewardObjective:
         if self.config.drift_constraint:
             parts["drift"] = drift(guidance, self._frozen_guidance(samples, self._cfg))
             value = value + self.config.drift_constraint * parts["drift"].to(value)
-        loss = value * _weights(samples).to(value) + (surrogate - surrogate.detach()) / len(value)
+        loss = value * _weights(samples, value.device).to(value) + (surrogate - surrogate.detach()) / len(value)
         figures = scores.means() | {name: part.detach().mean() for name, part in parts.items()}
         return Loss(loss, figures, torch.stack([raw.to(value) for raw in scores.raw.values()]))
 
@@ -147,7 +149,7 @@ class RewardObjective:
         chain = self._draw(indices, samples, step, detached)
         random = generator(self.config.seed, "reward augmentation", step, indices[0])
         scores, at_end = self._end_gradient(chain.states[-1], prompts, random)
-        at_end = at_end * _weights(samples).to(at_end).view(-1, 1, 1, 1)
+        at_end = at_end * _weights(samples, at_end.device).to(at_end).view(-1, 1, 1, 1)
         return scores, *self._back_propagate(guidance, detached, chain, at_end, samples)
 
     def _back_propagate(
@@ -220,8 +222,9 @@ class RewardObjective:
     def _output_constraint(self, samples: list[PromptSample], count: int) -> OutputConstraint | None:
         if not self.config.eps_constraint:
             return None
-        frozen, weights = self._frozen_guidance(samples, self._cfg), self.config.eps_constraint * _weights(samples)
-        return OutputConstraint(self.model.denoiser, frozen, self._trainable.disabled, weights, count)
+        denoiser, frozen = self.model.denoiser, self._frozen_guidance(samples, self._cfg)
+        weights = self.config.eps_constraint * _weights(samples, denoiser.device)
+        return OutputConstraint(denoiser, frozen, self._trainable.disabled, weights, count)
 
     def _parts(self, count: int) -> list[slice]:
         """A batch of `count` images in parts that have one graph each."""
@@ -334,8 +337,8 @@ class RewardObjective:
 
     def _guidance(self, positive: Conditioning, negative: Conditioning | None, cfg: float) -> Guidance:
         device = self.model.denoiser.device
-        empty = None if negative is None else Conditioning.cat([negative] * len(positive)).to(device)
-        return Guidance(positive.to(device), empty, cfg)
+        empty = None if negative is None else Conditioning.cat([upload(negative, device)] * len(positive))
+        return Guidance(upload(positive, device), empty, cfg)
 
     def _encode(self, *texts: str) -> Conditioning:
         encoder = self.model.text_encoder
@@ -346,7 +349,7 @@ class RewardObjective:
         denoiser, seed = self.model.denoiser, self.config.seed
         shape = (denoiser.latent_channels, *self._latent_size)
         noise = [torch.randn(shape, generator=generator(seed, "noise", step, i)) for i in indices]
-        return torch.stack(noise).to(denoiser.device)
+        return upload(torch.stack(noise), denoiser.device)
 
     @property
     def _latent_size(self) -> tuple[int, int]:
@@ -392,5 +395,5 @@ class RewardObjective:
         return total / len(loaded)
 
 
-def _weights(samples: Sequence[PromptSample]) -> Tensor:
-    return torch.tensor([sample.weight for sample in samples])
+def _weights(samples: Sequence[PromptSample], device: torch.device) -> Tensor:
+    return upload(torch.tensor([sample.weight for sample in samples]), device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import generator
+from ..common.transfer import upload, upload_as
 from ..data.order import Slot
 from ..data.prompts import PromptSlot
 from ..sampling.guidance import Guidance
@@ -51,11 +52,11 @@ class DirectObjective(RewardObjective):
     def _draw(self, indices: list[int], samples: list[PromptSample], step: int, guidance: Guidance) -> Chain:
         """One step from the images' latents at drawn noise levels."""
         denoiser, seed, settings = self.model.denoiser, self.config.seed, self.config.settings
-        latents = torch.stack([sample.latent for sample in samples]).to(denoiser.device)
+        latents = upload(torch.stack([sample.latent for sample in samples]), denoiser.device)
         total, shape = len(denoiser.sigmas), latents.shape[1:]
         times = [draw_timestep(settings, total, generator(seed, "timestep", step, i)) for i in indices]
         noise = torch.stack([draw_noise(shape, settings, generator(seed, "noise", step, i)) for i in indices])
-        sigma = denoiser.sigmas[torch.tensor(times)].to(latents)
-        noisy = denoiser.add_noise(latents, noise.to(latents), sigma)
+        sigma = upload_as(denoiser.sigmas[torch.tensor(times)], latents)
+        noisy = denoiser.add_noise(latents, upload_as(noise, latents), sigma)
         single = clean_step(denoiser, sigma)
         return Chain(rollout(denoiser, noisy, [single], guidance), [single], [0])

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..common.foreign import count_numbered
+from ..common.transfer import upload
 from ..models.clip import clip_config, load_clip_network
 from ..models.open_clip import VISUAL, to_transformers, vision_to_transformers
 from ..models.parameters import expect_tensors
@@ -97,7 +98,7 @@ class Towers(nn.Module):
 
     def text_embeddings(self, tokens: Tensor) -> Tensor:
         """(B, D) projected embeddings of length 1; tokens: (B, 77)."""
-        return functional.normalize(self.text(input_ids=tokens.to(self.weight.device)).text_embeds, dim=-1)
+        return functional.normalize(self.text(input_ids=upload(tokens, self.weight.device)).text_embeds, dim=-1)
 
     def checkpoint(self, enabled: bool) -> None:
         """Turns activation checkpointing of the image tower's layers on or off.

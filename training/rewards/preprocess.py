@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..common.transfer import upload
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -34,7 +36,7 @@ class Preprocess:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W). Drop an alpha channel.")
         images = centre_crop(resize_shorter(clamp_straight_through(images), self.side), self.side)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = upload(torch.tensor((self.mean, self.std), dtype=images.dtype), images.device)[..., None, None]
         return (images - mean) / std
 
 

@@ -15,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..common.transfer import upload
 from ..models.protocols import Denoiser
 from .ddim import noise_schedule, scale_noise
 from .guidance import Guidance, guided
@@ -55,6 +56,12 @@ def ddim_chain(denoiser: Denoiser, count: int, dtype: torch.dtype = torch.float3
         of_x, of_latent = sigmas[i + 1] / sigma, alphas[i + 1] - sigmas[i + 1] * alphas[i] / sigma
         steps.append(Step(sigma, of_x + of_latent * p, of_latent * q))
     return steps
+
+
+def on_device(chain: Sequence[Step], device: torch.device) -> list[Step]:
+    """The steps of `ddim_chain` on a device, in one copy."""
+    numbers = upload(torch.stack([torch.stack([step.sigma, step.a, step.b]) for step in chain]), device)
+    return [Step(*row) for row in numbers.unbind()]
 
 
 def clean_step(denoiser: Denoiser, sigma: Tensor) -> Step:

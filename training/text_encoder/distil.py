@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.rng import generator
+from ..common.transfer import upload
 from ..config.checks import check_range
 from .fit import HOLD_OUT_EVERY, Encoder, FitReport, distinct, fit_metrics, fit_pooled, fit_projection, ridge_regression
 from .projection import Projection
@@ -175,7 +176,7 @@ def _train(projection: Projection, lessons: Lessons, settings: Distillation, on_
     order = generator(settings.seed, "distillation")
     for step in range(settings.steps):
         batch = torch.randint(len(lessons.states), (settings.batch_size,), generator=order)
-        states, mask, targets, _ = (part[batch].to(device) for part in lessons)
+        states, mask, targets = (upload(part[batch], device) for part in lessons[:3])
         loss = (projection(states, mask) - targets).square().mean() / variance
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

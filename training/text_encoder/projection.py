@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..common.files import write_tensors
 from ..common.foreign import count_numbered, metadata_json, read_tensors, reading, whole_number
 from ..common.rng import generator
+from ..common.transfer import upload
 from ..models.protocols import Conditioning
 from .resampler import Resampler, hidden_width
 
@@ -141,7 +142,7 @@ class Projection(nn.Module):
         """(B,) center of the timestep range that each time is in; without a time, of the range around 1/2."""
         if time is None:
             time = torch.full((len(states),), 0.5)
-        bands = (time.to(states.device, torch.float32) * self.bands).ceil().sub(1).clamp(0, self.bands - 1)
+        bands = (upload(time.float(), states.device) * self.bands).ceil().sub(1).clamp(0, self.bands - 1)
         return (bands + 0.5) / self.bands
 
     def project(self, states: Conditioning, time: Tensor | None = None) -> Conditioning:

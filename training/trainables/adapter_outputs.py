@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..common.transfer import upload_as
 from ..models.recast import RecastTransposed, arithmetic_dtype, cast, geometry_of, product
 
 
@@ -31,9 +34,12 @@ def low_rank_output(module: nn.Module, x: Tensor) -> Tensor:
     """
     if module.name == "locon" and not _draws(module):
         return two_products(module, x)
-    if module.name != "loha" or not torch.is_grad_enabled():
+    if module.name != "loha":
         return module.bypass_forward_diff(x)
-    return checkpoint(module.bypass_forward_diff, x, use_reentrant=False, preserve_rng_state=_draws(module))
+    output = module.bypass_forward_diff if x.device.type == "cpu" else partial(hadamard_output, module)
+    if not torch.is_grad_enabled():
+        return output(x)
+    return checkpoint(output, x, use_reentrant=False, preserve_rng_state=_draws(module))
 
 
 def two_products(module: nn.Module, x: Tensor) -> Tensor:
@@ -43,6 +49,19 @@ def two_products(module: nn.Module, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, module.lora_down.weight.to(x)), up)
     down = module.lora_down
     return F.conv2d(F.conv2d(x, down.weight.to(x), None, **geometry_of(down)), up)
+
+
+def hadamard_output(module: nn.Module, x: Tensor) -> Tensor:
+    """s ((A1 B1) * (A2 B2)) x of LoHa by torch's own products, rows dropped as LyCORIS does.
+
+    LyCORIS makes a tensor of s each time, for which the host waits, and its kernels for GPUs read that again. On a CPU
+    its order of operations stays.
+    """
+    weight = (module.hada_w1_a @ module.hada_w1_b) * (module.hada_w2_a @ module.hada_w2_b) * module.scale
+    if _draws(module):
+        kept = torch.rand(len(weight)) > module.rank_dropout
+        weight = weight * upload_as(kept, weight)[:, None]
+    return module.op(x, weight.reshape(module.shape).to(x), **module.kw_dict)
 
 
 def _draws(module: nn.Module) -> bool:
