@@ -95,6 +95,24 @@ def test_a_cache_whose_process_is_killed_goes_on_with_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it forks")
+def test_two_processes_fill_one_cache_at_once(tmp_path):
+    data, children = examples(60), []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                LatentCache(tmp_path / "a", encode, "f").fill(data)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert LatentCache(tmp_path / "b", encode, "f").fill(data) == 60
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert all(path.is_dir() or path.suffix == ".safetensors" for path in (tmp_path / "a").rglob("*"))
+
+
 def test_few_pictures_are_in_memory_while_a_cache_is_filled(tmp_path):
     live, most, lock = 0, 0, threading.Lock()
 

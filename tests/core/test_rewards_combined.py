@@ -7,7 +7,7 @@ import pytest
 import torch
 from retune.training.__main__ import main
 from retune.training.data.images import load_image, save_png
-from retune.training.rewards.augment import Augmentation, augmented
+from retune.training.rewards.augment import Augmentation, augmented, draw_augmentation
 from retune.training.rewards.combined import CombinedReward, Term
 from retune.training.rewards.diversity import diversity, lpips_distance, mean_pairwise_distance, vendi_score
 from retune.training.rewards.load import RewardConfig, load_reward
@@ -20,8 +20,8 @@ def noise(count=3, side=128, seed=0):
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def draws(seed=0):
-    return torch.Generator().manual_seed(seed)
+def draws(count, seed=0):
+    return draw_augmentation(count, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pair():
 
 
 def test_scale_is_the_standard_deviation_so_far_with_its_prior():
-    scores = torch.randn(50, generator=draws(), dtype=torch.float64) * 0.3 + 20
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3 + 20
     one, other = RunningScale(0.5), RunningScale(0.5)
     one.update(scores.tolist())
     for part in scores.split(7):
@@ -69,10 +69,10 @@ def test_one_graph_at_a_time_gives_the_joint_gradient(pair):
     for augmentation in (None, Augmentation()):
         combined = CombinedReward(terms, augmentation)
         images = noise().requires_grad_()
-        joint = combined.evaluate(images, PROMPTS, draws(5))
+        joint = combined.evaluate(images, PROMPTS, draws(3, 5))
         joint.total.sum().backward()
         with torch.no_grad():
-            scores, gradient = combined.value_and_gradient(images, PROMPTS, draws(5))
+            scores, gradient = combined.value_and_gradient(images, PROMPTS, draws(3, 5))
         torch.testing.assert_close(gradient, images.grad, rtol=1e-5, atol=1e-7)
         assert torch.equal(scores.total, joint.total) and not scores.total.requires_grad
         assert list(scores.raw) == ["demo aesthetic", "demo CLIP", "demo aesthetic 2"]
@@ -127,15 +127,15 @@ def test_state_goes_through_json_bit_for_bit_and_names_other_rewards(pair):
 def test_augmentation_is_drawn_from_its_generator_alone(pair):
     images, augmentation = noise(2, 64), Augmentation(smallest_crop=0.5)
     state = torch.get_rng_state()
-    one, same, other = (augmented(images, augmentation, draws(seed)) for seed in (1, 1, 2))
+    one, same, other = (augmented(images, augmentation, draws(2, seed)) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert one.shape == images.shape and torch.equal(one, same) and not torch.equal(one, other)
-    off = augmented(images, Augmentation(smallest_crop=1, smallest_resize=1), draws())
+    off = augmented(images, Augmentation(smallest_crop=1, smallest_resize=1), draws(2))
     assert torch.equal(off, images)
     combined = CombinedReward([Term(reward=pair[1])], augmentation)
     plain = pair[1].scores(images, PROMPTS[:2]) / combined.scales["demo CLIP"].scale
     assert torch.equal(combined.scores(images, PROMPTS[:2]), plain)
-    assert not torch.equal(combined.evaluate(images, PROMPTS[:2], draws()).total, plain)
+    assert not torch.equal(combined.evaluate(images, PROMPTS[:2], draws(2)).total, plain)
     with pytest.raises(ValueError, match="smallest_crop is 0"):
         Augmentation(smallest_crop=0)
 
@@ -143,7 +143,7 @@ def test_augmentation_is_drawn_from_its_generator_alone(pair):
 def test_crops_lie_where_they_are_drawn():
     """A picture whose value is its column: a crop of half the side spans half the range."""
     columns = torch.linspace(0, 1, 64).expand(40, 3, 64, 64)
-    crops = augmented(columns, Augmentation(smallest_crop=0.5, smallest_resize=1), draws())
+    crops = augmented(columns, Augmentation(smallest_crop=0.5, smallest_resize=1), draws(40))
     spans = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
     assert spans.min() > 0.45 and spans.max() < 1.01 and spans.std() > 0.1
     assert crops[:, 0, 0, 0].min() < 0.05 and crops[:, 0, 0, -1].max() > 0.95

@@ -1,212 +1,21 @@
-"""Two processes (gloo) train one run: gradients that one of them lacks, the result of one process, and resuming."""
+"""Two processes (gloo) train one run: gradients, results and figures of one process; resuming; how a run ends."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from retune.training.common.distributed import World
 from retune.training.common.foreign import read_tensors
 
-from .conftest import UNET
+from .in_processes import uneven, verb
 
 pytestmark = pytest.mark.slow
-
-UNEVEN = """
-import sys
-from pathlib import Path
-
-import torch
-from retune.training.config.run import SamplePrompts, TrainingSettings
-from retune.training.loop.loop import Loop, LoopConfig
-from retune.training.models.parameters import parameter_refs
-from retune.training.objectives.objective import Loss
-from retune.training.runs.folder import RunFolder
-from retune.training.trainables.weights import SelectedWeights
-
-LAYERS = ["even", "odd", "nobody", "first"]
-
-
-def network():
-    layers = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3, bias=False) for name in LAYERS})
-    for number, layer in enumerate(layers.values()):
-        torch.nn.init.constant_(layer.weight, 0.1 * (number + 1))
-    return layers
-
-
-class Batches:
-    def batch(self, number):
-        return [4 * number + i for i in range(4)]
-
-
-class Objective:
-    '''Even samples need one layer, odd ones another, the first of a step a third: one process lacks each of them.'''
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    def load(self, slots):
-        return slots
-
-    def __call__(self, batch, step):
-        return Loss(torch.stack([self.loss(index, float(slot)) for index, slot in batch]))
-
-    def loss(self, index, number):
-        loss = self.layers["odd" if index % 2 else "even"].weight.square().sum() * number
-        return loss + self.layers["first"].weight.sum() if index == 0 and number < 9 else loss
-
-    def state(self):
-        return {}
-
-    def load_state(self, state):
-        pass
-
-
-def train(root, steps):
-    layers = network()
-    settings = TrainingSettings(gradient_accumulation=2, ema_decay=0.9, warmup_steps=0, lr_schedule="constant")
-    options = {"batch_size": 4, "learning_rate": 0.01, "settings": settings, "samples": SamplePrompts()}
-    weights = SelectedWeights(parameter_refs(layers, "w."), [layers])
-    Loop(RunFolder(root), weights, Objective(layers), Batches(), LoopConfig(steps=steps, **options)).run()
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]))
-"""
-
-GRADIENTS = (
-    f"SHAPE = {UNET}\n"
-    + """
-import sys
-from pathlib import Path
-
-import torch
-from diffusers import UNet2DConditionModel
-from retune.training.common.callbacks import Callbacks
-from retune.training.config.lora import LoraConfig
-from retune.training.config.run import SamplePrompts, TrainingSettings
-from retune.training.loop.gradient_step import GradientStep
-from retune.training.config.loop import LoopConfig
-from retune.training.data.dataset import from_images
-from retune.training.data.order import BatchOrder
-from retune.training.models.diffusers import DiffusersDenoiser
-from retune.training.models.parameters import parameter_refs
-from retune.training.models.protocols import Conditioning
-from retune.training.objectives.denoising import DenoisingObjective
-from retune.training.recipes.lora import unet_layers
-from retune.training.trainables.lora import Adapters, select_layers
-from retune.training.trainables.weights import SelectedWeights
-from safetensors.torch import save_file
-
-
-def gradients(kind):
-    torch.manual_seed(0)
-    denoiser = DiffusersDenoiser(UNet2DConditionModel(**SHAPE))
-    words = {text: torch.randn(1, 8, 32) for text in ("", "a", "b")}
-    pictures = from_images([torch.rand(3, 16, 16) for _ in range(4)], ["a", "b"] * 2, resolution=None)
-    latents = {id(example): torch.randn(4, 8, 8) for example in pictures.examples}
-    settings = TrainingSettings(gradient_accumulation=2, max_grad_norm=0.0)
-    objective = DenoisingObjective(
-        denoiser,
-        settings,
-        0,
-        latent_of=lambda slot: latents[id(slot.example)],
-        text_of=lambda text: Conditioning(words[text]),
-        project=lambda states, time: states,
-    )
-    config = LoopConfig(steps=9, batch_size=4, learning_rate=1.0, settings=settings, samples=SamplePrompts())
-    if kind == "whole":
-        trainable = SelectedWeights(parameter_refs(denoiser.network), [denoiser.network])
-    else:
-        lora = LoraConfig(run_name="r", rank=2, **({"module_dropout": 0.9} if kind == "dropout" else {}))
-        layers = select_layers(unet_layers(denoiser), lora)
-        trainable = Adapters(layers, [denoiser.network], lora, 0)
-    step = GradientStep(trainable, objective, BatchOrder(pictures, 4, 0), config, torch.device("cpu"))
-    step.gradient(1, Callbacks())
-    return {name: p.grad for name, p in trainable.parameters.items() if p.grad is not None}
-
-
-if __name__ == "__main__":
-    for kind in ("whole", "lora", "dropout"):
-        save_file(gradients(kind), Path(sys.argv[1]) / f"{kind}{sys.argv[2]}.safetensors")
-"""
-)
-
-
-def start(count, *arguments):
-    """Python processes of one thread that join into one world: return codes and outputs when all have ended. "{rank}"
-    in an argument is the process's number."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | world | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = []
-    for rank in map(str, range(count)):
-        command = [sys.executable, *(str(argument).replace("{rank}", rank) for argument in arguments)]
-        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, env=own, text=True, **pipes))
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs
-
-
-def run(count, *arguments):
-    """`start`, where every process must end well."""
-    codes, outputs = start(count, *arguments)
-    assert not any(codes), "\n".join(outputs)
-
-
-def steps_of(root):
-    lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def masters(root):
-    return read_tensors(root / "state" / "latest.safetensors")[0]
-
-
-def test_what_one_process_has_no_gradient_of_is_summed_and_a_run_goes_on_with_another_number(tmp_path):
-    """Two processes take four steps and one goes on; AdamW leaves a layer alone that no process has a gradient of."""
-    run(1, "-c", UNEVEN, tmp_path / "one", 6)
-    run(2, "-c", UNEVEN, tmp_path / "two", 4)
-    run(1, "-c", UNEVEN, tmp_path / "two", 6)
-    for one, two in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):
-        assert one == {name: pytest.approx(value, rel=1e-6) for name, value in two.items()}
-    one, two = masters(tmp_path / "one"), masters(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-7, msg=name)
-    assert torch.equal(two["master.w.nobody.weight"], torch.full((3, 2), 0.3))
-    assert not torch.equal(two["master.w.first.weight"], torch.full((3, 2), 0.4))
-
-
-def test_the_gradient_is_that_of_one_process(tmp_path):
-    """Of a UNet and of a LoRA, to 1e-5; with module dropout both processes end with the same gradient."""
-    run(2, "-c", GRADIENTS, tmp_path, "{rank}")
-    run(1, "-c", GRADIENTS, tmp_path, "alone")
-
-    def read(name):
-        return read_tensors(tmp_path / f"{name}.safetensors")[0]
-
-    for kind in ("whole", "lora"):
-        expected, found = read(f"{kind}alone"), read(f"{kind}0")
-        assert found.keys() == expected.keys()
-        length = torch.cat([value.flatten() for value in expected.values()]).norm()
-        for name, value in expected.items():
-            assert (found[name] - value).norm() <= 1e-5 * length, name
-    zero, one = read("dropout0"), read("dropout1")
-    assert zero.keys() == one.keys()
-    assert all(torch.equal(zero[name], one[name]) for name in zero)
-
-
+PROGRAM = Path(__file__).with_name("in_processes.py")
 LAUNCH = [
     "accelerate.commands.launch",
     "--multi_gpu",
@@ -219,16 +28,173 @@ LAUNCH = [
 ]
 
 
-@pytest.mark.parametrize("verb", ["train", "lora", "embedding", "reward"])
-def test_accelerate_launches_every_trainer_and_a_batch_that_does_not_divide_is_refused(tmp_path, verb):
-    """Before anything is loaded: neither model nor pictures are there."""
-    more = {"embedding": ["--token", "<it>"], "reward": ["--rewards", "demo CLIP"]}.get(verb, [])
-    flags = [verb, "--model", "nowhere", "--folder", "nowhere", "--run-name", "r", "--batch-size", "3", *more]
-    codes, (output,) = start(1, "-m", *LAUNCH, "-m", "retune.training", *flags, "--output", tmp_path)
-    assert codes != [0]
-    assert output.count("batch_size is 3 on 2 processes; expected a multiple of 2") == 2
-    assert "choose 4, or another number of processes" in output
-    assert not list(tmp_path.iterdir())
+def start(count, *arguments):
+    """Python processes of one thread that join into one world: return codes and outputs when all have ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | world | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command, processes = [sys.executable, *map(str, arguments)], []
+    for rank in map(str, range(count)):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command, env=own, text=True, **pipes))
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def run_in_two(*jobs):
+    """Jobs of in_processes.py, one after another, which must all end well."""
+    codes, outputs = start(2, PROGRAM, json.dumps(jobs))
+    assert not any(codes), "\n".join(outputs)
+
+
+def steps_of(root):
+    lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def masters(root):
+    return read_tensors(root / "state" / "latest.safetensors")[0]
+
+
+# not the layers of the time: norms of one channel a group take them away
+LORA = ["--targets", "regex", "--target-regex", "^(?!.*emb_layers).*(block|text_encoders)", "--algorithm", "LoCon"]
+REWARD = ["--rewards", "demo CLIP", "demo aesthetic", "--width", "32", "--height", "32", "--cfg", "2"]
+REWARD += ["--sampling-steps", "3", "--gradient-steps", "2", "--lora-rank", "2"]
+CONSTRAINTS = ["--eps-constraint", "1000", "--drift-constraint", "1000"]
+"""Large ones: after one step a model has not gone far."""
+KINDS = {
+    "train": ["--train", "cross-attention", "--gradient-checkpointing"],
+    "lora": [*LORA, "--rank", "4", "--text-encoder-learning-rate", "1e-3"],
+    "embedding": ["--token", "<it>", "--vectors", "2", "--initial-text", "red circle"],
+    "reward last K": [*REWARD, "--train", "text encoder", *CONSTRAINTS],
+    "reward random K": [*REWARD, "--method", "random K", "--train", "UNet LoRA", "--no-stop-gradient"],
+    "reward one step": [*REWARD, "--method", "one step", "--train", "text encoder LoRA", *CONSTRAINTS],
+    "reward direct": [*REWARD, "--method", "direct", "--train", "UNet LoRA", *CONSTRAINTS[:2]],
+}
+SHARED = ["--ema-decay", "0", "--optimizer", "SGD", "--max-grad-norm", "0", "--warmup-steps", "0"]
+SHARED += ["--lr-schedule", "constant", "--batch-size", "4"]
+"""SGD: AdamW makes whole steps of what rounding left of gradients near zero."""
+
+
+def gradients_of(tmp_path, name):
+    return read_tensors(tmp_path / name)[0]
+
+
+def expect_near(found, expected, tolerance=1e-5):
+    """Equal names; values apart by at most a share of the norm of all of them."""
+    assert found.keys() == expected.keys() and expected
+    length = torch.cat([value.flatten() for value in expected.values()]).norm()
+    assert length > 0
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= tolerance * length, name
+
+
+def test_every_trainer_under_accelerate_launch(train_arguments, tmp_path):
+    """Two steps each: of one process; and of two and one, a step each, in this or the other order. Gradients, figures
+    and results are those of one process. Before that, batches that do not divide are refused, with neither
+    model nor pictures there; after it come gradients that one process lacks, and a run that is asked to finish.
+    """
+    prompts, words = tmp_path / "prompts.txt", "a green star, white background, on the left of "
+    prompts.write_text(f"a red circle\ntwo small blue squares\n{3 * words} a square\na star\n", encoding="utf-8")
+
+    def job(kind, output, steps):
+        _, *flags = train_arguments(tmp_path / output, *SHARED, *KINDS[kind], "--steps", str(steps))
+        prompt = [] if kind in ("train", "lora", "embedding", "reward direct") else ["--prompts", str(prompts)]
+        flags[flags.index("--run-name") + 1] = kind
+        return ["verb", [[kind.split()[0], *flags, *prompt], 0, str(tmp_path / f"{kind} {output} {steps}")]]
+
+    def run(kind, output, steps):
+        verb(*job(kind, output, steps)[1])
+
+    def refused(kind):
+        name, (arguments, _, file) = job(kind, "refused", 1)
+        flags = [*arguments, "--model", "nowhere", "--folder", "nowhere", "--batch-size", "3"]
+        return [name, [flags, 2, file]]
+
+    one_first = list(KINDS)[1::2]
+    for kind in KINDS:
+        run(kind, "one", 2)
+        if kind in one_first:
+            run(kind, "two", 1)
+    jobs = [refused(kind) for kind in list(KINDS)[:4]]
+    jobs += [job(kind, "two", 2 if kind in one_first else 1) for kind in KINDS]
+    dropout = [*job("lora", "dropout", 1)[1][0], "--module-dropout", "0.9"]
+    jobs.append(["verb", [dropout, 0, str(tmp_path / "dropout")]])
+    asked = tmp_path / "asked"
+    asked.mkdir()
+    (asked / "finish").touch()
+    jobs += [["uneven", [str(tmp_path / "uneven"), 4]], ["uneven", [str(asked), 50]]]
+    codes, (output,) = start(1, "-m", *LAUNCH, PROGRAM, json.dumps(jobs))
+    assert codes == [0], output
+    assert output.count("batch_size is 3 on 2 processes; expected a multiple of 2") == 8
+    assert "choose 4, or another number of processes" in output and not (tmp_path / "refused").exists()
+    assert output.count("batch_size 4 is that of all 2 processes together, 2 each; a step has 8 images") == 8
+    for kind in KINDS:
+        if kind not in one_first:
+            run(kind, "two", 2)
+        check_turns(tmp_path, kind)
+    zero, one = (gradients_of(tmp_path, f"dropout {rank}") for rank in (0, 1))
+    assert zero.keys() == one.keys() and all(torch.equal(zero[name], one[name]) for name in zero)
+    check_uneven(tmp_path)
+    assert steps_of(asked)[-1]["step"] == 1 and not (asked / "finish").exists()
+
+
+def check_turns(tmp_path, kind):
+    """What two processes and one did in turns is what one did alone."""
+    expected = gradients_of(tmp_path, f"{kind} one 2 0")
+    found = gradients_of(tmp_path, f"{kind} two 1 0") | gradients_of(tmp_path, f"{kind} two 2 0")
+    for step in (1, 2):
+        expect_near(*({k: v for k, v in x.items() if k.startswith(f"{step} ")} for x in (found, expected)))
+    rows = ([row for row in steps_of(tmp_path / name / kind) if "event" not in row] for name in ("one", "two"))
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys() and one["step"] == two["step"]
+        for name in {"loss", "grad_norm", "reward", "drift", "eps_mse"} & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    one, two = (results_of(tmp_path / name / kind) for name in ("one", "two"))
+    expect_near(two, one)
+
+
+def results_of(folder):
+    """The tensors of all of a run's files; that of a tuned LoRA's other weights has none."""
+    return {name: value for path in folder.glob("*.safetensors") for name, value in read_tensors(path)[0].items()}
+
+
+def check_uneven(tmp_path):
+    """Two processes took four steps and one goes on; AdamW leaves a layer alone that no process has a gradient of."""
+    uneven(tmp_path / "whole", 6)
+    uneven(tmp_path / "uneven", 6)
+    for one, two in zip(steps_of(tmp_path / "whole"), steps_of(tmp_path / "uneven"), strict=True):
+        assert one == {name: pytest.approx(value, rel=1e-6) for name, value in two.items()}
+    assert steps_of(tmp_path / "uneven")[0]["mean"] == 7.5  # of two batches of four, of which a process sees two each
+    one, two = masters(tmp_path / "whole"), masters(tmp_path / "uneven")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    assert torch.equal(two["master.w.nobody.weight"], torch.full((3, 2), 0.3))
+    assert not torch.equal(two["master.w.first.weight"], torch.full((3, 2), 0.4))
+
+
+@pytest.mark.parametrize(("rank", "kind", "name"), [(1, "error", "ValueError"), (0, "cancel", "KeyboardInterrupt")])
+def test_what_ends_one_process_ends_all_and_the_run_goes_on(tmp_path, rank, kind, name):
+    """The state is that of the last whole step."""
+    codes, outputs = start(2, PROGRAM, json.dumps([["stopped", [str(tmp_path / "r"), rank, kind]]]))
+    assert all(codes), "\n".join(outputs)
+    ends = [(tmp_path / "r" / f"ended {number}").read_text(encoding="utf-8") for number in (0, 1)]
+    assert ends[rank] == name and ends[1 - rank] == "ProcessLost"
+    status = json.loads((tmp_path / "r" / "status.json").read_text(encoding="utf-8"))
+    assert (status["state"], status["step"]) == ("interrupted" if kind == "cancel" else "failed", 2)
+    assert kind == "cancel" or "another process of this run has ended" in status["message"]
+    uneven(tmp_path / "r", 6)
+    uneven(tmp_path / "whole", 6)
+    for found, expected in zip(steps_of(tmp_path / "r"), steps_of(tmp_path / "whole"), strict=True):
+        assert found == {key: pytest.approx(value, rel=1e-6) for key, value in expected.items()}
 
 
 def test_tensors_are_summed_in_parts_of_one_kind(monkeypatch):

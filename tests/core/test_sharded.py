@@ -2,7 +2,6 @@
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,93 +22,42 @@ from retune.training.trainables.weights import SelectedWeights
 from torch.distributed.device_mesh import init_device_mesh
 
 from .conftest import UNET
-from .test_several_processes import masters, run, start, steps_of
+from .in_sharded import train
+from .test_several_processes import masters, run_in_two, start, steps_of
 
-TRAIN = (
-    f"UNET = {UNET}\n"
-    + """
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from retune.training.common.callbacks import Callbacks
-from retune.training.common.distributed import world
-from retune.training.config.run import TrainModelConfig
-from retune.training.config.sample_prompts import SamplePrompts
-from retune.training.config.training_settings import TrainingSettings
-from retune.training.data.dataset import from_images
-from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
-from retune.training.models.protocols import Conditioning, TextToImage
-from retune.training.recipes.unet import train_model
-
-
-class Projection(torch.nn.Linear):
-    bands = 0
-
-    def config(self):
-        return {"width": 32}
-
-
-class Text:
-    '''A backbone of fixed states, and a projection that trains.'''
-
-    def __init__(self):
-        self.projection = Projection(32, 32)
-        self.width, self.pooled_width, self.fingerprint, self.weights = 32, 0, "words", {}
-
-    def tokenize(self, texts):
-        return texts
-
-    def backbone(self, texts):
-        states = [torch.randn(8, 32, generator=torch.Generator().manual_seed(len(text))) for text in texts]
-        return Conditioning(torch.stack(states))
-
-    def project(self, states, time=None):
-        return replace(states, context=self.projection(states.context))
-
-    def encode(self, tokens):
-        return self.project(self.backbone(tokens))
-
-
-def model():
-    torch.manual_seed(0)
-    denoiser = DiffusersDenoiser(UNet2DConditionModel(**UNET))
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    return TextToImage(denoiser, Text(), DiffusersAutoencoder(vae))
-
-
-def train(root, name, steps, layers, options):
-    torch.manual_seed(1)
-    pictures = from_images([torch.rand(3, 8, 8) for _ in range(8)], ["a", "bb"] * 4, resolution=None)
-    settings = {"warmup_steps": 0, "lr_schedule": "constant", "validation_fraction": 0.25}
-    settings |= {"validate_every": 2, "save_every": 2, **options}
-    samples = SamplePrompts(prompts=("a",), every=2, steps=2, width=8, height=8)
-    base = {"batch_size": 4, "learning_rate": 1e-3, "steps": steps, "train": layers, "samples": samples}
-    config = TrainModelConfig(run_name=name, settings=TrainingSettings(**settings), **base)
-    tuned, before = model(), {}
-    network = tuned.denoiser.network
-    before = {key: (value, value.clone(), value.requires_grad) for key, value in network.named_parameters()}
-    forwards = [(module, dict(vars(module))) for module in network.modules()]
-    train_model(tuned, pictures, config, root)
-    for key, value in network.named_parameters():
-        parameter, copy, required = before[key]
-        assert value is parameter and torch.equal(value, copy) and value.requires_grad == required, key
-    assert all("forward" not in vars(module) for module, _ in forwards)
-    assert type(network) is UNet2DConditionModel and not network._forward_hooks
-
-
-if __name__ == "__main__":
-    root, name, steps, layers, options = sys.argv[1:]
-    train(Path(root), name, int(steps), layers, eval(options))
-"""
-)
 SHARDED = {"shard_weights": True}
+ALL = {"optimizer": "SGD", "ema_decay": 0.9, "gradient_accumulation": 2, "max_grad_norm": 0.05}
+ALL |= {"gradient_checkpointing": True, "lr_self_attention": 2.0, "unfreeze_rest": 2}
+"""SGD: AdamW makes whole steps of what rounding left of gradients near zero."""
+WHOLE = "whole UNet"
 
 
-def train(count, root, name, steps, layers="whole UNet", **options):
-    run(count, "-c", TRAIN, root, name, steps, layers, options)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs: those of one process here, those of two in one start and, resumed, in another."""
+    root = tmp_path_factory.mktemp("sharded")
+
+    def job(name, steps, layers=WHOLE, **options):
+        return ["in_sharded.train", [UNET, str(root), name, steps, layers, options]]
+
+    def run_here(*arguments, **options):
+        train(*job(*arguments, **options)[1])
+
+    for layers in (WHOLE, "cross-attention"):
+        run_here(f"one {layers}", 4, layers, **ALL)
+    run_here("one then two", 2)
+    run_in_two(
+        *(job(f"two {layers}", 4, layers, **ALL, **SHARDED) for layers in (WHOLE, "cross-attention")),
+        job("whole", 4, **SHARDED),
+        *(job(name, 2, **SHARDED) for name in ("two then two", "two then one")),
+        *(["in_sharded.count", [UNET, str(root / f"sent {bool(o)}.json"), o]] for o in ({}, SHARDED)),
+    )
+    run_in_two(*(job(name, 4, **SHARDED) for name in ("two then two", "one then two")))
+    run_here("two then one", 4)
+    return root
+
+
+def results(root, name):
     return read_tensors(root / name / "model.safetensors")[0], masters(root / name)
 
 
@@ -122,82 +70,15 @@ def expect_equal(found, expected, tolerance):
             assert (found[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
 
 
-COUNT = """
-import json
-import sys
-
-from torch.utils._python_dispatch import TorchDispatchMode
-
-exec(sys.argv[1].partition("if __name__")[0])
-from retune.training.config.loop import LoopConfig
-from retune.training.data.order import BatchOrder
-from retune.training.loop.gradient_step import GradientStep
-from retune.training.objectives.denoising import DenoisingObjective
-from retune.training.recipes.unet import _build_trainable
-
-
-class Sent(TorchDispatchMode):
-    '''Bytes of the whole tensors of each kind of collective operation, and their number.'''
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.messages = {}, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, _, name = func._schema.name.partition("::")
-        if space == "c10d":
-            whole = args[1] if name == "_reduce_scatter_base_" else args[0]
-            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
-            self.bytes[name] = self.bytes.get(name, 0) + sum(t.nbytes for t in tensors)
-            self.messages[name] = self.messages.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(options):
-    tuned = model()
-    denoiser = tuned.denoiser
-    settings = TrainingSettings(gradient_accumulation=2, **options)
-    config = TrainModelConfig(run_name="r", train="whole UNet", train_projection=False, settings=settings)
-    trainable = _build_trainable(tuned, config)
-    pictures = from_images([torch.rand(3, 8, 8) for _ in range(4)], ["a"] * 4, resolution=None)
-    words = Conditioning(torch.randn(1, 8, 32))
-    objective = DenoisingObjective(
-        denoiser,
-        settings,
-        0,
-        latent_of=lambda slot: torch.ones(4, 8, 8),
-        text_of=lambda text: words,
-        project=lambda states, time: states,
-    )
-    loop = LoopConfig(steps=9, batch_size=4, learning_rate=1.0, settings=settings, samples=SamplePrompts())
-    step = GradientStep(trainable, objective, BatchOrder(pictures, 4, 0), loop, torch.device("cpu"))
-    step.gradient(1, Callbacks())
-    with Sent() as sent:
-        step.gradient(2, Callbacks())
-    shapes = {name: list(p.shape) for name, p in denoiser.network.named_parameters()}
-    return {"bytes": sent.bytes, "messages": sent.messages, "shapes": shapes}
-
-
-print("COUNTED", json.dumps(count(eval(sys.argv[2]))))
-"""
-
-
-def counted(options):
-    codes, outputs = start(2, "-c", COUNT, TRAIN, options)
-    assert not any(codes), "\n".join(outputs)
-    return json.loads(outputs[0].partition("COUNTED ")[2].splitlines()[0])
-
-
 @pytest.mark.slow
-def test_what_a_step_sends_is_what_the_documentation_says():
+def test_what_a_step_sends_is_what_the_documentation_says(runs):
     """docs/several_gpus.md, to the byte: P numbers summed once a step; or, divided, gathered twice and summed in each
     of two batches, rows rounded up to the number of processes, what lies in no block gathered once."""
-    plain = counted({})
+    plain, found = (json.loads((runs / f"sent {divided}.json").read_text()) for divided in (False, True))
     sizes = [math.prod(shape) for shape in plain["shapes"].values()]
     beside = 2 + len(sizes)  # two losses, and whether each parameter has a gradient
     assert plain["bytes"] == {"allreduce_": 4 * (sum(sizes) + beside)}
     assert plain["messages"] == {"allreduce_": 1}
-    found = counted(SHARDED)
     padded = {name: math.prod([-(-shape[0] // 2) * 2, *shape[1:]]) for name, shape in found["shapes"].items()}
     in_blocks = sum(size for name, size in padded.items() if ".resnets." in name or ".attentions." in name)
     whole = sum(padded.values())
@@ -206,19 +87,13 @@ def test_what_a_step_sends_is_what_the_documentation_says():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", ["whole UNet", "cross-attention"])
-def test_the_run_is_that_of_one_process(tmp_path, layers):
-    """Result, masters, average and metrics, with clipping, accumulation, recomputed activations and a projection.
-
-    SGD: AdamW makes whole steps of what rounding left of gradients near zero.
-    """
-    options = {"optimizer": "SGD", "ema_decay": 0.9, "gradient_accumulation": 2, "max_grad_norm": 0.05}
-    options |= {"gradient_checkpointing": True, "lr_self_attention": 2.0, "unfreeze_rest": 2}
-    one = train(1, tmp_path, "one", 4, layers, **options)
-    two = train(2, tmp_path, "two", 4, layers, **options, **SHARDED)
-    for found, expected in zip(two, one, strict=True):
+@pytest.mark.parametrize("layers", [WHOLE, "cross-attention"])
+def test_the_run_is_that_of_one_process(runs, layers):
+    """Result, masters, average and metrics, with clipping, accumulation, recomputed activations and a projection."""
+    names = [f"{count} {layers}" for count in ("one", "two")]
+    for expected, found in zip(*(results(runs, name) for name in names), strict=True):
         expect_equal(found, expected, 1e-5)
-    for single, divided in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):
+    for single, divided in zip(*(steps_of(runs / name) for name in names), strict=True):
         for key, value in single.items():
             floats = value if isinstance(value, list) else [value]
             close = all(isinstance(number, float) for number in floats)
@@ -226,22 +101,14 @@ def test_the_run_is_that_of_one_process(tmp_path, layers):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_the_same_bits_and_with_another_number_of_processes(tmp_path):
-    """From two processes to two (all bits), from two to one, and from one to two. Runs go side by side."""
-
-    def run_on(name, counts):
-        for steps, count in zip((2, 4), counts, strict=True):
-            values = train(count, tmp_path, name, steps, **(SHARDED if count > 1 else {}))
-        return values
-
-    with ThreadPoolExecutor() as pool:
-        again, alone = pool.submit(run_on, "again", (2, 2)), pool.submit(run_on, "other", (2, 1))
-        divided, whole = pool.submit(run_on, "last", (1, 2)), train(2, tmp_path, "whole", 4, **SHARDED)
-    for found, expected in zip(again.result(), whole, strict=True):
+def test_a_run_resumes_with_the_same_bits_and_with_another_number_of_processes(runs):
+    """From two processes to two (all bits), from two to one, and from one to two."""
+    whole = results(runs, "whole")
+    for found, expected in zip(results(runs, "two then two"), whole, strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    for values in (alone.result(), divided.result()):
-        for found, expected in zip(values, whole, strict=True):
+    for name in ("two then one", "one then two"):
+        for found, expected in zip(results(runs, name), whole, strict=True):
             expect_equal(found, expected, 1e-3)  # AdamW makes whole steps of what rounding left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -90,6 +91,12 @@ def run_verb(function: Callable[[argparse.Namespace], Mapping[str, Any]], argume
     return 0
 
 
+def say(text: str) -> None:
+    """Prints a line on standard error, in the main process."""
+    if world().is_main:
+        sys.stderr.write(f"{text}\n")
+
+
 @contextmanager
 def _net(arguments: argparse.Namespace) -> Iterator[None]:
     """Raises Unforeseen in place of an exception that no check foresaw."""
@@ -102,11 +109,16 @@ def _net(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _with_advice(error: Exception, arguments: argparse.Namespace) -> str:
-    """The line for an unforeseen error; its traceback goes into the folder of the run, if there is one."""
+    """The line for an unforeseen error; its traceback goes into the folder of the run, if there is one.
+
+    Each of several processes has a file of its own: that in which the others found one gone does not replace the cause.
+    """
     name = getattr(arguments, "run_name", None)
     text = unforeseen(f"run {name}" if name else arguments.verb, error)
     folder = Path(arguments.output) / name if name and getattr(arguments, "output", None) else None
     if folder is None or not folder.is_dir():
         return f"{text} Please report it with the traceback, which --verbose prints."
-    write_text(folder / ERROR_LOG, "".join(traceback.format_exception(error)))
-    return f"{text} Please report it with {folder / ERROR_LOG}. Its state is kept: the same command goes on from there."
+    rank = os.environ.get("RANK", "0")  # not `world`: joining the processes may be what failed
+    log_file = folder / (ERROR_LOG if rank == "0" else f"error {rank}.log")
+    write_text(log_file, "".join(traceback.format_exception(error)))
+    return f"{text} Please report it with {log_file}. Its state is kept: the same command goes on from there."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from ..models.layers import is_selected
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
 from .open_model import TEXT_ENCODER, VAE, build_model
-from .terminal import Terminal
+from .terminal import Terminal, say
 from .verb import Verb, add_output_flag, read_model_flags
 
 STOPPING = (
@@ -115,13 +114,7 @@ def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> Ru
     run = read_flags(arguments, config, settings=settings, samples=samples)
     _say_share(run)
     check_sharding(run)
-    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output, say=_say)
-
-
-def _say(text: str) -> None:
-    """Prints a line, in the main process."""
-    if world().is_main:
-        sys.stderr.write(f"{text}\n")
+    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output, say=say)
 
 
 def _say_share(run: RunConfig) -> None:
@@ -130,7 +123,7 @@ def _say_share(run: RunConfig) -> None:
     share = here.share(run.batch_size)
     if here.size > 1:
         in_all = run.batch_size * run.gradient_accumulation
-        _say(
+        say(
             f"batch_size {run.batch_size} is that of all {here.size} processes together, {share} each; a step has "
             f"{in_all} images"
         )
@@ -144,7 +137,7 @@ def open_model(arguments: argparse.Namespace, config: RunConfig, visiting: Colle
     """
     model = build_model(read_model_flags(arguments), **holding(config), visiting=visiting)
     denoiser = model.denoiser
-    sys.stderr.write(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})\n")
+    say(f"model: {describe(denoiser.prediction_type, denoiser.sigmas)} (by {denoiser.source})")
     return model
 
 
@@ -205,7 +198,7 @@ def open_dataset(arguments: argparse.Namespace) -> Dataset:
     dataset = load_folder(read_flags(arguments, FolderConfig), progress)
     if arguments.reg_folder:
         dataset = join_datasets(dataset, load_folder(regularisation_folder(arguments), progress), regularisation=True)
-    sys.stderr.write(f"{dataset.report}\n")
+    say(dataset.report)
     return dataset
 
 

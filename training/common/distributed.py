@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -21,6 +22,23 @@ COLLECTIVE_TIMEOUT = timedelta(days=2)
 """The others wait while the main process fills caches, draws and validates: torch's ten minutes are too short."""
 FLAT_SIZE = 2**26
 """Elements that are summed over processes at once, at most: a quarter of a GB in fp32. A larger tensor goes alone."""
+
+
+class ProcessLost(ConnectionError):
+    """Another process of this run has ended, or cannot be reached."""
+
+
+@contextmanager
+def _reaching_all() -> Iterator[None]:
+    """Raises ProcessLost in place of the error with which torch's collective operations end when a process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ProcessLost(
+            f"another process of this run has ended or cannot be reached ({reason}). Its own message says why. Start "
+            "all of them again: the run goes on from its last state."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ class World:
             return
         for part in _parts(tensors):
             flat = torch.cat([tensor.flatten() for tensor in part])
-            torch.distributed.all_reduce(flat)
+            with _reaching_all():
+                torch.distributed.all_reduce(flat)
             for tensor, summed in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
@@ -66,7 +85,8 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        with _reaching_all():
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def broadcast(self, numbers: Sequence[int], device: torch.device) -> list[int]:
@@ -74,7 +94,8 @@ class World:
         if self.size == 1:
             return list(numbers)
         shared = torch.tensor(numbers).to(device)
-        torch.distributed.broadcast(shared, src=0)
+        with _reaching_all():
+            torch.distributed.broadcast(shared, src=0)
         return shared.tolist()
 
     def mesh(self, device: torch.device) -> Any:
@@ -86,7 +107,8 @@ class World:
     def barrier(self) -> None:
         """Waits until every process has called this."""
         if self.size > 1:
-            torch.distributed.barrier()
+            with _reaching_all():
+                torch.distributed.barrier()
 
 
 def whole(tensor: Tensor) -> Tensor:

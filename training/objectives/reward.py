@@ -24,6 +24,7 @@ from ..config.reward import RewardTuneConfig
 from ..data.prompts import PromptSlot
 from ..models.protocols import Conditioning, TextToImage
 from ..models.recompute import recomputed
+from ..rewards.augment import draw_augmentation
 from ..rewards.combined import CombinedReward, CombinedScores
 from ..sampling.ddim import initial_noise
 from ..sampling.guidance import Guidance
@@ -147,8 +148,7 @@ class RewardObjective:
         """
         detached, prompts = guidance.detached(), [sample.prompt for sample in samples]
         chain = self._draw(indices, samples, step, detached)
-        random = generator(self.config.seed, "reward augmentation", step, indices[0])
-        scores, at_end = self._end_gradient(chain.states[-1], prompts, random)
+        scores, at_end = self._end_gradient(chain.states[-1], prompts, self._augmentation(indices, step))
         at_end = at_end * _weights(samples, at_end.device).to(at_end).view(-1, 1, 1, 1)
         return scores, *self._back_propagate(guidance, detached, chain, at_end, samples)
 
@@ -230,35 +230,29 @@ class RewardObjective:
         """A batch of `count` images in parts that have one graph each."""
         return [slice(start, start + self._images_at_once) for start in range(0, count, self._images_at_once)]
 
-    def _end_gradient(
-        self, latents: Tensor, prompts: list[str], random: torch.Generator
-    ) -> tuple[CombinedScores, Tensor]:
+    def _end_gradient(self, latents: Tensor, prompts: list[str], draws: Tensor) -> tuple[CombinedScores, Tensor]:
         """The scores of decoded latents, and the gradient of their sum with respect to the latents."""
         parts = self._parts(len(latents))
         if self.reward.compares_images and len(parts) > 1:
-            return self._compared_gradient(latents, prompts, random)
-        pairs = [self._decoded_gradient(latents[part], prompts[part], random) for part in parts]
+            return self._compared_gradient(latents, prompts, draws)
+        pairs = [self._decoded_gradient(latents[part], prompts[part], draws[part]) for part in parts]
         scores, gradients = zip(*pairs, strict=True)
         return CombinedScores.cat(scores), torch.cat(gradients)
 
-    def _decoded_gradient(
-        self, latents: Tensor, prompts: list[str], random: torch.Generator
-    ) -> tuple[CombinedScores, Tensor]:
+    def _decoded_gradient(self, latents: Tensor, prompts: list[str], draws: Tensor) -> tuple[CombinedScores, Tensor]:
         """`_end_gradient` in one graph, in which the decoder's activations are recomputed."""
         leaf, images = self._pixels(latents)
-        scores, at_images = self.reward.value_and_gradient(images, prompts, random)
+        scores, at_images = self.reward.value_and_gradient(images, prompts, draws)
         (gradient,) = torch.autograd.grad(images, leaf, at_images.to(images))
         return scores, gradient
 
-    def _compared_gradient(
-        self, latents: Tensor, prompts: list[str], random: torch.Generator
-    ) -> tuple[CombinedScores, Tensor]:
+    def _compared_gradient(self, latents: Tensor, prompts: list[str], draws: Tensor) -> tuple[CombinedScores, Tensor]:
         """`_end_gradient` of rewards that compare images: all pictures are scored together, without the decoder's
         graph, then decoded again one by one."""
         parts = self._parts(len(latents))
         with torch.no_grad():
             images = torch.cat([self.model.autoencoder.pixels(latents[part]) for part in parts])
-        scores, at_images = self.reward.value_and_gradient(images, prompts, random)
+        scores, at_images = self.reward.value_and_gradient(images, prompts, draws)
         return scores, torch.cat([self._latent_gradient(latents[part], at_images[part]) for part in parts])
 
     def _latent_gradient(self, latents: Tensor, at_images: Tensor) -> Tensor:
@@ -350,6 +344,13 @@ class RewardObjective:
         shape = (denoiser.latent_channels, *self._latent_size)
         noise = [torch.randn(shape, generator=generator(seed, "noise", step, i)) for i in indices]
         return upload(torch.stack(noise), denoiser.device)
+
+    def _augmentation(self, indices: list[int], step: int) -> Tensor:
+        """(B, 4) draws for the rewards: this process's rows of those of the whole batch."""
+        size = self.config.batch_size
+        first = indices[0] // size * size
+        draws = draw_augmentation(size, generator(self.config.seed, "reward augmentation", step, first))
+        return draws[[index - first for index in indices]]
 
     @property
     def _latent_size(self) -> tuple[int, int]:

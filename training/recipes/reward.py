@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.callbacks import Callbacks
+from ..common.distributed import world
 from ..common.files import write_tensors
 from ..common.foreign import read_tensors
 from ..config.loop import Batches
@@ -137,6 +138,11 @@ def _check(
     _check_data(config, prompts, dataset)
     if not any(term.weight for term in reward.terms.values()):
         raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
+    if reward.compares_images and world().size > 1:
+        raise ValueError(
+            f"rewards ({reward.name}) compare the pictures of a batch, on {world().size} processes; expected one: "
+            "each has a part of the batch. Start without `accelerate launch`."
+        )
     projection = model.text_encoder.projection
     if projection is not None and projection.bands:
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")

@@ -26,16 +26,21 @@ class Augmentation:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 and at most 1.")
 
 
-def augmented(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def draw_augmentation(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 4) numbers in 0..1 for `augmented`, a row for each image; generator: on the CPU."""
+    return torch.rand(count, 4, generator=generator, dtype=torch.float64)
+
+
+def augmented(images: Tensor, augmentation: Augmentation, draws: Tensor) -> Tensor:
     """Crops and resizes each image at random and returns it at its former size; differentiable.
 
     Args:
         images: (B, 3, H, W).
         augmentation: ranges of the draws.
-        generator: on the CPU; four numbers for each image are drawn from it.
+        draws: (B, 4) of `draw_augmentation`.
     """
-    draws = torch.rand(len(images), 4, generator=generator, dtype=torch.float64).tolist()
-    return torch.cat([_crop_resize(image[None], augmentation, *row) for image, row in zip(images, draws, strict=True)])
+    rows = zip(images, draws.tolist(), strict=True)
+    return torch.cat([_crop_resize(image[None], augmentation, *row) for image, row in rows])
 
 
 def _crop_resize(

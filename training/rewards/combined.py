@@ -81,7 +81,7 @@ class CombinedReward:
 
     Args:
         terms: one or more. A term is named after its reward, with a number from the second of a name on.
-        augmentation: applied where a generator is given, with one draw for each image, the same for all terms.
+        augmentation: applied where draws are given, a row for each image, the same for all terms.
 
     Raises:
         ValueError: there are no terms.
@@ -114,22 +114,20 @@ class CombinedReward:
         """Sets the running scales as at the start of a run."""
         self.scales = {name: RunningScale(term.reward.typical_scale) for name, term in self.terms.items()}
 
-    def evaluate(
-        self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
-    ) -> CombinedScores:
+    def evaluate(self, images: Tensor, prompts: Sequence[str], draws: Tensor | None = None) -> CombinedScores:
         """Scores of images, with `total` differentiable to them.
 
         Args:
             images: (B, 3, H, W) in 0..1.
             prompts: one for each image.
-            generator: draws the augmentation; None: none is applied.
+            draws: (B, 4) of `draw_augmentation`; None: none is applied.
         """
         expect_a_prompt_each(images, prompts)
-        images = self._augmented(images, generator)
+        images = self._augmented(images, draws)
         return self._sum({name: self._part(name, images, prompts) for name in self.terms})
 
     def value_and_gradient(
-        self, images: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
+        self, images: Tensor, prompts: Sequence[str], draws: Tensor | None = None
     ) -> tuple[CombinedScores, Tensor]:
         """The scores, detached, and d sum(total) / d images, with one reward's graph in memory at a time.
 
@@ -138,7 +136,7 @@ class CombinedReward:
         Args:
             images: (B, 3, H, W) in 0..1.
             prompts: one for each image.
-            generator: draws the augmentation; None: none is applied.
+            draws: (B, 4) of `draw_augmentation`; None: none is applied.
 
         Raises:
             ValueError: a reward has a weight other than 0 and is not differentiable.
@@ -146,7 +144,7 @@ class CombinedReward:
         expect_a_prompt_each(images, prompts)
         with torch.enable_grad(), checked_later():
             leaf = images.detach().requires_grad_(True)
-            scored = self._augmented(leaf, generator)
+            scored = self._augmented(leaf, draws)
             cut = scored.detach().requires_grad_(True)
             parts = {}
             for name in self.terms:
@@ -220,10 +218,10 @@ class CombinedReward:
         """Bytes for `evaluate`, which holds all rewards' graphs; `value_and_gradient` needs the largest of them."""
         return sum(term.reward.activation_bytes(batch, gradient) for term in self.terms.values())
 
-    def _augmented(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        if self.augmentation is None or generator is None:
+    def _augmented(self, images: Tensor, draws: Tensor | None) -> Tensor:
+        if self.augmentation is None or draws is None:
             return images
-        return augmented(images, self.augmentation, generator)
+        return augmented(images, self.augmentation, draws)
 
     def _part(self, name: str, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A term's raw scores, detached, and its normalised ones."""
