@@ -156,7 +156,7 @@ def holding(config: RunConfig) -> dict[str, Any]:
     return {
         "dtype": DTYPES[config.settings.precision],
         "trains": trained_weights(config),
-        "text_trains": _text_trains(config),
+        "text_trains": isinstance(config, RewardTuneConfig) and config.train == "text encoder",
         "replaced": retrains,
     }
 
