@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...training.common.text import filled_lines
 from ...training.data.prompts import Prompt, read_prompts
+from ...training.loop.precision import DTYPES
 from ...training.models.parameters import frozen
 from ...training.models.protocols import TextToImage
 from ...training.recipes.reward import TunedModel
@@ -67,10 +68,15 @@ def with_weight(reward: ManagedReward, weight: float) -> ManagedReward:
 
 
 @contextmanager
-def ready_to_tune(model, clip, vae, reward: ManagedReward) -> Iterator[tuple[TextToImage, CombinedReward]]:
-    """While entered, the model and the reward, loaded together with the VAE; VAE and reward are frozen."""
+def ready_to_tune(
+    model, clip, vae, reward: ManagedReward, precision: str = "fp32"
+) -> Iterator[tuple[TextToImage, CombinedReward]]:
+    """While entered, the model and the reward, loaded together with the VAE; VAE and reward are frozen.
+
+    precision: of the run; in half precision the reward is a copy that is held in it.
+    """
     expect_given(vae=vae)
-    vae = static_vae(vae)
+    vae, reward = static_vae(vae), reward.in_half(DTYPES[precision])
     with text_to_image(model, clip, vae) as view:
         view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(reward.patchers)]
         view.denoiser.load()  # replaces inference tensors, which cannot be frozen

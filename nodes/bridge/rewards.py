@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,6 +42,24 @@ class ManagedReward:
         """One sum of all terms; `augmentation` replaces those of the rewards."""
         terms = [term for reward in rewards for term in reward.terms]
         return cls(terms, [patcher for reward in rewards for patcher in reward.patchers], augmentation)
+
+    def in_half(self, dtype: torch.dtype) -> ManagedReward:
+        """The same rewards for a run in half precision, as copies with their own ModelPatchers; for fp32, itself."""
+        import comfy.model_management as management
+        import comfy.model_patcher
+
+        if dtype == torch.float32:
+            return self
+        copies, patchers = {}, {}
+        for term, patcher in zip(self.terms, self.patchers, strict=True):
+            if patcher not in patchers:
+                management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
+                with torch.inference_mode(False), torch.no_grad():
+                    copies[patcher] = term.reward.copied_in(dtype)
+                devices = patcher.load_device, patcher.offload_device
+                patchers[patcher] = comfy.model_patcher.ModelPatcher(copies[patcher].network, *devices)
+        terms = [replace(term, reward=copies[own]) for term, own in zip(self.terms, self.patchers, strict=True)]
+        return ManagedReward(terms, [patchers[own] for own in self.patchers], self.augmentation)
 
     def combined(self) -> CombinedReward:
         """A new sum, whose running scales are at their start."""

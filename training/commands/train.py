@@ -87,6 +87,7 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
 
 def run_reward(arguments: argparse.Namespace) -> dict:
     from ..data.prompts import read_prompts
+    from ..loop.precision import DTYPES
     from ..recipes.reward import tune
     from ..rewards.parse import read_rewards
 
@@ -94,7 +95,9 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
-    rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
+    rewards = read_rewards(
+        [*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui, DTYPES[config.settings.precision]
+    )
     model = open_model(arguments, config, visitors_of(config, dataset))
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
