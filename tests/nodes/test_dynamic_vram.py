@@ -4,6 +4,8 @@ import pytest
 import torch
 from retune.training.text_encoder.projection import Projection
 
+from .test_training_layers import quantised_layer
+
 
 def state_of(patcher):
     return {name: value.clone() for name, value in patcher.model.state_dict().items()}
@@ -166,6 +168,27 @@ def test_file_and_model_may_differ_in_dtype(dynamic_vram, comfyui):
             assert static.model_size() == sum(2 * value.numel() for value in file.values())
         for name, value in file.items():
             assert torch.equal(patched_weight(patcher, name), value.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4"])
+def test_quantised_weights_are_copied_as_they_are(dynamic_vram, comfyui, kind):
+    import comfy.model_management
+    from retune.nodes.bridge.static import static_clone
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.device = None
+            self.layer, self.stands_for = quantised_layer(kind, torch.linspace(-2, 2, 64 * 128).view(64, 128), None)
+
+    with torch.inference_mode():
+        model = Model()
+        comfy.model_management.archive_model_dtypes(model)
+        patcher = dynamic_vram(model, torch.device("cpu"), torch.device("cpu"))
+        static = static_clone(patcher)
+    one, other = static.model.layer.weight, model.layer.weight
+    assert type(one) is type(other) and one.nbytes == other.nbytes and one.data_ptr() != other.data_ptr()
+    assert torch.equal(one.dequantize(), model.stands_for) and not one.is_inference()
 
 
 def test_what_cannot_be_copied_is_refused_with_a_reason(demo_of_files):

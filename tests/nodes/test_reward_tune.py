@@ -97,7 +97,7 @@ def test_a_run_in_bf16_holds_the_reward_in_bf16_for_itself_alone(demo, judge, mo
     values["settings"] = TrainingSettings(warmup_steps=0, precision="bf16")
     with torch.inference_mode(), pytest.raises(error) if error else nullcontext():
         run = node.execute(*demo, judge, **values).args[3]
-        assert json.loads((run / "config.json").read_text())["settings"]["precision"] == "bf16"
+        assert json.loads((run / "config.json").read_text())["identity"]["settings"]["precision"] == "bf16"
     assert dtypes and all(found == {torch.bfloat16} for found in dtypes)
     (after,) = state_of(judge.patchers[0])
     assert all(
