@@ -106,7 +106,7 @@ def test_a_lora_adds_what_its_adapters_do(tiny, tmp_path, algorithm):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_run_in_half_precision_holds_what_was_put_in_as_few_bytes(single_file, tmp_path, live_bytes, strength):
-    """The values of fp32 weights, rounded at the end; and loading takes no more memory for it."""
+    """The values of fp32 weights, rounded at the end; loading takes the files' memory more."""
     tensors, metadata = read_tensors(single_file)
     write_tensors(single_file, {name: value.half() for name, value in tensors.items()}, metadata)
     base = ModelConfig(model=str(single_file), tokenizer=tmp_path / "clip_tokenizer")
@@ -134,7 +134,7 @@ def test_a_run_in_half_precision_holds_what_was_put_in_as_few_bytes(single_file,
     assert held.denoiser.fingerprint == fingerprint
     assert torch.equal(held.text_encoder.encode(held.text_encoder.tokenize(["a red circle"])).context, words)
     files = sum(Path(text.rpartition(":")[0]).stat().st_size for text in tuned)
-    assert live.peak <= 1.1 * plain.peak + files
+    assert live.peak <= plain.peak + 1.5 * files  # which are read whole, and then kept in half of their bytes
 
 
 def test_runs_are_put_in_by_their_folders_and_count_for_the_next(tmp_path, capsys):
