@@ -93,7 +93,12 @@ def test_a_run_in_bf16_holds_the_reward_in_bf16_for_itself_alone(demo, judge, mo
     node, chosen = RetuneRewardTune.PREPARE_CLASS_CLONE(None), config(steps=1)
     names = ("steps", "batch_size", "learning_rate", "gradient_steps", "sampling_steps", "cfg", "width", "height")
     values = {name: getattr(chosen, name) for name in names} | {"method": "last K", "seed": 0, "lora_rank": 2}
-    values |= {"train": "UNet LoRA", "run_name": f"in bf16 {error is None}", "clip_constraint": 0.0, "prompts": "a red circle"}
+    values |= {
+        "train": "UNet LoRA",
+        "run_name": f"in bf16 {error is None}",
+        "clip_constraint": 0.0,
+        "prompts": "a red circle",
+    }
     values["settings"] = TrainingSettings(warmup_steps=0, precision="bf16")
     with torch.inference_mode(), pytest.raises(error) if error else nullcontext():
         run = node.execute(*demo, judge, **values).args[3]
