@@ -174,7 +174,8 @@ def quantised_layer(kind, weight, bias):
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     stored = QuantizedTensor.from_float(weight.detach(), QUANT_ALGOS[kind]["comfy_tensor_layout"], **KINDS[kind])
-    about = {"format": kind} | {name: value for name, value in KINDS[kind].items() if "convrot" in name}
+    about = {"format": kind, "full_precision_matrix_mult": True}  # a CPU has no product of mxfp8 for ComfyUI
+    about |= {name: value for name, value in KINDS[kind].items() if "convrot" in name}
     state = stored.state_dict("weight") | ({} if bias is None else {"bias": bias})
     state["comfy_quant"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     sizes = weight.shape[1], weight.shape[0], bias is not None
