@@ -218,7 +218,8 @@ def quantised_demo(kind, is_quantised):
     model, clip, vae = load_demo()
     for network in (model.model.diffusion_model, clip.cond_stage_model):
         for path, layer in list(network.named_modules()):
-            if isinstance(layer, nn.Linear) and (".attn2.to_" in path or ".self_attn." in path):
+            chosen = ".attn2.to_" in path or ".self_attn." in path
+            if isinstance(layer, nn.Linear) and chosen and layer.in_features % 64 == 0:  # as W4A4 needs
                 quantised, weight = quantised_layer(kind, layer.weight, layer.bias)
                 if is_quantised:
                     owner, _, name = path.rpartition(".")
