@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ...training.common.text import filled_lines
@@ -76,11 +76,13 @@ def ready_to_tune(
     precision: of the run; in half precision the reward is a copy that is held in it.
     """
     expect_given(vae=vae)
-    vae, reward = static_vae(vae), reward.in_half(DTYPES[precision])
-    with text_to_image(model, clip, vae) as view:
-        view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(reward.patchers)]
+    vae, held = static_vae(vae), reward.in_half(DTYPES[precision])
+    with ExitStack() as stack, text_to_image(model, clip, vae) as view:
+        if held is not reward:
+            stack.callback(held.unload)
+        view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(held.patchers)]
         view.denoiser.load()  # replaces inference tensors, which cannot be frozen
-        rewards = reward.combined()
+        rewards = held.combined()
         with frozen([vae.first_stage_model, rewards.network]), training_layers(vae.first_stage_model):
             yield view, rewards
 

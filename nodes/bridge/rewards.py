@@ -45,15 +45,14 @@ class ManagedReward:
 
     def in_half(self, dtype: torch.dtype) -> ManagedReward:
         """The same rewards for a run in half precision, as copies with their own ModelPatchers; for fp32, itself."""
-        import comfy.model_management as management
         import comfy.model_patcher
 
         if dtype == torch.float32:
             return self
+        self.unload()
         copies, patchers = {}, {}
         for term, patcher in zip(self.terms, self.patchers, strict=True):
             if patcher not in patchers:
-                management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
                 with torch.inference_mode(False), torch.no_grad():
                     copies[patcher] = term.reward.copied_in(dtype)
                 devices = patcher.load_device, patcher.offload_device
@@ -64,6 +63,13 @@ class ManagedReward:
     def combined(self) -> CombinedReward:
         """A new sum, whose running scales are at their start."""
         return CombinedReward(self.terms, self.augmentation)
+
+    def unload(self) -> None:
+        """Takes all networks off the device."""
+        import comfy.model_management
+
+        for patcher in dict.fromkeys(self.patchers):
+            comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
 
     def load(self, batch: int, gradient: bool = False) -> None:
         """Loads all networks whole, with memory left to score `batch` images.
