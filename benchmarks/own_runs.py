@@ -16,13 +16,13 @@ from ..training.config.run import RunConfig, TrainModelConfig
 from ..training.config.training_settings import TrainingSettings
 from ..training.data.cache import LatentCache, TextCache
 from ..training.data.prompts import Prompt
+from ..training.loop.precision import DTYPES
 from ..training.models.protocols import TextToImage
 from ..training.recipes.lora import train_lora
 from ..training.recipes.reward import tune
 from ..training.recipes.textual_inversion import train_embedding
 from ..training.recipes.unet import train_model
-from ..training.rewards.combined import CombinedReward, Term
-from ..training.rewards.load import RewardConfig, load_reward
+from ..training.rewards.parse import read_rewards
 from .lora_runs import LAYERS
 from .processes import Case
 from .recorder import CAPTION, LOADING, PREPARING, TRAINING, Marks, Recorder, captions_of, pictures
@@ -86,7 +86,7 @@ def run_reward(case: Case, recorder: Recorder, precision: str, gradient_steps: i
     more = {"gradient_steps": gradient_steps, "lora_rank": case.rank, "lora_alpha": case.rank, "train": "UNet LoRA"}
     config = run_of(case, RewardTuneConfig, settings_of(precision), **sizes, **more)
     model = open_model(case, recorder, config)
-    reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")))])
+    reward = read_rewards(["demo aesthetic"], dtype=DTYPES[precision])
     reward.network.to(model.denoiser.device)
     tune(model, reward, [Prompt(CAPTION)], config, Path(case.work), Marks(recorder))
 

@@ -131,6 +131,9 @@ class RetuneRewardTune(io.ComfyNode):
         dataset=None,
         **values,
     ):
+        from comfy.model_management import get_torch_device
+
+        from ..training.recipes.checks import with_precision
         from ..training.recipes.reward import tune
         from .bridge.reward_tuning import apply_result, prompt_list, ready_to_tune, reward_with_constraint
         from .common.paths import runs_folder
@@ -139,8 +142,10 @@ class RetuneRewardTune(io.ComfyNode):
         judge = reward_with_constraint(reward, values.pop("clip_constraint"), constraint, held_out)
         wanted = prompt_list(prompts, values.pop("prompt_file", ""))
         config = RewardTuneConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        config = with_precision(config, get_torch_device(), runs_folder())
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with progress as callbacks, ready_to_tune(model, clip, vae, judge) as (view, rewards):
+        tuning = ready_to_tune(model, clip, vae, judge, config.settings.precision)
+        with progress as callbacks, tuning as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)
             callbacks.reserve(view, config.batch_size, config.height, config.width, memory)
             if config.method == "direct" and dataset is not None:

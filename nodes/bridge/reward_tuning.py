@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ...training.common.text import filled_lines
 from ...training.data.prompts import Prompt, read_prompts
+from ...training.loop.precision import DTYPES
 from ...training.models.parameters import frozen
 from ...training.models.protocols import TextToImage
 from ...training.recipes.reward import TunedModel
@@ -67,14 +68,21 @@ def with_weight(reward: ManagedReward, weight: float) -> ManagedReward:
 
 
 @contextmanager
-def ready_to_tune(model, clip, vae, reward: ManagedReward) -> Iterator[tuple[TextToImage, CombinedReward]]:
-    """While entered, the model and the reward, loaded together with the VAE; VAE and reward are frozen."""
+def ready_to_tune(
+    model, clip, vae, reward: ManagedReward, precision: str = "fp32"
+) -> Iterator[tuple[TextToImage, CombinedReward]]:
+    """While entered, the model and the reward, loaded together with the VAE; VAE and reward are frozen.
+
+    precision: of the run; in half precision the reward is a copy that is held in it.
+    """
     expect_given(vae=vae)
-    vae = static_vae(vae)
-    with text_to_image(model, clip, vae) as view:
-        view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(reward.patchers)]
+    vae, held = static_vae(vae), reward.in_half(DTYPES[precision])
+    with ExitStack() as stack, text_to_image(model, clip, vae) as view:
+        if held is not reward:
+            stack.callback(held.unload)
+        view.denoiser.keep_loaded += [vae.patcher, *dict.fromkeys(held.patchers)]
         view.denoiser.load()  # replaces inference tensors, which cannot be frozen
-        rewards = reward.combined()
+        rewards = held.combined()
         with frozen([vae.first_stage_model, rewards.network]), training_layers(vae.first_stage_model):
             yield view, rewards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -42,9 +43,33 @@ class ManagedReward:
         terms = [term for reward in rewards for term in reward.terms]
         return cls(terms, [patcher for reward in rewards for patcher in reward.patchers], augmentation)
 
+    def in_half(self, dtype: torch.dtype) -> ManagedReward:
+        """The same rewards for a run in half precision, as copies with their own ModelPatchers; for fp32, itself."""
+        import comfy.model_patcher
+
+        if dtype == torch.float32:
+            return self
+        self.unload()
+        copies, patchers = {}, {}
+        for term, patcher in zip(self.terms, self.patchers, strict=True):
+            if patcher not in patchers:
+                with torch.inference_mode(False), torch.no_grad():
+                    copies[patcher] = term.reward.copied_in(dtype)
+                devices = patcher.load_device, patcher.offload_device
+                patchers[patcher] = comfy.model_patcher.ModelPatcher(copies[patcher].network, *devices)
+        terms = [replace(term, reward=copies[own]) for term, own in zip(self.terms, self.patchers, strict=True)]
+        return ManagedReward(terms, [patchers[own] for own in self.patchers], self.augmentation)
+
     def combined(self) -> CombinedReward:
         """A new sum, whose running scales are at their start."""
         return CombinedReward(self.terms, self.augmentation)
+
+    def unload(self) -> None:
+        """Takes all networks off the device."""
+        import comfy.model_management
+
+        for patcher in dict.fromkeys(self.patchers):
+            comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
 
     def load(self, batch: int, gradient: bool = False) -> None:
         """Loads all networks whole, with memory left to score `batch` images.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...training.models.stored import is_quantised
 from ..common.weights import in_declared_dtype, without_inference_tensors
 
 MANAGED = (
@@ -109,8 +110,10 @@ def _copied_model(model: nn.Module) -> nn.Module:
 
     Raises ValueError where that cannot be copied.
     """
+    quantised = (value for value in model.parameters() if is_quantised(value))  # which deepcopy knows nothing of
+    clones = {id(value): nn.Parameter(value.detach().clone(), requires_grad=False) for value in quantised}
     try:
-        copied = copy.deepcopy(model, _not_copied(model))
+        copied = copy.deepcopy(model, _not_copied(model) | clones)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"{type(model).__name__} comes from a loader that ComfyUI's dynamic VRAM cannot read again, and cannot be "

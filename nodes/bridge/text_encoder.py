@@ -10,11 +10,13 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ...training.formats.lora_names import TEXT
 from ...training.models.concepts import Concept, Vocabulary
 from ...training.models.parameters import ParameterRef, parameter_refs
 from ...training.models.protocols import Conditioning
 from ...training.text_encoder.t5 import T5TextEncoder, t5_model
 from ...training.text_encoder.t5_file import T5Weights
+from ...training.trainables.lora import layers_of
 from ..clips import t5_clip
 from ..clips.concept_tokens import concepts_of, vocabularies_of, with_concepts
 from ..clips.fingerprint import clip_fingerprint
@@ -95,9 +97,8 @@ class ComfyTextEncoder:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        modules = self._static_clip().cond_stage_model.named_modules()
-        linear = {path: layer for path, layer in modules if isinstance(layer, nn.Linear)}
-        return {f"text_encoders.{path}": layer for path, layer in linear.items() if not UNUSED.fullmatch(path)}
+        found = layers_of(self._static_clip().cond_stage_model, "text_encoders.{}".format)
+        return {path: layer for path, layer in found.items() if not UNUSED.fullmatch(path.removeprefix(TEXT))}
 
     @property
     def weights(self) -> dict[str, ParameterRef]:

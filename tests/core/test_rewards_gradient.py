@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from retune.training.loop.precision import autocast
 from retune.training.rewards.clip_towers import Towers, tower_state
 from retune.training.rewards.load import RewardConfig, load_reward
 from retune.training.rewards.preprocess import centre_crop, clamp_straight_through
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .conftest import seeded
 from .test_rewards import PROMPTS, VISION, noise
@@ -59,6 +61,57 @@ def test_nothing_of_a_reward_trains_and_autocast_does_not_reach_it():
     plain = reward.scores(images, PROMPTS[:2])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reward.scores(images, PROMPTS[:2]), plain)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts the bytes of a network's matrices that are cast, but for a head's."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in network.parameters() if p.ndim > 1 < len(p)}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten._to_copy and args[0].untyped_storage().data_ptr() in self.weights:
+            self.bytes += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["demo aesthetic", "demo CLIP"])
+def test_a_copy_in_half_precision_has_half_the_bytes_and_casts_none_of_them(kind):
+    """Inside of a run's autocast, under which its backward pass runs too."""
+    reward, images = load_reward(RewardConfig(kind=kind)), noise(3, 128, 128)
+    before = [p.detach().clone() for p in reward.network.parameters()]
+    half = reward.copied_in(torch.bfloat16)
+    assert all(torch.equal(p, value) for p, value in zip(reward.network.parameters(), before, strict=True))
+    assert half.fingerprint == reward.fingerprint
+    sizes = [sum(p.nbytes for p in one.network.parameters()) for one in (half, reward)]
+    pointers = [{p.untyped_storage().data_ptr() for p in one.network.parameters()} for one in (half, reward)]
+    assert sizes[0] < 0.6 * sizes[1] and not pointers[0] & pointers[1]
+
+    def scored(one, around):
+        leaf, kept = images.clone().requires_grad_(), {}
+        own = {p.untyped_storage().data_ptr() for p in one.network.parameters()}
+        shapes = {s for p in one.network.parameters() if p.ndim > 1 for s in (p.shape, p.shape[::-1])}
+
+        def keep(tensor):
+            if tensor.shape in shapes and tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.shape
+            return tensor
+
+        with autocast(around, torch.device("cpu")), WeightCasts(one.network) as casts:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                scores = one.scores(leaf, PROMPTS)
+            scores.sum().backward()
+        assert not casts.bytes, casts.bytes
+        assert not kept, kept
+        assert scores.dtype == torch.float32, scores.dtype
+        return scores.detach(), leaf.grad.flatten()
+
+    (found, gradient), (expected, wanted) = scored(half, "bf16"), scored(reward, "fp32")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * reward.typical_scale)
+    assert torch.nn.functional.cosine_similarity(gradient, wanted, dim=0) > 0.99
+    assert not torch.equal(found, expected)
 
 
 def saved_bytes(towers, pixels):

@@ -8,6 +8,7 @@ from retune.training.commands.open_model import build_model
 from retune.training.commands.train import holding, trained_weights
 from retune.training.common.files import write_tensors
 from retune.training.common.foreign import read_tensors
+from retune.training.config.embedding import EmbeddingConfig
 from retune.training.config.lora import LoraConfig
 from retune.training.config.model import ModelConfig
 from retune.training.config.run import TrainModelConfig
@@ -21,6 +22,7 @@ from retune.training.models.quantised import scaled, unfolded
 from retune.training.models.recast import hold, is_quantised
 from retune.training.models.stored import StoredTensor, exact, hadamard, rotated_back
 from retune.training.recipes.lora import train_lora
+from retune.training.recipes.textual_inversion import train_embedding
 from retune.training.recipes.unet import train_model
 from retune.training.text_encoder.projection import Projection
 from retune.training.text_encoder.t5 import load_t5
@@ -184,6 +186,39 @@ def test_retraining_in_fp32_keeps_the_bytes_of_an_fp16_file_beside_its_masters(s
         assert (tmp_path / "0" / "r" / file).read_bytes() == (tmp_path / "1" / "r" / file).read_bytes()
     after = dict(held.denoiser.network.named_parameters())
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
+
+
+SETTINGS = TrainingSettings(warmup_steps=0, precision="bf16")
+IN_TEXT = {
+    "LoRA": (train_lora, LoraConfig(run_name="r", steps=2, rank=2, text_encoder_learning_rate=1e-2, settings=SETTINGS)),
+    "DoRA": (
+        train_lora,
+        LoraConfig(run_name="r", steps=2, algorithm="DoRA", text_encoder_learning_rate=1e-2, settings=SETTINGS),
+    ),
+    "word": (
+        train_embedding,
+        EmbeddingConfig(run_name="r", steps=2, token="red", initial_text="blue", settings=SETTINGS),
+    ),
+}
+"""What trains in a text encoder without changing its weights."""
+
+
+@pytest.mark.parametrize("kind", IN_TEXT)
+def test_a_text_encoder_beside_what_trains_in_it_keeps_its_files_bytes_and_fp32s_bits(
+    single_file, pictures, tmp_path, kind
+):
+    tensors, metadata = read_tensors(single_file)
+    write_tensors(single_file, {name: value.half() for name, value in tensors.items()}, metadata)
+    train, config = IN_TEXT[kind]
+    options = ModelConfig(model=str(single_file), tokenizer=tmp_path / "clip_tokenizer")
+    held, exact = build_model(options, **holding(config)), build_model(options)
+    exact.denoiser.store_in(torch.bfloat16)
+    linear = [m for m in held.text_encoder.network.modules() if isinstance(m, nn.Linear)]
+    assert {layer.weight.stored.dtype for layer in linear} == {torch.float16}
+    paths = [train(model, pictures, config, tmp_path / f"{i}").path for i, model in enumerate((held, exact))]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    rows = [(path.parent / "metrics.jsonl").read_bytes() for path in paths]
+    assert rows[0] == rows[1]
 
 
 def test_a_folder_in_fp16_is_held_likewise(diffusers_folder):

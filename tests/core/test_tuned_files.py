@@ -1,6 +1,8 @@
 """Results of earlier runs put into a model: exactly what their files hold, in order, and what does not fit."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,39 @@ def test_a_lora_adds_what_its_adapters_do(tiny, tmp_path, algorithm):
     weights = copied(base)
     for name, value in whole.items():
         torch.testing.assert_close(half[name] - weights[name], strength * (value - weights[name]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_run_in_half_precision_holds_what_was_put_in_as_few_bytes(single_file, tmp_path, live_bytes, strength):
+    """The values of fp32 weights, rounded at the end; loading takes the files' memory more."""
+    tensors, metadata = read_tensors(single_file)
+    write_tensors(single_file, {name: value.half() for name, value in tensors.items()}, metadata)
+    base = ModelConfig(model=str(single_file), tokenizer=tmp_path / "clip_tokenizer")
+    weights = copied(build_model(base))
+    write_tensors(tmp_path / "unet.safetensors", moved(weights, 0, UNET))
+    name = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    write_tensors(tmp_path / "text.safetensors", moved(weights, 1, TEXT) | {name: weights[name] + 1})
+    tuned = tuple(f"{tmp_path / file}.safetensors:{strength}" for file in ("text", "unet"))
+    config = replace(base, reset="cross-attention", tuned=tuned)
+
+    def trains(layer):
+        return "attn1" in layer
+
+    exact = build_model(config)
+    words = exact.text_encoder.encode(exact.text_encoder.tokenize(["a red circle"])).context
+    fingerprint = exact.denoiser.fingerprint
+    exact.denoiser.store_in(torch.bfloat16, trains)
+    with live_bytes() as live:
+        held = build_model(config, torch.bfloat16, trains, text_trains=False)
+    with live_bytes() as plain:
+        build_model(base, torch.bfloat16, trains, text_trains=False)
+    expected, found = (dict(model.denoiser.network.named_parameters()) for model in (exact, held))
+    assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
+    assert {value.dtype for value in found.values()} == {torch.bfloat16, torch.float32}
+    assert held.denoiser.fingerprint == fingerprint
+    assert torch.equal(held.text_encoder.encode(held.text_encoder.tokenize(["a red circle"])).context, words)
+    files = sum(Path(text.rpartition(":")[0]).stat().st_size for text in tuned)
+    assert live.peak <= plain.peak + 1.5 * files  # which are read whole, and then kept in half of their bytes
 
 
 def test_runs_are_put_in_by_their_folders_and_count_for_the_next(tmp_path, capsys):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from retune.training.text_encoder.projection import Projection
 
+from .test_training_layers import quantised_layer
+
 
 def state_of(patcher):
     return {name: value.clone() for name, value in patcher.model.state_dict().items()}
@@ -81,6 +83,50 @@ def test_a_static_t5_is_the_t5_with_its_projection(dynamic_vram, comfyui, dtype)
         assert torch.equal(t5_parts(static).projection.linear.weight, t5_parts(clip).projection.linear.weight)
 
 
+def saved_clip(clip, path):
+    """The demo's CLIP as Save Text Encoder writes it, opened again."""
+    from retune.nodes.clips.saved_clip import open_text_encoder, save_clip
+
+    (file,), _ = save_clip(clip, "dynamic", {})
+    return open_text_encoder(file)[0]
+
+
+def saved_t5(clip, path):
+    from retune.nodes.clips.saved_clip import open_text_encoder, saved_text_encoder
+    from retune.nodes.clips.t5_clip import load_t5_clip
+    from retune.training.text_encoder.file import save_text_encoder
+
+    save_text_encoder(path, saved_text_encoder(load_t5_clip("demo", Projection(96, 128, seed=2))))
+    return open_text_encoder(path)[0]
+
+
+def kept_beside_a_t5(clip, path):
+    from retune.nodes.clips.t5_clip import load_t5_clip
+
+    return load_t5_clip("demo", Projection(96, 128), keep_clip=clip)
+
+
+def with_a_word(clip, path):
+    from retune.nodes.clips.concept_tokens import with_concepts
+    from retune.training.models.concepts import Concept
+
+    return with_concepts(clip, [Concept("<thing>", {"clip_l": torch.linspace(-1, 1, 256).view(2, 128)})])
+
+
+@pytest.mark.parametrize("load", [saved_clip, saved_t5, kept_beside_a_t5, with_a_word])
+def test_what_our_loaders_make_has_a_static_clone_that_encodes_alike(demo_of_files, tmp_path, load):
+    from retune.nodes.bridge.static import static_clip
+
+    with torch.inference_mode():
+        clip = load(demo_of_files[1], tmp_path / "saved.safetensors")
+        assert clip.patcher.is_dynamic()
+        expected, before = clip.encode_from_tokens(clip.tokenize("a red <thing>")).clone(), state_of(clip.patcher)
+        static = static_clip(clip)
+        assert not static.patcher.is_dynamic() and type(static.tokenizer) is type(clip.tokenizer)
+        assert torch.equal(static.encode_from_tokens(static.tokenize("a red <thing>")), expected)
+    expect_same(state_of(clip.patcher), before)
+
+
 def test_file_and_model_may_differ_in_dtype(dynamic_vram, comfyui):
     """A file in fp32 for a model in bf16, as ComfyUI loads VAEs: every kind of layer, read again or copied."""
     import comfy.model_management
@@ -122,6 +168,27 @@ def test_file_and_model_may_differ_in_dtype(dynamic_vram, comfyui):
             assert static.model_size() == sum(2 * value.numel() for value in file.values())
         for name, value in file.items():
             assert torch.equal(patched_weight(patcher, name), value.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4"])
+def test_quantised_weights_are_copied_as_they_are(dynamic_vram, comfyui, kind):
+    import comfy.model_management
+    from retune.nodes.bridge.static import static_clone
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.device = None
+            self.layer, self.stands_for = quantised_layer(kind, torch.linspace(-2, 2, 64 * 128).view(64, 128), None)
+
+    with torch.inference_mode():
+        model = Model()
+        comfy.model_management.archive_model_dtypes(model)
+        patcher = dynamic_vram(model, torch.device("cpu"), torch.device("cpu"))
+        static = static_clone(patcher)
+    one, other = static.model.layer.weight, model.layer.weight
+    assert type(one) is type(other) and one.nbytes == other.nbytes and one.data_ptr() != other.data_ptr()
+    assert torch.equal(one.dequantize(), model.stands_for) and not one.is_inference()
 
 
 def test_what_cannot_be_copied_is_refused_with_a_reason(demo_of_files):

@@ -173,6 +173,20 @@ def slow_but(*quick, **choices):
     return pytest.mark.parametrize(names, marks)
 
 
+@pytest.mark.parametrize("mode", ["dynamic", pytest.param("offloaded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["LoRA", "reward on a LoRA"])
+def test_a_run_in_bf16_too(in_mode, pictures, options, trainer, mode):
+    options["settings"] = TrainingSettings(warmup_steps=0, precision="bf16")
+    expected = TRAINERS[trainer](in_mode("plain"), pictures, run_name=f"{trainer} bf16 plain {mode}", **options)
+    parts = in_mode(mode)
+    before = state_of(parts)
+    found = TRAINERS[trainer](parts, pictures, run_name=f"{trainer} bf16 {mode}", **options)
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    expect_unchanged(parts, before, cast=mode != "dynamic")
+
+
 @slow_but(("dynamic without recipes", "LoRA"), ("dynamic", "reward on the text encoder"), mode=MODES, trainer=TRAINERS)
 def test_the_result_is_that_of_plain_mode_and_the_models_stay_as_they_are(
     in_mode, pictures, options, sampled, trainer, mode
@@ -190,13 +204,16 @@ def test_the_result_is_that_of_plain_mode_and_the_models_stay_as_they_are(
     torch.testing.assert_close(sampled(*parts[:2]), drawn)
 
 
-@pytest.mark.parametrize("trainer", ["LoRA", "reward on the text encoder"])
-@slow_but(("dynamic", "cancel"), mode=["dynamic", "offloaded"], error=["error", "cancel"])
-def test_after_an_error_or_a_cancel_too(in_mode, pictures, options, sampled, monkeypatch, trainer, mode, error):
+ENDS = {"dynamic": "cancel", "offloaded": "error"}
+"""How a run is ended in a mode."""
+
+
+@slow_but(("dynamic", "LoRA"), ("dynamic", "reward on the text encoder"), mode=ENDS, trainer=TRAINERS)
+def test_after_an_error_or_a_cancel_too(in_mode, pictures, options, sampled, monkeypatch, trainer, mode):
     import comfy.model_management
     from retune.nodes.bridge.denoiser import ComfyDenoiser
 
-    kind = comfy.model_management.InterruptProcessingException if error == "cancel" else ValueError
+    kind = comfy.model_management.InterruptProcessingException if ENDS[mode] == "cancel" else ValueError
     predict, calls = ComfyDenoiser.predict, []
 
     def stops(self, *args):
@@ -210,7 +227,7 @@ def test_after_an_error_or_a_cancel_too(in_mode, pictures, options, sampled, mon
     drawn = sampled(*parts[:2])
     monkeypatch.setattr(ComfyDenoiser, "predict", stops)
     with pytest.raises(kind):
-        TRAINERS[trainer](parts, pictures, run_name=f"stopped {trainer} {mode} {error}", **options)
+        TRAINERS[trainer](parts, pictures, run_name=f"stopped {trainer} {mode}", **options)
     expect_unchanged(parts, before, cast=mode != "dynamic")
     torch.testing.assert_close(sampled(*parts[:2]), drawn)
     assert not comfy.model_management.in_training

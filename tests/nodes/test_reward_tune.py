@@ -1,6 +1,8 @@
 """Reward tuning through ComfyUI: the core's numbers, results as patches, nothing left behind."""
 
+import gc
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -71,6 +73,43 @@ def test_both_implementations_tune_alike(demo, core_demo, judge, tmp_path, train
         torch.equal(new[key], value) for old, new in zip(before, after, strict=True) for key, value in old.items()
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for p in patchers for m in p.model.modules())
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_run_in_bf16_holds_the_reward_in_bf16_for_itself_alone(demo, judge, monkeypatch, error):
+    from comfy.model_management import loaded_models
+    from retune.nodes.reward_tune import RetuneRewardTune
+    from retune.training.rewards.combined import CombinedReward
+
+    score, dtypes, before = CombinedReward.value_and_gradient, [], state_of(judge.patchers[0])
+
+    def scored(self, *arguments):
+        dtypes.append({p.dtype for name, p in self.network.named_parameters() if name.endswith("fc1.weight")})
+        if error is not None:
+            raise error
+        return score(self, *arguments)
+
+    monkeypatch.setattr(CombinedReward, "value_and_gradient", scored)
+    node, chosen = RetuneRewardTune.PREPARE_CLASS_CLONE(None), config(steps=1)
+    names = ("steps", "batch_size", "learning_rate", "gradient_steps", "sampling_steps", "cfg", "width", "height")
+    values = {name: getattr(chosen, name) for name in names} | {"method": "last K", "seed": 0, "lora_rank": 2}
+    values |= {
+        "train": "UNet LoRA",
+        "run_name": f"in bf16 {error is None}",
+        "clip_constraint": 0.0,
+        "prompts": "a red circle",
+    }
+    values["settings"] = TrainingSettings(warmup_steps=0, precision="bf16")
+    with torch.inference_mode(), pytest.raises(error) if error else nullcontext():
+        run = node.execute(*demo, judge, **values).args[3]
+        assert json.loads((run / "config.json").read_text())["identity"]["settings"]["precision"] == "bf16"
+    assert dtypes and all(found == {torch.bfloat16} for found in dtypes)
+    (after,) = state_of(judge.patchers[0])
+    assert all(
+        after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before[0].items()
+    )
+    gc.collect()
+    assert not [p for p in loaded_models() if p.model is not judge.patchers[0].model and hasattr(p.model, "towers")]
 
 
 @pytest.mark.parametrize("train", ["text encoder", "text encoder LoRA", "UNet", "UNet LoRA"])

@@ -88,6 +88,27 @@ def test_a_loaded_reward_is_managed_and_trains_images_afterwards(images):
     assert score(images, PROMPTS, reward)[0]["scores"]
 
 
+def test_copies_for_a_run_in_half_precision_are_managed_and_the_reward_stays_as_it_was(images):
+    import comfy.model_management
+
+    reward = load("demo CLIP")
+    expected = score(images, PROMPTS, reward)
+    both = type(reward).joined([reward, reward])
+    assert both.in_half(torch.float32) is both
+    with torch.inference_mode():
+        half = both.in_half(torch.bfloat16)
+    assert half.patchers[0] is half.patchers[1] and half.terms[0].reward is half.terms[1].reward
+    half.load(3, gradient=True)
+    loaded = [each.model for each in comfy.model_management.current_loaded_models]
+    assert half.patchers[0] in loaded and reward.patchers[0] not in loaded
+    assert half.patchers[0].loaded_size() == half.patchers[0].model_size() < 0.6 * reward.patchers[0].model_size()
+    with torch.inference_mode(False):
+        scores, gradient = half.combined().value_and_gradient(images.clone().movedim(-1, 1), PROMPTS)
+    wanted = torch.tensor(expected[0]["scores"])
+    torch.testing.assert_close(scores.raw["demo CLIP"], wanted, rtol=0, atol=0.1 * half.terms[0].reward.typical_scale)
+    assert gradient.any() and score(images, PROMPTS, reward)[0] == expected[0]
+
+
 def test_files_of_the_reward_folder_are_offered_and_read(images):
     folder = Path(folder_paths.models_dir) / "retune_rewards"
     folder.mkdir(exist_ok=True)

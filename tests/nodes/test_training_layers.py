@@ -154,31 +154,50 @@ def test_activation_checkpointing_recomputes_through_it(comfyui):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+KINDS = {
+    "float8_e4m3fn": {"scale": "recalculate"},
+    "float8_e5m2": {},
+    "mxfp8": {},
+    "nvfp4": {},
+    "int8_tensorwise": {"per_channel": True, "convrot": True, "convrot_groupsize": 16},
+    "convrot_w4a4": {"convrot_groupsize": 16},
+    "asym_w4a8_int8": {"convrot_groupsize": 16},
+}
+"""ComfyUI's name of a quantised layout -> how a weight is brought into it."""
+
+
 def quantised_layer(kind, weight, bias):
     """ComfyUI's linear layer of quantised weights, read as from a file, and the weight that they stand for."""
     import json
 
     import comfy.ops
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-    largest, dtype = {"float8_e4m3fn": (448, torch.float8_e4m3fn), "int8_tensorwise": (127, torch.int8)}[kind]
-    scale = weight.abs().max() / largest
-    stored = (weight / scale).round().to(dtype) if dtype == torch.int8 else (weight / scale).to(dtype)
-    about = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    stored = QuantizedTensor.from_float(weight.detach(), QUANT_ALGOS[kind]["comfy_tensor_layout"], **KINDS[kind])
+    about = {"format": kind, "full_precision_matrix_mult": True}  # a CPU has no product of mxfp8 for ComfyUI
+    about |= {name: value for name, value in KINDS[kind].items() if "convrot" in name}
+    state = stored.state_dict("weight") | ({} if bias is None else {"bias": bias})
+    state["comfy_quant"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     sizes = weight.shape[1], weight.shape[0], bias is not None
     layer = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(*sizes)
-    state = {"weight": stored, "weight_scale": scale, "comfy_quant": about}
-    layer.load_state_dict(state if bias is None else state | {"bias": bias}, strict=False)
-    return layer.requires_grad_(False), stored.float() * scale
+    layer.load_state_dict(state, strict=False)
+    return layer.requires_grad_(False), stored.dequantize()
 
 
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_every_quantised_layout_of_comfyui_is_tested(comfyui):
+    from comfy.quant_ops import QUANT_ALGOS
+
+    assert KINDS.keys() == QUANT_ALGOS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_weights_are_dequantised_for_each_pass(comfyui, kind):
     from retune.nodes.bridge.layers import training_layers
     from retune.training.models.recast import is_quantised
     from retune.training.trainables.lora import layers_of
 
-    bias = torch.linspace(-1, 1, 64)
-    layer, weight = quantised_layer(kind, torch.randn(64, 128, generator=generator()), bias)
+    bias = torch.linspace(-1, 1, 80)
+    layer, weight = quantised_layer(kind, torch.randn(80, 128, generator=generator()), bias)  # 80 rows need padding
     assert is_quantised(layer.weight)
     x = torch.randn(2, 5, 128, generator=generator())
     saved = []
@@ -191,33 +210,86 @@ def test_quantised_weights_are_dequantised_for_each_pass(comfyui, kind):
     assert "forward" not in vars(layer) and list(layers_of(nn.Sequential(layer))) == ["0"]
 
 
-def test_a_lora_trains_on_a_quantised_base_as_on_the_weights_that_it_stands_for(comfyui, pictures):
+def quantised_demo(kind, is_quantised):
+    """MODEL, CLIP and VAE of the demo; linear layers of cross-attention, and of the CLIP's, in a quantised layout, or
+    as the weights that these stand for."""
     from retune.nodes.common.demo_model import load_demo
-    from retune.nodes.train_lora import RetuneTrainLora
 
-    class Node(RetuneTrainLora):
-        hidden = SimpleNamespace(unique_id=None, prompt={}, extra_pnginfo=None)
-
-    def trained(is_quantised):
-        model, clip, vae = load_demo()
-        for path, layer in list(model.model.diffusion_model.named_modules()):
-            if isinstance(layer, nn.Linear) and ".attn2.to_" in path:
-                quantised, weight = quantised_layer("float8_e4m3fn", layer.weight, layer.bias)
+    model, clip, vae = load_demo()
+    for network in (model.model.diffusion_model, clip.cond_stage_model):
+        for path, layer in list(network.named_modules()):
+            chosen = ".attn2.to_" in path or ".self_attn." in path
+            if isinstance(layer, nn.Linear) and chosen and layer.in_features % 64 == 0:  # as W4A4 needs
+                quantised, weight = quantised_layer(kind, layer.weight, layer.bias)
                 if is_quantised:
                     owner, _, name = path.rpartition(".")
-                    setattr(model.model.diffusion_model.get_submodule(owner), name, quantised)
+                    setattr(network.get_submodule(owner), name, quantised)
                 else:
                     layer.weight.copy_(weight)
-        settings = TrainingSettings(warmup_steps=1, optimizer="SGD")
-        options = {"steps": 2, "batch_size": 2, "learning_rate": 1.0, "rank": 2, "alpha": 2.0, "algorithm": "LoRA"}
-        options |= {"targets": "cross-attention", "text_encoder_learning_rate": 0.0, "seed": 0, "settings": settings}
-        return Node.execute(model, clip, vae, pictures, run_name=f"quantised {is_quantised}", **options).result[2]
+    return model, clip, vae
 
+
+def trained_on(node, kind, is_quantised, pictures, **options):
+    """The outputs of a trainer on `quantised_demo`, whose stored bytes stay as they were."""
+
+    class Node(node):
+        hidden = SimpleNamespace(unique_id=None, prompt={}, extra_pnginfo=None)
+
+    parts = quantised_demo(kind, is_quantised)
+    values = {"steps": 2, "batch_size": 2, "learning_rate": 1.0, "seed": 0}
+    values["settings"] = TrainingSettings(warmup_steps=1, optimizer="SGD")
+    name = f"{options.get('algorithm', 'retrained')} on {kind} {is_quantised}"
+    before = [stored_bytes(patcher) for patcher in (parts[0], parts[1].patcher)]
     with torch.inference_mode():
-        expected, found = trained(False), trained(True)
-    assert found.keys() == expected.keys() and any(value.any() for key, value in found.items() if "up" in key)
+        found = Node.execute(*parts, pictures, run_name=name, **values | options).result
+    assert [stored_bytes(patcher) for patcher in (parts[0], parts[1].patcher)] == before
+    return found
+
+
+def stored_bytes(patcher):
+    state = patcher.model.state_dict()
+    return {
+        name: value.cpu().contiguous().view(torch.uint8).sum().item() for name, value in state.items() if value.ndim
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, algorithm",
+    [("float8_e4m3fn", "LoRA"), ("nvfp4", "DoRA")]
+    + [pytest.param(name, "LoRA", marks=pytest.mark.slow) for name in KINDS if name != "float8_e4m3fn"],
+)
+def test_a_lora_trains_on_a_quantised_base_as_on_the_weights_that_it_stands_for(comfyui, pictures, kind, algorithm):
+    """Of the UNet and of the text encoder."""
+    from retune.nodes.train_lora import RetuneTrainLora
+
+    options = {"rank": 2, "alpha": 2.0, "algorithm": algorithm, "targets": "regex", "text_encoder_learning_rate": 1.0}
+    options |= {"target_regex": "attn2|self_attn"}
+    expected, found = (trained_on(RetuneTrainLora, kind, q, pictures, **options)[2] for q in (False, True))
+    assert found.keys() == expected.keys() and {name.partition(".")[0] for name in found} == {
+        "diffusion_model",
+        "text_encoders",
+    }
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    up = torch.cat([value.flatten() for name, value in found.items() if "lora_up" in name])
+    wanted = torch.cat([expected[name].flatten() for name in found if "lora_up" in name])
+    assert F.cosine_similarity(up, wanted, dim=0) > 0.99 and up.any()
+
+
+def test_layers_of_a_quantised_base_are_retrained_from_the_weights_that_they_stand_for(comfyui, pictures):
+    from retune.nodes.train import RetuneTrainModel
+
+    options = {"train": "cross-attention", "train_projection": False, "learning_rate": 1e-3}
+    expected, found = (
+        {
+            name: patch[1][1][0]
+            for name, (patch,) in trained_on(RetuneTrainModel, "nvfp4", q, pictures, **options)[0].patches.items()
+        }
+        for q in (False, True)
+    )
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 class Model(nn.Module):

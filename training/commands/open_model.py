@@ -17,13 +17,16 @@ from ..common.text import filled_lines
 from ..config.model import ModelConfig
 from ..config.reset import ResetConfig
 from ..demo.files import demo_config, weights_path
+from ..formats.lora_names import UNET
 from ..models import ldm
 from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
 from ..models.layers import reset_weights
+from ..models.parameters import parameter_refs
 from ..models.prediction import Correction, plain_values, unet_description
 from ..models.protocols import Denoiser, TextToImage
+from ..models.recast import replace_weight
 from ..models.visitors import Visitors
-from ..recipes.apply_results import result_files, tuned_file, with_tuned
+from ..recipes.apply_results import Keep, kept_whole, result_files, tuned_file, with_tuned
 from ..recipes.unet import TrainedModel
 from ..text_encoder.distil import Distillation, fit_or_distil
 from ..text_encoder.fit import EncoderStates
@@ -77,7 +80,8 @@ def build_model(
         trains: whether a weight of the UNet, by its canonical name, trains.
         visiting: those of TEXT_ENCODER and VAE that are on the device only while they are used, and the UNet does not
             compute. Not what trains, and nothing that gradients pass through.
-        text_trains: whether the text encoder, or something in it, trains; it is then in fp32.
+        text_trains: whether the text encoder's own weights train; they are then in fp32. Beside adapters and words they
+            keep the dtype of their file.
         replaced: whether masters stand in the place of what trains whenever the UNet computes: those weights then keep
             the dtype of their file in fp32 too, and so do VAE and text encoder.
 
@@ -89,9 +93,8 @@ def build_model(
     for text in config.tuned:
         result_files(tuned_file(text).path)
     held = dtype != torch.float32 or replaced
-    own_dtypes = held and config.reset is None and not config.tuned  # these compute in fp32
-    own_text = own_dtypes and not text_trains
-    options = {"config_of": demo_config, "own_dtypes": own_dtypes, "own_text": own_text}
+    own_text = held and not text_trains
+    options = {"config_of": demo_config, "own_dtypes": held, "own_text": own_text}
     model = load_model(path, tokenizer=tokenizer, correction=correction_of(config), **options)
     if config.model == DEMO:
         from ..demo.judge import judge_samples
@@ -101,11 +104,17 @@ def build_model(
         model = with_t5(model, config, filled_lines(read_text(config.fit)) if config.fit else (), held=own_text)
     if config.reset is not None:
         reset_in_place(model, ResetConfig(layers=config.reset, seed=config.reset_seed))
-    model = with_tuned(model, config.tuned)
+    model = with_tuned(model, config.tuned, _rounding(model, dtype, trains) if held else kept_whole)
     if held:
         model.denoiser.store_in(dtype, trains)
     _place(model, torch.device(config.device or "cpu"), visiting)
     return model
+
+
+def _rounding(model: TextToImage, dtype: torch.dtype, trains: Callable[[str], bool]) -> Keep:
+    """Rounds a new weight of the UNet at once as `store_in` would afterwards, by its name in `model_weights`."""
+    rounded = model.denoiser.rounding(dtype, trains)
+    return lambda name, value: rounded(name.removeprefix(UNET), value) if name.startswith(UNET) else value
 
 
 def _place(model: TextToImage, device: torch.device, visiting: Collection[str]) -> None:
@@ -194,10 +203,11 @@ def with_t5(model: TextToImage, config: ModelConfig, fit_on: Sequence[str] = (),
 
 @torch.no_grad()
 def reset_in_place(model: TextToImage, config: ResetConfig) -> None:
-    """Resets attention weights of the model's UNet, which nothing else may be using."""
-    parameters = unet_parameters(model.denoiser)
-    for name, value in reset_weights(parameters, config)[0].items():
-        parameters[name].copy_(value)
+    """Resets attention weights of the model's UNet, which nothing else may be using; they are fp32 afterwards."""
+    denoiser = model.denoiser
+    refs = {denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
+    for name, value in reset_weights({name: ref.tensor for name, ref in refs.items()}, config)[0].items():
+        replace_weight(refs[name], value)
 
 
 @torch.no_grad()

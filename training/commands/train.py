@@ -86,6 +86,7 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
 
 def run_reward(arguments: argparse.Namespace) -> dict:
     from ..data.prompts import read_prompts
+    from ..loop.precision import DTYPES
     from ..recipes.reward import tune
     from ..rewards.parse import read_rewards
 
@@ -93,7 +94,9 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
     dataset = open_dataset(arguments) if arguments.folder else None
     held_out = [f"{text},weight=0" for text in arguments.held_out]
-    rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
+    rewards = read_rewards(
+        [*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui, DTYPES[config.settings.precision]
+    )
     model = open_model(arguments, config, visitors_of(config, dataset))
     rewards.network.to(model.denoiser.device)
     tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
@@ -149,7 +152,7 @@ def holding(config: RunConfig) -> dict[str, Any]:
     return {
         "dtype": DTYPES[config.settings.precision],
         "trains": trained_weights(config),
-        "text_trains": _text_trains(config),
+        "text_trains": isinstance(config, RewardTuneConfig) and config.train == "text encoder",
         "replaced": retrains,
     }
 

@@ -29,7 +29,7 @@ from .kinds import expect_checkpoint_file
 from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of, training_sigmas
 from .prediction import AS_READ, Correction, Finding
 from .protocols import Conditioning, TextToImage
-from .recast import store_in
+from .recast import recastable_names, store_in
 from .sdxl_clip import SECOND_PAD, SdxlTextEncoder
 from .visitors import arrive, send_visitors_away
 
@@ -137,6 +137,19 @@ class DiffusersDenoiser:
         weights = {self.canonical_name(name): value for name, value in self.network.named_parameters()}
         self._exact = {name: sampled(self._exact.get(name, value)) for name, value in weights.items()}
         store_in(self.network, dtype, lambda name: exact(self.canonical_name(name)))
+
+    def rounding(self, dtype: torch.dtype, exact: Callable[[str], bool]) -> Callable[[str, Tensor], Tensor]:
+        """(canonical name, new fp32 weight) -> what `store_in` with these arguments would leave of it.
+
+        `fingerprint` is then that of the new weights in fp32, so they must be put into the network.
+        """
+        layers = {self.canonical_name(name) for name in recastable_names(self.network)}
+
+        def rounded(name: str, value: Tensor) -> Tensor:
+            self._exact[name] = sampled(value)
+            return value if exact(name) or name not in layers else value.to(dtype)
+
+        return rounded
 
     def checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
         return recomputed(self.network, enabled)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common.patterns import TypedPattern
 from ..common.rng import generator
 from ..config.reset import ResetConfig
+from .stored import exact
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def reset_weights(weights: Mapping[str, Tensor], config: ResetConfig) -> tuple[d
     zero = _names_to_reset(weights, config)
     new, rows = {}, []
     for name, becomes_zero in zero.items():
-        old = weights[name].detach().float()
+        old = exact(weights[name].detach())
         fan_in = weights[name.rsplit(".", 1)[0] + ".weight"].shape[1]
         value = old * (1 - config.strength) if becomes_zero else _draw(old, fan_in, name, config)
         new[name] = value

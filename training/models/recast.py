@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .parameters import ParameterRef, parameter_refs
-from .stored import StoredTensor, exact
+from .stored import StoredTensor, exact, is_quantised
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Operand = Callable[[Tensor, Tensor], Tensor]
@@ -29,12 +29,6 @@ def cast(stored: Tensor, like: Tensor) -> Tensor:
     """The stored tensor, dequantised, in the dtype and on the device of `like`; itself where it has both already."""
     moved = stored.to(like.device)
     return (moved.dequantize() if is_quantised(moved) else moved).to(like.dtype)
-
-
-def is_quantised(stored: Tensor) -> bool:
-    """Whether a tensor is of a class that dequantises itself, as those of ComfyUI and torchao do; its dtype is then
-    that of the values which it stands for."""
-    return type(stored).dequantize is not Tensor.dequantize
 
 
 class RecastLinear(torch.autograd.Function):
@@ -181,13 +175,13 @@ def store_in(network: nn.Module, dtype: torch.dtype, trains: Callable[[str], boo
         dtype: of the arithmetic that the network is meant for.
         trains: whether a parameter, by its name in the network, is not rounded.
     """
-    of_layers = _recastable_names(network)
+    of_layers = recastable_names(network)
     for name, ref in parameter_refs(network).items():
         value = ref.tensor.detach()
         if name not in of_layers or (trains(name) and _is_compressed(value)):
-            _replace(ref, exact(value))
+            replace_weight(ref, exact(value))
         else:
-            _replace(ref, value if trains(name) or _is_compressed(value) else value.to(dtype))
+            replace_weight(ref, value if trains(name) or _is_compressed(value) else value.to(dtype))
 
 
 def hold(network: nn.Module) -> nn.Module:
@@ -197,19 +191,19 @@ def hold(network: nn.Module) -> nn.Module:
     Its outputs have the bits of a network in fp32, since each layer's weights are unfolded to fp32 for its product. By
     their dtype the weights are fp32 too, which libraries look at to choose that of their inputs.
     """
-    of_layers = _recastable_names(network)
+    of_layers = recastable_names(network)
     for name, ref in parameter_refs(network).items():
         value = ref.tensor.detach()
         if name not in of_layers:
-            _replace(ref, exact(value))
+            replace_weight(ref, exact(value))
         else:
-            _replace(ref, value if is_quantised(value) or value.dtype == torch.float32 else StoredTensor(value))
+            replace_weight(ref, value if is_quantised(value) or value.dtype == torch.float32 else StoredTensor(value))
     for layer in recastable(network):
         layer.forward = partial(recast_forward, layer)
     return network
 
 
-def _recastable_names(network: nn.Module) -> set[str]:
+def recastable_names(network: nn.Module) -> set[str]:
     """Names of the weights and biases of `recastable` layers."""
     paths = {module: path for path, module in network.named_modules()}
     return {f"{paths[layer]}.{name}" for layer in recastable(network) for name in ("weight", "bias")}
@@ -220,8 +214,8 @@ def _is_compressed(value: Tensor) -> bool:
     return is_quantised(value) or value.dtype in FP8
 
 
-def _replace(ref: ParameterRef, value: Tensor) -> None:
-    """Makes a value the parameter's, in memory of its own: what it was may lie in a file."""
+def replace_weight(ref: ParameterRef, value: Tensor) -> None:
+    """Makes a value the parameter's, in its own dtype and in memory of its own: what it was may lie in a file."""
     old = ref.tensor
     if is_quantised(value) or value.untyped_storage()._cdata == old.untyped_storage()._cdata:
         value = value.clone()

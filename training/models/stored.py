@@ -79,9 +79,15 @@ def _only_moves(func: Any, kwargs: dict[str, Any]) -> bool:
     return func.overloadpacket is aten._to_copy and kwargs.get("dtype") in (None, torch.float32)
 
 
+def is_quantised(stored: Tensor) -> bool:
+    """Whether a tensor is of a class that dequantises itself, as those of ComfyUI and torchao do; its dtype is then
+    that of the values which it stands for."""
+    return type(stored).dequantize is not Tensor.dequantize
+
+
 def exact(weight: Tensor) -> Tensor:
-    """A weight in fp32, of whatever it is stored as."""
-    return weight.dequantize() if isinstance(weight, StoredTensor) else weight.float()
+    """A weight's values in fp32, of whatever it is stored as; the weight itself where it is that."""
+    return (weight.dequantize() if is_quantised(weight) else weight).float()
 
 
 def rotated_back(weight: Tensor, group: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,11 @@ from ..formats.lora_keys import BIAS, split_key
 from ..formats.lora_names import TEXT, UNET, detect_naming
 from ..formats.lora_report import missing_alpha
 from ..models import ldm
+from ..models.parameters import ParameterRef, parameter_refs
 from ..models.prediction import split_markers
 from ..models.protocols import Denoiser, TextToImage
+from ..models.recast import replace_weight
+from ..models.stored import exact
 from ..text_encoder.blend import blend_projections, weighted_sum
 from ..text_encoder.projection import PROJECTION_PREFIX, Projection
 from ..text_encoder.t5_file import file_hash
@@ -35,6 +38,8 @@ log = logging.getLogger(__name__)
 
 ARTIFACTS = ("tuned.safetensors", "model.safetensors", "lora.safetensors")
 """Results in the folder of a run of `reward`, `train` and `lora`."""
+Keep = Callable[[str, Tensor], Tensor]
+"""(name, new weight in fp32) -> what is kept of it, such as its rounded values."""
 
 
 @dataclass(frozen=True)
@@ -91,52 +96,71 @@ def tuned_identity(texts: Sequence[str]) -> list[list]:
     return [[file_hash(file), result.strength] for result in results for file in result_files(result.path)]
 
 
-def with_tuned(model: TextToImage, texts: Sequence[str]) -> TextToImage:
+def kept_whole(name: str, value: Tensor) -> Tensor:
+    """The weight in fp32."""
+    return value
+
+
+def with_tuned(model: TextToImage, texts: Sequence[str], keep: Keep = kept_whole) -> TextToImage:
     """Applies results to a model, in order. Its weights are changed in place, and its fingerprints with them.
 
-    texts: for `tuned_file`. Raises as `result_files`, and ValueError for a file without tensors or with tensors that do
-    not fit the model; nothing of that file is applied then.
+    Args:
+        model: weights that change are fp32 afterwards, whatever they were.
+        texts: for `tuned_file`.
+        keep: what is kept of a weight of the UNet that the last of them changes; earlier ones are read again.
+
+    Raises:
+        ValueError, FileNotFoundError: as `result_files`, and for a file without tensors or with tensors that do not fit
+            the model; nothing of that file is applied then.
     """
-    for result in map(tuned_file, texts):
+    last = result_files(tuned_file(texts[-1]).path)[-1] if texts else None
+    for number, result in enumerate(map(tuned_file, texts), 1):
         files = {file: read_lora_tensors(file) for file in result_files(result.path)}
         if not any(tensors for tensors, _ in files.values()):
             raise ValueError(f"{result.path} holds no tensors; expected weights, a projection or a LoRA.")
         for file, (tensors, metadata) in files.items():
             name = file.name if file == result.path else f"{result.path.name}/{file.name}"
             with reading(file):
-                model = _with_file(model, name, tensors, metadata, result.strength)
+                kept = keep if number == len(texts) and file == last else kept_whole
+                model = _with_file(model, name, tensors, metadata, result.strength, kept)
     return model
 
 
 @torch.no_grad()
 def _with_file(
-    model: TextToImage, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], strength: float
+    model: TextToImage,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    strength: float,
+    keep: Keep,
 ) -> TextToImage:
-    weights, encoder = model_weights(model), model.text_encoder
+    refs, encoder = _weight_refs(model), model.text_encoder
+    weights = {key: ref.tensor for key, ref in refs.items()}
     warn_of_another_demo(name, metadata, model.denoiser)
     if any(split_key(key)[1] for key in tensors):
         config = model.denoiser.network.config
-        values = merged(parse_lora(name, tensors, metadata), weights, strength, config)
+        values = merged(parse_lora(name, tensors, metadata), weights, strength, config, keep)
     else:
         state = {k.removeprefix(PROJECTION_PREFIX): v for k, v in tensors.items() if k.startswith(PROJECTION_PREFIX)}
         tensors, _ = split_markers(tensors, ldm.UNET_PREFIX)
         tuned = {_layer_name(k): v for k, v in tensors.items() if not k.startswith(PROJECTION_PREFIX)}
-        values = interpolated(name, tuned, weights, strength)
+        values = interpolated(name, tuned, weights, strength, keep)
         if state:
             projection = _projection(name, encoder.projection, state, metadata, strength)
             encoder = encoder.with_projection(projection)
-    _check_finite(name, values, weights)
+    _check_finite(name, values)
     for key, value in values.items():
-        weights[key].copy_(value)
+        replace_weight(refs[key], value.to(weights[key].device))
     changed = any(key.startswith(TEXT) for key in values)
     return replace(model, text_encoder=encoder.refreshed() if changed else encoder)
 
 
-def _check_finite(name: str, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a weight would become NaN, infinite or too large for the model's dtype."""
-    if bad := [key for key, value in values.items() if not torch.isfinite(value.to(weights[key].dtype)).all()]:
+def _check_finite(name: str, values: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a weight would become NaN, infinite or too large for its dtype."""
+    if bad := [key for key, value in values.items() if not torch.isfinite(value).all()]:
         raise ValueError(
-            f"{name} makes {first_few(bad)} NaN, infinite or too large for {str(weights[bad[0]].dtype)[6:]}; expected "
+            f"{name} makes {first_few(bad)} NaN, infinite or too large for {str(values[bad[0]].dtype)[6:]}; expected "
             "finite weights. Use an earlier save, or a lower strength."
         )
 
@@ -151,9 +175,14 @@ def warn_of_another_demo(name: str, metadata: Mapping[str, str], denoiser: Denoi
 def model_weights(model: TextToImage) -> dict[str, Tensor]:
     """Every weight of the UNet and of the text encoder by its layer's name in ComfyUI's LoRA files, with `.weight` or
     `.bias`: `diffusion_model.input_blocks...`, `text_encoders.clip_l.transformer...`."""
+    return {name: ref.tensor for name, ref in _weight_refs(model).items()}
+
+
+def _weight_refs(model: TextToImage) -> dict[str, ParameterRef]:
+    """The parameters of `model_weights`, by the same names."""
     denoiser = model.denoiser
-    unet = {UNET + denoiser.canonical_name(name): value for name, value in denoiser.network.named_parameters()}
-    return unet | {name: target.tensor for name, target in model.text_encoder.weights.items()}
+    unet = {UNET + denoiser.canonical_name(name): ref for name, ref in parameter_refs(denoiser.network).items()}
+    return unet | dict(model.text_encoder.weights)
 
 
 def _layer_name(key: str) -> str:
@@ -161,7 +190,7 @@ def _layer_name(key: str) -> str:
 
 
 def interpolated(
-    name: str, tuned: Mapping[str, Tensor], weights: Mapping[str, Tensor], strength: float
+    name: str, tuned: Mapping[str, Tensor], weights: Mapping[str, Tensor], strength: float, keep: Keep = kept_whole
 ) -> dict[str, Tensor]:
     """(1 - strength) W + strength W_tuned by name, fp32; exactly W_tuned at strength 1.
 
@@ -170,6 +199,7 @@ def interpolated(
         tuned: W_tuned.
         weights: W, of the whole model.
         strength: 0 to 1.
+        keep: what of it is returned.
 
     Raises:
         ValueError: names that are not among `weights`, or other shapes.
@@ -183,7 +213,8 @@ def interpolated(
         if value.shape != weights[key].shape:
             found, wanted = tuple(value.shape), tuple(weights[key].shape)
             raise ValueError(f"{key} in {name} is {found}; expected {wanted}. It belongs to another kind of model.")
-    return {key: weighted_sum((1 - strength, strength), (weights[key], value)) for key, value in tuned.items()}
+    shares = 1 - strength, strength
+    return {key: keep(key, weighted_sum(shares, (weights[key], value))) for key, value in tuned.items()}
 
 
 def _projection(
@@ -213,7 +244,11 @@ def _projection(
 
 
 def merged(
-    lora: Lora, weights: Mapping[str, Tensor], strength: float, unet_config: Mapping | None = None
+    lora: Lora,
+    weights: Mapping[str, Tensor],
+    strength: float,
+    unet_config: Mapping | None = None,
+    keep: Keep = kept_whole,
 ) -> dict[str, Tensor]:
     """W + strength dW by name of every weight and bias that the LoRA changes, fp32; DoRA as `_with_magnitude`.
 
@@ -222,6 +257,7 @@ def merged(
         weights: W, of the whole model.
         strength: 0 to 1.
         unet_config: UNet2DConditionModel's, for the names of layers.
+        keep: what of it is returned.
 
     Raises:
         ValueError: no layer is among `weights`, other shapes, or kinds that do not merge (OFT, GLoRA).
@@ -234,7 +270,7 @@ def merged(
             changed = {name: _changed(module, weights[name], part, strength) for name, part in parts.items()}
         except ValueError as error:
             raise ValueError(f"{lora.name}: {error}") from error
-        changed = {name: value for name, value in changed.items() if value is not None}
+        changed = {name: keep(name, value) for name, value in changed.items() if value is not None}
         values |= changed
         if not changed:
             idle.append(module.name)
@@ -256,7 +292,7 @@ def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> 
     vector = next((module.tensors[role] for role in roles if role in module.tensors), None)
     if vector is not None:
         _check_size(module, (vector.numel(), 1), (weight.numel(), 1))
-        return weight.float() + strength * vector.float().reshape(weight.shape)
+        return exact(weight) + strength * vector.float().reshape(weight.shape)
     if part == "bias" or not (module.tensors.keys() - set(BIAS)):
         return None
     tensors = {role: value for role, value in module.tensors.items() if role != "dora_scale"}
@@ -264,10 +300,11 @@ def _changed(module: LoraModule, weight: Tensor, part: str, strength: float) -> 
     if bare.kind in LINEAR_KINDS:
         _check_size(bare, bare.shape, (weight.shape[0], weight.shape[1:].numel()))
     change = delta_weight(bare)
-    changed = weight.float() + change.reshape(weight.shape)
+    base = exact(weight)
+    changed = base + change.reshape(weight.shape)
     if "dora_scale" in module.tensors:
         changed = _with_magnitude(changed, module.tensors["dora_scale"].float())
-    return weight.float() + strength * (changed - weight.float())
+    return base + strength * (changed - base)
 
 
 def _check_size(module: LoraModule, found: tuple[int, int] | None, expected: tuple[int, int]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -62,7 +64,7 @@ def _bare(name: str) -> str:
 
 
 class Towers(nn.Module):
-    """Frozen image tower and, unless the state's is empty, text tower, in fp32.
+    """Frozen image tower and, unless the state's is empty, text tower, in fp32; `recast.store_in` may round them.
 
     Args:
         state: the towers' tensors.
@@ -94,11 +96,19 @@ class Towers(nn.Module):
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
         """(B, D) projected embeddings of length 1; pixels: (B, 3, side, side), preprocessed."""
-        return functional.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1)
+        return _of_length_one(self.vision(pixel_values=pixels).image_embeds)
 
     def text_embeddings(self, tokens: Tensor) -> Tensor:
         """(B, D) projected embeddings of length 1; tokens: (B, 77)."""
-        return functional.normalize(self.text(input_ids=upload(tokens, self.weight.device)).text_embeds, dim=-1)
+        return _of_length_one(self.text(input_ids=upload(tokens, self.weight.device)).text_embeds)
+
+    def arithmetic(self) -> AbstractContextManager:
+        """While entered, products are computed in the dtype of the weights."""
+        dtype = self.weight.dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return torch.autocast(self.weight.device.type, enabled=False)
+        # Without the cache of casts: those of a pass without gradients are of no use in the next one with them.
+        return torch.autocast(self.weight.device.type, dtype, cache_enabled=False)
 
     def checkpoint(self, enabled: bool) -> None:
         """Turns activation checkpointing of the image tower's layers on or off.
@@ -121,6 +131,11 @@ class Towers(nn.Module):
         layers = config.num_hidden_layers * saved if gradient else 0
         pixels = 4 * 3 * config.image_size**2
         return batch * (tokens * (layers + 8 * width + 3 * hidden) + pixels) * self.weight.dtype.itemsize
+
+
+def _of_length_one(embeddings: Tensor) -> Tensor:
+    """(B, D) rows of length 1, in fp32 at least: cosines differ in their third digit, which half precision has not."""
+    return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
 
 def _text_network(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, activation: str) -> nn.Module:

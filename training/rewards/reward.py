@@ -1,10 +1,12 @@
 """The protocol of a reward and its two implementations: a CLIP's cosine of image and prompt, and an aesthetic head.
 
-A reward is frozen and computes in the dtype of its weights, fp32 as loaded, with autocast turned off.
+A reward is frozen and computes in the dtype of its weights, fp32 as loaded, whatever autocast is on around it. For a
+run in half precision `store_in` holds its towers in less.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Protocol
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fingerprint import tensors_fingerprint
+from ..models.recast import store_in
 from .clip_towers import Towers
 from .heads import head_width
 from .preprocess import Preprocess, expect_finite
@@ -46,6 +49,12 @@ class Reward(Protocol):
     def image_embeddings(self, images: Tensor) -> Tensor:
         """(B, D) projected embeddings of length 1 of (B, 3, H, W) images in 0..1."""
 
+    def store_in(self, dtype: torch.dtype) -> None:
+        """Holds large weights in a dtype, in which their products are then computed; the fingerprint stays."""
+
+    def copied_in(self, dtype: torch.dtype) -> Reward:
+        """A copy that is held so, with weights of its own."""
+
     def checkpoint(self, enabled: bool) -> None:
         """Turns activation checkpointing on or off: less memory and more time in the backward pass."""
 
@@ -69,8 +78,19 @@ class _TowerReward:
         return title_of(self.name, self.files)
 
     def image_embeddings(self, images: Tensor) -> Tensor:
-        with torch.autocast(self._towers.weight.device.type, enabled=False):
-            return self._towers.image_embeddings(self._preprocess(images.to(self._towers.weight)))
+        weight = self._towers.weight
+        with self._towers.arithmetic():
+            pixels = images.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            return self._towers.image_embeddings(self._preprocess(pixels))
+
+    def store_in(self, dtype: torch.dtype) -> None:
+        store_in(self.network, dtype, lambda name: name.startswith("head."))  # small, and its scores differ little
+
+    def copied_in(self, dtype: torch.dtype) -> Reward:
+        shared = {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in self.network.parameters()}
+        other = copy.deepcopy(self, shared)
+        other.store_in(dtype)
+        return other
 
     def checkpoint(self, enabled: bool) -> None:
         self._towers.checkpoint(enabled)
@@ -111,7 +131,7 @@ class ClipReward(_TowerReward):
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) projected embeddings of length 1."""
-        with torch.autocast(self._towers.weight.device.type, enabled=False):
+        with self._towers.arithmetic():
             return self._towers.text_embeddings(self._tokens(prompts))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.protocols import Conditioning
+from ..models.stored import exact
 from .projection import RESAMPLERS, Projection
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
         weights: w_i.
         tensors: T_i, of one shape.
     """
-    used = [(weight, tensor.float()) for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    used = [(weight, exact(tensor)) for weight, tensor in zip(weights, tensors, strict=True) if weight]
     first = used[0][1]
     if is_close_to_one(sum(weight for weight, _ in used)) and all(torch.equal(first, tensor) for _, tensor in used[1:]):
         return first

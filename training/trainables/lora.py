@@ -23,6 +23,7 @@ from ..common.rng import derive_seed
 from ..config.lora import LoraConfig
 from ..formats.lora_names import SECOND_TEXT, TEXT
 from ..models.parameters import parameter_refs
+from ..models.stored import exact
 from .adapter_outputs import dora_output, with_low_rank
 from .base import Trainable
 from .weights import swapped
@@ -214,7 +215,7 @@ def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) 
     rank, alpha = config.shape_of(spatial=_is_spatial(layer))
     plain, dora = _plain(layer), config.algorithm == "DoRA"
     if dora:  # its magnitude starts as the weight's
-        plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        plain.weight = nn.Parameter(exact(layer.weight.detach()), requires_grad=False)
     with _seeded(derive_seed(seed, "adapter", name), []), contextlib.redirect_stdout(io.StringIO()):
         module = kinds.get(config.algorithm, LoConModule)(
             name.replace(".", "_"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..models.blocks import recomputing, units_to_recompute, wrapped
 from ..models.parameters import ParameterRef, parameter_refs
 from ..models.recast import recastable, recasting
+from ..models.stored import exact
 from .weights import SelectedWeights, SwappedTrainable, put
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def shard(network: nn.Module, units: Sequence[nn.Module], refs: Iterable[Paramet
         left -= chosen
         ignored = {p for p in unit.parameters() if not hasattr(p, "full_tensor")}
         ignored -= {ref.tensor for ref in chosen}
-        masters = {str(i): nn.Parameter(ref.tensor.detach().clone().float()) for i, ref in enumerate(chosen)}
+        masters = {str(i): nn.Parameter(exact(ref.tensor.detach()).clone()) for i, ref in enumerate(chosen)}
         put({str(i): ref for i, ref in enumerate(chosen)}, masters)
         sizes.append(sum(master.nbytes for master in masters.values()))
         if chosen or unit is network:

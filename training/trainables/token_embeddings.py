@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..common.rng import generator
 from ..formats.embedding_report import median_norm
 from ..models.concepts import Concept, Vocabulary, pieces
+from ..models.stored import exact
 from .base import SwappedTrainable
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def first_vectors(
     Raises:
         ValueError: the text has no token.
     """
-    table = vocabulary.table.detach().float()
+    table = exact(vocabulary.table.detach())
     if not text:
         drawn = torch.randn(count, table.shape[1], generator=random)
         return (drawn / drawn.norm(dim=1, keepdim=True) * median_norm(vocabulary)).to(table.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.parameters import ParameterRef
+from ..models.stored import exact
 from .base import SwappedTrainable, Trainable
 
 
@@ -69,7 +70,7 @@ class SelectedWeights(SwappedTrainable):
 
 
 def _master(weight: Tensor, bf16: bool) -> nn.Parameter:
-    value = weight.detach().clone().float()
+    value = exact(weight.detach()).clone()
     return nn.Parameter(value.to(torch.bfloat16) if bf16 and value.ndim > 1 else value)
 
 
