@@ -143,11 +143,6 @@ def _check(
 
 
 def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
-    if config.settings.precision == "fp16":
-        raise ValueError(
-            "precision is 'fp16' for a reward tuning; expected 'bf16' or 'fp32': gradients through decoder, reward and "
-            "sampler are too small for fp16."
-        )
     if config.method != "direct":
         expect_prompts(prompts, "prompts")
         if dataset is not None:
