@@ -135,9 +135,10 @@ class RetuneRewardTune(io.ComfyNode):
         from .common.paths import runs_folder
         from .ui.progress import NodeCallbacks
 
-        judge = reward_with_constraint(reward, values.pop("clip_constraint"), constraint, held_out)
-        wanted = prompt_list(prompts, values.pop("prompt_file", ""))
+        weight, file = values.pop("clip_constraint"), values.pop("prompt_file", "")
         config = run_config(RewardTuneConfig, settings, samples, values)
+        judge = reward_with_constraint(reward, weight, constraint, held_out)
+        wanted = prompt_list(prompts, file)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, ready_to_tune(model, clip, vae, judge) as (view, rewards):
             memory = rewards.activation_bytes(config.batch_size)

@@ -55,12 +55,11 @@ REWARD_PRESETS = {"custom": {}} | {name: values | CARD_REWARDS[name] for name, v
 
 
 def run_train(arguments: argparse.Namespace) -> dict:
-    from ..recipes.unet import train_model
+    from ..recipes.unet import train_model_file
 
     config, dataset = read_run(arguments, TrainModelConfig), open_dataset(arguments)
     model = open_model(arguments, config, visitors_of(config, dataset))
-    trained = train_model(model, dataset, config, arguments.output, Terminal())
-    return result_of(trained.path)
+    return result_of(train_model_file(model, dataset, config, arguments.output, Terminal()))
 
 
 def run_lora(arguments: argparse.Namespace) -> dict:
@@ -87,7 +86,7 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
 
 def run_reward(arguments: argparse.Namespace) -> dict:
     from ..data.prompts import read_prompts
-    from ..recipes.reward import tune
+    from ..recipes.reward import tune_file
     from ..rewards.parse import read_rewards
 
     config = read_run(arguments, RewardTuneConfig)
@@ -97,8 +96,7 @@ def run_reward(arguments: argparse.Namespace) -> dict:
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
     model = open_model(arguments, config, visitors_of(config, dataset))
     rewards.network.to(model.denoiser.device)
-    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
-    return result_of(tuned.path)
+    return result_of(tune_file(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset))
 
 
 def result_of(path: Path) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.files import write_tensors
-from ..common.foreign import read_tensors
+from ..common.foreign import expect_tensors, read_tensors
 from ..config.loop import Batches
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig
@@ -86,7 +86,23 @@ def tune(
     details: dict | None = None,
     dataset: Dataset | None = None,
 ) -> TunedModel:
-    """Tunes part of a model by a reward, resumes such a run, or reads a finished one. The model is left bit-identical.
+    """`tune_file`, and its result read into RAM."""
+    return read_tuned_model(tune_file(model, reward, prompts, config, root, callbacks, details, dataset).parent)
+
+
+def tune_file(
+    model: TextToImage,
+    reward: CombinedReward,
+    prompts: Sequence[Prompt],
+    config: RewardTuneConfig,
+    root: Path,
+    callbacks: Callbacks | None = None,
+    details: dict | None = None,
+    dataset: Dataset | None = None,
+) -> Path:
+    """Tunes part of a model by a reward, resumes such a run, or finds a finished one; returns the file of its result.
+
+    The model is left bit-identical.
 
     Args:
         model: the base model.
@@ -123,7 +139,7 @@ def tune(
         reward.checkpoint(config.settings.gradient_checkpointing)
         build_data = partial(_data_of_images, dataset) if direct else partial(_data_of_prompts, prompts)
         loop_of = partial(_build_loop, job, model, reward, build_data, config)
-        return read_tuned_model(run_training(job, model, config, Path(root), callbacks, loop_of))
+        return expect_tensors(run_training(job, model, config, Path(root), callbacks, loop_of) / ARTIFACT)
 
 
 def _check(

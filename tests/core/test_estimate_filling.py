@@ -1,0 +1,64 @@
+"""What fills a run's caches counts among what it takes of the memory; and the estimate of new words."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from retune.training.common.live_bytes import LiveBytes
+from retune.training.config.embedding import EmbeddingConfig
+from retune.training.config.lora import LoraConfig
+from retune.training.config.training_settings import TrainingSettings
+from retune.training.data.examples import Example
+from retune.training.data.order import Slot
+from retune.training.models.diffusers import DiffusersDenoiser
+from retune.training.recipes import run as recipe
+from retune.training.recipes.lora import train_lora
+from retune.training.recipes.textual_inversion import train_embedding
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .test_estimate import Records, counted, estimate
+
+pytestmark = pytest.mark.own_peaks
+
+
+def test_an_estimate_of_new_words(tiny_model, pictures, tmp_path, monkeypatch):
+    """Whose gradient comes through the UNet and the text encoder."""
+    settings = TrainingSettings(warmup_steps=1)
+    config = EmbeddingConfig(run_name="r", token="<it>", steps=2, batch_size=3, settings=settings)
+    run = partial(train_embedding, tiny_model, pictures, config, tmp_path)
+    estimate, peak = counted(lambda callbacks: run(callbacks=callbacks), monkeypatch)
+    assert estimate.needed == pytest.approx(peak, rel=0.1)
+
+
+def test_filling_the_caches_counts(tiny_model):
+    """With weights that come to the device for it: those of the VAE, or of the text encoder where they are more."""
+    config, slot = LoraConfig(run_name="r"), Slot(Example("", "x", 64, 64, None, "x"), False, 0, 0)
+    with LiveBytes() as live:
+        tiny_model.autoencoder.encode(torch.rand(1, 3, 64, 64))
+    vae, clip, unet = (getattr(tiny_model, p).network for p in ("autoencoder", "text_encoder", "denoiser"))
+    peaks = []
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+            denoiser = DiffusersDenoiser(type(unet).from_config(unet.config))
+            with LiveBytes() as fake:
+                recipe.encoding(replace(tiny_model, denoiser=denoiser), config, slot)["filling"]()
+        peaks.append(fake.peak)
+    assert peaks[0] == pytest.approx(live.peak, rel=0.1)
+    sizes = [sum(parameter.nbytes for parameter in network.parameters()) for network in (vae, clip)]
+    assert peaks[1] == pytest.approx(max(peaks[0] + sizes[0], sizes[1]), rel=0.1)
+    assert estimate(filling=60).peak == 101 and estimate(filling=5).peak == estimate().peak
+
+
+def test_caches_are_filled_while_blocks_are_swapped(tiny_model, pictures, tmp_path, monkeypatch):
+    events, swapped_blocks, callbacks = [], recipe.swapped_blocks, Records()
+
+    def swapped(*arguments):
+        events.append("swapped")
+        return swapped_blocks(*arguments)
+
+    monkeypatch.setattr(recipe, "swapped_blocks", swapped)
+    callbacks.on_text = lambda text: events.append("caching") if text.startswith("caching") else None
+    settings = TrainingSettings(block_swap=2)
+    train_lora(tiny_model, pictures, LoraConfig(run_name="r", steps=1, settings=settings), tmp_path, callbacks)
+    assert events[0] == "swapped" and "caching" in events
