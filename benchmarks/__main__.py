@@ -41,15 +41,23 @@ def bench(arguments: argparse.Namespace) -> dict:
         sized = read_flags(arguments, RewardBenchConfig, batch_size=batch_size)
         result = run_reward_bench(sized, arguments.comfyui, Terminal())
     elif config.name == MEMORY:
-        options = read_flags(arguments, MemoryConfig, "memory_")
-        result = run_memory_bench(options, config.size, config.batch_size or 1, Terminal())
+        result = run_memory(config, read_flags(arguments, MemoryConfig, "memory_"))
     elif config.name == DATA:
-        result = run_data_bench(read_flags(arguments, DataConfig, "data_"), batch_size, Terminal())
+        result = run_data_bench(read_flags(arguments, DataConfig, "data_"), config.batch_size or 1, Terminal())
     elif config.name in STUDIES:
         result = run_study(config.name, STUDIES[config.name], read_flags(arguments, StudyConfig), Terminal())
     else:
         return run_timing(config.name, config.rounds, batch_size)
     return result if arguments.json else readable(result)
+
+
+def run_memory(config: BenchConfig, options: MemoryConfig) -> dict:
+    """The memory of a step, or of the presets' runs."""
+    if options.presets:
+        from .preset_memory import run_preset_bench
+
+        return run_preset_bench(options, Terminal())
+    return run_memory_bench(options, config.size, config.batch_size or 1, Terminal())
 
 
 def readable(result: dict) -> dict:

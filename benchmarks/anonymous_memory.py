@@ -39,6 +39,10 @@ class PeakMemory:
         self._over.set()
         self._thread.join()
 
+    def now(self) -> int:
+        """Bytes of the same kind as the peaks, at this moment."""
+        return torch.cuda.memory_allocated() if torch.cuda.is_available() else anonymous_bytes() - self.start
+
     def begin(self, phase: str) -> None:
         """Ends the phase before and begins another."""
         self._look()

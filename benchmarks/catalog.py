@@ -29,7 +29,7 @@ class BenchConfig:
     rounds: int = 7
     """Turns of every variant, or steps in each of its processes; one more comes first and is not counted."""
     batch_size: int = 0
-    """Pictures or captions at a time; 0: 16, or a study's default, or 1 for `memory` and what runs in processes."""
+    """Pictures or captions at a time; 0: 16, a study's own, or 1 for `memory`, `data` and what runs in processes."""
     size: Literal["demo", "sd15", "sdxl"] = "demo"
     """The model whose shapes are measured, with random weights: of `memory`, `gpu` and what runs in processes."""
 

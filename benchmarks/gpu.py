@@ -1,5 +1,7 @@
 """One run for a machine with a GPU, of eight minutes at most: the demo through ComfyUI with dynamic VRAM on, then LoRA
 and reward steps beside diffusers + peft and the memory of a step, in bf16 at the size of SD1.5 and SDXL.
+
+Every part has a share of the time, so that none takes another's; what it leaves goes to the parts after it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,12 +33,27 @@ from .study import markdown_table
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "For a machine with a GPU, eight minutes: the demo in ComfyUI, then LoRA, reward and memory in bf16."
+DEMO_RUN, MEMORY_OF = "demo in ComfyUI", "memory"
+CPU_STEPS = 3
+"""Steps of the demo's training where the script is only tried."""
 DYNAMIC = "DynamicVRAM support detected and enabled"
 """What ComfyUI's log says when it uses dynamic VRAM."""
 TRAIN_NODE = "8"
 """The training in the demo's workflow."""
 ROUNDS = 5
 """Timed steps of each process."""
+ONLY = {
+    LORA: "limit, bf16;Retune, bf16;diffusers + peft, bf16;Retune, every layer, bf16;bypass on, bf16",
+    REWARD: "K = 1, batch 1, bf16;K = 1, batch 4, bf16;K = 5, batch 1, bf16",
+}
+"""Variants that are run where no flag names others, the most telling first."""
+SHARES = {DEMO_RUN: 90, (LORA, "sd15"): 85, (LORA, "sdxl"): 120, (REWARD, "sd15"): 55, (REWARD, "sdxl"): 60}
+SHARES |= {(MEMORY_OF, "sd15"): 25, (MEMORY_OF, "sdxl"): 45}
+SHARE = 30
+"""Of the time, in seconds where all is run in eight minutes; `SHARE` of another part. Writing random weights counts to
+the first part of their size."""
+LONGEST_ROW = 20
+"""Seconds that a row of `memory` takes at most: one that has begun is not stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,8 @@ class GpuConfig:
     """Models that are measured: demo, sd15, sdxl."""
     demo_steps: int = 100
     """Steps of the demo's training in ComfyUI; 0 leaves it out."""
+    on_cpu: bool = False
+    """Try the script on a machine without a GPU: the demo model alone, few steps. Its figures mean nothing."""
 
     def __post_init__(self) -> None:
         check_range(self, minutes=(0.1, 10**4), demo_steps=(0, 10**6))
@@ -57,28 +77,39 @@ class GpuConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run: what it is called, and what returns its rows, claims and what was left out."""
+    """A part of the run: what it is called, what returns its rows, claims and what was left out, and its share of the
+    time that it has with the parts after it."""
 
     name: str
     run: Callable[[float], dict[str, Any]]
+    share: float = SHARE
 
 
 def run_gpu_bench(config: GpuConfig, steps: StepConfig, comfyui: Path | None, callbacks: Callbacks) -> dict[str, Any]:
-    """Runs the stages until the time is over.
+    """Runs the stages, each within its share of the time.
+
+    Raises:
+        ValueError: There is no GPU, and `on_cpu` is off.
 
     Returns:
         "rows": pictures a second and peak bytes by stage and variant; "claims"; "skipped", what was left out and why;
-        "chart", the folder of the charts; "stages", all that each returned; "table".
+        "chart", the folder of the charts; "seconds" in all; "stages", all that each returned; "table".
     """
-    deadline = time.monotonic() + 60 * config.minutes
-    found, skipped = {}, {}
-    for stage in stages(config, steps, comfyui, callbacks):
-        if time.monotonic() >= deadline:
+    if not torch.cuda.is_available():
+        if not config.on_cpu:
+            raise ValueError("device is cpu; expected a GPU. --gpu-on-cpu tries the script without one.")
+        config = replace(config, sizes=("demo",), demo_steps=min(config.demo_steps, CPU_STEPS))
+    began, found, skipped = time.monotonic(), {}, {}
+    deadline, left = began + 60 * config.minutes, list(stages(config, steps, comfyui, callbacks))
+    while left:
+        now, whole = time.monotonic(), sum(stage.share for stage in left)
+        stage = left.pop(0)
+        if now >= deadline:
             skipped[stage.name] = "no time was left"
             continue
         callbacks.on_text(stage.name)
         try:
-            found[stage.name] = stage.run(deadline)
+            found[stage.name] = stage.run(now + (deadline - now) * stage.share / whole)
         except (RuntimeError, ValueError, OSError) as error:  # keeps what ran before: a GPU may be lent for minutes
             log.exception("%s failed", stage.name)
             skipped[stage.name] = f"failed: {last_line(str(error))}"
@@ -90,6 +121,7 @@ def run_gpu_bench(config: GpuConfig, steps: StepConfig, comfyui: Path | None, ca
         "rows": rows,
         "claims": [f"{name}: {claim}" for name, result in found.items() for claim in result.get("claims", [])],
         "skipped": skipped,
+        "seconds": round(time.monotonic() - began, 1),
         "stages": found,
         "chart": str(steps.output.resolve()),
         "table": markdown_table(rows) if rows else "",
@@ -99,13 +131,16 @@ def run_gpu_bench(config: GpuConfig, steps: StepConfig, comfyui: Path | None, ca
 def stages(config: GpuConfig, steps: StepConfig, comfyui: Path | None, callbacks: Callbacks) -> Iterable[Stage]:
     """All stages, the most telling first; without ComfyUI its own says so."""
     if config.demo_steps:
-        yield Stage("demo in ComfyUI", lambda deadline: demo_stage(config, comfyui, callbacks, deadline))
-    bf16 = replace(steps, only=steps.only or "bf16", turns=1)
+        run = partial(demo_stage, config, comfyui, callbacks)
+        yield Stage(DEMO_RUN, run, SHARES[DEMO_RUN])
     for name in (LORA, REWARD):
+        chosen = replace(steps, only=steps.only or ONLY[name], turns=1)
         for size in config.sizes:
-            yield Stage(f"{name}, {size}", comparison_stage(name, bf16, size, comfyui, callbacks))
+            run = comparison_stage(name, chosen, size, comfyui, callbacks)
+            yield Stage(f"{name}, {size}", run, SHARES.get((name, size), SHARE))
     for size in config.sizes:
-        yield Stage(f"memory, {size}", memory_stage(steps, size, callbacks))
+        run = memory_stage(steps, size, callbacks)
+        yield Stage(f"{MEMORY_OF}, {size}", run, SHARES.get((MEMORY_OF, size), SHARE))
 
 
 def comparison_stage(
@@ -121,7 +156,7 @@ def memory_stage(steps: StepConfig, size: str, callbacks: Callbacks) -> Callable
     memory = MemoryConfig(measure=True, rank=steps.rank, pixels=steps.pixels, only="bf16", output=steps.output)
 
     def run(deadline: float) -> dict[str, Any]:
-        return run_memory_bench(memory, size, 1, callbacks, deadline)
+        return run_memory_bench(memory, size, 1, callbacks, deadline - LONGEST_ROW)
 
     return run
 
@@ -181,7 +216,11 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         rate = row.get("pictures a second")
         rate = "" if rate is None else round(rate, 3)
-        more = {"peak GB": gigabytes(row.get("training")), "estimate / measured": ""}
+        estimate, peak = row.get("estimate"), row.get("training")
+        more = {
+            "peak GB": gigabytes(peak),
+            "estimate / measured": round(estimate / peak, 3) if estimate and peak else "",
+        }
         rows.append({"variant": row["variant"], "pictures a second": rate, **more})
     return rows
 

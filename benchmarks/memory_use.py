@@ -50,11 +50,13 @@ from ..training.trainables.lora import Adapters, select_layers
 from ..training.trainables.weights import SelectedWeights
 from .charts import BENCH_FOLDER, save_bars
 from .processes import free_memory
-from .random_models import SD15_UNET, SDXL_UNET, SIDES, fill
+from .random_models import SD15_UNET, SDXL_UNET, default_side, fill
 from .study import markdown_table
 
 DESCRIPTION = "Memory of a training step by part at the size of the demo model, SD1.5 or SDXL: computed, and measured."
 TOKENS = 77
+SAMPLING_STEPS = 5
+"""Of rewards: as many as gradients go through by default; each further one leaves a latent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +64,27 @@ class MemoryConfig:
     """What the `memory` benchmark computes."""
 
     pixels: int = 0
-    """Side of the pictures, a multiple of 8; 0: 128, 512 or 1024 by size."""
-    rank: int = 16
+    """Side of the pictures, a multiple of 8; 0: 128, 512 or 1024 by size, and at most 256 on a CPU."""
+    rank: int = 4
     """Of the LoRA."""
     measure: bool = False
     """Run a step with random weights at the size of SD1.5 or SDXL too; the demo model's is always run."""
+    presets: bool = False
+    """Compute, in place of that, what the presets by card take for each trainer."""
     only: str = ""
-    """Part of the names of the settings, such as bf16; empty: all."""
+    """One of the settings, or part of the names of several; empty: all."""
     output: Path = BENCH_FOLDER
     """Folder of the chart."""
 
     def __post_init__(self) -> None:
         check_range(self, pixels=(0, 8192), rank=(1, 4096))
-        if not any(self.only in name for name in SETTINGS):
+        if not self.settings:
             raise ValueError(f"only is {self.only!r}; expected a part of one of {'; '.join(SETTINGS)}.")
+
+    @property
+    def settings(self) -> list[str]:
+        """Those of `SETTINGS` that are computed."""
+        return [self.only] if self.only in SETTINGS else [name for name in SETTINGS if self.only in name]
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,8 @@ def make_step(
     if kind.rewards:
         reward = CombinedReward([Term(reward=load_reward(RewardConfig(kind="demo aesthetic")))])
         reward.network.to(device)
-        tuning = RewardTuneConfig(run_name="bench", train="UNet LoRA", width=side, height=side, settings=settings)
+        sizes = {"width": side, "height": side, "sampling_steps": SAMPLING_STEPS}
+        tuning = RewardTuneConfig(run_name="bench", train="UNet LoRA", settings=settings, **sizes)
         objective = RewardObjective(model, reward, tuning, trainable, text_trains=False)
         slot, more = PromptSlot("a red circle", 1, 0), [reward.network]
     else:
@@ -290,8 +300,8 @@ def run_memory_bench(
         not measured and why; "device", "chart", "table".
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    real, side, found, skipped = config.measure or size == "demo", config.pixels or SIDES[size], [], {}
-    chosen = [(kind, name) for kind in KINDS for name in SETTINGS if config.only in name]
+    real, side = config.measure or size == "demo", config.pixels or default_side(size, device.type)
+    chosen, found, skipped = [(kind, name) for kind in KINDS for name in config.settings], [], {}
     for row in (Row(kind, name, config, size, side, batch) for kind, name in chosen):
         if deadline is not None and time.monotonic() >= deadline:
             skipped[row.name] = "no time was left"

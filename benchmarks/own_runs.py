@@ -30,7 +30,7 @@ from .recorder import CAPTION, LOADING, PREPARING, TRAINING, Marks, Recorder, ca
 NEVER = 10**6
 """Steps between two saved states: more than a variant has."""
 TOKEN = "<bench>"
-REWARD_STEPS = 10
+REWARD_STEPS = 5
 """Sampler steps of the reward variants, the largest K."""
 
 

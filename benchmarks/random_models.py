@@ -23,7 +23,9 @@ from ..training.models.checkpoint import SD1_VAE, SDXL_VAE
 from ..training.models.noise_levels import SD1_SCHEDULER
 
 SIDES = {"demo": 128, "sd15": 512, "sdxl": 1024}
-"""Pixels of a picture's side by size, where no flag sets it."""
+"""Pixels of a picture's side by size, where no flag sets it, on a GPU."""
+CPU_SIDE = 256
+"""The most on a CPU, where larger pictures take minutes a step."""
 SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
@@ -41,6 +43,11 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 CLIPS = {"sd15": [CLIP_L], "sdxl": [CLIP_L, CLIP_G | {"projection_dim": 1280, "hidden_act": "gelu"}]}
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+def default_side(size: str, device: str) -> int:
+    """Pixels of a picture's side, where no flag sets it. device: its kind, such as "cpu"."""
+    return min(SIDES[size], CPU_SIDE) if device == "cpu" else SIDES[size]
 
 
 def write_model(size: str, folder: Path) -> Path:

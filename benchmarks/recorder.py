@@ -25,10 +25,15 @@ class Recorder:
     def __init__(self, case: Case, memory: PeakMemory):
         self.case, self.memory, self.trained = case, memory, 0
         self.first_step: float | None = None
+        self.estimate: int | None = None
         self._marks: list[float] = []
 
     def begin(self, phase: str) -> None:
         self.memory.begin(phase)
+
+    def expect(self, needed: int) -> None:
+        """A run said how many bytes it takes in addition to what it has."""
+        self.estimate = self.memory.now() + needed
 
     def step(self) -> None:
         """A step has ended."""
@@ -39,7 +44,8 @@ class Recorder:
             self.first_step = time.time() - self.case.began
 
     def figures(self) -> dict[str, Any]:
-        """Seconds of all steps but the first, peak bytes by phase, and seconds from the process's start."""
+        """Seconds of all steps but the first, peak bytes by phase, the bytes that the run said before its first step,
+        and seconds from the process's start."""
         seconds = [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
         peaks = self.memory.gpu_peaks if torch.cuda.is_available() else self.memory.peaks
         return {
@@ -48,6 +54,7 @@ class Recorder:
             "loading": peaks.get(LOADING),
             "preparing": peaks.get(PREPARING),
             "training": peaks.get(TRAINING),
+            "estimate": self.estimate,
             "trained": self.trained,
         }
 
@@ -57,6 +64,9 @@ class Marks(Callbacks):
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
+
+    def on_memory(self, text: str, needed: int) -> None:
+        self.recorder.expect(needed)
 
     def before_step(self, step: int) -> None:
         if step == 1:

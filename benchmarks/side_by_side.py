@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ..training.config.checks import check_range
 from .charts import BENCH_FOLDER, save_bars
 from .comparisons import COMPARISONS, STARTUP, Claim, Comparison, Variant
 from .processes import Case, free_memory, median_of, run_case, run_in_turns
-from .random_models import SIDES, write_model
+from .random_models import default_side, write_model
 from .study import markdown_table
 
-FIGURES = ("seconds", "first step", "loading", "preparing", "training", "trained")
+FIGURES = ("seconds", "first step", "loading", "preparing", "training", "estimate", "trained")
 BYTES = ("loading", "preparing", "training")
+"""Peaks of a phase; "estimate" is what a run says of its peak before its first step."""
 MODELS = Path("models")
 """Folder of the random weights, within that of the results."""
 
@@ -30,13 +31,13 @@ class StepConfig:
     """Size of the comparisons `lora`, `finetune`, `embedding`, `reward`, `encode` and `startup`."""
 
     pixels: int = 0
-    """Side of the pictures, a multiple of 8; 0: 128, 512 or 1024 by size."""
+    """Side of the pictures, a multiple of 8; 0: 128, 512 or 1024 by size, and at most 256 on a CPU."""
     rank: int = 4
     """Of the LoRA."""
     turns: int = 2
     """Processes of each variant."""
     only: str = ""
-    """Part of the names of the variants to run, such as bf16; several with semicolons. Empty: all."""
+    """Part of the names of the variants to run, such as bf16; several with semicolons, in this order. Empty: all."""
     memory: float = 0.0
     """GB that a variant may take; one that needs more is left out. 0: what is free."""
     output: Path = BENCH_FOLDER
@@ -47,8 +48,8 @@ class StepConfig:
 
     def chosen(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
         """The variants to run; ValueError where the names fit none."""
-        parts = [part.strip() for part in self.only.split(";") if part.strip()]
-        chosen = {name: v for name, v in variants.items() if not parts or any(part in name for part in parts)}
+        parts = [part.strip() for part in self.only.split(";") if part.strip()] or [""]
+        chosen = {name: variants[name] for part in parts for name in variants if part in name}
         if not chosen:
             raise ValueError(f"only is {self.only!r}; expected a part of one of {'; '.join(variants)}.")
         return chosen
@@ -75,7 +76,7 @@ def run_comparison(
         "rows" by variant with medians; "skipped", variant -> reason; "claims", "chart", "table" and what was measured.
     """
     comparison, device = COMPARISONS[name], "cuda" if torch.cuda.is_available() else "cpu"
-    pixels = config.pixels or SIDES[size]
+    pixels = config.pixels or default_side(size, device)
     variants, skipped = config.chosen(comparison.variants), {}
     for variant, about in variants.items():
         if reason := why_not(about, size, pixels, batch_size, config, comfyui, device):
@@ -98,7 +99,7 @@ def run_comparison(
         "threads": torch.get_num_threads(),
         "rows": rows,
         "skipped": skipped,
-        "claims": [sentence for claim in comparison.claims if (sentence := check(claim, rows))],
+        "claims": claims_on(comparison.claims, rows, variants, pixels),
         "chart": chart,
         "table": markdown_table([shown(row) for row in rows]) if rows else "",
     }
@@ -142,30 +143,40 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if name in BYTES:
             out[f"{name}, peak GB"] = None if value is None else round(value / 1e9, 3)
+        elif name == "estimate":
+            out["estimate, GB"] = None if value is None else round(value / 1e9, 3)
         else:
             out[name] = round(value, 3) if isinstance(value, float) else value
     return {name: "" if value is None else value for name, value in out.items()}
 
 
+def claims_on(
+    claims: Sequence[Claim], rows: Sequence[Mapping[str, Any]], chosen: Collection[str], pixels: int
+) -> list[str]:
+    """A sentence on every claim about chosen variants that is made of pictures of this side."""
+    return [check(c, rows) for c in claims if {c.of, c.over} <= set(chosen) and pixels >= c.from_side]
+
+
 def check(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on whether a claim holds; empty where a variant or a figure is missing."""
+    """A sentence on whether a claim holds, with its bounds; or that a variant or a figure is missing."""
     by_name = {row["variant"]: row for row in rows}
     above, _, below = claim.figure.partition("/")
     value = by_name.get(claim.of, {}).get(above)
     base = by_name.get(claim.over, {}).get(below or above)
-    if not value or not base:
-        return ""
-    ratio, what = value / base, {"training": "peak memory"}.get(claim.figure, claim.figure)
-    start = f"{what}: {claim.of} is {ratio:.3f} x {claim.over}" if not below else f"{what}: {claim.of} is {ratio:.3f}"
-    if claim.most is not None:
-        return f"{start}; at most {claim.most:g}: {verdict(ratio <= claim.most, ratio / claim.most)}"
-    if claim.least is not None:
-        return f"{start}; at least {claim.least:g}: {verdict(ratio >= claim.least, claim.least / ratio)}"
-    return f"{start}."
+    what, over = {"training": "peak memory"}.get(claim.figure, claim.figure), "" if below else f" x {claim.over}"
+    ratio = value / base if value and base else None
+    start = f"{what}: {claim.of} is {'?' if ratio is None else format(ratio, '.3f')}{over}"
+    if claim.bounds:
+        start += f"; {claim.bounds}"
+    return f"{start}: {verdict(claim, ratio)}" if claim.bounds or ratio is None else f"{start}."
 
 
-def verdict(holds: bool, off: float) -> str:
-    return "holds." if holds else f"missed by {100 * (off - 1):.1f} %."
+def verdict(claim: Claim, ratio: float | None) -> str:
+    """Whether a ratio is within the claim's bounds, and by how much not."""
+    if ratio is None:
+        return "not measured."
+    off = max(ratio / claim.most if claim.most is not None else 0, claim.least / ratio if claim.least else 0)
+    return "holds." if off <= 1 else f"missed by {100 * (off - 1):.1f} %."
 
 
 def save_chart(comparison: Comparison, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> str:

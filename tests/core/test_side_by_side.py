@@ -14,8 +14,9 @@ from retune.benchmarks.__main__ import main
 from retune.benchmarks.comparisons import COMPARISONS, LORA, Claim, Comparison, Variant
 from retune.benchmarks.gpu import GpuConfig, summary
 from retune.benchmarks.processes import Case, median_of, run_in_turns
-from retune.benchmarks.random_models import random_weights
-from retune.benchmarks.side_by_side import StepConfig, check, rows_of, shown, why_not
+from retune.benchmarks.random_models import default_side, random_weights
+from retune.benchmarks.recorder import Marks, Recorder
+from retune.benchmarks.side_by_side import StepConfig, check, claims_on, rows_of, shown, why_not
 from retune.training.commands.open_model import TEXT_ENCODER, VAE
 from retune.training.common.callbacks import Callbacks
 from retune.training.config.embedding import EmbeddingConfig
@@ -93,9 +94,48 @@ def test_a_stage_of_the_gpu_run_that_fails_loses_no_other(tmp_path, monkeypatch,
     rows = {"rows": [{"variant": "Retune, bf16", "pictures a second": 2.0, "training": 10**9}], "claims": ["holds."]}
     both = [gpu.Stage("demo", fails), gpu.Stage("lora, sd15", lambda deadline: rows)]
     monkeypatch.setattr(gpu, "stages", lambda *arguments: both)
-    found = gpu.run_gpu_bench(GpuConfig(), StepConfig(output=tmp_path), None, Callbacks())
+    found = gpu.run_gpu_bench(GpuConfig(on_cpu=True), StepConfig(output=tmp_path), None, Callbacks())
     assert found["skipped"]["demo"].startswith("failed: ") and "no such node" in found["skipped"]["demo"]
     assert [row["stage"] for row in found["rows"]] == ["lora, sd15"] and found["claims"] == ["lora, sd15: holds."]
+
+
+def test_every_part_of_the_gpu_run_has_its_share_and_what_earlier_ones_left(tmp_path, monkeypatch):
+    now, given = [1000.0], []
+
+    def stage(name, share, takes):
+        def run(deadline):
+            given.append((name, deadline - now[0]))
+            now[0] += takes
+            return {"rows": []}
+
+        return gpu.Stage(name, run, share)
+
+    parts = [stage("demo", 2, 40), stage("lora", 1, 30), stage("reward", 1, 60), stage("memory", 1, 1)]
+    monkeypatch.setattr(gpu, "stages", lambda *arguments: parts)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    found = gpu.run_gpu_bench(GpuConfig(on_cpu=True, minutes=2), StepConfig(output=tmp_path), None, Callbacks())
+    assert given == [("demo", 48.0), ("lora", pytest.approx(80 / 3)), ("reward", 25.0)]
+    assert found["skipped"] == {"memory": "no time was left"} and found["seconds"] == 130
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_run_ends_with_a_line_that_says_how_to_try_it(capsys):
+    assert main(["gpu"]) == 2
+    assert "device is cpu; expected a GPU. --gpu-on-cpu tries the script without one." in capsys.readouterr().err
+
+
+def test_the_gpu_run_names_variants_that_there_are_and_fits_its_time():
+    for name, only in gpu.ONLY.items():
+        chosen = StepConfig(only=only).chosen(COMPARISONS[name].variants)
+        assert len(chosen) == only.count(";") + 1 and all(variant.endswith("bf16") for variant in chosen)
+        over = {claim.over for claim in COMPARISONS[name].claims if {claim.of, claim.over} <= chosen.keys()}
+        assert over >= ({"limit, bf16", "diffusers + peft, bf16"} if name == LORA else {"Retune, K = 1, batch 1, bf16"})
+    planned = list(gpu.stages(GpuConfig(), StepConfig(), None, Callbacks()))
+    assert [stage.name for stage in planned] == [
+        *("demo in ComfyUI", "lora, sd15", "lora, sdxl", "reward, sd15", "reward, sdxl"),
+        *("memory, sd15", "memory, sdxl"),
+    ]
+    assert sum(stage.share for stage in planned) == 60 * GpuConfig().minutes
 
 
 def test_medians_are_over_all_steps_of_all_processes():
@@ -135,7 +175,35 @@ def test_a_claim_tells_by_how_much_it_is_missed():
     assert check(Claim("a", "b", "seconds", most=1.0), rows).endswith("at most 1: missed by 5.0 %.")
     assert check(Claim("b", "a", "seconds", least=1.0), rows).endswith("at least 1: missed by 5.0 %.")
     assert check(Claim("a", "a", "loading/training", most=1.0), rows).endswith("is 1.500; at most 1: missed by 50.0 %.")
-    assert check(Claim("a", "b", "training", most=1.0), rows) == check(Claim("a", "c", "seconds"), rows) == ""
+    assert check(Claim("a", "a", "loading/training", least=0.9, most=2), rows).endswith(
+        "is 1.500; at least 0.9 and at most 2: holds."
+    )
+    assert check(Claim("b", "a", "seconds", least=0.96, most=1.1), rows).endswith("missed by 0.8 %.")
+    assert check(Claim("a", "b", "training", most=1.0), rows).endswith("a is ? x b; at most 1: not measured.")
+    assert check(Claim("a", "c", "seconds"), rows) == "seconds: a is ? x c: not measured."
+
+
+def test_claims_are_of_the_variants_that_are_run_on_pictures_large_enough():
+    claims = [Claim("a", "b", "seconds"), Claim("a", "c", "seconds"), Claim("b", "a", "seconds", from_side=512)]
+    rows = [{"variant": name, "seconds": 1.0} for name in "ab"]
+    assert claims_on(claims, rows, "ab", 256) == ["seconds: a is 1.000 x b."]
+    assert len(claims_on(claims, rows, "abc", 512)) == 3
+
+
+def test_a_run_that_says_what_it_takes_is_compared_with_what_it_took(monkeypatch):
+    levels = [100]
+    monkeypatch.setattr(anonymous_memory, "anonymous_bytes", lambda: levels[0])
+    monkeypatch.setattr(anonymous_memory.torch.cuda, "is_available", lambda: False)
+    taken = Recorder(case("a"), anonymous_memory.PeakMemory())
+    levels[0] = 300
+    Marks(taken).on_memory("memory: at most about 1 kB", 50)
+    assert taken.figures()["estimate"] == 250
+
+
+def test_pictures_are_smaller_on_a_cpu():
+    sizes = ("demo", "sd15", "sdxl")
+    assert [default_side(size, "cuda") for size in sizes] == [128, 512, 1024]
+    assert [default_side(size, "cpu") for size in sizes] == [128, 256, 256]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +242,13 @@ def test_every_claim_is_about_variants_that_are_there():
 def test_what_does_not_fit_or_is_missing_is_left_out_by_name():
     config = StepConfig(memory=9)
     full = COMPARISONS["finetune"].variants["Retune, fp32"]
-    assert why_not(full, "sd15", 128, 1, config, None, "cpu").startswith("needs about 18.2 GB of 9.0 GB")
+    assert why_not(full, "sd15", 128, 1, config, None, "cpu").startswith("needs about 16.5 GB of 9.0 GB")
     assert why_not(full, "demo", 128, 1, config, None, "cpu") == ""
     assert why_not(Variant("m", "f", needs="comfyui"), "demo", 64, 1, config, None, "cpu") == "no ComfyUI"
     assert why_not(Variant("m", "f", needs="no_such_package"), "demo", 64, 1, config, None, "cpu").endswith("installed")
     assert list(StepConfig(only="limit, bf16").chosen(COMPARISONS[LORA].variants)) == ["limit, bf16"]
+    in_order = StepConfig(only="Retune, fp32; limit").chosen(COMPARISONS[LORA].variants)
+    assert list(in_order) == ["Retune, fp32", "limit, fp32", "limit, bf16"]
     with pytest.raises(ValueError, match="only is 'nothing'; expected a part of one of limit, fp32"):
         StepConfig(only="nothing").chosen(COMPARISONS[LORA].variants)
 
@@ -225,6 +295,8 @@ def test_the_gpu_table_has_rates_and_peaks_of_every_kind_of_stage():
     steps = summary({"rows": [{"variant": "Retune, bf16", "pictures a second": 2.0, "training": 3 * 10**9}]})
     memory = summary({"rows": [{"training": "LoRA", "setting": "bf16", "peak": 9, "measured": 10**9, "ratio": 1.01}]})
     assert steps == [{"variant": "Retune, bf16", "pictures a second": 2.0, "peak GB": 3.0, "estimate / measured": ""}]
+    told = summary({"rows": [{"variant": "Retune, bf16", "training": 3 * 10**9, "estimate": 27 * 10**8}]})
+    assert told[0]["estimate / measured"] == 0.9
     assert memory[0]["variant"] == "LoRA, bf16" and memory[0]["peak GB"] == 1.0
     with pytest.raises(ValueError, match="sizes are flux; expected demo, sd15 or sdxl"):
         GpuConfig(sizes=("flux",))
