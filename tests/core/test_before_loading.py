@@ -22,6 +22,9 @@ WRONG = {
     ),
     "masters of a LoRA": ("lora", ("--master-weights", "bf16"), "master_weights is 'bf16' in a training of something"),
     "one process": ("train", ("--shard-weights",), "shard_weights is on with one process"),
+    "no file's name": ("embedding", ("--token", "<con>"), "token "),
+    "no prompts": ("reward", (), "prompts hold no prompts"),
+    "no pictures": ("reward", ("--method", "direct"), "dataset is empty with method 'direct'"),
     "compiled blocks": ("lora", ("--compile-blocks", "--block-swap", "1"), "compile_blocks is on with block_swap 1"),
 }
 NEEDED = {"embedding": ("--token", "<it>"), "reward": ("--rewards", "demo aesthetic")}

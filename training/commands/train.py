@@ -86,12 +86,13 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
 
 def run_reward(arguments: argparse.Namespace) -> dict:
     from ..data.prompts import read_prompts
-    from ..recipes.reward import tune_file
+    from ..recipes.reward import check_data, tune_file
     from ..rewards.parse import read_rewards
 
     config = read_run(arguments, RewardTuneConfig)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
     dataset = open_dataset(arguments) if arguments.folder else None
+    check_data(config, prompts, dataset)
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards([*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui)
     model = open_model(arguments, config, visitors_of(config, dataset))

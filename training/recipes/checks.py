@@ -11,9 +11,11 @@ from typing import TypeVar
 import torch
 
 from ..common.distributed import world
+from ..config.embedding import EmbeddingConfig
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig
 from ..config.training_settings import FORMER_DEFAULTS, TrainingSettings
+from ..formats.embedding_save import expect_file_names
 from ..loop.fused_backward import check_fused_backward
 from ..loop.memory import retrains_whole_unet
 from ..loop.optimizers import PACKAGES, check_optimizer, library
@@ -50,6 +52,8 @@ def check_settings(config: RunConfig, device: torch.device) -> None:
     check_tensorboard(settings)
     if config.learning_rate == 0:
         raise ValueError("learning_rate is 0, with which nothing trains; expected one above 0, such as 1e-5.")
+    if isinstance(config, EmbeddingConfig):
+        expect_file_names(config.tokens)
     if settings.optimizer in PACKAGES:
         library(settings.optimizer)
     world().share(config.batch_size)

@@ -150,7 +150,8 @@ def _check(
     dataset: Dataset | None,
 ) -> None:
     check_fit(model, config)
-    _check_data(config, prompts, dataset)
+    check_data(config, prompts, dataset)
+    _warn_of_data(config, prompts, dataset)
     if not any(term.weight for term in reward.terms.values()):
         raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
     projection = model.text_encoder.projection
@@ -158,14 +159,18 @@ def _check(
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
 
 
-def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+def check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+    """Raises ValueError where there is nothing to draw or to noise."""
     if config.method != "direct":
         expect_prompts(prompts, "prompts")
-        if dataset is not None:
-            log.warning("method %r draws prompts; the data set is left aside (it is for 'direct')", config.method)
     elif dataset is None or not len(dataset):
         raise ValueError("dataset is empty with method 'direct'; expected captioned images, from Load Dataset.")
-    elif prompts:
+
+
+def _warn_of_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+    if config.method != "direct" and dataset is not None:
+        log.warning("method %r draws prompts; the data set is left aside (it is for 'direct')", config.method)
+    if config.method == "direct" and prompts:
         log.warning("method 'direct' trains on the data set's captions; %d prompts are left aside", len(prompts))
 
 
