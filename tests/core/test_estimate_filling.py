@@ -11,7 +11,7 @@ from retune.training.config.lora import LoraConfig
 from retune.training.config.training_settings import TrainingSettings
 from retune.training.data.examples import Example
 from retune.training.data.order import Slot
-from retune.training.models.diffusers import DiffusersDenoiser
+from retune.training.models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
 from retune.training.recipes import run as recipe
 from retune.training.recipes.lora import train_lora
 from retune.training.recipes.textual_inversion import train_embedding
@@ -32,21 +32,24 @@ def test_an_estimate_of_new_words(tiny_model, pictures, tmp_path, monkeypatch):
 
 
 def test_filling_the_caches_counts(tiny_model):
-    """With weights that come to the device for it: those of the VAE, or of the text encoder where they are more."""
+    """By what the encoding of the largest picture takes, on whatever device the rest is."""
     config, slot = LoraConfig(run_name="r"), Slot(Example("", "x", 64, 64, None, "x"), False, 0, 0)
     with LiveBytes() as live:
         tiny_model.autoencoder.encode(torch.rand(1, 3, 64, 64))
-    vae, clip, unet = (getattr(tiny_model, p).network for p in ("autoencoder", "text_encoder", "denoiser"))
-    peaks = []
-    for device in ("cpu", "cuda"):
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-            denoiser = DiffusersDenoiser(type(unet).from_config(unet.config))
+    vae, unet = tiny_model.autoencoder.network, tiny_model.denoiser.network
+    peaks = {}
+    for device, place in (("cpu", "cpu"), ("cuda", "cpu"), ("cuda", "cuda")):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            there = DiffusersAutoencoder(type(vae).from_config(vae.config) if place == "cuda" else vae)
+            with torch.device(device):
+                denoiser = DiffusersDenoiser(type(unet).from_config(unet.config))
+            model = replace(tiny_model, denoiser=denoiser, autoencoder=there)
             with LiveBytes() as fake:
-                recipe.encoding(replace(tiny_model, denoiser=denoiser), config, slot)["filling"]()
-        peaks.append(fake.peak)
-    assert peaks[0] == pytest.approx(live.peak, rel=0.1)
-    sizes = [sum(parameter.nbytes for parameter in network.parameters()) for network in (vae, clip)]
-    assert peaks[1] == pytest.approx(max(peaks[0] + sizes[0], sizes[1]), rel=0.1)
+                recipe.encoding(model, config, slot)["filling"]()
+        peaks[device, place] = fake.peak
+    assert peaks["cpu", "cpu"] == pytest.approx(live.peak, rel=0.1)
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    assert peaks["cuda", "cpu"] - peaks["cuda", "cuda"] == weights  # which come to the device
     assert estimate(filling=60).peak == 101 and estimate(filling=5).peak == estimate().peak
 
 
