@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,8 +23,10 @@ from ..training.config.training_settings import CARDS, TrainingSettings
 from ..training.data.examples import Example
 from ..training.data.order import Slot
 from ..training.data.prompts import PromptSlot
-from ..training.loop.estimate import MemoryEstimate, estimate_memory
+from ..training.loop.estimate import ACTIVATIONS, MemoryEstimate, estimate_memory
 from ..training.loop.gradient_step import GradientStep
+from ..training.loop.known_peaks import Peaks
+from ..training.loop.optimizers import PACKAGES
 from ..training.models.block_swap import freed_bytes
 from ..training.models.concepts import Concept
 from ..training.models.diffusers import DiffusersDenoiser
@@ -37,7 +39,7 @@ from ..training.objectives.objective import Objective
 from ..training.objectives.reward import RewardObjective
 from ..training.recipes.lora import unet_layers
 from ..training.recipes.reward import build_trainable
-from ..training.recipes.run import sample_decoding
+from ..training.recipes.run import encoding, sample_decoding
 from ..training.rewards.combined import CombinedReward, Term
 from ..training.rewards.load import RewardConfig, load_reward
 from ..training.trainables.base import Trainable
@@ -61,6 +63,35 @@ SCORER_BYTES = 304 * 10**6 * 4
 """Of a reward's image tower, OpenAI's ViT-L/14 in fp32, beside which its activations are small."""
 SPARE = 0.1
 """Share of a card that a preset leaves."""
+NOT_OF_A_STEP = {"block_swap": 0, "optimizer": "AdamW", "gradient_accumulation": 1, "fused_backward": False}
+"""Settings that the peaks of a step do not depend on."""
+
+
+class SharedPeaks:
+    """Peaks of a run's steps in the place of `KnownPeaks`: those of one picture are computed once and bound a batch's,
+    whose activations are at most as many times those of one.
+
+    Presets that differ in block swap, optimizer or batch alone share them.
+
+    Args:
+        known: key -> the peaks of one picture.
+        key: of all that they depend on.
+        count: pictures of a batch that are differentiated together; 0: only to be written.
+        more: bytes of gradients that are there too while a later step of a reward's chain is differentiated.
+    """
+
+    def __init__(self, known: dict[str, Peaks], key: str, count: int = 0, more: int = 0):
+        self._known, self._key, self._count, self._more = known, key, count, more
+
+    def read(self) -> Peaks | None:
+        if not self._count:
+            return None
+        peak, less = self._known[self._key][ACTIVATIONS]
+        batch, activations = peak + (self._count - 1) * less, self._count * less
+        return self._known[self._key] | {ACTIVATIONS: (batch + self._more, activations + self._more)}
+
+    def write(self, peaks: Peaks) -> None:
+        self._known[self._key] = dict(peaks)
 
 
 class OnACard(DiffusersDenoiser):
@@ -138,9 +169,12 @@ def build_preset_objective(
     return DenoisingObjective(model.denoiser, config.settings, 0, **parts), slot
 
 
-def preset_estimate(name: str, kind: str) -> tuple[MemoryEstimate, int]:
+def preset_estimate(name: str, kind: str, known: dict[str, Peaks] | None = None) -> tuple[MemoryEstimate, int]:
     """The estimate of a preset's run on the command line: text encoder and VAE wait in RAM where neither trains nor
-    scores. A text encoder that does not train has the fp16 of its file. Bytes of what is beside it on the device."""
+    scores. A text encoder that does not train has the fp16 of its file. Bytes of what is beside it on the device.
+
+    known: where given, an upper bound in place of the estimate, by `SharedPeaks`.
+    """
     (config, side), size = preset_config(name, kind), name.split()[0].lower().replace(".", "")
     mode, besides = FakeTensorMode(allow_non_fake_inputs=True), 0
     model = sized_model(size, mode)
@@ -159,7 +193,8 @@ def preset_estimate(name: str, kind: str) -> tuple[MemoryEstimate, int]:
     loop = LoopConfig(
         steps=1, batch_size=config.batch_size, learning_rate=1e-4, settings=config.settings, samples=SamplePrompts()
     )
-    objective, slot = build_preset_objective(model, config, kind, side, trainable)
+    single = replace(config, gradient_steps=1) if known is not None and kind == "reward" else config
+    objective, slot = build_preset_objective(model, single, kind, side, trainable)
     step = GradientStep(trainable, objective, OneBatch(slot, config.batch_size), loop, denoiser.device)
     card = copy.copy(denoiser)
     card.__class__ = OnACard
@@ -167,8 +202,22 @@ def preset_estimate(name: str, kind: str) -> tuple[MemoryEstimate, int]:
     tensors = [tensor for module in weights for tensor in (*module.parameters(), *module.buffers())]
     (sample,) = objective.load([slot])
     with denoiser.checkpointing(True) if config.settings.gradient_checkpointing else nullcontext():
-        more = sample_decoding(model, config)
-        return estimate_memory(step, tensors, sample, config.batch_size, more, swapped), besides
+        picture = Slot(Example("", "a red circle", side, side, None, "picture"), False, 0, 0)
+        more = sample_decoding(model, config) | encoding(model, config, picture)
+        if known is None:
+            return estimate_memory(step, tensors, sample, config.batch_size, more, swapped), besides
+        settings = replace(config.settings, **NOT_OF_A_STEP)
+        key = repr((size, kind, side, replace(config, batch_size=1, settings=settings)))
+        if key not in known:
+            estimate_memory(step, tensors, sample, 1, more, known=SharedPeaks(known, key))
+        together, later = (1, total_bytes(trainable)) if kind == "reward" else (config.batch_size, 0)
+        shared = SharedPeaks(known, key, together, later)
+        return estimate_memory(step, tensors, sample, config.batch_size, more, swapped, shared), besides
+
+
+def total_bytes(trainable: Trainable) -> int:
+    """Bytes of all that trains."""
+    return sum(parameter.nbytes for parameter in trainable.parameters.values())
 
 
 def card_bytes(name: str) -> float:
@@ -178,8 +227,8 @@ def card_bytes(name: str) -> float:
 
 def missing(name: str, kind: str) -> str:
     """The package without which a preset's optimizer does not run; empty where it is there."""
-    needs = preset_config(name, kind)[0].settings.optimizer == "AdamW8bit"
-    return "bitsandbytes" if needs and importlib.util.find_spec("bitsandbytes") is None else ""
+    module, package = PACKAGES.get(preset_config(name, kind)[0].settings.optimizer, ("torch", ""))
+    return package if importlib.util.find_spec(module) is None else ""
 
 
 def run_preset_bench(config: MemoryConfig, callbacks: Callbacks) -> dict:

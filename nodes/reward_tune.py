@@ -3,8 +3,6 @@
 from comfy_api.latest import io
 
 from ..training.config.reward import RewardTuneConfig
-from ..training.config.sample_prompts import SamplePrompts
-from ..training.config.training_settings import TrainingSettings
 from .common import types
 from .common.inputs import (
     MAX_ALPHA,
@@ -16,6 +14,7 @@ from .common.inputs import (
     inputs_of,
     made_by,
     name_inputs,
+    run_config,
     run_inputs,
     run_ui,
 )
@@ -139,10 +138,11 @@ class RetuneRewardTune(io.ComfyNode):
         from .common.paths import runs_folder
         from .ui.progress import NodeCallbacks
 
-        judge = reward_with_constraint(reward, values.pop("clip_constraint"), constraint, held_out)
-        wanted = prompt_list(prompts, values.pop("prompt_file", ""))
-        config = RewardTuneConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        weight, file = values.pop("clip_constraint"), values.pop("prompt_file", "")
+        config = run_config(RewardTuneConfig, settings, samples, values)
         config = with_precision(config, get_torch_device(), runs_folder())
+        judge = reward_with_constraint(reward, weight, constraint, held_out)
+        wanted = prompt_list(prompts, file)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         tuning = ready_to_tune(model, clip, vae, judge, config.settings.precision)
         with progress as callbacks, tuning as (view, rewards):

@@ -3,10 +3,18 @@
 from comfy_api.latest import io
 
 from ..training.config.run import TrainModelConfig
-from ..training.config.sample_prompts import SamplePrompts
-from ..training.config.training_settings import TrainingSettings
 from .common import types
-from .common.inputs import MAX_RATE, data_inputs, input_of, inputs_of, made_by, name_inputs, run_inputs, run_ui
+from .common.inputs import (
+    MAX_RATE,
+    data_inputs,
+    input_of,
+    inputs_of,
+    made_by,
+    name_inputs,
+    run_config,
+    run_inputs,
+    run_ui,
+)
 
 
 class RetuneTrainModel(io.ComfyNode):
@@ -46,7 +54,7 @@ class RetuneTrainModel(io.ComfyNode):
         from .common.weights import with_unet_weights
         from .ui.progress import NodeCallbacks
 
-        config = TrainModelConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        config = run_config(TrainModelConfig, settings, samples, values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.reserve_for_dataset(view, dataset, config.batch_size)

@@ -4,8 +4,6 @@ from comfy_api.latest import io
 
 from ..training.common.text import filled_lines
 from ..training.config.embedding import EmbeddingConfig
-from ..training.config.sample_prompts import SamplePrompts
-from ..training.config.training_settings import TrainingSettings
 from .common import types
 from .common.inputs import (
     MAX_ALPHA,
@@ -16,6 +14,7 @@ from .common.inputs import (
     inputs_of,
     made_by,
     name_inputs,
+    run_config,
     run_inputs,
     run_ui,
 )
@@ -87,7 +86,7 @@ class RetuneTrainEmbedding(io.ComfyNode):
         from .ui.progress import NodeCallbacks
 
         values["lines"] = tuple(filled_lines(lines))
-        config = EmbeddingConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        config = run_config(EmbeddingConfig, settings, samples, values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.reserve_for_dataset(view, dataset, config.batch_size)

@@ -3,8 +3,6 @@
 from comfy_api.latest import io
 
 from ..training.config.lora import LORA_PRESETS, LoraConfig
-from ..training.config.sample_prompts import SamplePrompts
-from ..training.config.training_settings import TrainingSettings
 from .common import types
 from .common.inputs import (
     MAX_ALPHA,
@@ -15,6 +13,7 @@ from .common.inputs import (
     inputs_of,
     made_by,
     name_inputs,
+    run_config,
     run_inputs,
     run_ui,
 )
@@ -98,7 +97,7 @@ class RetuneTrainLora(io.ComfyNode):
         from .ui.progress import NodeCallbacks
 
         values |= LORA_PRESETS[preset]
-        config = LoraConfig(settings=settings or TrainingSettings(), samples=samples or SamplePrompts(), **values)
+        config = run_config(LoraConfig, settings, samples, values)
         progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
         with progress as callbacks, text_to_image(model, clip, vae) as view:
             callbacks.reserve_for_dataset(view, dataset, config.batch_size)

@@ -1,13 +1,17 @@
 """Inputs made from the fields of configs, and groups of inputs that several nodes have."""
 
 from pathlib import Path
+from typing import TypeVar
 
 from comfy_api.latest import io
 
 from ...training.config.fields import ConfigField, config_fields
 from ...training.config.run import RunConfig
+from ...training.config.sample_prompts import SamplePrompts
+from ...training.config.training_settings import TrainingSettings
 from . import types
 
+Config = TypeVar("Config", bound=RunConfig)
 MAX_STEPS, MAX_BATCH, MAX_RATE, MIN_ALPHA, MAX_ALPHA = 10**7, 4096, 1.0, 0.001, 4096.0
 """Ends of widgets, nearer than those of the configs: what lies beyond is a typing error in a node."""
 
@@ -80,6 +84,26 @@ def run_inputs() -> list:
         types.Samples.Input("samples", optional=True, tooltip="From Sample Prompts; none without it."),
         input_of(RunConfig, "resume", optional=True),
     ]
+
+
+def run_config(
+    kind: type[Config], settings: TrainingSettings | None, samples: SamplePrompts | None, values: dict
+) -> Config:
+    """The config of a training node, refused before any model is loaded where it cannot be used on this device.
+
+    Args:
+        kind: of the config.
+        settings, samples: from their nodes; None for the defaults.
+        values: its other fields.
+    """
+    import comfy.model_management
+
+    from ...training.recipes.checks import check_settings
+
+    given = {"settings": settings or TrainingSettings(), "samples": samples or SamplePrompts()}
+    config = kind(**given, **values)
+    check_settings(config, comfy.model_management.get_torch_device())
+    return config
 
 
 def made_by(hidden: io.HiddenHolder) -> dict:

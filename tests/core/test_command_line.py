@@ -171,6 +171,11 @@ def test_what_auto_became_is_said_once_by_the_main_process(train_arguments, tmp_
     assert "precision" not in capsys.readouterr().err
 
 
+def test_a_written_result_is_not_read_back_into_ram(train_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("retune.training.recipes.unet.read_tensors", None)
+    assert main(train_arguments(tmp_path / "out", "--steps", "1")) == 0
+
+
 def test_the_preset_reaches_the_run(train_arguments, tmp_path):
     flags = ("--preset", "T5 swap, source notes", "--batch-size", "2", "--total-batch", "4", "--steps", "1")
     assert main(train_arguments(tmp_path / "out", *flags)) == 0

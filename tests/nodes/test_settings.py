@@ -1,6 +1,7 @@
 """Node inputs against the config fields that they set: every field has one, and what a node changes is listed here."""
 
 import dataclasses
+import importlib
 
 import pytest
 from retune.training.config.embedding import EmbeddingConfig
@@ -103,3 +104,28 @@ def test_a_config_s_fields_are_those_of_the_dataclass():
     assert list(config_fields(LoraConfig)) == [field.name for field in dataclasses.fields(LoraConfig)]
     assert config_fields(LoraConfig)["rank"].range == "1 to 4096"
     assert config_fields(FolderConfig)["repeats"].range == "at least 1"
+
+
+WRONG = {
+    "RetuneTrainModel": ("train", {"optimizer": "Prodigy"}, {}, "package none_such of optimizer 'Prodigy'"),
+    "RetuneTrainLora": (
+        "train_lora",
+        {"fused_backward": True, "gradient_accumulation": 2},
+        {},
+        "with 2 batches a step",
+    ),
+    "RetuneTrainEmbedding": ("train_embedding", {"precision": "fp16"}, {"token": "<it>"}, "fp16' without a CUDA"),
+    "RetuneRewardTune": ("reward_tune", {"precision": "fp16"}, {"prompts": "", "clip_constraint": 0.0}, "for a reward"),
+}
+
+
+@pytest.mark.parametrize("node_id", WRONG)
+def test_settings_that_cannot_be_are_refused_before_a_models_turn(comfyui, monkeypatch, node_id):
+    """Which is not even there."""
+    from retune.training.loop.optimizers import PACKAGES
+
+    file, settings, more, message = WRONG[node_id]
+    monkeypatch.setitem(PACKAGES, "Prodigy", ("none_such", "none_such"))
+    node = getattr(importlib.import_module(f"retune.nodes.{file}"), node_id)
+    with pytest.raises(ValueError, match=message):
+        node.execute(None, None, None, None, settings=TrainingSettings(**settings), run_name="r", **more)

@@ -19,7 +19,7 @@ from ..config.reset import ResetConfig
 from ..demo.files import demo_config, weights_path
 from ..formats.lora_names import UNET
 from ..models import ldm
-from ..models.diffusers import DiffusersDenoiser, load_denoiser, load_model
+from ..models.diffusers import DiffusersDenoiser, denoiser_outline, load_denoiser, load_model
 from ..models.layers import reset_weights
 from ..models.parameters import parameter_refs
 from ..models.prediction import Correction, plain_values, unet_description
@@ -149,6 +149,12 @@ def open_denoiser(model: str, correction: Correction | None = None) -> Diffusers
     """The UNet alone, in fp32; model: as in ModelConfig."""
     path, _ = _checkpoint(ModelConfig(model=model))
     return load_denoiser(path, correction or Correction(), config_of=demo_config)
+
+
+def open_outline(config: ModelConfig) -> DiffusersDenoiser:
+    """The UNet of a config's model without values, before anything is loaded: its file's header tells its shape."""
+    path, _ = _checkpoint(config)
+    return denoiser_outline(path, config_of=demo_config)
 
 
 def correction_of(config: ModelConfig) -> Correction:

@@ -33,7 +33,7 @@ from ..data.examples import Dataset
 from ..models.layers import is_selected
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
-from .open_model import TEXT_ENCODER, VAE, build_model
+from .open_model import TEXT_ENCODER, VAE, build_model, open_outline
 from .terminal import Terminal, say
 from .verb import Verb, add_output_flag, read_model_flags
 
@@ -54,19 +54,18 @@ REWARD_PRESETS = {"custom": {}} | {name: values | CARD_REWARDS[name] for name, v
 
 
 def run_train(arguments: argparse.Namespace) -> dict:
-    from ..recipes.unet import train_model
+    from ..recipes.unet import train_model_file
 
-    config, dataset = read_run_flags(arguments, TrainModelConfig), open_dataset(arguments)
+    config, dataset = read_run(arguments, TrainModelConfig), open_dataset(arguments)
     model = open_model(arguments, config, visitors_of(config, dataset))
-    trained = train_model(model, dataset, config, arguments.output, Terminal())
-    return result_of(trained.path)
+    return result_of(train_model_file(model, dataset, config, arguments.output, Terminal()))
 
 
 def run_lora(arguments: argparse.Namespace) -> dict:
     from ..formats.lora import read_lora
     from ..recipes.lora import train_lora
 
-    config, dataset = read_run_flags(arguments, LoraConfig), open_dataset(arguments)
+    config, dataset = read_run(arguments, LoraConfig), open_dataset(arguments)
     start = read_lora(arguments.start_lora) if arguments.start_lora else None
     model = open_model(arguments, config, visitors_of(config, dataset))
     trained = train_lora(model, dataset, config, arguments.output, Terminal(), start=start)
@@ -76,7 +75,7 @@ def run_lora(arguments: argparse.Namespace) -> dict:
 def run_embedding(arguments: argparse.Namespace) -> dict:
     from ..recipes.textual_inversion import read_concepts, train_embedding
 
-    config, dataset = read_run_flags(arguments, EmbeddingConfig), open_dataset(arguments)
+    config, dataset = read_run(arguments, EmbeddingConfig), open_dataset(arguments)
     model = open_model(arguments, config, visitors_of(config, dataset))
     concepts = read_concepts(arguments.known_embeddings, model.text_encoder)
     model = replace(model, text_encoder=model.text_encoder.with_concepts(concepts))
@@ -87,20 +86,20 @@ def run_embedding(arguments: argparse.Namespace) -> dict:
 def run_reward(arguments: argparse.Namespace) -> dict:
     from ..data.prompts import read_prompts
     from ..loop.precision import DTYPES
-    from ..recipes.reward import tune
+    from ..recipes.reward import check_data, tune_file
     from ..rewards.parse import read_rewards
 
-    config = read_run_flags(arguments, RewardTuneConfig)
+    config = read_run(arguments, RewardTuneConfig)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
     dataset = open_dataset(arguments) if arguments.folder else None
+    check_data(config, prompts, dataset)
     held_out = [f"{text},weight=0" for text in arguments.held_out]
     rewards = read_rewards(
         [*arguments.rewards, *held_out], arguments.tokenizer, arguments.comfyui, DTYPES[config.settings.precision]
     )
     model = open_model(arguments, config, visitors_of(config, dataset))
     rewards.network.to(model.denoiser.device)
-    tuned = tune(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset)
-    return result_of(tuned.path)
+    return result_of(tune_file(model, rewards, prompts, config, arguments.output, Terminal(), dataset=dataset))
 
 
 def result_of(path: Path) -> dict:
@@ -109,15 +108,29 @@ def result_of(path: Path) -> dict:
 
 
 def read_run_flags(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
-    """A run's config with its settings and sample prompts; its precision is what "auto" is here."""
-    from ..loop.sharding import check_sharding
-    from ..recipes.checks import with_precision
+    """A run's config with its settings and sample prompts; its precision is what "auto" is here.
+
+    Raises ValueError for settings that cannot be used here, before data and model are read.
+    """
+    from ..recipes.checks import check_settings, with_precision
 
     settings, samples = read_flags(arguments, TrainingSettings), read_flags(arguments, SamplePrompts, "sample_")
     run = read_flags(arguments, config, settings=settings, samples=samples)
     _say_share(run)
-    check_sharding(run)
-    return with_precision(run, torch.device(read_model_flags(arguments).device), arguments.output, say=say)
+    model = read_model_flags(arguments)
+    run = with_precision(run, torch.device(model.device), arguments.output, say=say)
+    check_settings(run, torch.device(model.device))
+    return run
+
+
+def read_run(arguments: argparse.Namespace, config: type[RunConfig]) -> RunConfig:
+    """`read_run_flags`, which must suit the model too as far as its file's header tells."""
+    from ..models.block_swap import check_block_swap
+
+    run = read_run_flags(arguments, config)
+    if run.settings.block_swap:
+        check_block_swap(open_outline(read_model_flags(arguments)), run.settings.block_swap)
+    return run
 
 
 def _say_share(run: RunConfig) -> None:

@@ -299,6 +299,12 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
         yield TensorFile(shapes, file.get_tensor, file.metadata() or {}, dtypes)
 
 
+def expect_tensors(path: str | Path) -> Path:
+    """The path of a safetensors file whose header is sound; raises as `read_tensors`."""
+    with open_tensors(path):
+        return Path(path)
+
+
 def read_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors, copied, and metadata. (Windows cannot replace a file that stays mapped.)
 

@@ -225,7 +225,7 @@ CARD_RUNS: dict[str, dict[str, Any]] = {
 _FUSED = {"gradient_accumulation": 1, "fused_backward": True}
 CARD_RETRAINING: dict[str, dict[str, Any]] = {
     "SD1.5 6 GB": {"train": "cross-attention"},
-    "SDXL 8 GB": {"train": "cross-attention K/V", "optimizer": "AdamW8bit", **_FUSED},
+    "SDXL 8 GB": {"train": "cross-attention K/V", "optimizer": "Adafactor", **_FUSED},
     "SDXL 12 GB": {"train": "cross-attention K/V", "block_swap": 40, **_FUSED},
     "SDXL 24 GB": {"train": "cross-attention", "batch_size": 1, **_FUSED},
 }

@@ -28,8 +28,8 @@ from .rounding import RoundedMasters
 
 log = logging.getLogger(__name__)
 
-ACTIVATIONS = "activations"
-"""The part of an objective's rehearsal that computes the gradient of a batch."""
+ACTIVATIONS, FILLING = "activations", "filling"
+"""The parts of a rehearsal that compute the gradient of a batch, and that fill the caches before the first step."""
 PROBED_VALUES = 1 << 15
 """Values of a small parameter that stands for a larger one: more than 8-bit optimizers leave in fp32."""
 TOLERANCE = 0.1
@@ -59,13 +59,16 @@ class MemoryEstimate:
     activations: int
     """What a batch's forward and backward passes hold besides the gradients."""
     decode: int = 0
-    """Pictures that are decoded: to be scored, with what their gradients need, or as samples."""
+    """Pictures that are decoded: to be scored, with what their gradients need, or as samples; or a text encoder that
+    comes between steps of a reward."""
     accumulates: bool = False
     """Whether gradients of earlier batches are there while a batch is computed."""
     step: int = 0
     """The most that activations and gradients take together in a batch's passes."""
     swapped: int = 0
     """Weights that leave the device when the run begins, less what their copies take of it (block swap)."""
+    filling: int = 0
+    """What fills the caches before the first step: encoders that come to the device for it, and their work."""
 
     @property
     def present(self) -> int:
@@ -77,8 +80,9 @@ class MemoryEstimate:
         """The most bytes at a time: not all parts are there together."""
         before = self.gradients if self.accumulates else 0
         batch = self.gradients + self.activations if self.accumulates else self.step
-        lasting = self.weights + self.masters + self.average + self.optimizer
-        return lasting + max(batch, before + self.decode, self.gradients + self.update)
+        begun = self.weights + self.masters + self.average
+        steps = self.optimizer + max(batch, before + self.decode, self.gradients + self.update)
+        return begun + max(self.filling, steps)
 
     @property
     def needed(self) -> int:
@@ -92,7 +96,7 @@ class MemoryEstimate:
 
     def text(self, free: int | None) -> str:
         """The peak and its parts in one line, with what is free where that is known."""
-        names = ("weights", "masters", "average", "optimizer", "gradients", "activations", "decode")
+        names = ("weights", "masters", "average", "optimizer", "gradients", "activations", "decode", "filling")
         parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
         room = "" if free is None else f"; {_size(self.needed)} more than now, {_size(free)} are free"
         return f"memory: at most about {_size(self.peak)} ({parts}){room}"
@@ -114,7 +118,7 @@ def estimate_memory(
         weights: all parameters and buffers of the model's parts.
         sample: the loaded slot that takes the most memory.
         count: samples of a batch in this process.
-        more: parts of a run besides those of its objective, such as drawing samples.
+        more: parts of a run besides those of its objective, such as drawing samples, and FILLING.
         swapped: bytes of `weights` that leave the device when the run begins (`block_swap.freed_bytes`).
         known: where the peaks of such a step are kept; they are computed where they are not there.
 
@@ -123,7 +127,9 @@ def estimate_memory(
     """
     parameters, weights = step.trainable.parameters, list(weights)
     ours = {id(parameter) for parameter in parameters.values()}
-    states = [_state_bytes(tuple(p.shape), p, step.settings) for p in parameters.values()]
+    kinds = {(tuple(p.shape), p.dtype): p for p in parameters.values()}
+    found = {kind: _state_bytes(kind[0], p, step.settings) for kind, p in kinds.items()}
+    states = [found[tuple(p.shape), p.dtype] for p in parameters.values()]
     sizes = [parameter.nbytes for parameter in parameters.values()]
     gradients, update = max(sizes) if step.fused else sum(sizes), max((extra for _, extra in states), default=0)
     peaks = known.read() if known else None
@@ -131,6 +137,7 @@ def estimate_memory(
         peaks = rehearse(step, sample, count, more, fake_mode(weights))
         if known and step.world.is_main:
             known.write(peaks)
+    filling, _ = peaks.pop(FILLING, (0, 0))
     batch, activations = peaks.pop(ACTIVATIONS)
     if step.trainable.shards:  # whole gradients are there one block at a time
         activations += step.trainable.gathered_bytes
@@ -147,6 +154,7 @@ def estimate_memory(
         accumulates=step.settings.gradient_accumulation > 1,
         step=activations + gradients + update if step.fused else batch,
         swapped=swapped,
+        filling=filling,
     )
 
 

@@ -82,13 +82,17 @@ class Checkpoint:
         given = _object(self.config, "unet")
         return given | read | {name: given[name] for name in _DESCRIBED if name in given}
 
-    def build_unet(self, *, own_dtypes: bool = False) -> nn.Module:
-        """The UNet2DConditionModel, in fp32 or in the file's own dtypes."""
+    def empty_unet(self) -> nn.Module:
+        """The UNet2DConditionModel of meta tensors, for which no tensor of the file is read."""
         from diffusers import UNet2DConditionModel
 
         expect_plain_unet({name: tuple(value.shape) for name, value in self.unet.items()}, self.context_width)
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.unet_config)
+            return UNet2DConditionModel.from_config(self.unet_config)
+
+    def build_unet(self, *, own_dtypes: bool = False) -> nn.Module:
+        """The UNet2DConditionModel, in fp32 or in the file's own dtypes."""
+        unet = self.empty_unet()
         state = ldm.to_diffusers(self.unet, ldm.unet_names(unet.config))
         return assign_weights(unet, state, "UNet in the checkpoint", own_dtypes=own_dtypes)
 

@@ -24,7 +24,7 @@ from . import ldm
 from .blocks import recomputed
 from .checkpoint import SD1_VAE, SDXL_VAE, Checkpoint, ConfigOf, no_config, open_checkpoint
 from .clip import SD2_WIDTH, ClipTextEncoder
-from .folders import expect_parts, folder_clip, folder_scheduler, folder_unet, folder_vae
+from .folders import empty_folder_unet, expect_parts, folder_clip, folder_scheduler, folder_unet, folder_vae
 from .kinds import expect_checkpoint_file
 from .noise_levels import OWN_SIGMAS, SD1_SCHEDULER, is_edm, prediction_type_of, training_sigmas
 from .prediction import AS_READ, Correction, Finding
@@ -39,6 +39,7 @@ __all__ = [
     "SDXL_VAE",
     "DiffusersAutoencoder",
     "DiffusersDenoiser",
+    "denoiser_outline",
     "load_denoiser",
     "load_model",
     "training_sigmas",
@@ -248,6 +249,20 @@ def load_denoiser(path: Path, correction: Correction = AS_READ, config_of: Confi
             return _denoiser(folder_unet(path), folder_scheduler(path, correction))
         checkpoint = open_checkpoint(path, unet_only=True, config_of=config_of)
         return _denoiser(checkpoint.build_unet(), checkpoint.scheduler(correction))
+
+
+def denoiser_outline(path: Path, config_of: ConfigOf = no_config) -> DiffusersDenoiser:
+    """The UNet of `load_denoiser` as meta tensors: of a file the header alone is read, of a folder its config.json.
+
+    Args and errors are those of `load_model`.
+    """
+    path = Path(path)
+    expect_checkpoint_file(path)
+    with reading(path, "no model of Stable Diffusion"):
+        if path.is_dir():
+            expect_parts(path, "unet")
+            return DiffusersDenoiser(empty_folder_unet(path))
+        return DiffusersDenoiser(open_checkpoint(path, unet_only=True, config_of=config_of).empty_unet())
 
 
 def _denoiser(unet: nn.Module, finding: Finding) -> DiffusersDenoiser:

@@ -70,6 +70,13 @@ def folder_unet(path: Path, *, own_dtype: bool = False) -> nn.Module:
     return _load(UNet2DConditionModel, path / "unet", _UNET_SIZES, _UNET_WIDTHS, dtype)
 
 
+def empty_folder_unet(path: Path) -> nn.Module:
+    """The UNet2DConditionModel of meta tensors, by its config.json."""
+    from diffusers import UNet2DConditionModel
+
+    return _empty(UNet2DConditionModel, path / "unet", _UNET_SIZES, _UNET_WIDTHS)
+
+
 def _half_precision(folder: Path) -> torch.dtype:
     """fp16 or bf16 where a folder's one safetensors file has nothing else; fp32 otherwise."""
     files = list(folder.glob("*.safetensors"))
@@ -98,6 +105,17 @@ def _load(
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A module of diffusers with all of its weights."""
+    empty = _empty(kind, folder, counts, widths)
+    with reading(folder, f"no {kind.__name__}"):
+        options = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
+        _expect_weights(folder, empty)
+        module, report = kind.from_pretrained(folder, variant=_variant(folder, "diffusion_pytorch_model"), **options)
+        _expect_complete(report)
+        return _finite(module)
+
+
+def _empty(kind: type[nn.Module], folder: Path, counts: Iterable[str], widths: Iterable[str]) -> nn.Module:
+    """A module of diffusers without values, as its config.json describes it."""
     config = read_json(folder / "config.json", dict)
     with reading(folder, f"no {kind.__name__}"):
         found = config.get("_class_name", kind.__name__)
@@ -105,12 +123,8 @@ def _load(
             raise ValueError(f"it is a {short(found)}; expected {kind.__name__}, as in {PIPELINES}")
         _expect_numbers(config, counts, 0, MOST_LAYERS)
         _expect_numbers(config, widths, 1, MOST_WIDTH)
-        options = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
         with torch.device("meta"):
-            _expect_weights(folder, kind.from_config(config))
-        module, report = kind.from_pretrained(folder, variant=_variant(folder, "diffusion_pytorch_model"), **options)
-        _expect_complete(report)
-        return _finite(module)
+            return kind.from_config(config)
 
 
 def folder_clip(kind: type[nn.Module], folder: Path, *, own_dtype: bool = False) -> nn.Module:

@@ -178,7 +178,8 @@ class RewardObjective:
         """The gradient of a batch; held: bytes of the text encoder's graph."""
         graph = torch.empty(held, dtype=torch.uint8, device=self.model.denoiser.device)
         guidance, chain = self._frozen_guidance(samples, self._cfg).detached(), self._rehearsed_chain(len(samples))
-        at_end = torch.zeros_like(chain.states[-1])
+        parts = 1 if len(chain.chosen) > 1 and not self._is_joint else 2  # the first pass of all makes the totals
+        at_end = torch.zeros_like(chain.states[-1][: parts * self._images_at_once])
         surrogate, _ = self._back_propagate(guidance, guidance.detached(), chain, at_end, samples)
         return rehearsed_gradients(surrogate, guidance.tensors, parameters, graph)
 

@@ -10,12 +10,15 @@ from typing import TypeVar
 
 import torch
 
+from ..common.distributed import world
+from ..config.embedding import EmbeddingConfig
 from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig
 from ..config.training_settings import FORMER_DEFAULTS, TrainingSettings
+from ..formats.embedding_save import expect_file_names
 from ..loop.fused_backward import check_fused_backward
 from ..loop.memory import retrains_whole_unet
-from ..loop.optimizers import check_optimizer
+from ..loop.optimizers import PACKAGES, check_optimizer, library
 from ..loop.precision import default_precision, has_bf16
 from ..loop.rounding import check_master_weights
 from ..loop.sharding import check_sharding
@@ -40,38 +43,52 @@ def check_steps(folder: RunFolder, steps: int) -> None:
         )
 
 
-def check_fit(model: TextToImage, config: RunConfig) -> None:
-    """Raises ValueError when model and settings do not fit: widths, precision, loss weighting, channels, optimizer."""
-    check_tensorboard(config.settings)
+def check_settings(config: RunConfig, device: torch.device) -> None:
+    """Raises ValueError for settings that do not go together, or not on a device, whatever the model is.
+
+    To be called before a model is loaded and a data set is read.
+    """
+    settings = config.settings
+    check_tensorboard(settings)
     if config.learning_rate == 0:
         raise ValueError("learning_rate is 0, with which nothing trains; expected one above 0, such as 1e-5.")
-    check_width(model)
-    check_pooled(model)
-    denoiser, settings = model.denoiser, config.settings
-    check_optimizer(settings, config.learning_rate, denoiser.device)
+    if isinstance(config, EmbeddingConfig):
+        expect_file_names(config.tokens)
+    if settings.optimizer in PACKAGES:
+        library(settings.optimizer)
+    world().share(config.batch_size)
     check_fused_backward(config)
     check_master_weights(config)
     check_sharding(config)
-    _check_swap(model, config)
+    if settings.block_swap and retrains_whole_unet(config):
+        raise ValueError(
+            f"block_swap is {settings.block_swap} with train = {config.train}; expected 0, since frozen weights alone "
+            "stay in RAM. Set it to 0, or train fewer layers."
+        )
+    _check_compiling(settings)
+    if settings.precision == "fp16" and isinstance(config, RewardTuneConfig):
+        raise ValueError(
+            "precision is 'fp16' for a reward tuning; expected 'bf16' or 'fp32': gradients through decoder, reward and "
+            "sampler are too small for fp16."
+        )
+    check_precision(settings.precision, device)
+
+
+def check_fit(model: TextToImage, config: RunConfig) -> None:
+    """Raises ValueError when model and settings do not fit: widths, precision, loss weighting, channels, optimizer."""
+    denoiser, settings = model.denoiser, config.settings
+    check_settings(config, denoiser.device)
+    check_width(model)
+    check_pooled(model)
+    check_optimizer(settings, config.learning_rate, denoiser.device)
+    check_block_swap(denoiser, settings.block_swap)
     check_speed(denoiser, settings)
-    check_precision(settings.precision, denoiser.device)
     check_objective(settings, denoiser.prediction_type)
     channels = denoiser.input_channels
     if channels != denoiser.latent_channels:
         raise ValueError(
             f"UNet reads {channels} channels; expected {denoiser.latent_channels}. Inpainting and edit models have "
             "inputs that captioned images do not give."
-        )
-
-
-def _check_swap(model: TextToImage, config: RunConfig) -> None:
-    """Raises ValueError for blocks that are not there, that cannot move, or that have nothing frozen to move."""
-    count = config.settings.block_swap
-    check_block_swap(model.denoiser, count)
-    if count and retrains_whole_unet(config):
-        raise ValueError(
-            f"block_swap is {count} with train = {config.train}; expected 0, since frozen weights alone stay in RAM. "
-            "Set it to 0, or train fewer layers."
         )
 
 
@@ -83,6 +100,16 @@ def check_speed(denoiser: Denoiser, settings: TrainingSettings) -> None:
                 f"{name} is on in ComfyUI, whose layers move and cast their weights themselves; expected it on the "
                 f"command line. Set {name} off."
             )
+    _check_compiling(settings)
+    if settings.compile_blocks:
+        check_compiler(denoiser.device)
+    if settings.channels_last and denoiser.device.type == "cpu":
+        log.warning("channels_last is slower on a CPU")
+
+
+def _check_compiling(settings: TrainingSettings) -> None:
+    """Raises ValueError for compile_blocks or channels_last beside another setting that moves or divides weights."""
+    for name in ("compile_blocks", "channels_last"):
         if getattr(settings, name) and settings.shard_weights:
             raise ValueError(f"{name} is on with shard_weights; expected one of them. Set one off.")
     if settings.compile_blocks and settings.block_swap:
@@ -90,10 +117,6 @@ def check_speed(denoiser: Denoiser, settings: TrainingSettings) -> None:
             f"compile_blocks is on with block_swap {settings.block_swap}; expected 0, since a compiled block's weights "
             "stay where they are."
         )
-    if settings.compile_blocks:
-        check_compiler(denoiser.device)
-    if settings.channels_last and denoiser.device.type == "cpu":
-        log.warning("channels_last is slower on a CPU")
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.files import write_tensors
-from ..common.foreign import read_tensors
+from ..common.foreign import expect_tensors, read_tensors
 from ..config.loop import Batches
 from ..config.provenance import about_run
 from ..config.reward import RewardTuneConfig
@@ -87,7 +87,23 @@ def tune(
     details: dict | None = None,
     dataset: Dataset | None = None,
 ) -> TunedModel:
-    """Tunes part of a model by a reward, resumes such a run, or reads a finished one. The model is left bit-identical.
+    """`tune_file`, and its result read into RAM."""
+    return read_tuned_model(tune_file(model, reward, prompts, config, root, callbacks, details, dataset).parent)
+
+
+def tune_file(
+    model: TextToImage,
+    reward: CombinedReward,
+    prompts: Sequence[Prompt],
+    config: RewardTuneConfig,
+    root: Path,
+    callbacks: Callbacks | None = None,
+    details: dict | None = None,
+    dataset: Dataset | None = None,
+) -> Path:
+    """Tunes part of a model by a reward, resumes such a run, or finds a finished one; returns the file of its result.
+
+    The model is left bit-identical.
 
     Args:
         model: the base model.
@@ -124,7 +140,7 @@ def tune(
         reward.checkpoint(config.settings.gradient_checkpointing)
         build_data = partial(_data_of_images, dataset) if direct else partial(_data_of_prompts, prompts)
         loop_of = partial(_build_loop, job, model, reward, build_data, config)
-        return read_tuned_model(run_training(job, model, config, Path(root), callbacks, loop_of))
+        return expect_tensors(run_training(job, model, config, Path(root), callbacks, loop_of) / ARTIFACT)
 
 
 def _check(
@@ -135,7 +151,8 @@ def _check(
     dataset: Dataset | None,
 ) -> None:
     check_fit(model, config)
-    _check_data(config, prompts, dataset)
+    check_data(config, prompts, dataset)
+    _warn_of_data(config, prompts, dataset)
     if not any(term.weight for term in reward.terms.values()):
         raise ValueError(f"rewards ({reward.name}) all have weight 0; expected one that is maximised. Raise a weight.")
     if reward.compares_images and world().size > 1:
@@ -148,19 +165,18 @@ def _check(
         raise ValueError("the projection reads the time; expected another one, reward tuning draws with one encoding.")
 
 
-def _check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
-    if config.settings.precision == "fp16":
-        raise ValueError(
-            "precision is 'fp16' for a reward tuning; expected 'bf16' or 'fp32': gradients through decoder, reward and "
-            "sampler are too small for fp16."
-        )
+def check_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+    """Raises ValueError where there is nothing to draw or to noise."""
     if config.method != "direct":
         expect_prompts(prompts, "prompts")
-        if dataset is not None:
-            log.warning("method %r draws prompts; the data set is left aside (it is for 'direct')", config.method)
     elif dataset is None or not len(dataset):
         raise ValueError("dataset is empty with method 'direct'; expected captioned images, from Load Dataset.")
-    elif prompts:
+
+
+def _warn_of_data(config: RewardTuneConfig, prompts: Sequence[Prompt], dataset: Dataset | None) -> None:
+    if config.method != "direct" and dataset is not None:
+        log.warning("method %r draws prompts; the data set is left aside (it is for 'direct')", config.method)
+    if config.method == "direct" and prompts:
         log.warning("method 'direct' trains on the data set's captions; %d prompts are left aside", len(prompts))
 
 

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.fingerprint import tensors_sketch
+from ..common.full_precision import full_precision
 from ..common.tensor_writer import take_part
 from ..config.loop import LoopConfig
+from ..config.reward import RewardTuneConfig
 from ..config.run import RunConfig, former_identity, identity
-from ..loop.estimate import MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
+from ..data.order import Slot
+from ..data.prompts import PromptSlot
+from ..loop.estimate import FILLING, MemoryEstimate, Rehearsal, check_memory, estimate_memory, free_bytes
 from ..loop.gradient_step import GradientStep
 from ..loop.known_peaks import KnownPeaks, key_of
 from ..loop.loop import Loop
@@ -28,6 +32,7 @@ from ..loop.memory import memory_hints
 from ..models import ldm
 from ..models.block_swap import freed_bytes, swapped_blocks
 from ..models.compiled import channels_last, compiled_blocks
+from ..models.diffusers import DiffusersAutoencoder, DiffusersDenoiser
 from ..models.parameters import copied_to
 from ..models.prediction import describe
 from ..models.protocols import TextToImage
@@ -116,17 +121,28 @@ def run_training(
             loop, fill = build_loop(folder, callbacks)
             with model.denoiser.checkpointing(config.settings.gradient_checkpointing):
                 expect_memory(job, model, config, loop, callbacks)
-            fill()
-            here.barrier()
-            callbacks.after_load()
-        with _in_blocks(model, config, loop), loop.trainable.mounted():
-            values = loop.run()
+        swaps = config.settings.block_swap and isinstance(model.denoiser, DiffusersDenoiser)  # ComfyUI moves it itself
+        if not swaps:
+            _fill(fill, folder, callbacks)
+        with _in_blocks(model, config, loop):
+            if swaps:
+                _fill(fill, folder, callbacks)
+            with loop.trainable.mounted():
+                values = loop.run()
         if here.is_main:
             _finish(job, folder, loop, values, callbacks)
         else:
             take_part(values)
         here.barrier()
         return folder.path
+
+
+def _fill(fill: Callable[[], None], folder: RunFolder, callbacks: Callbacks) -> None:
+    """Encodes in advance; the other processes wait for the main one."""
+    with record_failure(folder, callbacks):
+        fill()
+        world().barrier()
+        callbacks.after_load()
 
 
 @contextmanager
@@ -160,7 +176,7 @@ def expect_memory(
     send_visitors_away(model.denoiser.network)  # as in every step
     idle = callbacks.idle_networks()
     vae_is_idle = any(network is model.autoencoder.network for network in idle)
-    more = sample_decoding(model, config, vae_is_idle)
+    more = sample_decoding(model, config, vae_is_idle) | encoding(model, config, step.batches.largest())
     try:
         text, trains = model.text_encoder, loop.trainable.parameters
         tensors = {name: ref.tensor for name, ref in text.weights.items()} | trains
@@ -208,6 +224,34 @@ def sample_decoding(model: TextToImage, config: RunConfig, idle: bool = False) -
             return model.autoencoder.pixels(torch.zeros(shape, device=device))
 
     return {"samples": decode}
+
+
+def encoding(model: TextToImage, config: RunConfig, slot: Slot | PromptSlot) -> Rehearsal:
+    """The encoding of the largest picture, and the text encoder that comes to the device, of a model that is not
+    ComfyUI's, which makes room for its encoders itself.
+
+    Args:
+        slot: the largest of the run's batches; one of prompts has no picture, and its text encoder comes between steps.
+    """
+    vae, device = model.autoencoder, model.denoiser.device
+    if not isinstance(vae, DiffusersAutoencoder):
+        return {}
+    away = {
+        id(w): w for w in (ref.tensor for ref in model.text_encoder.weights.values()) if w.device.type != device.type
+    }
+    size = sum(weight.nbytes for weight in away.values())
+
+    def read_text() -> None:
+        torch.empty(size, dtype=torch.uint8, device=device)
+
+    def fill() -> None:
+        read_text()
+        if isinstance(slot, Slot):
+            picture = torch.zeros(1, 3, slot.example.height, slot.example.width, device=device)
+            with torch.no_grad(), full_precision(), copied_to(vae.network, device):
+                vae.encode(picture)
+
+    return {FILLING: fill, "text encoder": read_text} if isinstance(config, RewardTuneConfig) else {FILLING: fill}
 
 
 def model_networks(model: TextToImage) -> list[nn.Module]:

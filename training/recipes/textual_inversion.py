@@ -30,7 +30,7 @@ from ..data.templates import (
 from ..formats.embedding import Embedding, read_embedding
 from ..formats.embedding_fit import assign_to_encoders, family_of
 from ..formats.embedding_report import embedding_warnings, median_norm, token_warnings, vector_statistics
-from ..formats.embedding_save import expect_file_names, save_embedding
+from ..formats.embedding_save import save_embedding
 from ..models.concepts import Concept
 from ..models.protocols import TextEncoder, TextToImage
 from ..runs.folder import RunFolder
@@ -91,7 +91,6 @@ def train_embedding(
     """
     config = with_precision(config, model.denoiser.device, Path(root))
     check_fit(model, config)
-    expect_file_names(config.tokens)
     callbacks, config = callbacks or Callbacks(), _without_empty_captions(config)
     dataset, captions = choose_captions(dataset, config)
     shuffled = config.settings.caption_shuffle

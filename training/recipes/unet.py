@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.callbacks import Callbacks
 from ..common.distributed import world
 from ..common.files import write_tensors
-from ..common.foreign import metadata_json, read_tensors, reading
+from ..common.foreign import expect_tensors, metadata_json, read_tensors, reading
 from ..config.run import TrainModelConfig
 from ..data.examples import Dataset
 from ..models import ldm
@@ -63,7 +63,21 @@ def train_model(
     callbacks: Callbacks | None = None,
     details: dict | None = None,
 ) -> TrainedModel:
-    """Retrains layers of a UNet, resumes such a run, or reads a finished one. The model is left bit-identical.
+    """`train_model_file`, and its result read into RAM."""
+    return read_trained_model(train_model_file(model, dataset, config, root, callbacks, details).parent)
+
+
+def train_model_file(
+    model: TextToImage,
+    dataset: Dataset,
+    config: TrainModelConfig,
+    root: Path,
+    callbacks: Callbacks | None = None,
+    details: dict | None = None,
+) -> Path:
+    """Retrains layers of a UNet, resumes such a run, or finds a finished one; returns the file of its result.
+
+    The model is left bit-identical.
 
     Args:
         model: the base model.
@@ -86,7 +100,8 @@ def train_model(
         write=partial(_write, model, config),
         details=details or {},
     )
-    return read_trained_model(train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks()))
+    folder = train_on_images(job, model, dataset, config, Path(root), callbacks or Callbacks())
+    return expect_tensors(folder / ARTIFACT)
 
 
 def _build_trainable(model: TextToImage, config: TrainModelConfig) -> Trainable:
