@@ -24,7 +24,10 @@ SETTINGS = {"lr_schedule", "warmup_steps", "loss_weighting", "caption_dropout", 
 
 @pytest.mark.slow
 def test_the_workflows_settings_teach_the_style_and_keep_the_model_listening(tmp_path):
-    """Against the acceptance figures: style in 90 % of the samples, alignment at most five points lower."""
+    """Against the acceptance figures: style in 90 % of the samples, alignment at most five points lower.
+
+    The pictures of a strength of nothing are compared bit by bit, and those of half only by their median: few suffice.
+    """
     nodes = {node["class_type"]: node["inputs"] for node in json.loads(WORKFLOW.read_text(encoding="utf-8")).values()}
     run, data = nodes["RetuneTrainLora"], nodes["RetuneDemoDataset"]
     images, captions = demo_examples(data["count"], data["seed"], data["subset"], data["look"])
@@ -36,15 +39,16 @@ def test_the_workflows_settings_teach_the_style_and_keep_the_model_listening(tmp
     chosen = select_layers(trainable_layers(model, config), config)
     adapters = Adapters(chosen, networks_of(model, chosen), config, seed=0)
 
-    def drawn(strength):
+    def drawn(strength, captions):
         values = {n: v * (strength if n.endswith("lora_up.weight") else 1) for n, v in trained.items()}
         with adapters.attach({name: values[name] for name in adapters.parameters}):
-            return draw(model, held, **DRAW_OPTIONS, batch_size=50)
+            return draw(model, captions, **DRAW_OPTIONS, batch_size=20)
 
     held = held_out_captions(100)
-    plain = draw(model, held, **DRAW_OPTIONS, batch_size=50)
-    none, half, full = (drawn(strength) for strength in (0.0, 0.5, 1.0))
-    assert all(torch.equal(*pair) for pair in zip(none, plain, strict=True))
+    few = held[:20]
+    none, half, full = drawn(0.0, few), drawn(0.5, few), drawn(1.0, held)
+    plain = draw(model, held, **DRAW_OPTIONS, batch_size=20)
+    assert all(torch.equal(*pair) for pair in zip(none, plain[: len(few)], strict=True))
     assert with_warm_edges(full) >= 0.9 and with_warm_edges(plain) == 0
     low, middle, high = (median(warmth(image) for image in images) for images in (plain, half, full))
     assert low + 0.02 < middle < high - 0.02

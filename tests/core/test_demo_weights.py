@@ -24,7 +24,7 @@ from retune.training.sampling.generate import draw
 
 LOW = ["flat", "dim", "plain"]
 ALIGNED, HEADROOM = 0.92, 0.2
-"""Least alignment of 150 captions, and least distance of the aesthetic from the best picture there can be."""
+"""Least alignment of 100 captions, and least distance of the aesthetic from the best picture there can be."""
 
 
 def test_all_weights_fit_in_24_megabytes():
@@ -44,7 +44,7 @@ def test_reconstructions_are_read_right():
 @pytest.mark.slow
 def test_the_model_with_its_clip_follows_captions_and_words_of_quality():
     model, callbacks = build_demo_model(), Callbacks()
-    scenes = held_out_scenes(150, 1)
+    scenes = held_out_scenes(100, 1)
     plain = draw_and_judge(model, scenes, callbacks, "plain")
     assert plain.figures["alignment"] >= ALIGNED
     half = len(scenes) // 2
