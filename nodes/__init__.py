@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .blend import RetuneBlendConditioning, RetuneBlendTextEncoders, RetuneStepWindow
+from .compare import RetuneCompareGrid
 from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
@@ -65,5 +66,6 @@ class RetuneExtension(ComfyExtension):
             RetuneBlendTextEncoders,
             RetuneBlendConditioning,
             RetuneStepWindow,
+            RetuneCompareGrid,
         ]
         return [guarded(node) for node in nodes]
