@@ -120,10 +120,12 @@ class RetuneCompareGrid(io.ComfyNode):
 def loras_of(lora, file: str) -> list:
     """The LoRAs of a LORA_MODEL and of a combo value, where there are such."""
     from ..training.formats.lora import read_lora_tensors
-    from .bridge.lora_patches import lora_of
+    from .bridge.lora_patches import Row, lora_of
 
-    trained = [] if lora is None else [lora_of("lora", lora)]
-    return trained + ([] if file == NONE else [lora_of(file, *read_lora_tensors(path_of(file)))])
+    rows = [] if lora is None else [Row(lora_of("lora", lora), 1.0, 1.0, is_file=False)]
+    if file != NONE:
+        rows.append(Row(lora_of(file, *read_lora_tensors(path_of(file))), 1.0, 1.0))
+    return rows
 
 
 def columns_of(model, clip, loras: list, strengths: str, models: dict, clips: dict) -> list:

@@ -50,7 +50,7 @@ class RetuneTrainLora(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="RetuneTrainLora",
-            display_name="Train LoRA",
+            display_name="Train LoRA (Retune)",
             category="retune/lora",
             description="Trains low-rank adapters of a UNet, and of its text encoder if you like, on captioned images. "
             "The run is a folder in output/retune: it can be stopped, killed and queued again, and resumes where it "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,11 @@ class Sampling:
     height: int
 
 
-def lora_columns(model, clip, loras: Sequence, strengths: Sequence[float]) -> tuple[list[Column], list[str]]:
-    """A column for each strength of some LoRAs, which add up; and warnings about layers that were not used."""
+def lora_columns(model, clip, loras: Sequence[Row], strengths: Sequence[float]) -> tuple[list[Column], list[str]]:
+    """A column for each strength of some LoRAs, which add up; and warnings, such as layers that were not used."""
     columns, warnings = [], {}
     for strength in strengths:
-        rows = [Row(lora, strength, strength) for lora in loras]
+        rows = [replace(row, strength_model=strength, strength_clip=strength) for row in loras]
         patched, patched_clip, uses = apply_loras(model, clip, rows)
         columns.append(Column(f"strength {strength:g}", patched, patched_clip))
         if strength:
