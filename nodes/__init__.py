@@ -21,6 +21,7 @@ from .text_encoder import RetuneFitProjection, RetuneLoadT5
 from .train import RetuneTrainModel
 from .train_embedding import RetuneTrainEmbedding
 from .train_lora import RetuneTrainLora
+from .train_lora_from_folder import RetuneTrainLoraFromFolder
 from .vae import RetuneSwapVAE
 
 
@@ -67,5 +68,6 @@ class RetuneExtension(ComfyExtension):
             RetuneBlendConditioning,
             RetuneStepWindow,
             RetuneCompareGrid,
+            RetuneTrainLoraFromFolder,
         ]
         return [guarded(node) for node in nodes]
