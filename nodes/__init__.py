@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .blend import RetuneBlendConditioning, RetuneBlendTextEncoders, RetuneStepWindow
+from .compare import RetuneCompareGrid
 from .dataset import RetuneDatasetFromImages, RetuneJoinDatasets, RetuneLoadDataset
 from .demo import RetuneDemoDataset, RetuneLoadDemoModel
 from .embedding import RetuneLoadEmbedding, RetuneSaveEmbedding
@@ -20,6 +21,7 @@ from .text_encoder import RetuneFitProjection, RetuneLoadT5
 from .train import RetuneTrainModel
 from .train_embedding import RetuneTrainEmbedding
 from .train_lora import RetuneTrainLora
+from .train_lora_from_folder import RetuneTrainLoraFromFolder
 from .vae import RetuneSwapVAE
 
 
@@ -65,5 +67,7 @@ class RetuneExtension(ComfyExtension):
             RetuneBlendTextEncoders,
             RetuneBlendConditioning,
             RetuneStepWindow,
+            RetuneCompareGrid,
+            RetuneTrainLoraFromFolder,
         ]
         return [guarded(node) for node in nodes]

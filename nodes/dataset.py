@@ -32,7 +32,7 @@ class RetuneLoadDataset(io.ComfyNode):
                 input_of(FolderConfig, "repeats", max=10000, optional=True),
                 *inputs_of(FolderConfig, "buckets", "crop", "flip", "on_bad_image", optional=True),
                 input_of(FolderConfig, "on_missing_caption", options=["stop", "skip"], optional=True),
-                *inputs_of(FolderConfig, "masks", "weight", optional=True),
+                *inputs_of(FolderConfig, "masks", "weight", "trigger_word", optional=True),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

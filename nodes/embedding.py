@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..training.demo.files import EMBEDDINGS, weights_path
 from .common import types
-from .common.paths import files, listed_file
+from .common.paths import files, listed_file, named_after, with_size
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,11 @@ class RetuneSaveEmbedding(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="%token%",
-                    tooltip="Name of the file; %token% is the word without marks. May hold a sub-folder.",
+                    tooltip="Name of the file; %token% is the word without marks. May hold a sub-folder. Left as it "
+                    "is, or empty, a connected run gives its name.",
+                ),
+                types.Run.Input(
+                    "run", optional=True, tooltip="The run it comes from, whose name the file gets in embedding: too."
                 ),
             ],
             outputs=[
@@ -118,16 +122,28 @@ class RetuneSaveEmbedding(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, embedding, format, filename_prefix) -> io.NodeOutput:
+    def execute(cls, embedding, format, filename_prefix, run=None) -> io.NodeOutput:
         import folder_paths
 
         from ..training.formats.embedding_save import save_embedding
 
         folder = folder_paths.get_folder_paths(FOLDER)[0]
-        written = save_embedding(folder, embedding, format, filename_prefix)
+        prefix = prefix_of(run, filename_prefix, len(embedding.concepts))
+        written = save_embedding(folder, embedding, format, prefix)
         folder_paths.filename_list_cache.pop(FOLDER, None)  # else a file made in the same tick of the clock is missed
         paths = "\n".join(str(paths[0]) for paths in written)
-        return io.NodeOutput(paths, ui={"text": [str(path) for paths in written for path in paths]})
+        return io.NodeOutput(paths, ui={"text": [with_size(path) for paths in written for path in paths]})
+
+
+def prefix_of(run, prefix: str, words: int) -> str:
+    """The prefix of the files of some words: a run's name where the widget names none, and of several words each."""
+    from ..training.formats.embedding_save import TOKEN, token_file_name
+
+    named = named_after(run, prefix, TOKEN)
+    if named == prefix:
+        return prefix
+    name = token_file_name(re.sub(r"\s+", "-", named))  # as `embedding:` reads it
+    return (name or TOKEN) if words == 1 else f"{name}-{TOKEN}"
 
 
 def embedding_files() -> list[str]:

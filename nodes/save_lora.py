@@ -6,7 +6,9 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from .common import types
-from .common.paths import output_path
+from .common.paths import named_after, output_path, with_size
+
+PREFIX = "retune/lora"
 
 
 class RetuneSaveLora(io.ComfyNode):
@@ -30,7 +32,10 @@ class RetuneSaveLora(io.ComfyNode):
                     "magnitude per output.",
                 ),
                 io.String.Input(
-                    "filename_prefix", default="retune/lora", tooltip="Name of the file; may hold a sub-folder."
+                    "filename_prefix",
+                    default=PREFIX,
+                    tooltip="Name of the file; may hold a sub-folder. Left as it is, or empty, a connected run gives "
+                    "its name.",
                 ),
                 types.Run.Input(
                     "run", optional=True, tooltip="The run it comes from: settings and last sample go into the file."
@@ -73,6 +78,6 @@ class RetuneSaveLora(io.ComfyNode):
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             thumbnail=thumbnail_uri(picture) if picture else "",
         )
-        path = output_path("loras", filename_prefix, ".safetensors")
+        path = output_path("loras", named_after(run, filename_prefix, PREFIX, "retune/"), ".safetensors")
         warnings = save_lora(path, lora, format, dtype, about, base=base)
-        return io.NodeOutput(str(path), ui={"text": [str(path), *warnings]})
+        return io.NodeOutput(str(path), ui={"text": [with_size(path), *warnings]})

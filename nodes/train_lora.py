@@ -49,7 +49,7 @@ class RetuneTrainLora(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="RetuneTrainLora",
-            display_name="Train LoRA",
+            display_name="Train LoRA (Retune)",
             category="retune/lora",
             description="Trains low-rank adapters of a UNet, and of its text encoder if you like, on captioned images. "
             "The run is a folder in output/retune: it can be stopped, killed and queued again, and resumes where it "
@@ -90,20 +90,29 @@ class RetuneTrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", start=None, **values):
-        from ..training.recipes.lora import train_lora
-        from .bridge.lora_patches import Row, apply_loras, lora_of
-        from .bridge.view import text_to_image
-        from .common.paths import runs_folder
-        from .ui.progress import NodeCallbacks
-
         values |= LORA_PRESETS[preset]
         config = run_config(LoraConfig, settings, samples, values)
-        progress = NodeCallbacks(cls.hidden.unique_id, config.run_name, config.steps)
-        with progress as callbacks, text_to_image(model, clip, vae) as view:
-            callbacks.reserve_for_dataset(view, dataset, config.batch_size)
-            first = None if start is None else lora_of("start", start)
-            trained = train_lora(view, dataset, config, runs_folder(), callbacks, made_by(cls.hidden), first)
-        row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
-        model, patched, _ = apply_loras(model, clip, [row])
-        clip, run = patched if config.trains_text else clip, trained.path.parent
-        return io.NodeOutput(model, clip, trained.tensors, run, ui=run_ui(config.run_name))
+        results = train(cls.hidden, model, clip, vae, dataset, config, start)
+        return io.NodeOutput(*results, ui=run_ui(config.run_name))
+
+
+def train(hidden, model, clip, vae, dataset, config: LoraConfig, start=None) -> tuple:
+    """Trains a LoRA as a node with these hidden inputs does.
+
+    Returns:
+        MODEL and CLIP with the LoRA, its tensors, and the run's folder.
+    """
+    from ..training.recipes.lora import train_lora
+    from .bridge.lora_patches import Row, apply_loras, lora_of
+    from .bridge.view import text_to_image
+    from .common.paths import runs_folder
+    from .ui.progress import NodeCallbacks
+
+    progress = NodeCallbacks(hidden.unique_id, config.run_name, config.steps)
+    with progress as callbacks, text_to_image(model, clip, vae) as view:
+        callbacks.reserve_for_dataset(view, dataset, config.batch_size)
+        first = None if start is None else lora_of("start", start)
+        trained = train_lora(view, dataset, config, runs_folder(), callbacks, made_by(hidden), first)
+    row = Row(lora_of(config.run_name, trained.tensors), 1.0, 1.0)
+    model, patched, _ = apply_loras(model, clip, [row])
+    return model, patched if config.trains_text else clip, trained.tensors, trained.path.parent

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import comfy.lora
@@ -197,6 +197,8 @@ def _add(row: Row, unet: PatchTarget, text: PatchTarget | None, edition: str) ->
     edition = edition if row.is_file else ""
     use = LoraReport(row.lora, *strengths, family_of(unet), edition=edition, has_clip=has_clip)
     use.unused += row.lora.other_keys
+    if not row.is_file and any(is_on(target.patcher, row.lora) for target in (unet, text) if target):
+        use.notes.append("it is on this model already and is now applied twice. Connect the model without it.")
     blocks = block_weights(row.blocks, unet.weights)
     names = [*unet.weights, *(text.weights if text else ())]
     if "=" in row.blocks and (unmatched := blocks.unmatched(names)):
@@ -293,6 +295,27 @@ def text_names(clip) -> dict[str, str | tuple]:
         if match := re.search(r"\.transformer\.(encoder\.(?:block|final_layer_norm)\..*|shared)\.weight$", key):
             t5_names |= {prefix + match[1].replace(".", "_"): key for prefix in T5_PREFIXES}
     return t5_names | names
+
+
+def is_on(patcher, lora: Lora) -> bool:
+    """Whether the patches of a MODEL or CLIP hold a layer of a LoRA, number by number."""
+    parts = [value for module in lora.modules.values() for value in module.tensors.values() if value.ndim > 1]
+    sought = max((part for part in parts if part.any()), key=lambda part: part.numel(), default=None)
+    held = (value for patches in patcher.patches.values() for patch in patches for value in _tensors(patch[1]))
+    return sought is not None and any(_are_equal(value, sought) for value in held)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
+    return kinds[0] == kinds[1] and torch.equal(one, other)
+
+
+def _tensors(part) -> Iterator[Tensor]:
+    """The tensors in a patch, of whatever kind."""
+    if isinstance(part, Tensor):
+        yield part
+    for inner in part if isinstance(part, tuple | list) else getattr(part, "weights", ()):
+        yield from _tensors(inner)
 
 
 def family_of(unet: PatchTarget) -> str:

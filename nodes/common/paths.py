@@ -66,6 +66,17 @@ def output_path(category: str, prefix: str, suffix: str) -> Path:
     return Path(folder) / f"{name}_{number:05}_{suffix}"
 
 
+def named_after(run: Path | str | None, prefix: str, default: str, folder: str = "") -> str:
+    """The prefix of a file's name: with a run its name below `folder`, where the widget is empty or at its default."""
+    return prefix if run is None or prefix.strip() not in ("", default) else folder + Path(run).name
+
+
+def with_size(path: Path | str) -> str:
+    """A file's path and size, for people to read."""
+    size = Path(path).stat().st_size
+    return f"{path} ({size / 2**20:.1f} MB)" if size >= 10**5 else f"{path} ({size / 2**10:.1f} KB)"
+
+
 def files(*categories: str, first: str | None = None, folders: bool = False) -> list[str]:
     """Combo values from what ComfyUI lists, without repetitions.
 

@@ -494,6 +494,16 @@ def test_a_trained_lora_works_as_its_file(sd15, clips):
     assert trained[2].startswith("trained: kohya LoRA") and "used: 129 layers" in trained[2]
 
 
+@pytest.mark.parametrize("kind", [lora, dora(0), full, lokr])
+def test_a_trained_lora_on_a_model_that_has_it_is_said_to_count_twice(sd15, clips, kind, caplog):
+    model, clip = sd15[0], clips["SD1.5"]
+    trained, other = (kohya(CONV, kind(weights_of(model)[f"{UNET_KEY}{CONV}.weight"].shape, n)[0]) for n in (0, 1))
+    once = apply(model, clip, trained=trained, trained_strength_model=0.7)
+    assert "twice" not in once[2] + apply(*once[:2], trained=other)[2]
+    again = apply(*once[:2], trained=trained)
+    assert "it is on this model already and is now applied twice" in again[2] and "applied twice" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("family", "blocks", "expected"),
     [

@@ -76,6 +76,15 @@ def test_a_running_server_lists_the_nodes_as_released(contract, comfyui_server):
     assert not contract_breaks(contract, json.loads(comfyui_server.request("/object_info")))
 
 
+def test_a_title_names_this_package_where_comfyui_has_the_same_and_only_there(comfyui_server):
+    served = json.loads(comfyui_server.request("/object_info"))
+    titles = {node: info["display_name"] for node, info in served.items() if not node.startswith("Retune")}
+    for node, info in served.items():
+        if node.startswith("Retune"):
+            title = info["display_name"].removesuffix(" (Retune)")
+            assert (title in titles.values()) == (title != info["display_name"]), node
+
+
 def remove_node(nodes):
     del nodes["RetuneLoadT5"]
 

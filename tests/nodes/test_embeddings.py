@@ -130,6 +130,19 @@ def test_saved_words_are_found_at_once_and_come_back(clip_of, folder, family, fo
         assert equal(encode(clip, "a embedding:cat-toy with (embedding:sks:1.2)"), expected)
 
 
+def test_a_file_is_called_as_the_run_that_is_connected(clip_of, folder, tmp_path):
+    words = tuple(Concept(word, vectors_of(clip_of("SD1.5"))) for word in ("<cat-toy>", "sks"))
+    for concepts, prefix, expected in (
+        (words[:1], "%token%", ["my-toys"]),
+        (words, "", ["my-toys-cat-toy", "my-toys-sks"]),
+        (words[:1], "mine", ["mine"]),
+    ):
+        output = RetuneSaveEmbedding.execute(Embedding(concepts, {}), "safetensors", prefix, tmp_path / "my toys")
+        paths = [Path(path) for path in output.result[0].splitlines()]
+        assert [path.stem for path in paths] == expected
+        assert output.ui["text"] == [f"{path} ({path.stat().st_size / 1024:.1f} KB)" for path in paths]
+
+
 def test_tokens_come_from_the_input_the_file_or_its_name(clip_of, folder, caplog):
     clip = clip_of("SD1.5")
     vectors = vectors_of(clip)["clip_l"]

@@ -216,6 +216,20 @@ def test_metadata_of_a_run(sd15, lora_kinds, save, tmp_path):
     assert abs(picture.getpixel((10, 10))[0] - 0.9 * 255) < 3
 
 
+@pytest.mark.parametrize(
+    "prefix, named", [("retune/lora", "retune/a run_0"), (" ", "retune/a run_0"), ("mine", "mine_0")]
+)
+def test_a_file_is_called_as_its_run_and_shown_with_its_size(sd15, lora_kinds, tmp_path, prefix, named):
+    from retune.nodes.save_lora import RetuneSaveLora
+
+    tensors, _ = made(lora_kinds.lora, weights_of(sd15[0]), "", [UNET + layer for layer in UNET_LAYERS["sd15"]])
+    output = RetuneSaveLora.execute(tensors, "kohya", prefix, run=tmp_path / "a run")
+    path = Path(output.result[0])
+    assert f"/loras/{named}" in path.as_posix()
+    assert output.ui["text"][0] == f"{path} ({path.stat().st_size / 1024:.1f} KB)"
+    assert f"/loras/{named}" in RetuneSaveLora.execute(tensors, "kohya", named[:-2]).result[0].replace("\\", "/")
+
+
 def test_the_node_refuses_what_leaves_its_folder_and_what_does_not_fit(sd15, lora_kinds, save):
     from retune.nodes.save_lora import RetuneSaveLora
 

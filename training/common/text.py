@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +40,18 @@ def text_lines(text: str) -> list[str]:
 def filled_lines(text: str) -> list[str]:
     """The `text_lines` that are not empty."""
     return [line for line in text_lines(text) if line]
+
+
+def parse_numbers(text: str, what: str) -> list[float]:
+    """Numbers between commas, semicolons or blanks. Raises ValueError, beginning with `what`, for any other part."""
+    parts = [part for part in re.split(r"[\s,;]+", text) if part]
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(parts) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{what} is {text!r}; expected numbers such as 0.4, 0.6.")
+    return numbers
 
 
 def parse_json_line(line: str, where: str) -> Any:

@@ -46,6 +46,9 @@ class FolderConfig:
     the same name in a sub-folder 'masks', is white. Images without a mask count whole."""
     weight: float = setting(1.0, low=0, high=1000, step=0.05, advanced=True)
     """Factor of these images' loss; for regularisation images that should count less."""
+    trigger_word: str = setting("")
+    """Put in front of every caption that lacks it, and the whole caption of an image without one; no file is changed.
+    """
 
     def __post_init__(self):
         check_multiple("resolution", self.resolution)

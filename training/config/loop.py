@@ -37,6 +37,8 @@ class LoopConfig:
     """Of what the optimiser's step draws (the rounding of bf16 masters)."""
     steps_per_epoch: float = math.inf
     """Optimiser steps in which every image is drawn once (or `repeats` times)."""
+    plan: str = ""
+    """What the run will do, in one line for people."""
     memory_hints: str = ""
     """Text of the error when memory runs out: which settings to change."""
 

@@ -35,6 +35,13 @@ def caption_from_name(image: Path) -> str:
     return " ".join(TRAILING_NUMBER.sub("", image.stem).replace("_", " ").split())
 
 
+def with_trigger(caption: str, word: str) -> str:
+    """A caption that has a trigger word: put in front, with a comma, unless it stands somewhere in it already."""
+    if not word or re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return f"{word}, {caption}" if caption else word
+
+
 def read_metadata(folder: Path) -> list[tuple[str, str]]:
     """Reads the metadata.jsonl of a Hugging Face image folder.
 

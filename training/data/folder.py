@@ -13,7 +13,7 @@ from ..common.parallel import computed_ahead
 from ..common.text import first_few
 from ..config.folder import FolderConfig
 from .buckets import Size, bucket_for, target_sizes
-from .captions import METADATA, caption_from_name, caption_from_text_file, expect_caption, read_metadata
+from .captions import METADATA, caption_from_name, caption_from_text_file, expect_caption, read_metadata, with_trigger
 from .examples import Dataset, Example, content_key
 from .images import check_image, has_alpha
 from .listing import FolderFiles, left_out, list_folder
@@ -131,6 +131,7 @@ def _find_captions(folder: Path, config: FolderConfig) -> tuple[list[tuple[str, 
         notes = _unlisted_images(files.images, rows)
     else:
         rows = [(name, _caption(folder / name, config)) for name in files.images]
+    rows = [(name, with_trigger(caption, config.trigger_word.strip())) for name, caption in rows]
     missing = [name for name, caption in rows if not caption]
     if missing and config.on_missing_caption == "stop":
         raise ValueError(

@@ -39,6 +39,7 @@ from .checkpoint import load_loop, save_loop
 from .events import check_diversity, draw_samples, validate, watch_values
 from .gradient_step import GradientStep
 from .memory import OutOfMemory, out_of_memory_message
+from .plan import PACE_STEPS, LossWatch, pace_text
 from .step_timer import StepTimer
 from .validation import ValidationRecord, check_held_out
 
@@ -92,6 +93,7 @@ class Loop:
         self.gradient_step = GradientStep(trainable, objective, batches, config, self.device)
         check_held_out(self.held_out, self.settings)
         self.step, self.saved_step, self.timer = 0, -1, StepTimer()
+        self.loss_watch, self.steps_here = LossWatch(), 0
         self.validation, self.guard_stopped, self.finishing = ValidationRecord(), False, False
         self.objective_state: dict[str, Any] = {}
         self.gathered: dict[str, Tensor] = {}
@@ -157,6 +159,23 @@ class Loop:
             self._update(row)
         pace = self.timer.seconds_per_step
         self.callbacks.on_step(StepInfo(self.folder.name, step, self.config.steps, figures.loss, rate, pace, row))
+        if self.world.is_main:
+            self._say_pace_and_warn(row)
+
+    def _say_pace_and_warn(self, row: Mapping[str, Any]) -> None:
+        """Says after the first few steps here when the run ends, and at some step that its loss rises."""
+        self.steps_here += 1
+        if self.steps_here == PACE_STEPS and not self.at_end:
+            text = pace_text(self.config.steps - self.step, self.timer.seconds_per_step)
+            log.info("run %s: %s", self.folder.name, text)
+            self.callbacks.on_text(text)
+        if warning := self._watch_loss(row):
+            log.warning("run %r: %s", self.folder.name, warning)
+            self.callbacks.on_state("running", self.step, warning)
+
+    def _watch_loss(self, row: Mapping[str, Any]) -> str:
+        """A warning where a step's row shows that the loss rises; rewards are left out, whose scale changes."""
+        return "" if "reward" in row else self.loss_watch.add(row["loss"])
 
     def _update(self, row: dict[str, Any]) -> None:
         """Updates the weights and logs the step's row. While `updating`, no state is whole enough to be saved."""
@@ -265,7 +284,11 @@ class Loop:
         self.world.barrier()  # every process has read the state
         if self.world.is_main:
             self.folder.truncate_metrics(metrics_size)
-            self.done_events = {(row["event"], row["step"]) for row in self.folder.rows() if "event" in row}
+            rows = self.folder.rows()
+            self.done_events = {(row["event"], row["step"]) for row in rows if "event" in row}
+            for row in rows:
+                if "event" not in row:
+                    self._watch_loss(row)  # as if the run had not been interrupted
             self.folder.set_status("running", self.step)
             self.metrics.begin(self.step)
             self.callbacks.on_state("running", self.step)

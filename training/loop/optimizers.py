@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..common.advice import without_kernels_advice
 from ..config.training_settings import GROUPS, TrainingSettings
 from ..models.layers import group_of
 from .adafactor import Adafactor
@@ -89,7 +90,8 @@ def library(optimizer: str) -> ModuleType:
     """The package of an optimizer that is not torch's. Raises ValueError when it cannot be imported."""
     module, package = PACKAGES[optimizer]
     try:
-        return importlib.import_module(module)
+        with without_kernels_advice():
+            return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
             f"package {package} of optimizer {optimizer!r} cannot be imported ({error}); expected it installed. "

@@ -77,6 +77,13 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
     return found
 
 
+def text_width(text: str, size: int) -> float:
+    """Width in pixels of a line of text of a size."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size).getlength(text)
+
+
 class Canvas:
     """A white picture of width x height pixels to draw on; later drawings cover earlier ones."""
 
@@ -98,6 +105,13 @@ class Canvas:
         size = size or self._style.font_size
         self._draw.text(at, text, fill=colour, anchor=anchor, font_size=size)
         return self._draw.textlength(text, font_size=size)
+
+    def picture(self, at: tuple[int, int], pixels: Tensor) -> None:
+        """Places a picture (height, width, 3) in 0..1 with its upper left corner at a point."""
+        from PIL import Image
+
+        bytes_ = (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+        self._image.paste(Image.fromarray(bytes_.numpy()), at)
 
     def line(self, points: Sequence[Point], colour: str, width: int) -> None:
         self._draw.line(points, fill=colour, width=width)

@@ -17,6 +17,7 @@ from ..data.examples import Dataset
 from ..data.order import BatchOrder, Slot
 from ..evaluation.text_gap import evaluate
 from ..loop.loop import Loop
+from ..loop.plan import plan_text
 from ..models.noise_levels import zero_terminal_sigmas
 from ..models.protocols import Conditioning, TextToImage
 from ..objectives.denoising import DenoisingObjective
@@ -63,12 +64,13 @@ def build_loop(
         **text_functions,
     )
     order = BatchOrder(training, config.batch_size, config.seed)
+    steps_per_epoch = order.steps_per_epoch / config.gradient_accumulation
     loop = Loop(
         folder,
         job.trainable(),
         objective,
         order,
-        loop_config(config, dataset.largest, order.steps_per_epoch / config.gradient_accumulation),
+        loop_config(config, dataset.largest, steps_per_epoch, plan_text(training, config, steps_per_epoch)),
         sampler=build_sampler(model, config, objective.text_of, callbacks),
         validation=[Slot(e, False, i, 0) for i, e in enumerate(held_out.examples)] if held_out else [],
         evaluation=partial(evaluate, objective),

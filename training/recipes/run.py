@@ -164,7 +164,7 @@ def trained_names(loop: Loop) -> set[str]:
 def expect_memory(
     job: TrainingJob, model: TextToImage, config: RunConfig, loop: Loop, callbacks: Callbacks
 ) -> MemoryEstimate | None:
-    """Says what a run will take of its device's memory. Raises ValueError for one that cannot fit.
+    """Says what a run will do and take of its device's memory. Raises ValueError for one that cannot fit.
 
     None where the model cannot be run without values, as networks of other packages may refuse to; a warning tells why.
     """
@@ -187,12 +187,15 @@ def expect_memory(
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("what the run takes of the memory is not known: the model runs with values only (%s)", reason)
+        if loop.config.plan:
+            callbacks.on_text(loop.config.plan)
         return None
     free = free_bytes(step.device)
     if free is not None:
         free += callbacks.managed_bytes(step.device)
-    log.info("run %s: %s", loop.folder.name, estimate.text(free))
-    callbacks.on_memory(estimate.text(free), estimate.needed)
+    text = "; ".join(filter(None, (estimate.text(free), loop.config.plan)))
+    log.info("run %s: %s", loop.folder.name, text)
+    callbacks.on_memory(text, estimate.needed)
     check_memory(estimate, free, step.device, loop.config.memory_hints)
     callbacks.after_load()
     return estimate
@@ -321,13 +324,16 @@ def environment(model: TextToImage) -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **about}
 
 
-def loop_config(config: RunConfig, largest: tuple[int, int], steps_per_epoch: float = math.inf) -> LoopConfig:
+def loop_config(
+    config: RunConfig, largest: tuple[int, int], steps_per_epoch: float = math.inf, plan: str = ""
+) -> LoopConfig:
     """The loop's part of a run's settings.
 
     Args:
         config: the run's.
         largest: width and height of its largest picture in pixels.
         steps_per_epoch: optimizer steps per pass over the images; infinite where there are no images.
+        plan: what the run will do, in one line.
     """
     return LoopConfig(
         steps=config.steps,
@@ -337,6 +343,7 @@ def loop_config(config: RunConfig, largest: tuple[int, int], steps_per_epoch: fl
         samples=config.samples,
         seed=config.seed,
         steps_per_epoch=steps_per_epoch,
+        plan=plan,
         memory_hints=memory_hints(config, largest),
     )
 

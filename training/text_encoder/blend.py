@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..common.text import parse_numbers
 from ..models.protocols import Conditioning
 from ..models.stored import exact
 from .projection import RESAMPLERS, Projection
@@ -30,7 +29,7 @@ def parse_weights(text: str, count: int) -> list[float]:
     Raises:
         ValueError: The count differs, a part is no finite number, or all weights are 0.
     """
-    weights = _parse_numbers(text)
+    weights = parse_numbers(text, "weights")
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers ({text!r}); expected {count}, one for each text encoder.")
     if not any(weights):
@@ -38,17 +37,6 @@ def parse_weights(text: str, count: int) -> list[float]:
     if not is_close_to_one(sum(weights)):
         log.warning("the weights sum to %g, not to 1: the output's std is another one than the encoders'", sum(weights))
     return weights
-
-
-def _parse_numbers(text: str) -> list[float]:
-    parts = [part for part in re.split(r"[\s,;]+", text) if part]
-    try:
-        numbers = [float(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) != len(parts) or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"weights is {text!r}; expected numbers such as 0.4, 0.6.")
-    return numbers
 
 
 def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

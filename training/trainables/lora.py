@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..common.advice import without_kernels_advice
 from ..common.patterns import TypedPattern
 from ..common.rng import derive_seed
 from ..config.lora import LoraConfig
@@ -207,9 +208,10 @@ _START_AT_ZERO = ("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b")
 
 def _lycoris_module(name: str, layer: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """LyCORIS's module for one layer, its initial values drawn from (seed, name)."""
-    from lycoris.modules.locon import LoConModule
-    from lycoris.modules.loha import LohaModule
-    from lycoris.modules.lokr import LokrModule
+    with without_kernels_advice():
+        from lycoris.modules.locon import LoConModule
+        from lycoris.modules.loha import LohaModule
+        from lycoris.modules.lokr import LokrModule
 
     kinds = {"LoHa": LohaModule, "LoKr": LokrModule}
     rank, alpha = config.shape_of(spatial=_is_spatial(layer))
