@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { extend, hideProgressText, nodeAt } from "./dom.js";
+import { fold } from "./folding.js";
 import { Note, hasNote, notes } from "./note.js";
 import { RunView, nameWidget, views } from "./run_view.js";
 import { RunsPanel } from "./runs_panel.js";
@@ -64,6 +65,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("Retune")) return;
+    fold(node); // before a view, which stands below the button
     if (hasNote(node)) {
       const note = new Note(node);
       extend(node, "onExecuted", (output) => note.found(output));

@@ -63,7 +63,10 @@ def data_inputs() -> list:
 
 def name_inputs(default: str) -> list:
     """Name and seed of a run."""
-    return [input_of(RunConfig, "run_name", default=default), seed_input("Seed of every random draw of the run.")]
+    return [
+        input_of(RunConfig, "run_name", default=default),
+        seed_input("Seed of every random draw of the run.", advanced=True),
+    ]
 
 
 def seed_input(tooltip: str, **options) -> io.Input:

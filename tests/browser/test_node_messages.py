@@ -32,7 +32,8 @@ LOADERS = """(folder) => {
     return node;
   };
   [["RetuneLoadDataset", { folder, resolution: 64, captions: "file name" }, "report"],
-   ["RetuneLoadReward", {}, "reward"], ["RetuneLoadT5", { context_width: "768", encoder: "demo" }, "CLIP"]].forEach(([kind, values, output], i) => {
+   ["RetuneLoadReward", {}, "reward"], ["RetuneLoadT5", { context_width: "768", encoder: "demo" }, "CLIP"],
+  ].forEach(([kind, values, output], i) => {
     const node = add(kind, values, 380 * (i % 4), 20), shown = add("PreviewAny", {}, 380 * (i % 4), 640);
     node.connect(Math.max(0, node.outputs.findIndex((found) => found.name === output)), shown, 0);
   });
