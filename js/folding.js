@@ -9,7 +9,7 @@ import { extend, t } from "./dom.js";
  */
 export function fold(node) {
   const folded = node.widgets?.filter((widget) => widget.options?.advanced) ?? [];
-  if (!folded.length) return;
+  if (!folded.length || !node.getLayoutWidgets) return;
   const options = { serialize: false, canvasOnly: true }; // not in Nodes 2.0, nor in the properties panel
   const button = node.addWidget("button", "retune_advanced", null, () => toggle(node), options);
   button.serialize = false;

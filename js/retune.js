@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { extend, hideProgressText, nodeAt } from "./dom.js";
 import { fold } from "./folding.js";
 import { Note, hasNote, notes } from "./note.js";
+import { sayMissing } from "./relied_on.js";
 import { RunView, nameWidget, views } from "./run_view.js";
 import { RunsPanel } from "./runs_panel.js";
 
@@ -43,6 +44,7 @@ app.registerExtension({
   name: "retune",
 
   setup() {
+    sayMissing();
     app.extensionManager.registerSidebarTab({
       id: "retune-runs",
       icon: "pi pi-chart-line",

@@ -31,6 +31,13 @@ LINK_SEED = """(kind) => {
 REOPEN = "() => window.comfyAPI.app.app.loadGraphData(window.comfyAPI.app.app.graph.serialize(), true, true, null)"
 
 
+MISSING = """async () => {
+  const { missing } = await import("/extensions/retune/relied_on.js"), before = missing();
+  delete LiteGraph.LGraphNode.prototype.getLayoutWidgets;
+  return [before, missing()];
+}"""
+
+
 @pytest.mark.parametrize("renderer", ["classic", pytest.param("nodes 2.0", marks=pytest.mark.slow)])
 def test_the_saved_values_stay_in_the_schemas_order(editor, renderer):
     editor.open(Comfy_VueNodes_Enabled=RENDERERS[renderer])
@@ -66,7 +73,7 @@ def test_advanced_inputs_open_below_the_chart_and_stay_open(editor, written_run)
 
 def test_the_properties_panel_leaves_the_view_alone(editor, written_run):
     written_run("beside")
-    editor.open(Comfy_VueNodes_Enabled=False)
+    editor.open(Comfy_VueNodes_Enabled=False, Comfy_RightSidePanel_IsOpen=False)
     editor.load(TITLE, RetuneTrainLora={"run_name": "beside"})
     editor.focus(TRAINER)
     editor.see("finished")
@@ -82,3 +89,4 @@ def test_the_properties_panel_leaves_the_view_alone(editor, written_run):
     editor.page.wait_for_timeout(500)
     assert abs(editor.page.evaluate(width) - before) < 2
     assert not editor.complaints
+    assert editor.page.evaluate(MISSING) == [[], ["LGraphNode.getLayoutWidgets"]]
