@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { extend, hideProgressText, nodeAt } from "./dom.js";
 import { fold } from "./folding.js";
 import { Note, hasNote, notes } from "./note.js";
+import { followPresets } from "./presets.js";
 import { sayMissing } from "./relied_on.js";
 import { RunView, nameWidget, views } from "./run_view.js";
 import { RunsPanel } from "./runs_panel.js";
@@ -67,6 +68,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("Retune")) return;
+    followPresets(node, node.constructor.nodeData);
     fold(node); // before a view, which stands below the button
     if (hasNote(node)) {
       const note = new Note(node);

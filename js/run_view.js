@@ -1,7 +1,7 @@
 // The run in its training node: state, chart, and the samples over time.
 import { app } from "../../scripts/app.js";
 import { addElement, address, ask, attempt, button, duration, el, figure, fillSelect, gap, growToFit } from "./dom.js";
-import { isBroken, isBusy, nodeAt, picture, remark, row, say, sayState, steps, t } from "./dom.js";
+import { isBroken, isBusy, nodeAt, picture, remark, row, say, sayState, steps, t, words } from "./dom.js";
 import { advice } from "./advice.js";
 import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
@@ -32,13 +32,14 @@ export class RunView {
     this.message = el("div", "message", { tabIndex: 0 });
     this.advice = el("div", "advice");
     this.pace = el("span", "grow quiet");
+    this.used = el("div", "used quiet");
     this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
     this.chart = new LineChart("Curves of the run");
     this.strip = el("div", "strip");
     this.slider = el("input", "", { type: "range", min: 0, max: 0, ariaLabel: "Samples over time" });
     this.slider.oninput = () => this.showSamples();
     this.when = el("span", "quiet");
-    this.rows = [row(this.pace), this.chart.element, row(gap(), this.choice, this.chart.scale)];
+    this.rows = [row(this.pace), this.used, this.chart.element, row(gap(), this.choice, this.chart.scale)];
     this.sampleRows = [this.strip, row(this.slider, this.when)];
     const top = row(this.state, this.progress, this.end);
     const told = [this.message, this.advice];
@@ -128,6 +129,9 @@ export class RunView {
     this.fit((shown ? CHART : EMPTY) + (sampled ? SAMPLES : 0) + (told ? MESSAGE : 0));
     if (!shown) return;
     say(this.pace, pace(run));
+    const used = differences(this.node, run.config);
+    say(this.used, used && t("the run has {values}", { values: used }));
+    this.used.hidden = !used;
     this.fillChoice(run.choices);
     this.draw();
     this.fillSamples(run);
@@ -174,6 +178,17 @@ export class RunView {
     this.element.style.minHeight = `${height}px`;
     growToFit(this.node);
   }
+}
+
+/** Values of a run that differ from those in its node, such as a preset's through the API: "rank 32, alpha 16". */
+function differences(node, config) {
+  const ignored = ["run_name", "steps", "resume"];
+  const differ = ({ name, value }) => {
+    const before = config?.[name], slot = node.findInputSlot(name);
+    if (ignored.includes(name) || before == null || typeof before === "object" || before === value) return false;
+    return slot < 0 || !node.isInputConnected(slot);
+  };
+  return (node.widgets ?? []).filter(differ).map(({ name }) => `${words(name)} ${config[name]}`).join(", ");
 }
 
 function pace(run) {
