@@ -28,7 +28,7 @@ export function say(element, text) {
 
 export function sayState(element, state) {
   element.dataset.state = state;
-  say(element, state);
+  say(element, t(state));
 }
 
 export function figure(value) {
@@ -42,11 +42,21 @@ export function duration(seconds) {
   return hours ? `${hours} h ${minutes % 60} min` : seconds > 90 ? `${minutes} min` : `${Math.round(seconds)} s`;
 }
 
+/** Translations from locales/; a text that has none stays as it is. */
+const languages = await api.fetchApi("/i18n").then((answer) => answer.json()).catch(() => ({}));
+
+/** t("step {step}", {step: 4}) in the language of the page. */
+export function t(text, values = {}) {
+  const known = languages[app.extensionManager?.setting?.get("Comfy.Locale")]?.retune?.[text] ?? text;
+  return known.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+}
+
 export const words = (key) => key.replaceAll("_", " ");
-export const steps = (run) => `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}`;
+export const steps = (run) => run.steps ? t("step {step} of {steps}", run) : t("step {step}", run);
 
 export const isBusy = (run) => ["running", "preparing"].includes(run?.state);
-export const remark = (run) => ({ interrupted: "queue it again to go on", finished: "" })[run.state] ?? run.message;
+export const isBroken = (run) => ["failed", "damaged"].includes(run?.state);
+export const remark = (run) => ({ interrupted: t("queue it again to go on"), finished: "" })[run.state] ?? run.message;
 
 export const address = (...names) => ["/retune/runs", ...names.map(encodeURIComponent)].join("/");
 
@@ -56,6 +66,59 @@ export function picture(image, { id, version }, file, title) {
   if (image.getAttribute("src") !== src) Object.assign(image, { src, title, alt: title, draggable: false });
   image.onclick = () => open(src, "", "noopener");
   return image;
+}
+
+/** Sets a widget as a user does. */
+export function setWidget(node, widget, value) {
+  widget.value = Array.isArray(value) ? value.join("\n") : value;
+  widget.callback?.(widget.value, app.canvas, node);
+  node.graph?.setDirtyCanvas(true, true);
+}
+
+/** Calls `more` after a method or callback of an object. */
+export function extend(object, name, more) {
+  const before = object[name];
+  object[name] = function (...values) {
+    const result = before?.apply(this, values);
+    more(...values);
+    return result;
+  };
+}
+
+/** "5:3": node 3 in the subgraph of node 5. */
+export function nodeAt(id) {
+  let graph = app.rootGraph ?? app.graph, node;
+  for (const part of String(id).split(":")) {
+    node = graph?.nodes.find((found) => String(found.id) === part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** An element as the last widget of a node, in neither its saved values nor the properties panel. */
+export function addElement(node, name, element, getHeight) {
+  const options = { serialize: false, hideInPanel: true, getMinHeight: getHeight };
+  const widget = node.addDOMWidget(name, name, element, options);
+  widget.serialize = false;
+  element.onwheel = (event) => {
+    if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event); // zooms the graph
+  };
+  return widget;
+}
+
+/** Grows a node to its content; never shrinks it. */
+export function growToFit(node) {
+  const [width, needed] = node.computeSize();
+  if (node.size[1] < needed) node.setSize([Math.max(width, node.size[0]), needed]);
+  node.graph?.setDirtyCanvas(true, true);
+}
+
+/** Hides ComfyUI's line of progress in a node that has a line of ours. */
+export function hideProgressText(node) {
+  const widget = node.widgets?.find(({ name }) => name === "$$node-text-preview");
+  if (!widget || widget.hidden) return;
+  widget.hidden = widget.options.hidden = true;
+  node.graph?.setDirtyCanvas(true, true);
 }
 
 /** A route's JSON, null for no run; throws the server's error. */

@@ -49,7 +49,7 @@ export class RunData {
     const { figures, rows, validation } = this;
     const found = [
       { name: this.main, colour: "--retune-raw", faint: true, points: this.points(rows, "loss") },
-      { name: "smoothed", colour: "--retune-smooth", points: this.points(rows, "smoothed") },
+      { name: "average", colour: "--retune-smooth", points: this.points(rows, "smoothed") },
       { name: "validation", colour: "--retune-validation", dots: true, points: this.points(validation, "loss") },
     ];
     for (const key of new Set([right, "learning_rate", "alignment"])) {

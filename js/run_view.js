@@ -1,11 +1,12 @@
 // The run in its training node: state, chart, and the samples over time.
 import { app } from "../../scripts/app.js";
-import { address, ask, attempt, button, duration, el, figure, fillSelect, gap, isBusy, picture } from "./dom.js";
-import { remark, row, say, sayState, steps } from "./dom.js";
+import { addElement, address, ask, attempt, button, duration, el, figure, fillSelect, gap, growToFit } from "./dom.js";
+import { isBroken, isBusy, nodeAt, picture, remark, row, say, sayState, steps, t, words } from "./dom.js";
+import { advice } from "./advice.js";
 import { LineChart } from "./loss_chart.js";
 import { RunData } from "./run_data.js";
 
-const EMPTY = 40, CHART = 270, SAMPLES = 108, MARGIN = 20; // pixels; the margin is the classic renderer's
+const EMPTY = 40, CHART = 270, SAMPLES = 108, MESSAGE = 108, MARGIN = 20; // pixels; the margin is the classic renderer's
 
 export const views = new Set();
 export const nameWidget = (node) => node.widgets?.find((widget) => widget.name === "run_name");
@@ -15,10 +16,10 @@ export class RunView {
     this.node = node;
     this.run = null; // RunData, once the server has the run
     this.recent = []; // the last steps, which a request may miss
+    this.error = null; // a retune.error of the node, until it is queued again
     this.build();
     views.add(this);
-    const options = { serialize: false, getMinHeight: () => this.height + MARGIN };
-    node.addDOMWidget("retune_run_view", "retune_run_view", this.element, options).serialize = false;
+    addElement(node, "retune_run_view", this.element, () => this.height + MARGIN);
     this.fill();
     this.load();
   }
@@ -26,22 +27,23 @@ export class RunView {
   build() {
     this.state = el("span", "state");
     this.progress = el("span", "grow");
-    const hint = "End after this step; the graph goes on.";
-    this.end = button("Finish now", hint, () => this.finish());
+    const hint = t("End after this step; the graph goes on.");
+    this.end = button(t("Finish now"), hint, () => this.finish());
+    this.message = el("div", "message", { tabIndex: 0 });
+    this.advice = el("div", "advice");
     this.pace = el("span", "grow quiet");
+    this.used = el("div", "used quiet");
     this.choice = el("select", "", { ariaLabel: "Figure on the right axis", onchange: () => this.draw() });
     this.chart = new LineChart("Curves of the run");
     this.strip = el("div", "strip");
     this.slider = el("input", "", { type: "range", min: 0, max: 0, ariaLabel: "Samples over time" });
     this.slider.oninput = () => this.showSamples();
     this.when = el("span", "quiet");
-    this.rows = [row(this.pace), this.chart.element, row(gap(), this.choice, this.chart.scale)];
+    this.rows = [row(this.pace), this.used, this.chart.element, row(gap(), this.choice, this.chart.scale)];
     this.sampleRows = [this.strip, row(this.slider, this.when)];
     const top = row(this.state, this.progress, this.end);
-    this.element = el("div", "root view", {}, top, ...this.rows, ...this.sampleRows);
-    this.element.onwheel = (event) => {
-      if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event); // zooms the graph
-    };
+    const told = [this.message, this.advice];
+    this.element = el("div", "root view", {}, top, ...told, ...this.rows, ...this.sampleRows);
   }
 
   /** The run's name in the node's widget; null where it is linked. */
@@ -91,13 +93,23 @@ export class RunView {
     else if (kind === "state") this.say(event.state, event.message);
   }
 
+  /** An error that ended its node, or what followed from it; null when the queue begins anew. */
+  setError(error, undo = null) {
+    if (error === this.error) return;
+    this.undo?.();
+    Object.assign(this, { error, undo });
+    const follow = (message, undo) => this.setError({ state: "changed", message }, undo);
+    this.advice.replaceChildren(...(error ? advice(this.node, error, follow) : []));
+    this.fill();
+  }
+
   queueEnded() {
     if (isBusy(this.run) || this.state.dataset.state === "preparing") this.load(undefined, 300);
   }
 
   async finish() {
     this.end.disabled = true;
-    say(this.progress, "finishing after this step");
+    say(this.progress, t("finishing after this step"));
     this.end.disabled = Boolean(await attempt(() => ask(`${address(this.run.id)}/finish`, "POST")));
   }
 
@@ -107,11 +119,19 @@ export class RunView {
     for (const part of this.sampleRows) part.hidden = !sampled;
     this.end.hidden = run?.state !== "running";
     if (this.end.hidden) this.end.disabled = false;
-    if (!run) this.say("no run yet", "its chart and samples will be here");
-    else if (!this.end.disabled) this.say(run.state, [steps(run), remark(run)].filter(Boolean).join(": "));
-    this.fit((shown ? CHART : EMPTY) + (sampled ? SAMPLES : 0));
+    const told = this.error?.message ?? (isBroken(run) ? run.message : "");
+    say(this.message, told);
+    this.message.hidden = !told;
+    this.advice.hidden = !this.advice.childElementCount;
+    if (this.error) this.say(this.error.state, run ? t("the run has {steps}", { steps: steps(run) }) : "");
+    else if (!run) this.say("no run yet", t("its chart and samples will be here"));
+    else if (!this.end.disabled) this.say(run.state, [steps(run), told ? "" : remark(run)].filter(Boolean).join(": "));
+    this.fit((shown ? CHART : EMPTY) + (sampled ? SAMPLES : 0) + (told ? MESSAGE : 0));
     if (!shown) return;
     say(this.pace, pace(run));
+    const used = differences(this.node, run.config);
+    say(this.used, used && t("the run has {values}", { values: used }));
+    this.used.hidden = !used;
     this.fillChoice(run.choices);
     this.draw();
     this.fillSamples(run);
@@ -152,34 +172,33 @@ export class RunView {
     while (children.length > sample.files.length) children[sample.files.length].remove();
   }
 
-  /** Grows the node; never shrinks it. */
   fit(height) {
     if (height === this.height) return;
-    const { node } = this;
     this.height = height;
     this.element.style.minHeight = `${height}px`;
-    const [width, needed] = node.computeSize();
-    if (node.size[1] < needed) node.setSize([Math.max(width, node.size[0]), needed]);
-    node.graph?.setDirtyCanvas(true, true);
+    growToFit(this.node);
   }
+}
+
+/** Values of a run that differ from those in its node, such as a preset's through the API: "rank 32, alpha 16". */
+function differences(node, config) {
+  const ignored = ["run_name", "steps", "resume"];
+  const differ = ({ name, value }) => {
+    const before = config?.[name], slot = node.findInputSlot(name);
+    if (ignored.includes(name) || before == null || typeof before === "object" || before === value) return false;
+    return slot < 0 || !node.isInputConnected(slot);
+  };
+  return (node.widgets ?? []).filter(differ).map(({ name }) => `${words(name)} ${config[name]}`).join(", ");
 }
 
 function pace(run) {
-  const { live, state } = run, last = run.points(run.rows.slice(-1), "smoothed")[0];
-  const found = last ? [`${run.main} ${figure(last[1])}`] : [];
+  const { live, state } = run, [now, average] = ["loss", "smoothed"].map((key) => run.points(run.rows.slice(-1), key)[0]);
+  const found = [now && `${t(run.main)} ${figure(now[1])}`, average && `${t("average")} ${figure(average[1])}`];
+  found.splice(0, 2, found.filter(Boolean).join(", "));
   if (!live || state !== "running") return found.join();
   const [used, total] = [live.memory.used, live.memory.total].map((n) => (n / 2 ** 30).toFixed(1));
-  found.push(`${Number(live.seconds_per_step.toPrecision(2))} s/step`);
-  found.push(`${duration((live.steps - live.step) * live.seconds_per_step)} left`, `${used} of ${total} GB`);
+  found.push(t("{pace} s/step", { pace: Number(live.seconds_per_step.toPrecision(2)) }));
+  found.push(t("{time} left", { time: duration((live.steps - live.step) * live.seconds_per_step) }));
+  found.push(t("{used} of {total} GB", { used, total }));
   return found.join(" · ");
-}
-
-/** "5:3": node 3 in the subgraph of node 5. */
-function nodeAt(id) {
-  let graph = app.rootGraph ?? app.graph, node;
-  for (const part of String(id).split(":")) {
-    node = graph?.nodes.find((found) => String(found.id) === part);
-    graph = node?.subgraph;
-  }
-  return node;
 }

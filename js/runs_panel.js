@@ -18,7 +18,7 @@ export class RunsPanel {
     this.chart = new LineChart("Curves of the chosen runs");
     this.note = el("span", "grow quiet");
     this.curve = el("select", "", { ariaLabel: "Which curves", onchange: () => this.draw() });
-    fillSelect(this.curve, CURVES.map((key) => [key, words(key)]));
+    fillSelect(this.curve, CURVES.map((key) => [key, key === "smoothed" ? "average" : words(key)]));
     this.compare = row(gap(), this.curve, this.chart.scale);
     this.list = el("div", "list");
     const top = row(el("h3", "", { textContent: "Runs" }), this.note, button("Refresh", "", () => this.refresh()));

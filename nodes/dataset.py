@@ -61,7 +61,7 @@ class RetuneLoadDataset(io.ComfyNode):
         config = FolderConfig(folder=resolved(folder), resolution=resolution, **options)
         callbacks = NodeCallbacks(cls.hidden.unique_id if cls.hidden else None, "", 1)
         dataset = load_folder(config, lambda done, total, text: callbacks.on_text(f"{text} ({done}/{total})"))
-        return io.NodeOutput(dataset, dataset.report)
+        return io.NodeOutput(dataset, dataset.report, ui={"text": [dataset.report]})
 
 
 class RetuneDatasetFromImages(io.ComfyNode):

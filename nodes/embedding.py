@@ -59,6 +59,7 @@ class RetuneLoadEmbedding(io.ComfyNode):
                     tooltip="Format, word, vectors, norms against the vocabulary, nearest words, warnings.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -93,6 +93,7 @@ class RetuneLoadReward(io.ComfyNode):
                 *target_inputs(),
             ],
             outputs=[types.Reward.Output(display_name="reward", tooltip="For scoring, diversity and tuning.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -112,7 +113,8 @@ class RetuneLoadReward(io.ComfyNode):
             activation=activation,
         )
         shape = {} if limit == NONE else {"form": limit, "target": target}
-        return io.NodeOutput(ManagedReward.open(config, weight=weight, **shape))
+        reward = ManagedReward.open(config, weight=weight, **shape)
+        return io.NodeOutput(reward, ui={"text": [reward.describe()]})
 
 
 class RetuneCombineRewards(io.ComfyNode):

@@ -48,6 +48,7 @@ def tuning_inputs() -> list:
             min=0.0,
             max=1000.0,
             step=0.05,
+            advanced=True,
             tooltip="Weight of the constraint, added to the rewards; 0: none. Above 0 it keeps pictures true to their "
             "prompts.",
         ),
@@ -66,6 +67,7 @@ def judge_inputs() -> list:
             "prompt_file",
             default="",
             optional=True,
+            advanced=True,
             tooltip="A .txt file with a prompt a line, or .jsonl with prompt and weight; added to prompts.",
         ),
         *inputs_of(RewardTuneConfig, "stop_gradient", "lora_rank", optional=True),

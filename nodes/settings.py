@@ -7,7 +7,7 @@ from ..training.config.run import RunConfig
 from ..training.config.sample_prompts import SamplePrompts
 from ..training.config.training_settings import PRESET_RUNS, PRESETS, TrainingSettings
 from .common import types
-from .common.inputs import input_of, inputs_of, seed_input
+from .common.inputs import input_of, inputs_of, preset_input, seed_input, with_preset
 
 STEP_INPUTS = ("optimizer", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_accumulation")
 STEP_INPUTS += ("precision", "ema_decay")
@@ -56,13 +56,11 @@ class RetuneTrainingSettings(io.ComfyNode):
             "defaults.",
             search_aliases=["optimizer settings", "min snr", "lr schedule"],
             inputs=[
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    default="custom",
-                    optional=True,
-                    tooltip="A named group of settings wins over the values below that it names. Those by card are for "
-                    "a LoRA; what words, rewards and retraining need besides is on the help page.",
+                preset_input(
+                    PRESETS,
+                    "Choosing one sets the values that it names; changing one of them afterwards makes it custom. "
+                    "Through the API a preset wins over them. Those by card are for a LoRA; what words, rewards and "
+                    "retraining need besides is on the help page.",
                 ),
                 *setting_inputs(),
             ],
@@ -85,7 +83,9 @@ class RetuneTrainingSettings(io.ComfyNode):
     def execute(cls, preset="custom", **values):
         usual = {"learning_rate": RunConfig.learning_rate, "steps": RunConfig.steps}
         run = usual | PRESET_RUNS.get(preset, {})
-        return io.NodeOutput(TrainingSettings(**(values | PRESETS[preset])), run["learning_rate"], run["steps"])
+        return io.NodeOutput(
+            TrainingSettings(**with_preset(preset, PRESETS, values)), run["learning_rate"], run["steps"]
+        )
 
 
 class RetuneSamplePrompts(io.ComfyNode):

@@ -95,7 +95,8 @@ class RetuneLoadT5(io.ComfyNode):
             saved.check_pooled(pooled_width)
             projection, options["target_std"] = saved.projection, saved.target_std
         with reporting(cls, "loading the T5"):
-            return io.NodeOutput(load_t5_clip(DEMO if encoder == DEMO else path, projection, **options))
+            clip = load_t5_clip(DEMO if encoder == DEMO else path, projection, **options)
+        return io.NodeOutput(clip, ui={"text": [found_t5(path.name, projection)]})
 
 
 class RetuneFitProjection(io.ComfyNode):
@@ -187,6 +188,11 @@ def prompt_lines(prompts: str) -> list[str]:
     from ..training.text_encoder.prompts import PROMPTS
 
     return filled_lines(prompts) or list(PROMPTS)
+
+
+def found_t5(name: str, projection) -> str:
+    """What Load T5 found in a file, and what it puts behind it, in a sentence."""
+    return f"{name}: a T5 of width {projection.in_width}; its projection ({projection.kind}) gives {projection.width}."
 
 
 def demo_t5() -> Path:

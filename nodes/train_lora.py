@@ -13,14 +13,22 @@ from .common.inputs import (
     inputs_of,
     made_by,
     name_inputs,
+    preset_input,
     run_config,
     run_inputs,
     run_ui,
+    with_preset,
 )
 from .common.types import LoraModel
 
 LEARNING_RATE = 1e-4
 """Default of the node; adapters take a higher rate than the weights of a model, which the command line's is for."""
+
+PRESET_TEXT = (
+    "Choosing one sets rank, alpha, algorithm and targets; changing one of them afterwards makes it custom. Through "
+    "the API a preset wins over the values that it names. It changes nothing of Training Settings, whose presets for "
+    "a card go with it."
+)
 
 
 def adapter_inputs() -> list:
@@ -64,13 +72,7 @@ class RetuneTrainLora(io.ComfyNode):
                 *name_inputs("my LoRA"),
                 input_of(LoraConfig, "target_regex", optional=True),
                 *run_inputs(),
-                io.Combo.Input(
-                    "preset",
-                    options=list(LORA_PRESETS),
-                    default="custom",
-                    optional=True,
-                    tooltip="A named group of values wins over those above that it names; see the help page.",
-                ),
+                preset_input(LORA_PRESETS, PRESET_TEXT),
                 *variant_inputs(),
                 LoraModel.Input(
                     "start",
@@ -90,7 +92,7 @@ class RetuneTrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, settings=None, samples=None, preset="custom", start=None, **values):
-        values |= LORA_PRESETS[preset]
+        values = with_preset(preset, LORA_PRESETS, values)
         config = run_config(LoraConfig, settings, samples, values)
         results = train(cls.hidden, model, clip, vae, dataset, config, start)
         return io.NodeOutput(*results, ui=run_ui(config.run_name))

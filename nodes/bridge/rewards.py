@@ -71,6 +71,14 @@ class ManagedReward:
         for patcher in dict.fromkeys(self.patchers):
             comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
 
+    def describe(self) -> str:
+        """What scores, one a line: name, number of weights, typical spread of scores, weight in a sum."""
+        return "\n".join(
+            f"{term.reward.name}: {sum(p.numel() for p in patcher.model.parameters()) / 1e6:.3g} M weights, scores "
+            f"spread by about {term.reward.typical_scale:g}, weight {term.weight:g}."
+            for term, patcher in zip(self.terms, self.patchers, strict=True)
+        )
+
     def load(self, batch: int, gradient: bool = False) -> None:
         """Loads all networks whole, with memory left to score `batch` images.
 

@@ -1,5 +1,7 @@
 """Inputs made from the fields of configs, and groups of inputs that several nodes have."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +12,8 @@ from ...training.config.run import RunConfig
 from ...training.config.sample_prompts import SamplePrompts
 from ...training.config.training_settings import TrainingSettings
 from . import types
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=RunConfig)
 MAX_STEPS, MAX_BATCH, MAX_RATE, MIN_ALPHA, MAX_ALPHA = 10**7, 4096, 1.0, 0.001, 4096.0
@@ -67,7 +71,28 @@ def data_inputs() -> list:
 
 def name_inputs(default: str) -> list:
     """Name and seed of a run."""
-    return [input_of(RunConfig, "run_name", default=default), seed_input("Seed of every random draw of the run.")]
+    return [
+        input_of(RunConfig, "run_name", default=default),
+        seed_input("Seed of every random draw of the run.", advanced=True),
+    ]
+
+
+def preset_input(presets: Mapping[str, Mapping], tooltip: str) -> io.Input:
+    """The choice of a named group of values; the page fills them in from `values_of`."""
+    more = {"values_of": {name: dict(values) for name, values in presets.items()}}
+    names = list(presets)
+    return io.Combo.Input("preset", options=names, default="custom", optional=True, tooltip=tooltip, extra_dict=more)
+
+
+def with_preset(preset: str, presets: Mapping[str, Mapping], values: dict) -> dict:
+    """Values with those of a preset, which win; a warning names each value that was given and lost."""
+    wins = presets[preset]
+    lost = [
+        f"{name} is {wins[name]}, not {values[name]}" for name in wins if values.get(name, wins[name]) != wins[name]
+    ]
+    if lost:
+        log.warning("preset %r wins: %s. Choose preset 'custom' to keep your values.", preset, "; ".join(lost))
+    return values | wins
 
 
 def seed_input(tooltip: str, **options) -> io.Input:

@@ -23,6 +23,7 @@ from ...training.data.examples import Dataset
 from ...training.models.protocols import TextToImage
 from ...training.runs.index import finite
 from ..bridge.denoiser import ComfyDenoiser
+from .errors import last_states
 from .heartbeat import Heartbeat
 from .running import running
 
@@ -166,6 +167,7 @@ class NodeCallbacks(Callbacks):
 
     def on_state(self, state: str, step: int, message: str = "") -> None:
         self._state, self._step = state, step
+        last_states[self._run] = state
         if state != "running":
             last_steps.pop(self._run, None)
         self._send_event("retune.state", {"state": state, "step": step, "message": message})

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+from retune.training.runs.records import STATES
 
 LOCALES = Path(__file__).parents[2] / "locales"
 TRANSLATED = ("zh", "ja")
@@ -125,6 +126,16 @@ def test_no_name_or_description_holds_what_the_frontend_would_compile(language):
 def test_node_categories_are_translated(schemas, language):
     parts = {part for info in schemas.values() for part in info["category"].split("/")}
     assert set(read(language, "main.json")["nodeCategories"]) == parts - {"retune"} - COMFYUI_TRANSLATES
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_the_texts_of_the_page_are_translated(language):
+    scripts = "".join(file.read_text(encoding="utf-8") for file in (LOCALES.parent / "js").glob("*.js"))
+    shown = {double or single for double, single in re.findall(r"""\bt\((?:"([^"]+)"|'([^']+)')""", scripts)}
+    texts = read(language, "main.json")["retune"]
+    assert shown | set(STATES) <= set(texts)
+    for text, translated in texts.items():
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", translated)), text
 
 
 def test_comfyui_serves_the_translations(comfyui_server):

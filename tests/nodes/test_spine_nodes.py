@@ -136,10 +136,12 @@ def test_folders_and_images_become_datasets(comfyui, tmp_path):
         run(RetuneDatasetFromImages, [torch.rand(3, 32, 32, 3)], ["one", "two"])
 
 
-def test_settings_presets_win_and_bad_values_are_named(comfyui):
+def test_settings_presets_win_and_bad_values_are_named(comfyui, caplog):
     from retune.nodes.settings import RetuneSamplePrompts, RetuneTrainingSettings
 
-    settings, rate, steps = run(RetuneTrainingSettings, preset="T5 swap", lr_schedule="constant", weight_decay=0.5)
+    values = {"lr_schedule": "constant", "snr_gamma": 5.0, "weight_decay": 0.5}
+    settings, rate, steps = run(RetuneTrainingSettings, preset="T5 swap", **values)
+    assert "preset 'T5 swap' wins: lr_schedule is cosine, not constant. Choose" in caplog.text  # and nothing else
     assert settings.lr_schedule == "cosine" and settings.weight_decay == 0.5 and (rate, steps) == (1e-5, 500)
     settings, rate, steps = run(RetuneTrainingSettings, preset="T5 swap, source notes", total_batch=8)
     assert settings.total_batch == 64 and settings.loss_weighting == "min-SNR" and (rate, steps) == (4e-5, 10000)

@@ -26,7 +26,7 @@ class EmbeddingConfig(RunConfig):
     initial_text: str = setting("")
     """Text whose embeddings training starts from: a word or two for the thing, or a token of another embedding. Several
     tokens take a text each, with commas between them. Empty starts from random vectors."""
-    template: Literal["auto", "captions", "object", "style", "own"] = setting("auto")
+    template: Literal["auto", "captions", "object", "style", "own"] = setting("auto", advanced=True)
     """captions: those of the images, which contain the token. object, style: sentences such as a photo of a ... own:
     those of lines. auto: captions if any contains the token, else object."""
     lines: tuple[str, ...] = setting((), advanced=True)

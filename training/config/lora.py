@@ -21,16 +21,16 @@ class LoraConfig(RunConfig):
     """Peak learning rate of the UNet's adapters."""
     rank: int = setting(16, low=1, high=4096)
     """Rank of the adapters."""
-    alpha: float = alpha_setting(16.0)
+    alpha: float = alpha_setting(16.0, advanced=True)
     """Scale of the adapters: alpha / rank multiplies them. It does not train."""
-    algorithm: Literal[ALGORITHMS] = setting("LoRA")  # type: ignore[valid-type]
+    algorithm: Literal[ALGORITHMS] = setting("LoRA", advanced=True)  # type: ignore[valid-type]
     """LoRA (arXiv 2106.09685); LoCon adapts 3x3 convolutions too; LoHa and LoKr (LyCORIS, arXiv 2309.14859); DoRA
     learns magnitudes (arXiv 2402.09353)."""
-    targets: Literal[TARGET_CHOICES] = setting("attention + feed-forward")  # type: ignore[valid-type]
+    targets: Literal[TARGET_CHOICES] = setting("attention + feed-forward", advanced=True)  # type: ignore[valid-type]
     """Layers that get an adapter; all adds the residual blocks. regex: see target_regex."""
     target_regex: str = setting("", advanced=True)
     """For targets regex: searched in layer names such as diffusion_model.input_blocks.1.1.proj_in."""
-    text_encoder_learning_rate: float = rate_setting(0.0)
+    text_encoder_learning_rate: float = rate_setting(0.0, advanced=True)
     """Peak learning rate of the text encoder's adapters; 0 does not train the text encoder."""
     text_encoder_2_learning_rate: float = setting(-1.0, step=1e-7, advanced=True)
     """Peak learning rate of SDXL's second text encoder; -1: as of the first, 0 does not train it."""

@@ -25,15 +25,15 @@ class RewardTuneConfig(RunConfig):
     """Peak learning rate; a LoRA needs about 100 times more."""
     train: Literal[TUNE_TARGETS] = setting("text encoder")  # type: ignore[valid-type]
     """What is tuned."""
-    method: Literal[METHODS] = setting("last K")  # type: ignore[valid-type]
+    method: Literal[METHODS] = setting("last K", advanced=True)  # type: ignore[valid-type]
     """last K: gradients through the last gradient_steps. random K: through a random number of the last, up to it
     (AlignProp, arXiv 2310.03739). one step: through the clean picture predicted at one of them, the cheapest (ReFL,
     arXiv 2304.05977). direct: no sampler, the clean picture predicted from noised images of a dataset (TextCraftor)."""
-    gradient_steps: int = setting(5, low=1, high=1000)
+    gradient_steps: int = setting(5, low=1, high=1000, advanced=True)
     """K: sampler steps, counted from the end, that gradients go through."""
-    sampling_steps: int = setting(25, low=1, high=1000)
+    sampling_steps: int = setting(25, low=1, high=1000, advanced=True)
     """Steps of the sampler (DDIM)."""
-    cfg: float = setting(7.5, low=0, high=100, step=0.1, snap=True)
+    cfg: float = setting(7.5, low=0, high=100, step=0.1, snap=True, advanced=True)
     """Scale of classifier-free guidance while tuning; the one that pictures are later sampled with."""
     stop_gradient: bool = setting(True, advanced=True)
     """Let no gradient through the UNet's noisy input (DRTune, arXiv 2405.00760): the backward pass goes step by step,

@@ -26,11 +26,11 @@ class RunConfig:
     """Images per batch."""
     learning_rate: float = rate_setting(1e-5)
     """Peak learning rate."""
-    seed: int = setting(0, low=0, high=2**64 - 1)
+    seed: int = setting(0, low=0, high=2**64 - 1, advanced=True)
     """Seed of every random draw of the run."""
     settings: TrainingSettings = TrainingSettings()
     samples: SamplePrompts = SamplePrompts()
-    resume: Literal["auto", "restart"] = setting("auto")
+    resume: Literal["auto", "restart"] = setting("auto", advanced=True)
     """auto: resume the run of this name if its settings are equal; restart: move the old folder aside. Steps, samples,
     validate_every, save_every, early_stop_after, result, tensorboard, gradient_checkpointing and block_swap may
     change."""

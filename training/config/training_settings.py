@@ -72,7 +72,7 @@ class TrainingSettings:
     """Share of the images held out to measure the validation loss."""
     validate_every: int = setting(100, low=1, high=10**7, advanced=True)
     """Steps between two validation losses."""
-    save_every: int = setting(100, low=1, high=10**7)
+    save_every: int = setting(100, low=1, high=10**7, advanced=True)
     """Steps between two saved states; a killed run resumes from the last one."""
     lr_projection: float = setting(1.0, low=0, high=1000, step=0.01, advanced=True)
     """Learning rate of the text encoder's projection, as a multiple of the run's; 0 does not train it."""

@@ -27,7 +27,7 @@ from ..models.compiled import check_compiler
 from ..models.diffusers import DiffusersDenoiser
 from ..models.protocols import Denoiser, TextToImage
 from ..objectives.losses import check_objective
-from ..runs.folder import RunFolder
+from ..runs.folder import RunConflict, RunFolder
 from ..runs.metrics_log import check_tensorboard
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,13 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def check_steps(folder: RunFolder, steps: int) -> None:
-    """Raises ValueError when a run has done more steps than it is asked for."""
+    """Raises RunConflict when a run has done more steps than it is asked for."""
     done = folder.status()["step"]
     if done > steps:
-        raise ValueError(
-            f"steps is {steps}; run {folder.name!r} has done {done}. Ask for as many, or choose resume = restart."
+        raise RunConflict(
+            f"steps is {steps}; run {folder.name!r} has done {done}. Ask for as many, or choose resume = restart.",
+            setting="steps",
+            before=done,
         )
 
 

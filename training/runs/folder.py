@@ -65,6 +65,20 @@ LOCK_TIMEOUT = 0.3
 """Seconds to wait for a run's lock: a list of runs holds it for a moment to find out whether the run is in use."""
 
 
+class RunConflict(ValueError):
+    """A run of this name cannot go on with these settings. What its message advises is here in data.
+
+    Attributes:
+        other_name: a name that no run has; None where another name is no way out.
+        setting: dotted name of the setting that differs, such as "settings.optimizer"; None where no input holds it.
+        before: the value that the run has of it.
+    """
+
+    def __init__(self, message: str, other_name: str | None = None, setting: str | None = None, before: Any = None):
+        super().__init__(message)
+        self.other_name, self.setting, self.before = other_name, setting, before
+
+
 class RunFolder:
     """One run's files. `RunFolder.open` locks them against other processes."""
 
@@ -157,7 +171,7 @@ class RunFolder:
             former: values of entries that the run's record may lack, since an earlier version made it.
 
         Raises:
-            ValueError: a difference, unless the run `failed_at_once`; the message names the first one and suggests
+            RunConflict: a difference, unless the run `failed_at_once`; the message names the first one and suggests
                 another run name.
         """
         identity, former = json.loads(json.dumps([identity, former or {}]))
@@ -176,13 +190,14 @@ class RunFolder:
             self.set_status("new", 0)
 
     def _expect_nothing_trained(self) -> None:
-        """Raises ValueError where a run was trained whose settings are lost: others would go on with its state."""
+        """Raises RunConflict where a run was trained whose settings are lost: others would go on with its state."""
         for path in (self.latest, self.best, self.guarded, self.path / "status.json", self._metrics):
             if path.exists():
-                raise ValueError(
+                other = next_name(self.path)
+                raise RunConflict(
                     f"run {self.name!r} has {path.relative_to(self.path).as_posix()} but no config.json; expected its "
-                    f"settings. Put the file back, use another run name such as {next_name(self.path)!r}, or choose "
-                    "resume = restart."
+                    f"settings. Put the file back, use another run name such as {other!r}, or choose resume = restart.",
+                    other,
                 )
 
     def _expect_same(self, old: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -195,9 +210,12 @@ class RunFolder:
             message = f"{FINGERPRINTS[name]} differs from the one that run {self.name!r} was made with"
         if (earlier := edition_of_run(old)) and earlier != (here := edition_of_run(identity)):
             message = f"run {self.name!r} was made with {earlier}; this is {here or 'another model'}"
-        raise ValueError(
-            f"{message}. Use another run name such as {next_name(self.path)!r}, set it back to go on, or choose "
-            "resume = restart."
+        other = next_name(self.path)
+        raise RunConflict(
+            f"{message}. Use another run name such as {other!r}, set it back to go on, or choose resume = restart.",
+            other,
+            name,
+            before,
         )
 
     def _stretches(self, old: dict[str, Any], details: dict[str, Any]) -> list[dict[str, Any]]:
