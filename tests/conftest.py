@@ -183,6 +183,23 @@ def cheap_noise():
 
 
 @pytest.fixture(scope="session")
+def cheap_weights(cheap_noise):
+    """`make(shapes)`: fp16 weights by name, of a usual size; norms are one, biases zero."""
+    import torch
+
+    def make(shapes):
+        state = {}
+        for seed, (name, shape) in enumerate(shapes.items()):
+            if len(shape) > 1:
+                state[name] = (cheap_noise(shape, seed) * (0.7 * math.prod(shape[1:]) ** -0.5)).half()
+            else:
+                state[name] = torch.full(shape, float(name.endswith("weight"))).half()
+        return state
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def comfy_cli(tmp_path_factory):
     """`comfy_cli(*arguments, cwd=None)`: what `comfy` did, as subprocess.run gives it; with a home of its own."""
     beside = Path(sys.executable).with_name("comfy.exe" if sys.platform == "win32" else "comfy")

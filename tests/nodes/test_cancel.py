@@ -238,7 +238,7 @@ MOMENTS = {
     "while samples are drawn": lambda event: event.get("step", 1) % 4 == 0,
 }
 """What is going on, soon after the first event of ComfyUI with such data: see `prompt_of`."""
-CANCELS = 12
+CANCELS = 8
 
 
 @pytest.mark.slow

@@ -29,21 +29,8 @@ SDXL_UNET = {
 }
 
 
-def random_like(shapes, prefix, seed):
-    """fp16 weights of a usual size under LDM names: norms at one, biases at zero."""
-    random = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in shapes.items():
-        if len(shape) > 1:
-            value = torch.randn(shape, generator=random) * (0.7 * shape[1:].numel() ** -0.5)
-        else:
-            value = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-        state[prefix + name] = value.half()
-    return state
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, cheap_weights):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from retune.training.models.diffusers import SD1_VAE
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -61,11 +48,9 @@ def checkpoint(tmp_path_factory):
         },
     }
     assert [len(part) for part in parts.values()] == [686, 248, 196]
-    state = {}
-    for seed, (prefix, part) in enumerate(parts.items()):
-        state |= random_like({name: value.shape for name, value in part.items()}, prefix, seed)
+    shapes = {prefix + name: value.shape for prefix, part in parts.items() for name, value in part.items()}
     path = tmp_path_factory.mktemp("sd15") / "sd15.safetensors"
-    save_file(state, path)
+    save_file(cheap_weights(shapes), path)
     return path
 
 
@@ -153,7 +138,7 @@ def predicted_by_diffusers(saved, noisy, sigma, words):
 
 
 @pytest.fixture
-def sdxl_checkpoint(tmp_path, cheap_noise):
+def sdxl_checkpoint(tmp_path, cheap_weights):
     """SDXL's UNet under LDM names, fp16, 397 M parameters instead of 2.6 B: its third level is 320 wide, not 1280.
 
     All else is true, and with it all that ComfyUI knows SDXL by: the 1680 names, the first two widths, transformers of
@@ -163,15 +148,10 @@ def sdxl_checkpoint(tmp_path, cheap_noise):
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL_UNET)
-    state = {}
-    for seed, (name, value) in enumerate(ldm.to_ldm(unet.state_dict(), ldm.unet_names(unet.config)).items()):
-        if value.ndim > 1:
-            state[ldm.UNET_PREFIX + name] = cheap_noise(value.shape, seed) * (0.7 * value.shape[1:].numel() ** -0.5)
-        else:
-            state[ldm.UNET_PREFIX + name] = torch.full(value.shape, float(name.endswith("weight")))
-    assert len(state) == 1680
+    named = ldm.to_ldm(unet.state_dict(), ldm.unet_names(unet.config))
+    assert len(named) == 1680
     path = tmp_path / "sdxl.safetensors"
-    save_file({name: value.half() for name, value in state.items()}, path)
+    save_file(cheap_weights({ldm.UNET_PREFIX + name: value.shape for name, value in named.items()}), path)
     yield path
     path.unlink()
 

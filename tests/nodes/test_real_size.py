@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 LIMIT = 14e9
 """Bytes of memory that a run may take at most."""
 PROMPTS = ["a red cat (sitting)", "two blue birds"]
-SIZES = {"steps": 2, "batch_size": 1, "gradient_steps": 5, "sampling_steps": 8, "width": 64, "height": 64}
+SIZES = {"steps": 2, "batch_size": 1, "gradient_steps": 2, "sampling_steps": 3, "width": 64, "height": 64}
 IMAGE_TOWER, TEXT_TOWER = (1280, 32), (1024, 24)
 """Width and layers; both project to 1024."""
 
@@ -67,19 +67,8 @@ def vit_h_shapes():
     return shapes
 
 
-def filled(shapes, draw):
-    """fp16 weights of a usual size: norms at one, biases at zero."""
-    state = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        if len(shape) > 1:
-            state[name] = (draw(shape, seed) * (0.7 * torch.Size(shape[1:]).numel() ** -0.5)).half()
-        else:
-            state[name] = torch.full(shape, float(name.endswith("weight"))).half()
-    return state
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, cheap_noise):
+def files(tmp_path_factory, cheap_weights):
     """(checkpoint, reward) in a models folder as ComfyUI has it."""
     models = tmp_path_factory.mktemp("real size") / "models"
     checkpoint, reward = models / "checkpoints" / "sd15.safetensors", models / "retune_rewards" / "HPS_v2.1.pt"
@@ -89,8 +78,8 @@ def files(tmp_path_factory, cheap_noise):
     image = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("visual."))
     whole = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert round(image / 1e6) == 632 and round((whole - image) / 1e6) == 354
-    torch.save({"epoch": 1, "state_dict": filled(shapes, cheap_noise)}, reward)
-    save_file(filled(sd15_shapes(), cheap_noise), checkpoint)
+    torch.save({"epoch": 1, "state_dict": cheap_weights(shapes)}, reward)
+    save_file(cheap_weights(sd15_shapes()), checkpoint)
     yield checkpoint, reward
     for path in (checkpoint, reward):
         path.unlink()

@@ -146,9 +146,9 @@ class RewardObjective:
             The scores; a number whose gradient is that of minus their weighted sum and of the output constraint; and
             (B,) figures of the output constraint.
         """
-        detached, prompts = guidance.detached(), [sample.prompt for sample in samples]
+        detached, crops = guidance.detached(), self._augmentation(indices, step)
         chain = self._draw(indices, samples, step, detached)
-        scores, at_end = self._end_gradient(chain.states[-1], prompts, self._augmentation(indices, step))
+        scores, at_end = self._end_gradient(chain.states[-1], [sample.prompt for sample in samples], crops)
         at_end = at_end * _weights(samples, at_end.device).to(at_end).view(-1, 1, 1, 1)
         return scores, *self._back_propagate(guidance, detached, chain, at_end, samples)
 
@@ -341,16 +341,15 @@ class RewardObjective:
 
     def _noise(self, indices: list[int], step: int) -> Tensor:
         """(B, C, h, w), of sample i from generator (seed, "noise", step, i)."""
-        denoiser, seed = self.model.denoiser, self.config.seed
-        shape = (denoiser.latent_channels, *self._latent_size)
+        shape, seed = (self.model.denoiser.latent_channels, *self._latent_size), self.config.seed
         noise = [torch.randn(shape, generator=generator(seed, "noise", step, i)) for i in indices]
-        return upload(torch.stack(noise), denoiser.device)
+        return upload(torch.stack(noise), self.model.denoiser.device)
 
     def _augmentation(self, indices: list[int], step: int) -> Tensor:
         """(B, 4) draws for the rewards: this process's rows of those of the whole batch."""
-        size = self.config.batch_size
+        size, seed = self.config.batch_size, self.config.seed
         first = indices[0] // size * size
-        draws = draw_augmentation(size, generator(self.config.seed, "reward augmentation", step, first))
+        draws = draw_augmentation(size, generator(seed, "reward augmentation", step, first))
         return draws[[index - first for index in indices]]
 
     @property
