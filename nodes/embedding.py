@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..training.demo.files import EMBEDDINGS, weights_path
 from .common import types
-from .common.paths import files, listed_file, named_after, with_size
+from .common.paths import files, listed_file, named_after, size_of
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +132,9 @@ class RetuneSaveEmbedding(io.ComfyNode):
         prefix = prefix_of(run, filename_prefix, len(embedding.concepts))
         written = save_embedding(folder, embedding, format, prefix)
         folder_paths.filename_list_cache.pop(FOLDER, None)  # else a file made in the same tick of the clock is missed
-        paths = "\n".join(str(paths[0]) for paths in written)
-        return io.NodeOutput(paths, ui={"text": [with_size(path) for paths in written for path in paths]})
+        every = [path for paths in written for path in paths]
+        shown = [*map(str, every), *map(size_of, every)]
+        return io.NodeOutput("\n".join(str(paths[0]) for paths in written), ui={"text": shown})
 
 
 def prefix_of(run, prefix: str, words: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from .common import types
-from .common.paths import named_after, output_path, with_size
+from .common.paths import named_after, output_path, size_of
 
 PREFIX = "retune/lora"
 
@@ -80,4 +80,4 @@ class RetuneSaveLora(io.ComfyNode):
         )
         path = output_path("loras", named_after(run, filename_prefix, PREFIX, "retune/"), ".safetensors")
         warnings = save_lora(path, lora, format, dtype, about, base=base)
-        return io.NodeOutput(str(path), ui={"text": [with_size(path), *warnings]})
+        return io.NodeOutput(str(path), ui={"text": [str(path), size_of(path), *warnings]})

@@ -71,10 +71,11 @@ def named_after(run: Path | str | None, prefix: str, default: str, folder: str =
     return prefix if run is None or prefix.strip() not in ("", default) else folder + Path(run).name
 
 
-def with_size(path: Path | str) -> str:
-    """A file's path and size, for people to read."""
-    size = Path(path).stat().st_size
-    return f"{path} ({size / 2**20:.1f} MB)" if size >= 10**5 else f"{path} ({size / 2**10:.1f} KB)"
+def size_of(path: Path | str) -> str:
+    """A file's name and size, for people to read."""
+    path = Path(path)
+    size = path.stat().st_size
+    return f"{path.name}: {size / 2**20:.1f} MB" if size >= 10**5 else f"{path.name}: {size / 2**10:.1f} KB"
 
 
 def files(*categories: str, first: str | None = None, folders: bool = False) -> list[str]:

@@ -140,7 +140,8 @@ def test_a_file_is_called_as_the_run_that_is_connected(clip_of, folder, tmp_path
         output = RetuneSaveEmbedding.execute(Embedding(concepts, {}), "safetensors", prefix, tmp_path / "my toys")
         paths = [Path(path) for path in output.result[0].splitlines()]
         assert [path.stem for path in paths] == expected
-        assert output.ui["text"] == [f"{path} ({path.stat().st_size / 1024:.1f} KB)" for path in paths]
+        sizes = [f"{path.name}: {path.stat().st_size / 1024:.1f} KB" for path in paths]
+        assert output.ui["text"] == [*map(str, paths), *sizes]
 
 
 def test_tokens_come_from_the_input_the_file_or_its_name(clip_of, folder, caplog):

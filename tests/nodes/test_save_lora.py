@@ -226,7 +226,7 @@ def test_a_file_is_called_as_its_run_and_shown_with_its_size(sd15, lora_kinds, t
     output = RetuneSaveLora.execute(tensors, "kohya", prefix, run=tmp_path / "a run")
     path = Path(output.result[0])
     assert f"/loras/{named}" in path.as_posix()
-    assert output.ui["text"][0] == f"{path} ({path.stat().st_size / 1024:.1f} KB)"
+    assert output.ui["text"][:2] == [str(path), f"{path.name}: {path.stat().st_size / 1024:.1f} KB"]
     assert f"/loras/{named}" in RetuneSaveLora.execute(tensors, "kohya", named[:-2]).result[0].replace("\\", "/")
 
 
