@@ -42,28 +42,30 @@ LOADERS = """(folder) => {
 }"""
 
 
-@pytest.mark.parametrize("renderer", ["classic", pytest.param("nodes 2.0", marks=pytest.mark.slow)])
-def test_a_refused_run_offers_a_way_out(editor, written_run, renderer):
-    written_run("own", 2)
+@pytest.mark.parametrize(
+    "renderer, name", [("classic", "own"), pytest.param("nodes 2.0", "mine", marks=pytest.mark.slow)]
+)
+def test_a_refused_run_offers_a_way_out(editor, written_run, renderer, name):
+    written_run(name, 2)
     editor.open(**RENDERERS[renderer])
-    editor.load(TITLE, **SMALL)
+    editor.load(TITLE, **SMALL | {TRAINER: SMALL[TRAINER] | {"run_name": name}})
     editor.focus(TRAINER)
-    refuse(editor)
+    refuse(editor, name)
     editor.shoot(f"refused run, {renderer}")
     editor.press("Set batch_size back to 1")
     editor.see("changed", "batch_size: 1.")
     assert editor.page.evaluate(VALUE, [TRAINER, "batch_size"]) == 1
     editor.page.evaluate(SET, [TRAINER, "batch_size", 2])
-    refuse(editor)
-    editor.press('Use "own 2"')
-    editor.see("changed", "own 2")
+    refuse(editor, name)
+    editor.press(f'Use "{name} 2"')
+    editor.see("changed", f"{name} 2")
     editor.queue()
     editor.see("finished", "step 2 of 2", timeout=120)
     said = editor.page.locator(".retune-view").inner_text()
-    assert "loss 0." in said and ", average 0." in said and "own" not in said
+    assert "loss 0." in said and ", average 0." in said and name not in said
     assert "about 0 s left" not in editor.page.locator("body").inner_text()  # ComfyUI's own line, beside ours
-    editor.page.evaluate(SET, [TRAINER, "run_name", "own"])
-    refuse(editor)
+    editor.page.evaluate(SET, [TRAINER, "run_name", name])
+    refuse(editor, name)
     editor.press("Begin again")
     assert editor.page.evaluate(VALUE, [TRAINER, "resume"]) == "restart"
     editor.queue()
@@ -72,10 +74,10 @@ def test_a_refused_run_offers_a_way_out(editor, written_run, renderer):
     assert not editor.complaints
 
 
-def refuse(editor) -> None:
+def refuse(editor, name: str) -> None:
     """Queues a run whose name belongs to one of other settings."""
     editor.queue()
-    editor.see("refused", "batch_size is 2; run 'own' was made with 1", timeout=60)
+    editor.see("refused", f"batch_size is 2; run '{name}' was made with 1", timeout=60)
 
 
 def test_a_loader_says_what_it_found_and_what_is_wrong(editor, written_run):

@@ -166,7 +166,8 @@ def test_what_auto_became_is_said_once_by_the_main_process(train_arguments, tmp_
     assert main(train_arguments(tmp_path / "out", "--precision", "auto", "--steps", "2")) == 0
     assert capsys.readouterr().err.count("precision auto is fp32, as the run was begun\n") == 1
     flags = train_arguments(tmp_path / "new", "--precision", "auto")
-    monkeypatch.setattr("retune.training.commands.train.world", lambda: World(rank=1, size=2))
+    for module in ("train", "terminal"):
+        monkeypatch.setattr(f"retune.training.commands.{module}.world", lambda: World(rank=1, size=2))
     read_run_flags(parser().parse_args(flags), TrainModelConfig)
     assert "precision" not in capsys.readouterr().err
 
