@@ -347,10 +347,9 @@ class RewardObjective:
 
     def _augmentation(self, indices: list[int], step: int) -> Tensor:
         """(B, 4) draws for the rewards: this process's rows of those of the whole batch."""
-        size, seed = self.config.batch_size, self.config.seed
-        first = indices[0] // size * size
-        draws = draw_augmentation(size, generator(seed, "reward augmentation", step, first))
-        return draws[[index - first for index in indices]]
+        size, first = self.config.batch_size, indices[0] // self.config.batch_size * self.config.batch_size
+        random = generator(self.config.seed, "reward augmentation", step, first)
+        return draw_augmentation(size, random)[[index - first for index in indices]]
 
     @property
     def _latent_size(self) -> tuple[int, int]:
