@@ -53,8 +53,8 @@ class Family:
 
     def config(self, size: str):
         d_model, d_ff, d_kv, heads = self.sizes[size]
-        # In two bytes a number the table alone would take up to 2 GB: slow to write and to hash, no different to read.
-        vocabulary = 40_000 if size != "small" and self.vocabulary > 200_000 else self.vocabulary
+        # In two bytes a number the table alone would take 1 or 2 GB: slow to write and to hash, no different to read.
+        vocabulary = 40_000 if size in ("XL", "XXL") and self.vocabulary > 200_000 else self.vocabulary
         widths = {"d_model": d_model, "d_ff": d_ff, "d_kv": d_kv, "num_heads": heads, "vocab_size": vocabulary}
         return getattr(hf, self.model + "Config")(**widths, **self.kind, num_layers=2, num_decoder_layers=2)
 
